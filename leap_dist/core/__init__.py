@@ -1,0 +1,1 @@
+"""The algorithm, with torch alone: gates, thresholds, phases, fragments, the optimizer and its oracle."""

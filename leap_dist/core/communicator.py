@@ -1,0 +1,40 @@
+"""Sums over the ranks that share a model; one class for one rank and for many."""
+
+import torch.distributed
+from torch import Tensor
+
+
+class Communicator:
+    """In-place sums over a process group; at one rank nothing is communicated.
+
+    `device` is where the group's backend wants its tensors (NCCL: the GPU); others are staged through it.
+    """
+
+    def __init__(
+        self, group: torch.distributed.ProcessGroup | None = None, device: torch.device | None = None
+    ) -> None:
+        self._group = group
+        self._device = device
+        self.num_collectives = 0
+        self.num_bytes = 0
+
+    def gather(self, value: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """The value of every rank, in rank order; for tables made once, not for the step."""
+        if self._group is None:
+            return [value]
+        gathered: list[list[tuple[int, int]]] = [[] for _ in range(torch.distributed.get_world_size(self._group))]
+        torch.distributed.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over all ranks, the same bits on every rank; returns it."""
+        if self._group is None or tensor.numel() == 0:
+            return tensor
+        self.num_collectives += 1
+        self.num_bytes += tensor.numel() * tensor.element_size()
+        if self._device is None or tensor.device == self._device:
+            torch.distributed.all_reduce(tensor, group=self._group)
+            return tensor
+        staged = tensor.to(self._device)
+        torch.distributed.all_reduce(staged, group=self._group)
+        return tensor.copy_(staged)

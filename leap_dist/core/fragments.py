@@ -1,0 +1,104 @@
+"""Fragments: the parts of tensors that a rank holds, and where they lie in its flat buffers.
+
+ZeRO gives a rank a run of elements [start, start + length) of a tensor, kept in a flat fp32 buffer at `offset`.
+Optimizer state has the buffer's shape, so the same offset finds a fragment's moments, scores and mask.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from leap_dist.core.gates import Slice
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + length) of `tensor` (row-major), at `offset` of the flat buffer `flat`."""
+
+    tensor: str
+    start: int
+    length: int
+    flat: Tensor
+    offset: int
+
+    def view(self, flat: Tensor) -> Tensor:
+        """This fragment's part, shape (length,), of a tensor that has the flat buffer's shape."""
+        return flat.detach().view(-1)[self.offset : self.offset + self.length]
+
+
+def whole(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
+    """The fragments of one rank that holds every parameter in full, each its own buffer (ZeRO stage 0)."""
+    return [Fragment(name, 0, p.numel(), p, 0) for name, p in named_parameters]
+
+
+def rectangles(start: int, length: int, cols: int) -> list[tuple[int, int, int, int]]:
+    """Cut a run of elements of a (rows, cols) matrix into at most three rectangles (row, num_rows, col, num_cols).
+
+    They follow each other in memory: the rest of the first row, full rows, the begun last row.
+    """
+    if length == 0:
+        return []
+    row, col = divmod(start, cols)
+    parts = []
+    if col:
+        num = min(cols - col, length)
+        parts.append((row, 1, col, num))
+        row, length = row + 1, length - num
+    if full := length // cols:
+        parts.append((row, full, 0, cols))
+    if rest := length % cols:
+        parts.append((row + full, 1, 0, rest))
+    return parts
+
+
+def add_unit_sums_(units: Tensor, values: Tensor, start: int, part: Slice) -> None:
+    """units_u += sum of the values that unit u covers.
+
+    units: (num_units,), any float dtype; values: (length,), the run from element `start` of the slice's tensor.
+    """
+    grid = units.view(part.grid)
+    position = 0
+    for row, num_rows, col, num_cols in rectangles(start, values.numel(), part.cols):
+        block = values[position : position + num_rows * num_cols].view(num_rows, num_cols)
+        position += block.numel()
+        sums = _block_sums(_block_sums(block, 0, row, part.block_rows), 1, col, part.block_cols)
+        down, across = row // part.block_rows, col // part.block_cols
+        grid[down : down + sums.shape[0], across : across + sums.shape[1]] += sums
+
+
+def expand_units(units: Tensor, out: Tensor, start: int, part: Slice) -> Tensor:
+    """out_i = units_u for the unit u that covers element i; the inverse of `add_unit_sums_`.
+
+    units: (num_units,); out: (length,), the run from element `start` of the slice's tensor; returns out.
+    """
+    grid = units.view(part.grid)
+    position = 0
+    for row, num_rows, col, num_cols in rectangles(start, out.numel(), part.cols):
+        block = out[position : position + num_rows * num_cols].view(num_rows, num_cols)
+        position += block.numel()
+        down = _block_index(row, num_rows, part.block_rows, units)
+        across = _block_index(col, num_cols, part.block_cols, units)
+        block.copy_(grid.index_select(0, down).index_select(1, across))
+    return out
+
+
+def _block_index(first: int, num: int, block: int, like: Tensor) -> Tensor:
+    """Block numbers of the indices first .. first + num - 1."""
+    return like.new_ones(num).long().cumsum(0).add_(first - 1).div_(block, rounding_mode="floor")
+
+
+def _block_sums(x: Tensor, dim: int, first: int, block: int) -> Tensor:
+    """Sum x along `dim` in blocks that end at multiples of `block`; x's first index there is `first`."""
+    size = x.shape[dim]
+    if block == 1:
+        return x
+    if first // block == (first + size - 1) // block:
+        return x.sum(dim, keepdim=True)
+    head = -first % block
+    body = (size - head) // block
+    middle = x.narrow(dim, head, body * block).unflatten(dim, (body, block)).sum(dim + 1)
+    ends = [x.narrow(dim, 0, head), x.narrow(dim, head + body * block, size - head - body * block)]
+    sums = [end.sum(dim, keepdim=True) if end.shape[dim] else end for end in ends]
+    return torch.cat([sums[0], middle, sums[1]], dim)

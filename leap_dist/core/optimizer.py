@@ -1,0 +1,305 @@
+"""LeapAdamW: from the gradient of the masked weights to new latent weights, scores, thresholds and masks.
+
+The hosted weights are W * M; their gradient G = dL/d(W * M) arrives reduced over the ranks, clipped and sharded. One
+step over the fragments that this rank holds of the gated parameter group:
+
+1. gate gradients   dL/dS of every unit, dL/dsigma of every threshold; Adam on element scores. One all-reduce.
+2. weights          AdamW on the latent W with G * M. Local.
+3. gates            Adam on this rank's fragments of structured scores and thresholds. Local.
+4. level            thresholds are gathered (one all-reduce); the level is held by the regulariser ("paper") or
+                    by a shift common to all thresholds ("projected").
+5. masks            exact top-k over shards; a few all-reduces of counts (ops/select.py).
+6. write            the hosted partition becomes W * M. Local.
+
+Latent weights, element scores, masks and moments have the flat partition's shape; thresholds and structured scores
+are two parameters of the hosted model, in the gated group. Fragments may be empty, uneven and cut anywhere.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leap_dist.config import LeapConfig
+from leap_dist.core import thresholds as th
+from leap_dist.core.communicator import Communicator
+from leap_dist.core.fragments import Fragment
+from leap_dist.core.gates import GatePlan
+from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, Gating, state_keys
+from leap_dist.core.phases import Phase, Schedule
+from leap_dist.errors import UserError
+from leap_dist.ops import reference as ops
+
+GATED = "leap_gated"  # key of a parameter group: True for the one that holds gated tensors and gates
+
+
+class LeapAdamW(torch.optim.Optimizer):
+    """AdamW that prunes as it steps.
+
+    params: parameter groups; at most one carries `leap_gated: True` and holds the gated tensors and the gates' own
+    parameters, in whatever shards. Its key `no_decay` names gated tensors without weight decay. `bind` must
+    be called before the first step; a scheduler may change a group's "lr", which scales the score's rate with it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        plan: GatePlan,
+        config: LeapConfig,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        if config.total_steps is None:
+            raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, GATED: False}
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]
+            group.setdefault("no_decay", frozenset())
+        self.plan = plan
+        self.config = config
+        self.schedule = Schedule(config.total_steps, config.dense_fraction, config.settle_fraction, config.target)
+        self.num_steps = 0
+        self.settled = False
+        self.calibration = 1.0
+        self.kept_units = [gate.num_units for gate in plan.gates]
+        self.kept_weights = plan.prunable
+        self.regulariser: dict[str, float] = {}
+        self._remaining = th.Remaining(plan)
+        self._gating: Gating | None = None
+        self._made: list[int] | None = None  # kept counts of the masks that are in place
+
+    # Binding
+
+    @torch.no_grad()
+    def bind(self, fragments: Sequence[Fragment], communicator: Communicator) -> None:
+        """Tell which parts of which tensors this rank's flat buffers hold, and make the whole state.
+
+        Raises UserError if the target is below what one unit in every gate keeps.
+        """
+        gated = {f.flat for f in fragments if f.tensor in self.plan.covers}
+        for fragment in fragments:
+            flat = fragment.flat
+            for key in state_keys(self.plan) if flat in gated else (EXP_AVG, EXP_AVG_SQ):
+                if key not in self.state[flat]:
+                    self.state[flat][key] = _initial(key, flat)
+        self._gating = Gating(self.plan, fragments, self.state, communicator)
+        if not self.plan.gates:
+            return
+        self._gating.write_thresholds(torch.full((len(self.plan.gates),), th.START * self.config.temperature))
+        if self.config.score_init == "magnitude" or self.config.rule == "magnitude":
+            self._gating.magnitude_scores_(scaled=True)
+        self._check_reachable()
+
+    @property
+    def gating(self) -> Gating:
+        """The gates over this rank's fragments."""
+        assert self._gating is not None, "LeapAdamW.bind comes before the first step"
+        return self._gating
+
+    def _check_reachable(self) -> None:
+        lowest = self._count([1] * len(self.plan.gates))
+        self.gating.make_masks(self.kept_units)
+        self._made = None
+        if lowest - self.config.target * self.plan.prunable > self.plan.unit:
+            raise UserError(
+                f"leap.target: {self.config.target} cannot be reached: with one unit kept in every gate the density "
+                f"is {lowest / self.plan.prunable:.4f}; raise the target, or choose finer gates in leap.gates"
+            )
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure
+        """One optimizer step for the groups that hold parameters now (ZeRO calls once a group)."""
+        assert closure is None, "LeapAdamW takes no closure"
+        for group in self.param_groups:
+            if group["params"] and group[GATED]:
+                self._step_gated(group)
+            elif group["params"]:
+                self._step_plain(group)
+
+    def _adam(self, group: dict[str, Any], step: int, **changes: float) -> ops.Adam:
+        beta1, beta2 = group["betas"]
+        values = {"lr": group["lr"], "eps": group["eps"], "weight_decay": 0.0, **changes}
+        return ops.Adam(beta1=beta1, beta2=beta2, step=step, **values)
+
+    def _step_plain(self, group: dict[str, Any]) -> None:
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            state["step"] = state.get("step", 0) + 1
+            adam = self._adam(group, state["step"], weight_decay=group["weight_decay"])
+            flat = (t.view(-1) for t in (param.detach(), param.grad, state[EXP_AVG], state[EXP_AVG_SQ]))
+            ops.adamw_(*flat, adam)
+
+    def _step_gated(self, group: dict[str, Any]) -> None:
+        phase = self.phase
+        learned = self.config.rule != "magnitude" and not self.settled
+        if learned:
+            self._learn_scores(group, phase)
+        self._update_latent(group)
+        self.num_steps += 1
+        if not self.settled and self.schedule.phase(self.num_steps) != "dense":
+            self._hold_level()
+        self._write()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the step that comes next."""
+        return "settle" if self.settled else self.schedule.phase(self.num_steps)
+
+    def _learn_scores(self, group: dict[str, Any], phase: Phase) -> None:
+        """Phases 1 and 3 of the step: gradients and updates of scores and thresholds."""
+        rate = self.config.score_learning_rate * group["lr"] / group["base_lr"]
+        adam = self._adam(group, self.num_steps + 1, lr=rate)
+        sigma_grad, unit_grad = self.gating.score_gradients(adam)
+        for fragment in self.gating.hosted_scores:
+            self._adam_on(fragment, unit_grad, adam)
+        if phase != "prune" or self.config.rule != "leap":
+            return
+        if self.config.control == "paper":
+            sigma_grad = sigma_grad + self._regulariser_gradient(sigma_grad)
+        moves = self.num_steps + 1 - self.schedule.dense_end
+        adam = self._adam(group, moves, lr=self.threshold_rate)
+        for fragment in self.gating.hosted_thresholds:
+            self._adam_on(fragment, sigma_grad, adam)
+
+    def _adam_on(self, fragment: Fragment, grad: Tensor, adam: ops.Adam) -> None:
+        """Adam on this rank's fragment of a gate parameter whose whole gradient is `grad`."""
+        local = grad[fragment.start : fragment.start + fragment.length].to(fragment.flat)
+        moments = self.gating.state(fragment, EXP_AVG), self.gating.state(fragment, EXP_AVG_SQ)
+        ops.adamw_(fragment.view(fragment.flat), local, *moments, adam)
+
+    @property
+    def threshold_rate(self) -> float:
+        """The learning rate of the thresholds: as configured, or from the distance and the phase's length."""
+        rate = self.config.threshold_learning_rate
+        return self.schedule.threshold_rate(self.config.temperature) if rate == "auto" else rate
+
+    def _regulariser_gradient(self, task: Tensor) -> Tensor:
+        """lambda dL_reg/dsigma, (G,), for the task's gradient `task`; lambda is adaptive and detached."""
+        config, sigma = self.config, self.gating.gather_thresholds()
+        remaining, loss, grad = self._remaining.penalty(sigma, config.temperature, config.target)
+        if config.lambda_max == "auto":
+            scale = th.balanced_lambda(loss, config.target, grad, task)
+        else:
+            scale = th.adaptive_lambda(loss, config.target, config.lambda_max, config.lambda_min)
+        self.regulariser = {"lambda": scale, "loss_reg": loss}
+        return scale * grad
+
+    def _update_latent(self, group: dict[str, Any]) -> None:
+        """Phase 2: AdamW on the latent weights with G * M."""
+        dense = self._made is None
+        for fragment in self.gating.weights:
+            if fragment.flat.grad is None:
+                continue
+            decay = 0.0 if fragment.tensor in group["no_decay"] else group["weight_decay"]
+            adam = self._adam(group, self.num_steps + 1, weight_decay=decay)
+            latent, grad = self.gating.state(fragment, LATENT), fragment.view(fragment.flat.grad)
+            moments = self.gating.state(fragment, EXP_AVG), self.gating.state(fragment, EXP_AVG_SQ)
+            if dense:
+                ops.adamw_(latent, grad, *moments, adam)
+            else:
+                ops.masked_adamw_(latent, grad, self.gating.state(fragment, MASK), *moments, adam)
+
+    def _write(self) -> None:
+        """Phase 6: the hosted partition becomes W * M."""
+        for fragment in self.gating.weights:
+            latent, hosted = self.gating.state(fragment, LATENT), fragment.view(fragment.flat)
+            if self._made is None:
+                hosted.copy_(latent)
+            else:
+                ops.write_masked_(hosted, latent, self.gating.state(fragment, MASK))
+
+    # The level
+
+    def _hold_level(self) -> None:
+        """Phases 4 and 5: thresholds for the next forward pass, and its masks."""
+        if self.config.rule == "magnitude":
+            self.gating.magnitude_scores_(scaled=False)
+        self._made = None  # scores have moved
+        sigma = self.gating.gather_thresholds()
+        if self.schedule.phase(self.num_steps) == "settle":
+            self._settle(sigma)
+            return
+        if self.config.control == "projected" or self.config.rule != "leap":
+            level = self.schedule.level(self.num_steps)
+            sigma, self.calibration = th.project_level(
+                self._remaining, sigma, self.config.temperature, level, self.calibration, self._count
+            )
+            self.gating.write_thresholds(sigma)
+        self._use(th.keep_counts(th.keep_ratio(sigma, self.config.temperature), self._remaining.num_units))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the density exact and freeze the masks, now; does nothing where that is done."""
+        if not self.settled:
+            self._made = None
+            self._settle(self.gating.gather_thresholds())
+            self._write()
+
+    def _settle(self, sigma: Tensor) -> None:
+        if self.plan.gates:
+            temperature, target = self.config.temperature, self.config.target
+            sigma, keep = th.project_exact(self._remaining, sigma, temperature, target, self._count)
+            self.gating.write_thresholds(sigma)
+            self._use(keep)
+        self.settled = True
+
+    def _count(self, keep: list[int]) -> int:
+        """Weights kept by kept counts: by arithmetic where that is exact, else counted on real masks."""
+        if self.plan.closed_form:
+            return sum(n * gate.unit_size for n, gate in zip(keep, self.plan.gates, strict=True))
+        self._make(keep)
+        return self.gating.count_kept()
+
+    def _make(self, keep: list[int]) -> None:
+        if keep != self._made:
+            self.gating.make_masks(keep)
+            self._made = list(keep)
+
+    def _use(self, keep: list[int]) -> None:
+        """Put the masks of these kept counts in place."""
+        self._make(keep)
+        self.kept_units = list(keep)
+        self.kept_weights = self._count(keep)
+
+    # Reports
+
+    @property
+    def density(self) -> float:
+        """Kept prunable weights / prunable weights, of the masks in place."""
+        return self.kept_weights / max(self.plan.prunable, 1)
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """What to log of this step: density, scheduled level, R, keep ratios over gates, lambda.
+
+        Collective: every rank calls it.
+        """
+        sigma = self.gating.gather_thresholds()
+        k = th.keep_ratio(sigma, self.config.temperature) if len(sigma) else torch.ones(1)
+        remaining = self._remaining.ratio(k).item() if len(sigma) else 1.0
+        return {
+            "density": self.density,
+            "level": self.schedule.level(self.num_steps),
+            "keep_ratio_min": k.min().item(),
+            "keep_ratio_max": k.max().item(),
+            "keep_ratio_std": k.std(unbiased=False).item(),
+            "remaining": remaining,
+            **self.regulariser,
+        }
+
+
+def _initial(key: str, flat: Tensor) -> Tensor:
+    """A fresh state tensor of the flat buffer's shape."""
+    if key == LATENT:
+        return flat.detach().clone()
+    if key in (MASK, ELEMENT_MASK):
+        return torch.ones_like(flat, dtype=torch.bool, requires_grad=False)
+    return torch.zeros_like(flat, requires_grad=False)

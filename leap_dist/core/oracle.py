@@ -1,0 +1,195 @@
+"""The oracle: LEAP the paper's way, with masks in every forward pass and gradients by autograd, on one process.
+
+Slow and short on purpose. Every fast or sharded path is tested against it. The model's parameters are the latent
+weights W; a forward pass uses W * M, with masks by a full stable sort of the scores and the straight-through
+estimator of Yao et al., arXiv 2105.14636.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from leap_dist.config import LeapConfig
+from leap_dist.core import thresholds as th
+from leap_dist.core.gates import GatePlan, Slice
+from leap_dist.core.phases import Schedule
+
+
+class TopK(torch.autograd.Function):
+    """M = top-k(S); backward: dL/dS = dL/dM for every unit, dL/dsigma = sum_u M_u dL/dM_u (Top_k's slope taken as 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, sigma: Tensor, mask: Tensor) -> Tensor:
+        """Return the mask as numbers of the scores' dtype."""
+        ctx.save_for_backward(mask)
+        return mask.to(scores)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The straight-through estimator."""
+        (mask,) = ctx.saved_tensors
+        return grads[0], (grads[0] * mask).sum(), None
+
+
+def unit_index(part: Slice) -> Tensor:
+    """The unit of every element of a slice's tensor, int64 of shape (rows, cols)."""
+    rows = torch.arange(part.rows) // part.block_rows
+    cols = torch.arange(part.cols) // part.block_cols
+    return rows[:, None] * part.grid[1] + cols[None, :]
+
+
+def top_k(scores: Tensor, keep: int) -> Tensor:
+    """The mask of the `keep` largest scores, ties to the lowest index."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[torch.sort(scores, descending=True, stable=True).indices[:keep]] = True
+    return mask
+
+
+class Oracle:
+    """LEAP on one process: `step(loss)` with loss(forward) -> scalar, forward being the masked model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: GatePlan,
+        config: LeapConfig,
+        lr: float,
+        weight_decay: float = 0.01,
+        no_decay: Iterable[str] = (),
+        max_norm: float = 0.0,
+    ) -> None:
+        assert config.total_steps is not None
+        self.model, self.plan, self.config, self.lr, self.max_norm = model, plan, config, lr, max_norm
+        self.schedule = Schedule(config.total_steps, config.dense_fraction, config.settle_fraction, config.target)
+        self.latent = dict(model.named_parameters())
+        self.remaining = th.Remaining(plan)
+        self.sigma = nn.Parameter(torch.full((len(plan.gates),), th.START * config.temperature))
+        self.scores = [nn.Parameter(torch.zeros(gate.num_units)) for gate in plan.gates]
+        if config.score_init == "magnitude" or config.rule == "magnitude":
+            self._scores_from_magnitude(scaled=True)
+        self.masks = [torch.ones(gate.num_units, dtype=torch.bool) for gate in plan.gates]
+        self.num_steps, self.calibration, self.settled = 0, 1.0, False
+        decayed = [p for name, p in self.latent.items() if name not in set(no_decay)]
+        plain = [p for name, p in self.latent.items() if name in set(no_decay)]
+        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        self.weight_optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+        self.score_optimizer = torch.optim.Adam(self.scores, lr=config.score_learning_rate)
+        rate = config.threshold_learning_rate
+        rate = self.schedule.threshold_rate(config.temperature) if rate == "auto" else rate
+        self.threshold_optimizer = torch.optim.Adam([self.sigma], lr=rate)
+
+    # The forward pass
+
+    def mask_of(self, tensor: str, units: list[Tensor] | None = None) -> Tensor:
+        """M of a tensor, in its own shape: the product over the gates that cover it."""
+        units = [mask.float() for mask in self.masks] if units is None else units
+        product = torch.ones(())
+        for cover in self.plan.covers[tensor]:
+            product = product * units[cover.gate][unit_index(cover.slice)]
+        return product.reshape(self.latent[tensor].shape)
+
+    def masked_weights(self, units: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """All parameters, the gated ones as W * M."""
+        gated = {name: self.latent[name] * self.mask_of(name, units) for name in self.plan.covers}
+        return {**self.latent, **gated}
+
+    def step(self, loss: Callable[[Callable[..., Any]], Tensor]) -> Tensor:
+        """One optimizer step; `loss` is called once with the masked model's forward function."""
+        if self.config.rule == "leap":
+            sigmas = self.sigma.unbind()
+        else:
+            sigmas = self.sigma.detach().unbind()
+        units = [TopK.apply(s, t, m) for s, t, m in zip(self.scores, sigmas, self.masks, strict=True)]
+        hosted = self.masked_weights(units)
+        for name in self.plan.covers:
+            hosted[name].retain_grad()
+        value = loss(lambda *args, **kwargs: functional_call(self.model, hosted, args, kwargs))
+        for parameter in (*self.latent.values(), *self.scores, self.sigma):
+            parameter.grad = None
+        value.backward()
+        self._clip(hosted)
+        self._regularise()
+        self._update()
+        self.num_steps += 1
+        if not self.settled and self.schedule.phase(self.num_steps) != "dense":
+            self._hold_level()
+        return value.detach()
+
+    def _regularise(self) -> None:
+        """Add lambda dL_reg/dsigma, in the prune phase of LEAP under control "paper"."""
+        config = self.config
+        prune = not self.settled and self.schedule.phase(self.num_steps) == "prune"
+        if config.rule != "leap" or config.control != "paper" or not prune:
+            return
+        remaining = self.remaining.ratio(torch.sigmoid(self.sigma.double() / config.temperature))
+        loss = (remaining - config.target).clamp(min=0) ** 2
+        (grad,) = torch.autograd.grad(loss, self.sigma)
+        assert self.sigma.grad is not None
+        if config.lambda_max == "auto":
+            scale = th.balanced_lambda(loss.item(), config.target, grad, self.sigma.grad)
+        else:
+            scale = th.adaptive_lambda(loss.item(), config.target, config.lambda_max, config.lambda_min)
+        self.sigma.grad += scale * grad
+
+    def _clip(self, hosted: dict[str, Tensor]) -> None:
+        """Clip as a sharded engine does: by the norm of dL/d(W * M), before anything else is made of it."""
+        if not self.max_norm:
+            return
+        grads = [hosted[name].grad for name in self.latent]
+        norm = torch.stack([g.norm() for g in grads if g is not None]).norm()
+        scale = min(1.0, self.max_norm / (norm.item() + 1e-6))
+        for parameter in (*self.latent.values(), *self.scores, self.sigma):
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+
+    # The update
+
+    def _update(self) -> None:
+        self.weight_optimizer.step()
+        if self.config.rule != "magnitude" and not self.settled:
+            self.score_optimizer.step()
+            if self.config.rule == "leap" and self.schedule.phase(self.num_steps) == "prune":
+                self.threshold_optimizer.step()
+
+    def _scores_from_magnitude(self, scaled: bool) -> None:
+        for index, gate in enumerate(self.plan.gates):
+            sums = torch.zeros(gate.num_units, dtype=torch.float64)
+            for part in gate.slices:
+                if part.counted:
+                    size = self.latent[part.tensor].detach().abs().double().flatten()
+                    sums.index_add_(0, unit_index(part).flatten(), size)
+            sizes = self.plan.unit_sizes(index)
+            mean = sums.sum() / sizes.sum() if scaled else 1.0
+            self.scores[index].data.copy_(sums / sizes / mean)
+
+    def _count(self, keep: list[int]) -> int:
+        masks = [top_k(s.detach(), n) for s, n in zip(self.scores, keep, strict=True)]
+        units = [mask.float() for mask in masks]
+        return int(sum(self.mask_of(name, units).sum() for name in self.plan.covers if self.plan.counted(name)))
+
+    @torch.no_grad()
+    def _hold_level(self) -> None:
+        """Thresholds and masks of the next forward pass."""
+        config = self.config
+        if config.rule == "magnitude":
+            self._scores_from_magnitude(scaled=False)
+        settle = self.schedule.phase(self.num_steps) == "settle"
+        if settle:
+            sigma, keep = th.project_exact(
+                self.remaining, self.sigma, config.temperature, config.target, self._count
+            )
+            self.sigma.copy_(sigma)
+            self.settled = True
+        elif config.control == "projected" or config.rule != "leap":
+            level = self.schedule.level(self.num_steps)
+            sigma, self.calibration = th.project_level(
+                self.remaining, self.sigma, config.temperature, level, self.calibration, self._count
+            )
+            self.sigma.copy_(sigma)
+        if not settle:
+            k = th.keep_ratio(self.sigma, config.temperature)
+            keep = th.keep_counts(k, self.remaining.num_units)
+        self.masks = [top_k(s, n) for s, n in zip(self.scores, keep, strict=True)]

@@ -1,0 +1,55 @@
+"""The three phases of a run, dense -> prune -> settle, and the rates that follow from their lengths."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from leap_dist.core.thresholds import START
+
+Phase = Literal["dense", "prune", "settle"]
+DESCENT = 0.85  # part of the prune phase in which the level comes down to the target
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps are optimizer steps, counted from 0; a mask made for step t is the mask of step t's forward pass."""
+
+    total_steps: int
+    dense_fraction: float
+    settle_fraction: float
+    target: float
+
+    @property
+    def dense_end(self) -> int:
+        """First step of the prune phase."""
+        return round(self.total_steps * self.dense_fraction)
+
+    @property
+    def settle_start(self) -> int:
+        """First step of the settle phase."""
+        return max(self.total_steps - max(1, round(self.total_steps * self.settle_fraction)), self.dense_end + 1)
+
+    def phase(self, step: int) -> Phase:
+        """The phase of a step."""
+        if step < self.dense_end:
+            return "dense"
+        return "prune" if step < self.settle_start else "settle"
+
+    def level(self, step: int) -> float:
+        """The scheduled density: 1 in the dense phase, a cubic descent, the target at 85 % of the prune phase.
+
+        The cubic form is that of Zhu and Gupta, arXiv 1710.01878.
+        """
+        length = max(DESCENT * (self.settle_start - self.dense_end), 1.0)
+        progress = min(max((step + 1 - self.dense_end) / length, 0.0), 1.0)
+        return self.target + (1.0 - self.target) * (1.0 - progress) ** 3
+
+    def threshold_rate(self, temperature: float) -> float:
+        """The automatic learning rate of thresholds: with Adam a threshold moves about its rate per step.
+
+        From k = 0.9933 to k = target it travels (5 - logit(target)) T; the rate lets it do so in half the prune
+        phase, whatever the phase's length.
+        """
+        target = min(self.target, 1.0 - 1e-6)
+        travel = (START - math.log(target / (1.0 - target))) * temperature
+        return max(travel, temperature) / max((self.settle_start - self.dense_end) / 2.0, 1.0)

@@ -1,0 +1,150 @@
+"""Thresholds: keep ratio, remaining ratio R, the regulariser, and the projection onto an exact level.
+
+Everything here works on a few numbers in float64, the same on every rank. Symbols as in Yao et al., arXiv
+2105.14636: threshold sigma, temperature T, k(sigma) = sigmoid(sigma / T), remaining ratio R, L_reg, lambda.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from leap_dist.core.gates import GatePlan
+
+START = 5.0  # sigma starts at 5 T: k = 0.9933
+RATIO_MAX, RATIO_MIN = 16.0, 2.0  # regulariser's gradient against the task's, far from the target and near it
+SATURATED = 40.0  # beyond sigma = 40 T a keep ratio is 1 in float64, so no shift has to go further
+Counter = Callable[[list[int]], int]
+
+
+def keep_ratio(sigma: Tensor, temperature: float) -> Tensor:
+    """k = sigmoid(sigma / T), float64, shape of sigma."""
+    return torch.sigmoid(sigma.double() / temperature)
+
+
+def keep_counts(ratio: Tensor, num_units: Tensor) -> list[int]:
+    """ceil(k n) for every gate, at least 1 and at most n."""
+    counts = torch.ceil(ratio * num_units).long()
+    return counts.clamp(min=1).minimum(num_units).tolist()
+
+
+class Remaining:
+    """R = (1/N) sum_t n_t prod_{g covers t} k_g, and the regulariser built on it."""
+
+    def __init__(self, plan: GatePlan) -> None:
+        tensors = [t for t in plan.covers if plan.counted(t)]
+        width = max((len(plan.covers[t]) for t in tensors), default=1)
+        none = len(plan.gates)  # an extra gate with k = 1 pads the rows of tensors with fewer gates
+        rows = [[c.gate for c in plan.covers[t]] for t in tensors]
+        self._gates = torch.tensor([row + [none] * (width - len(row)) for row in rows]).view(-1, width)
+        self._weight = torch.tensor([plan.numel(t) for t in tensors], dtype=torch.float64) / max(plan.prunable, 1)
+        self.num_units = torch.tensor([gate.num_units for gate in plan.gates])
+        self.prunable = plan.prunable
+
+    def ratio(self, k: Tensor) -> Tensor:
+        """R of keep ratios k, shape (G,); differentiable."""
+        padded = torch.cat([k, k.new_ones(1)])
+        return (self._weight * padded[self._gates].prod(1)).sum()
+
+    def penalty(self, sigma: Tensor, temperature: float, target: float) -> tuple[float, float, Tensor]:
+        """(R, L_reg, dL_reg/dsigma), the last float64 of shape (G,); L_reg = (R - target)^2 above the target, else 0."""
+        sigma = sigma.double().detach().requires_grad_()
+        with torch.enable_grad():
+            remaining = self.ratio(keep_ratio(sigma, temperature))
+            loss = (remaining - target).clamp(min=0) ** 2
+        (grad,) = torch.autograd.grad(loss, sigma)
+        return remaining.item(), loss.item(), grad
+
+
+def adaptive_lambda(loss: float, target: float, lambda_max: float, lambda_min: float) -> float:
+    """lambda = max(lambda_max L_reg / (1 - R_target)^2, lambda_min)."""
+    return max(lambda_max * loss / max(1.0 - target, 1e-12) ** 2, lambda_min)
+
+
+def balanced_lambda(loss: float, target: float, grad_reg: Tensor, grad_task: Tensor) -> float:
+    """The adaptive lambda in units of the task's gradient: ||lambda dL_reg|| / ||dL_task|| = max(16 L_reg / .., 2).
+
+    The published numbers suit one loss and one T: the regulariser's gradient falls with 1/T and with k(1 - k), the
+    task's grows with the loss, and where the second is larger R stalls above the target. Here the regulariser
+    has the larger part as long as R is above the target, however far, and the task decides among thresholds.
+    """
+    ratio = adaptive_lambda(loss, target, RATIO_MAX, RATIO_MIN)
+    return ratio * grad_task.norm().item() / max(grad_reg.norm().item(), 1e-30)
+
+
+def bisect(below: Callable[[float], bool], low: float, high: float, num_steps: int = 100) -> tuple[float, float]:
+    """Narrow [low, high] around the point where `below` turns from True to False."""
+    for _ in range(num_steps):
+        middle = 0.5 * (low + high)
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low, high
+
+
+def shift_range(sigma: Tensor, temperature: float) -> tuple[float, float]:
+    """Shifts that take every threshold from keep ratio 0 to keep ratio 1, for all practical purposes."""
+    reach = SATURATED * temperature
+    return -reach - sigma.max().item(), reach - sigma.min().item()
+
+
+def level_shift(remaining: Remaining, sigma: Tensor, temperature: float, level: float) -> float:
+    """The delta for which R(sigma + delta) = level, by bisection (algorithm.md, section 2, projected control)."""
+    sigma = sigma.double()
+    if level >= 1.0:
+        return 0.0
+
+    def below(delta: float) -> bool:
+        return remaining.ratio(keep_ratio(sigma + delta, temperature)).item() < level
+
+    return bisect(below, *shift_range(sigma, temperature), num_steps=60)[1]
+
+
+def project_level(
+    remaining: Remaining, sigma: Tensor, temperature: float, level: float, calibration: float, count: Counter
+) -> tuple[Tensor, float]:
+    """Shift all thresholds so that the real masks keep `level` of the prunable weights.
+
+    R is a model of the density, exact for one gate a tensor with equal units; hybrids and edge blocks need a
+    correction, density = calibration * R, which moves little from step to step. It is measured on real masks
+    (`count`: kept counts -> kept weights) and refined until the density agrees to a thousandth of the level.
+
+    Returns the shifted sigma, in sigma's dtype, and the calibration to start from at the next step.
+    """
+    for _ in range(4):
+        delta = level_shift(remaining, sigma, temperature, min(level / calibration, 1.0 - 1e-9))
+        shifted = (sigma.double() + delta).to(sigma.dtype)
+        ratio = keep_ratio(shifted, temperature)
+        density = count(keep_counts(ratio, remaining.num_units)) / remaining.prunable
+        if abs(density - level) <= 1e-3 * level:
+            break
+        calibration = min(max(density / remaining.ratio(ratio).item(), 1e-3), 1e3)
+    return shifted, calibration
+
+
+def project_exact(
+    remaining: Remaining, sigma: Tensor, temperature: float, target: float, count: Counter
+) -> tuple[Tensor, list[int]]:
+    """The settle projection: one shift for all thresholds, then single units, to the smallest density >= target.
+
+    The density of real masks grows in steps with the shift; at the step that crosses the target several gates
+    may gain a unit at once, and they are taken in order until the target is reached.
+
+    Returns sigma after the shift and the kept count of every gate.
+    """
+    goal = math.ceil(target * remaining.prunable - 1e-6)
+    num_units = remaining.num_units
+
+    def counts(delta: float) -> list[int]:
+        return keep_counts(keep_ratio(sigma.double() + delta, temperature), num_units)
+
+    low, high = shift_range(sigma, temperature)
+    low, high = bisect(lambda delta: count(counts(delta)) < goal, low, high)
+    few, many = counts(low), counts(high)
+    first, last = 0, len(few)  # gates[:first] at `many` is too little, gates[:last] is enough
+    while last - first > 1:
+        middle = (first + last) // 2
+        enough = count(many[:middle] + few[middle:]) >= goal
+        first, last = (first, middle) if enough else (middle, last)
+    return (sigma.double() + high).to(sigma.dtype), many[:last] + few[last:]

@@ -1,0 +1,1 @@
+"""What a finished run hands out: a Hugging Face folder, and a certificate counted from it."""

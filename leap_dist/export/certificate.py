@@ -1,0 +1,218 @@
+"""The certificate of a run: counts and hashes taken from the exported files, never from thresholds.
+
+`count` reads the safetensors of an exported folder tensor by tensor and holds them against the masks; `build`
+puts the counts beside target, metrics and versions, and refuses a density that is not the target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PACKAGES = ("leap_dist", "torch", "deepspeed", "transformers")
+SLACK = 1e-6  # weights; float rounding of target * prunable
+
+
+class ExportedWeights:
+    """The tensors of an exported folder, one file or several with an index; read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._file_of: dict[str, Any] = {}
+
+    def __enter__(self) -> ExportedWeights:
+        for file in self._files():
+            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+            self._file_of.update(dict.fromkeys(handle.keys(), handle))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        """Tensor names in name order."""
+        return sorted(self._file_of)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; RuntimeError if no file holds it."""
+        if name not in self._file_of:
+            raise RuntimeError(f"{name} has a mask, but is not among the weights in {self._folder}")
+        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def sha256(self) -> str:
+        """Over all tensors in name order: utf-8 name, zero byte, raw little-endian bytes."""
+        digest = hashlib.sha256()
+        for name in self.names():
+            digest.update(name.encode() + b"\0")
+            digest.update(self.read(name).reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _files(self) -> list[Path]:
+        index = self._folder / INDEX_FILE
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+            return [self._folder / file for file in sorted(set(weight_map.values()))]
+        if (self._folder / SINGLE_FILE).is_file():
+            return [self._folder / SINGLE_FILE]
+        raise RuntimeError(f"{self._folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+
+
+def count(
+    folder: Path,
+    masks: Iterable[tuple[str, torch.Tensor | None]],
+    gates: list[dict[str, Any]],
+    rank: int = 0,
+) -> dict[str, Any]:
+    """Counts and hashes of the weights exported to `folder`, on rank 0; {} on the others.
+
+    masks: (tensor name, bool mask of the tensor's shape, True = kept) in name order; None for the mask on
+    other ranks than 0, which walk it to the end (it may run collectives).
+    gates: one dict per gate; its "tensors" names the tensors whose weights it prunes. A masked tensor that no
+    gate names (a bias that follows its row) is checked and hashed, but its elements are no prunable weights.
+
+    Returns kept, prunable, density, gates (each with its kept, prunable, density), tensors (by name: shape,
+    numel, kept, density, zeros_kept = kept but exactly zero, counted), masks_sha256 (in name order: name,
+    zero byte, np.packbits of the flat mask), weights_sha256 (`ExportedWeights.sha256`).
+    Raises RuntimeError if a pruned position is not zero in the file, or a mask fits no tensor.
+    """
+    if rank != 0:
+        for _ in masks:
+            pass
+        return {}
+    counted = {name for gate in gates for name in gate["tensors"]}
+    digest = hashlib.sha256()
+    tensors: dict[str, dict[str, Any]] = {}
+    with ExportedWeights(folder) as weights:
+        for name, mask in _in_name_order(masks):
+            digest.update(name.encode() + b"\0")
+            digest.update(np.packbits(mask.reshape(-1).numpy()).data)
+            tensors[name] = _count_tensor(name, weights.read(name), mask) | {"counted": name in counted}
+        weights_sha256 = weights.sha256()
+    if missing := sorted(counted - tensors.keys()):
+        raise RuntimeError(f"gates prune {', '.join(missing)}, but no mask came for it")
+    return {
+        **_sum(tensors, counted),
+        "gates": [gate | _sum(tensors, gate["tensors"]) for gate in gates],
+        "tensors": tensors,
+        "masks_sha256": digest.hexdigest(),
+        "weights_sha256": weights_sha256,
+    }
+
+
+def check_exact(kept: int, prunable: int, target: float, unit: int) -> None:
+    """RuntimeError unless the kept weights are the target's share of the prunable ones, within one unit.
+
+    unit: prunable weights in the largest unit.
+    """
+    asked = target * prunable
+    if not abs(kept - asked) <= unit + SLACK:
+        raise RuntimeError(
+            f"the density is not the target: kept {kept} of {prunable} weights ({kept / prunable:.6f}), "
+            f"asked {asked:.1f} ({target}), allowed to differ by one unit of {unit}"
+        )
+
+
+def build(
+    counts: Mapping[str, Any],
+    *,
+    target: float,
+    unit: int,
+    metrics: Mapping[str, Mapping[str, float]],
+    seed: int,
+) -> dict[str, Any]:
+    """The certificate, JSON-able, from what `count` returned.
+
+    unit: prunable weights in the largest unit. metrics: {"dense": {...}, "pruned": {...}}; a value that is no
+    finite number becomes null. Raises RuntimeError if the density is not the target (`check_exact`).
+    """
+    check_exact(counts["kept"], counts["prunable"], target, unit)
+    return {
+        "target": target,
+        "density": counts["density"],
+        "unit": unit,
+        "kept": counts["kept"],
+        "prunable": counts["prunable"],
+        "metrics": {name: _finite(values) for name, values in metrics.items()},
+        "gates": counts["gates"],
+        "tensors": counts["tensors"],
+        "masks_sha256": counts["masks_sha256"],
+        "weights_sha256": counts["weights_sha256"],
+        "seed": seed,
+        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+    }
+
+
+def write(path: Path, certificate: Mapping[str, Any]) -> None:
+    """Write the certificate as JSON; `path` is there only when it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", "utf-8")
+    os.replace(partial, path)
+
+
+def _in_name_order(
+    masks: Iterable[tuple[str, torch.Tensor | None]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The masks on the host; order and presence are the caller's duty."""
+    previous = ""
+    for name, mask in masks:
+        assert name > previous, f"masks out of name order: {name} after {previous}"
+        assert mask is not None and mask.dtype == torch.bool, f"rank 0 needs the bool mask of {name}"
+        previous = name
+        yield name, mask.detach().cpu()
+
+
+def _count_tensor(name: str, weight: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    if weight.shape != mask.shape:
+        raise RuntimeError(f"{name}: the mask is {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
+    zero = weight == 0
+    if wrong := int((~mask & ~zero).sum()):
+        raise RuntimeError(f"{name}: {wrong} pruned weights are not zero in the exported file")
+    kept = int(mask.sum())
+    return {
+        "shape": list(weight.shape),
+        "numel": weight.numel(),
+        "kept": kept,
+        "density": _share(kept, weight.numel()),
+        "zeros_kept": int((mask & zero).sum()),
+    }
+
+
+def _sum(tensors: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    kept, prunable = 0, 0
+    for name in names:
+        kept += tensors[name]["kept"]
+        prunable += tensors[name]["numel"]
+    return {"kept": kept, "prunable": prunable, "density": _share(kept, prunable)}
+
+
+def _share(kept: int, numel: int) -> float:
+    """kept / numel; nothing to prune counts as dense."""
+    return kept / numel if numel else 1.0
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _version(package: str) -> str | None:
+    """The installed version; None for a package that runs from a checkout without being installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

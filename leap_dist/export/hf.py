@@ -1,0 +1,114 @@
+"""A Hugging Face folder that `AutoModel` loads in an environment without leap_dist.
+
+The weights come tensor by tensor, as the ranks gather them, and go through transformers' own
+`save_pretrained`, so that tied weights, buffers and the config are written as transformers expects them.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from leap_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def save_model(
+    model: PreTrainedModel,
+    weights: Iterable[tuple[str, torch.Tensor | None]],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    rank: int = 0,
+) -> Path:
+    """Write `model` with the given weights to `folder`; an older export there is replaced. Returns `folder`.
+
+    weights: (parameter name, full tensor on rank 0, None on the others), in the same order on all ranks.
+    Every rank walks it to the end (it may run collectives); rank 0 copies each tensor as it comes.
+    The folder appears under its name only when it is complete.
+
+    Raises UserError if `folder` exists and is no exported model, RuntimeError if a name is not the model's.
+    """
+    if rank != 0:
+        for _ in weights:
+            pass
+        return folder
+    _refuse_foreign(folder)
+    state = _state_dict(model, weights)
+    dtype = next(iter(state.values())).dtype
+    partial = folder.with_name(f".{folder.name}.partial")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    with _no_progress_bars():
+        # names in the file are the model's own, those of the gates: no conversion to an older layout
+        model.save_pretrained(partial, state_dict=state, save_original_format=False)
+    _save_config(model, dtype, partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    _move(partial, folder)
+    return folder
+
+
+def _state_dict(
+    model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor | None]]
+) -> dict[str, torch.Tensor]:
+    """The state dict of the unsharded model: parameters, their tied aliases, persistent buffers."""
+    aliases: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name)
+    names_of = {name: names for names in aliases.values() for name in names}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in weights:
+        assert tensor is not None, f"rank 0 needs the tensor of {name}"
+        if name not in names_of:
+            raise RuntimeError(f"export: {name} is no parameter of {type(model).__name__}")
+        state.update(dict.fromkeys(names_of[name], tensor.detach().to("cpu", copy=True)))
+    buffers = {name: value for name, value in model.state_dict().items() if name not in names_of}
+    return state | buffers
+
+
+def _save_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
+    """config.json with the dtype of the file: a model trained in bf16 hands out its fp32 master weights."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: exists and holds no exported model; remove it, or choose another folder")
+
+
+def _move(partial: Path, folder: Path) -> None:
+    """Rename, with an older export put out of the way first."""
+    old = folder.with_name(f".{folder.name}.old")
+    _remove(old)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

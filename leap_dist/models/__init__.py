@@ -1,0 +1,1 @@
+"""What transformers models look like: loading, and which of their tensors can be pruned."""

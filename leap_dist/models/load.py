@@ -1,0 +1,177 @@
+"""The transformers model and tokenizer that a job names, with a head that fits the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from leap_dist.config import ModelConfig
+from leap_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from leap_dist.tasks.base import Task
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with `model.name`."""
+    from transformers import AutoTokenizer
+
+    if model.name is None:
+        raise UserError(
+            "model.from_config: has no tokenizer; give model.name, or a data.task that is builtin"
+        )
+    _check_folder(model.name)
+    with _hub_errors(model.name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(model.name)
+
+
+def load_model(model: ModelConfig, task: Task) -> PreTrainedModel:
+    """A sequence classifier in fp32 on the CPU, with `task`'s labels.
+
+    Weights that no file holds (the head; everything, for `from_config`) come from torch's global generator.
+    """
+    labels = {
+        "num_labels": task.num_labels,
+        "id2label": dict(enumerate(task.label_names)),
+        "label2id": {name: i for i, name in enumerate(task.label_names)},
+        "problem_type": task.problem,
+    }
+    if model.from_config is not None:
+        return _random_model({**model.from_config, **labels}, task)
+    assert model.name is not None
+    return _pretrained_model(model.name, labels, task)
+
+
+# ---------------------------------------------------------------------------------------------- from a config
+
+
+def _random_model(settings: dict[str, Any], task: Task) -> PreTrainedModel:
+    """A model with random weights from a transformers config object."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForSequenceClassification
+
+    config = _config_from(settings)
+    _check_size(config, task)
+    try:
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+        raise UserError(f"model.from_config: transformers refuses it: {_first_line(error)}") from error
+
+
+def _config_from(settings: dict[str, Any]) -> PreTrainedConfig:
+    """The config object; an unknown architecture or an unknown key is an error."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    rest = dict(settings)
+    kind = rest.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        near = _nearest(str(kind), list(CONFIG_MAPPING.keys()))
+        raise UserError(f'model.from_config.model_type: got "{kind}", which transformers does not know{near}')
+    default = AutoConfig.for_model(kind)
+    known = {*default.to_dict(), *default.attribute_map, "num_labels"}
+    unknown = [key for key in rest if key not in known]
+    if unknown:
+        problem = f"a {kind} config has no such key"
+        raise UserError(
+            "\n  ".join(f"model.from_config.{key}: {problem}{_nearest(key, known)}" for key in unknown)
+        )
+    try:
+        return AutoConfig.for_model(kind, **rest)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.from_config: transformers refuses it: {_first_line(error)}") from error
+
+
+# ---------------------------------------------------------------------------------------------- pretrained
+
+
+def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrainedModel:
+    """A model with weights from a folder or the hub; a head for another number of labels is made anew."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    _check_folder(name)
+    with _hub_errors(name, "model"):
+        stored = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **labels)
+    _check_size(config, task)
+    _check_weights(name)
+    with _hub_errors(name, "model"):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=stored.num_labels != task.num_labels,
+            output_loading_info=True,
+        )
+    _check_loaded(name, model, set(report["missing_keys"]))
+    return model
+
+
+@contextmanager
+def _hub_errors(name: str, what: str) -> Iterator[None]:
+    """transformers' refusals as the user's mistake: a wrong name, no network, a broken folder."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f'model.name: got "{name}"; its {what} cannot be loaded: {_first_line(error)}; '
+            "allowed: a local folder with config.json and weights, or a hub id (needs network, or its cache)"
+        ) from error
+
+
+def _check_folder(name: str) -> None:
+    """A name that can only be a path must be a folder that holds a config.json."""
+    folder = Path(name).expanduser()
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
+    if is_path and not folder.is_dir():
+        raise UserError(f'model.name: got "{name}"; there is no such folder')
+    if is_path and not (folder / "config.json").is_file():
+        raise UserError(f'model.name: got "{name}"; that folder has no config.json')
+
+
+def _check_weights(name: str) -> None:
+    """A local folder must hold weights."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
+        raise UserError(f'model.name: got "{name}"; that folder has no weights ({" or ".join(WEIGHT_FILES)})')
+
+
+def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
+    """Something below the head must have come from the files."""
+    prefix = f"{model.base_model_prefix}."
+    body = {key for key, _ in model.named_parameters() if key.startswith(prefix)}
+    if body and body <= missing:
+        kind = model.config.model_type
+        raise UserError(f'model.name: got "{name}"; none of its weights fit its config.json, a {kind} model')
+
+
+def _check_size(config: PreTrainedConfig, task: Task) -> None:
+    """The model must have a row for every token id and a position for every token of the task."""
+    text = config.get_text_config()
+    for key, needed, what in (
+        ("vocab_size", task.vocab_size, "token ids"),
+        ("max_position_embeddings", task.max_length, "tokens in its longest example"),
+    ):
+        size = getattr(text, key, None)
+        if size is not None and needed is not None and size < needed:
+            problem = f"{task.name} has {needed} {what}"
+            raise UserError(f"model: {key} is {size}; allowed: at least {needed}, {problem}")
+
+
+def _nearest(value: str, names: Any) -> str:
+    near = get_close_matches(value, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,1 @@
+"""The hot loops, each with one plain-torch definition."""

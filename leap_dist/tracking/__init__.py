@@ -1,0 +1,1 @@
+"""Where runs are recorded for comparison; the one place that imports MLflow."""

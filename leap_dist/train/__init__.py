@@ -1,0 +1,1 @@
+"""The training run: loop, evaluation, and what the user sees of it."""

@@ -1,0 +1,267 @@
+"""initialize and finalize: DeepSpeed hosts and shards the training, LEAP runs in the optimizer step."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leap_dist.config import SECTIONS, LeapConfig, parse_leap
+from leap_dist.core.counting import Counter, check_exact
+from leap_dist.core.gates import GatePlan
+from leap_dist.core.gating import MASK, SCORES, THRESHOLDS
+from leap_dist.core.optimizer import GATED, LeapAdamW
+from leap_dist.errors import UserError
+from leap_dist.models.plan import make_plan
+from leap_dist.zero.binding import find_fragments, gather, hosted_parameters, make_communicator, refresh_hosted
+from leap_dist.zero.refusals import check_engine_config
+
+PREFIX = THRESHOLDS.split(".")[0]  # the submodule that hosts the gates' parameters
+ALL_IN_ONE = 10**15  # a ZeRO-3 sub-group that is never full: one step sees all of a gate
+
+
+class LeapGates(nn.Module):
+    """The gates' own parameters, hosted by the model so that DeepSpeed shards and reports them; no forward pass."""
+
+    def __init__(self, plan: GatePlan) -> None:
+        super().__init__()
+        self.thresholds = nn.Parameter(torch.zeros(len(plan.gates)))
+        if plan.num_structured_units:
+            self.scores = nn.Parameter(torch.zeros(plan.num_structured_units))
+
+    def forward(self, hidden: Any) -> Any:
+        """Pass through: a model that is an nn.Sequential calls every child."""
+        return hidden
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | Path | Mapping[str, Any] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """As `deepspeed.initialize`, for a config that has a "leap" section; returns what it returns.
+
+    optimizer: None, or a torch.optim.AdamW whose groups' lr, betas, eps and weight_decay LEAP's optimizer takes
+    over. Without one, model_parameters may be groups with these keys; "train" in the config gives defaults.
+    "leap.total_steps" says how many optimizer steps the run has. `engine.leap` is the LeapAdamW.
+
+    Raises UserError, before anything is built, for what cannot work.
+    """
+    if model is None:
+        raise UserError("model: missing; leap_dist.initialize needs a torch.nn.Module")
+    raw = _read_config(args, config if config is not None else config_params)
+    leap = _leap_config(raw)
+    check_engine_config(raw, model, mpu, lr_scheduler, optimizer)
+    plan = make_plan(model, leap)
+    groups = _parameter_groups(model, plan, optimizer, model_parameters, raw.get("train") or {})
+    import deepspeed
+
+    gates = _host_gates(model, plan)
+    next(group for group in groups if group[GATED])["params"].extend(gates.parameters())
+    base = LeapAdamW(groups, plan, leap)
+    try:
+        engine, wrapped, loader, scheduler = deepspeed.initialize(
+            model=model,
+            optimizer=base,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            distributed_port=distributed_port,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=_engine_config(raw),
+        )
+        base.bind(find_fragments(engine), make_communicator(engine))
+    except UserError:
+        delattr(model, PREFIX)
+        raise
+    engine.leap = base
+    return engine, wrapped, loader, scheduler
+
+
+def finalize(engine: Any) -> dict[str, Any]:
+    """Settle if that has not happened, count what is left in the weights themselves, and certify it.
+
+    Returns target, density, unit, kept, prunable, gates, tensors, masks_sha256 and weights_sha256. Raises RuntimeError
+    if a pruned weight is not zero or the density is not the target within one unit. Collective.
+    """
+    settle(engine)
+    leap: LeapAdamW = engine.leap
+    counter = Counter(describe_gates(leap))
+    masks = dict.fromkeys(leap.plan.covers)
+    for name, weight in gather_weights(engine):
+        mask = next(gather(engine, [name], MASK))[1] if name in masks else None
+        counter.add(name, weight, mask)
+    count = counter.result()
+    check_exact(count["kept"], count["prunable"], leap.config.target, leap.plan.unit)
+    return {"target": leap.config.target, "unit": leap.plan.unit, **count}
+
+
+def describe_gates(leap: LeapAdamW) -> list[dict[str, Any]]:
+    """One dict a gate: name, granularity, units, kept units, and the tensors whose weights it prunes."""
+    return [
+        {
+            "name": gate.name,
+            "granularity": gate.granularity,
+            "units": gate.num_units,
+            "kept_units": kept,
+            "tensors": [part.tensor for part in gate.slices if part.counted],
+        }
+        for gate, kept in zip(leap.plan.gates, leap.kept_units, strict=True)
+    ]
+
+
+def settle(engine: Any) -> None:
+    """Make the density exact and freeze the masks if the schedule has not done so; the hosted weights follow."""
+    if not engine.leap.settled:
+        engine.leap.settle()
+        refresh_hosted(engine)
+
+
+def gather_masks(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(tensor name, bool mask in its shape, on the CPU) in name order; collective."""
+    return gather(engine, sorted(engine.leap.plan.covers), MASK)
+
+
+def gather_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the CPU) of the hosted model's state dict in name order, masked, in the parameter's dtype.
+
+    The gates' own parameters are left out. Collective.
+    """
+    trained = {name for name, _ in hosted_parameters(engine)}
+    tensors = {**dict(engine.module.named_parameters()), **persistent_buffers(engine.module)}
+    for name in sorted(tensors):
+        if name.startswith(f"{PREFIX}."):
+            continue
+        if name in trained:
+            yield name, next(gather(engine, [name]))[1].to(tensors[name].dtype)
+        else:
+            yield name, _whole_parameter(tensors[name])
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to the state dict."""
+    return {name: buffer for name, buffer in module.named_buffers() if name in module.state_dict(keep_vars=True)}
+
+
+def _whole_parameter(parameter: Any) -> Tensor:
+    """A frozen parameter in full, whatever holds it."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().cpu()
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().cpu().clone()
+
+
+# What initialize is made of
+
+
+def _read_config(args: Any, config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    if config is None:
+        config = getattr(args, "deepspeed_config", None)
+    if config is None:
+        raise UserError("config: missing; give a dict or the path of a JSON file with a \"leap\" section")
+    if isinstance(config, Mapping):
+        return dict(config)
+    try:
+        raw = json.loads(Path(config).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config: cannot read {str(config)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"config: {str(config)!r} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"config: {str(config)!r} holds a {type(raw).__name__}; it has to be a JSON object")
+    return raw
+
+
+def _leap_config(raw: Mapping[str, Any]) -> LeapConfig:
+    if "leap" not in raw:
+        raise UserError('leap: the config has no "leap" section; the least is {"target": 0.5, "total_steps": 1000}')
+    section = dict(raw["leap"]) if isinstance(raw["leap"], Mapping) else raw["leap"]
+    if isinstance(section, dict) and section.get("total_steps") is None:
+        steps = (raw.get("train") or {}).get("max_steps")
+        if steps is None:
+            raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
+        section["total_steps"] = steps
+    return parse_leap(section)
+
+
+def _engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed part of the config, with what LEAP needs."""
+    config = {key: value for key, value in raw.items() if key not in SECTIONS}
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    zero = dict(config.get("zero_optimization") or {})
+    if zero.get("stage") == 3:
+        zero["sub_group_size"] = ALL_IN_ONE
+    config["zero_optimization"] = zero
+    return config
+
+
+def _host_gates(model: nn.Module, plan: GatePlan) -> LeapGates:
+    """Hang the gates' parameters on the model, beside its own and on their device."""
+    gates = LeapGates(plan).to(next(model.parameters()).device)
+    model.add_module(PREFIX, gates)
+    hosted = {name for name, _ in model.named_parameters()}
+    assert THRESHOLDS in hosted and (SCORES in hosted) == bool(plan.num_structured_units)
+    return gates
+
+
+def _parameter_groups(
+    model: nn.Module, plan: GatePlan, optimizer: Any, model_parameters: Any, train: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The groups of LeapAdamW: the user's groups without gated tensors, then one with all of them."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    defaults = {"lr": train.get("learning_rate", 1e-3), "weight_decay": train.get("weight_decay", 0.01)}
+    plain, gated, settings = [], [], []
+    for group in _user_groups(model, optimizer, model_parameters, defaults):
+        members = [p for p in group["params"] if p.requires_grad]
+        inside = [p for p in members if names[id(p)] in plan.covers]
+        rest = [p for p in members if names[id(p)] not in plan.covers]
+        hyper = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay") if k in group}
+        if rest:
+            plain.append({"params": rest, GATED: False, **hyper})
+        gated += inside
+        counted = [p for p in inside if plan.counted(names[id(p)])]
+        settings += [hyper] if counted else []
+    missing = set(plan.covers) - {names[id(p)] for p in gated}
+    if missing:
+        raise UserError(f"model_parameters: {sorted(missing)[0]} is gated but not among them; add it, or exclude it")
+    if any(hyper != settings[0] for hyper in settings):
+        raise UserError(
+            "model_parameters: gated weights stand in groups with different hyperparameters; a gate needs "
+            "its weights in one group: give them the same lr, betas, eps and weight_decay"
+        )
+    no_decay = frozenset(names[id(p)] for p in gated if not plan.counted(names[id(p)]))
+    gated.sort(key=lambda p: not plan.counted(names[id(p)]))
+    return [{"params": gated, GATED: True, "no_decay": no_decay, **settings[0]}, *plain]
+
+
+def _user_groups(
+    model: nn.Module, optimizer: Any, model_parameters: Any, defaults: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Parameter groups as the user gave them; by default vectors (biases, norms) get no weight decay."""
+    if optimizer is not None:
+        return list(optimizer.param_groups)
+    if model_parameters is not None:
+        given = list(model_parameters)
+        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        return [{**defaults, **group, "params": list(group["params"])} for group in groups]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    vectors = [len(getattr(p, "ds_shape", p.shape)) < 2 for p in trained]
+    return [
+        {**defaults, "params": [p for p, v in zip(trained, vectors, strict=True) if not v]},
+        {**defaults, "weight_decay": 0.0, "params": [p for p, v in zip(trained, vectors, strict=True) if v]},
+    ]

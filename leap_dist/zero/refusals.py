@@ -1,0 +1,77 @@
+"""What LEAP refuses to run under, found before anything is built, and why."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from leap_dist.errors import UserError
+
+
+def check_engine_config(
+    config: Mapping[str, Any], model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: Any
+) -> None:
+    """Raise one UserError with every reason why this job cannot work."""
+    problems = [*_config_problems(config), *_object_problems(model, mpu, lr_scheduler, optimizer)]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    if "optimizer" in config:
+        yield (
+            "optimizer: LEAP's step is the optimizer (AdamW); remove the section and give lr, betas, eps and "
+            "weight_decay through optimizer=torch.optim.AdamW(...), model_parameters groups, or the train section"
+        )
+    zero = _section(config, "zero_optimization")
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        yield f"zero_optimization.stage: got {stage!r}; allowed: 0, 1, 2, 3"
+    low = [name for name in ("bf16", "fp16", "amp") if _section(config, name).get("enabled")]
+    if stage == 0 and low:
+        yield (
+            f"{low[0]}.enabled: under zero_optimization.stage 0 masters are not reachable; use stage 1, 2 or 3, "
+            f"or fp32"
+        )
+    if low == ["amp"] and stage != 0:
+        yield "amp.enabled: ZeRO and amp do not go together; use bf16 or fp16"
+    for name in ("offload_optimizer", "offload_param"):
+        if _section(zero, name).get("device") == "nvme":
+            yield f"zero_optimization.{name}.device: got 'nvme'; optimizer state has to stay in memory: use 'cpu' or drop it"
+    if float(_section(zero, "offload_optimizer").get("ratio", 1.0)) != 1.0:
+        yield "zero_optimization.offload_optimizer.ratio: the state has to be in one place; use 1.0 or drop it"
+    for name in ("zenflow", "mics_shard_size", "zero_hpz_partition_size", "zero_quantized_weights"):
+        if zero.get(name) not in (None, False, -1, 1):
+            yield f"zero_optimization.{name}: LEAP does not know this way of sharding yet; remove it"
+    for name in ("tensor_parallel", "expert_parallel", "hybrid_engine", "compression_training"):
+        if _section(config, name).get("enabled", name in config):
+            yield f"{name}: not supported together with LEAP yet; remove the section"
+    if config.get("sequence_parallel_size", 1) != 1:
+        yield "sequence_parallel_size: not supported together with LEAP yet; use 1"
+
+
+def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: Any) -> Iterator[str]:
+    if mpu is not None:
+        yield "mpu: tensor and pipeline parallel groups are not supported yet; use data parallel ranks with ZeRO"
+    if type(model).__name__ in ("PipelineModule", "DualPipeVModule"):
+        yield "model: pipeline modules are not supported yet; use data parallel ranks with ZeRO"
+    if hasattr(model, "leap"):
+        yield "model.leap: the model has an attribute of this name already; LEAP hosts its gates there"
+    if any(hasattr(p, "allreduce") and not p.allreduce for p in model.parameters()):
+        yield "model: expert parallel parameters are not supported yet"
+    if optimizer is not None and type(optimizer) is not torch.optim.AdamW:
+        kind = type(optimizer).__name__
+        yield f"optimizer: got a {kind}; LEAP steps as AdamW: pass a torch.optim.AdamW, whose settings it takes over, or none"
+    if optimizer is not None and type(optimizer) is torch.optim.AdamW and optimizer.defaults.get("amsgrad"):
+        yield "optimizer: amsgrad is not supported; pass a torch.optim.AdamW without it"
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        yield (
+            "lr_scheduler: got a scheduler that is tied to another optimizer; pass a function that makes it: "
+            "lr_scheduler=lambda optimizer: LinearLR(optimizer, ...)"
+        )
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, Mapping) else {}

@@ -1,0 +1,1 @@
+"""The tests of leap_dist; folders mirror the package."""

@@ -1,0 +1,54 @@
+"""Fixtures of all tests: rank processes, the folder of real data, and a guard on the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankPools
+
+NOT_OURS = {
+    "PYTEST_CURRENT_TEST",  # pytest's own
+    "TORCHINDUCTOR_CACHE_DIR",  # the rest is set by libraries when they are first imported: torch,
+    "PYTORCH_NVML_BASED_CUDA_CHECK",  # DeepSpeed,
+    "KMP_DUPLICATE_LIB_OK",  # scikit-learn
+    "KMP_INIT_AT_FORK",
+}
+
+os.environ["DO_NOT_TRACK"] = "1"  # MLflow and the hub report usage over the network unless told not to
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPools]:
+    """`ranks(world_size).run(function, *args, timeout=120)`: results by rank, from real processes."""
+    with RankPools() as pools:
+        yield pools
+
+
+@pytest.fixture(autouse=True)
+def _environment_unchanged() -> Iterator[None]:
+    """Fails a test that leaves environment variables changed, and puts them back for the next one."""
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    names = before.keys() | after.keys()
+    changed = sorted(name for name in names - NOT_OURS if before.get(name) != after.get(name))
+    for name in changed:
+        os.environ.pop(name, None)
+        if name in before:
+            os.environ[name] = before[name]
+    if changed:
+        pytest.fail(f"the test left environment variables changed: {', '.join(changed)}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets: $LEAP_DATA, or shared/data beside the checkout; skips without one."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("LEAP_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder: set LEAP_DATA, or put one at {beside}")
+    return folder
