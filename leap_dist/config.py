@@ -221,7 +221,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which task, and optionally local files for it."""
 
-    task: str = Field(min_length=1, description='a task name, such as "glue/sst2" or "builtin/recall"')
+    task: str = Field(min_length=1, description='a task name, such as "glue/sst2" or "builtin/clock"')
     train: str | None = Field(None, min_length=1, description="a TSV, CSV or JSONL file")
     validation: str | None = Field(None, min_length=1, description="a TSV, CSV or JSONL file")
     text: Columns | None = Field(None, min_length=1, max_length=2, description="one or two column names")
@@ -451,8 +451,10 @@ def _parse_section(cls: type[SectionT], name: str, raw: Any, problems: list[str]
 
 def _field_lines(cls: type[_Section], section: str, error: ValidationError) -> Iterable[str]:
     """One line for each field that pydantic refuses."""
+    places = [item["loc"] for item in error.errors()]
     for item in error.errors():
-        if item["type"] == "conflict":
+        inside = any(place[:-1] == item["loc"] for place in places)
+        if item["type"] == "conflict" or inside:  # an item of the field is wrong, and has a line of its own
             continue
         key = str(item["loc"][0])
         place = f"{section}.{key}" + "".join(f"[{part}]" for part in item["loc"][1:] if isinstance(part, int))

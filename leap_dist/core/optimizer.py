@@ -15,7 +15,7 @@ Latent weights, element scores, masks and moments have the flat partition's shap
 are two parameters of the hosted model, in the gated group. Fragments may be empty, uneven and cut anywhere.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -268,6 +268,32 @@ class LeapAdamW(torch.optim.Optimizer):
         self._make(keep)
         self.kept_units = list(keep)
         self.kept_weights = self._count(keep)
+
+    # Checkpoints: tensors are the optimizer's state, the rest is this
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint has to hold besides tensors, JSON-able."""
+        return {
+            "num_steps": self.num_steps,
+            "settled": self.settled,
+            "calibration": self.calibration,
+            "kept_units": self.kept_units,
+            "kept_weights": self.kept_weights,
+            "masked": self._made is not None,
+            "regulariser": self.regulariser,
+        }
+
+    @torch.no_grad()
+    def load_progress(self, saved: Mapping[str, Any]) -> None:
+        """Go on from `progress()`, after the state's tensors were put in place. Collective."""
+        self.num_steps, self.settled = saved["num_steps"], saved["settled"]
+        self.calibration, self.regulariser = saved["calibration"], dict(saved["regulariser"])
+        self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]
+        self._made = list(self.kept_units) if saved["masked"] else None
+        for state in self.state.values():
+            state["step"] = self.num_steps
+        if self._made is not None:
+            self.gating.make_masks(self._made)
 
     # Reports
 

@@ -18,7 +18,7 @@ from leap_dist.core.communicator import Communicator
 from leap_dist.ops.reference import blocks
 
 DIGIT_BITS = 8
-WIDEN = 3.0  # a bracket reaches this many times the last move of its cut to either side
+WIDEN = 4.0  # a bracket reaches this many times the last error of its prediction to either side
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,15 @@ class Bracket:
 
     middle: float = 0.0
     width: float = float("inf")
+    cut: float = 0.0
 
     def follow(self, cut: float) -> None:
-        """Centre on a new cut; the width follows the distance the cut has moved."""
-        moved = abs(cut - self.middle) if self.width != float("inf") else abs(cut) / 16 + 1e-6
-        self.width = max(WIDEN * moved, 0.5 * min(self.width, 1e6), 1e-7)
-        self.middle = cut
+        """Expect the cut to move on as it has moved; the width follows the error of the last expectation."""
+        error = abs(cut - self.middle)
+        known = self.width != float("inf")
+        self.width = max(WIDEN * error, 0.5 * self.width, 1e-7) if known else abs(cut) / 16 + 1e-6
+        self.middle = 2 * cut - self.cut if known else cut
+        self.cut = cut
 
 
 class Selector:

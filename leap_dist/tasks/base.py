@@ -49,7 +49,9 @@ class TokenTable(Sequence[Example]):
     Every column of `columns` (input_ids, attention_mask, ...) holds one list of ids for each label.
     """
 
-    def __init__(self, columns: Mapping[str, Sequence[Sequence[int]]], labels: Sequence[float]) -> None:
+    def __init__(
+        self, columns: Mapping[str, Sequence[Sequence[int]] | np.ndarray], labels: Sequence[float]
+    ) -> None:
         lengths = [len(ids) for ids in next(iter(columns.values()))]
         self.starts = np.cumsum([0, *lengths])
         self.columns = {
@@ -102,3 +104,18 @@ class Collator:
 
 def _padded(values: Sequence[int], length: int, fill: int) -> list[int]:
     return [*values, *[fill] * (length - len(values))]
+
+
+def make_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
+    """The named metrics; `update(preds, target)` takes class ids, or raw scores for the correlations."""
+    from torchmetrics import MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+    from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
+
+    make: dict[str, Callable[[], Any]] = {
+        "accuracy": lambda: MulticlassAccuracy(num_labels, average="micro"),
+        "f1": BinaryF1Score,
+        "matthews": lambda: MulticlassMatthewsCorrCoef(num_labels),
+        "pearson": PearsonCorrCoef,
+        "spearman": SpearmanCorrCoef,
+    }
+    return MetricCollection({name: make[name]() for name in names})

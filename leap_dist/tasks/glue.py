@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,16 +15,19 @@ import torch
 
 from leap_dist.config import DataConfig
 from leap_dist.errors import UserError
-from leap_dist.tasks.base import Collator, Problem, Task, TokenTable
+from leap_dist.tasks.base import Collator, Problem, Task, TokenTable, make_metrics
 
 if TYPE_CHECKING:
-    from torchmetrics import MetricCollection
     from transformers import PreTrainedTokenizerBase
 
 HUB_DATASET = "nyu-mll/glue"
 SUFFIXES = (".tsv", ".txt", ".csv", ".jsonl")
 TOKENIZE_ROWS = 1000
 """Rows that the tokenizer sees at once: bounds the memory of its answer."""
+
+
+Row = tuple[int, dict[str, Any]]
+"""Line number and cells by column."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _build(
         train=splits.pop(""),
         validation=splits,
         collate=Collator(tokenizer.pad_token_id, torch.int64 if label_names else torch.float32),
-        metrics=lambda: _metrics(metric_names, len(label_names)),
+        metrics=lambda: make_metrics(metric_names, len(label_names)),
         primary=metric_names[0],
         problem=problem,
         label_names=label_names or ("score",),
@@ -124,21 +127,6 @@ def _tokenize(
         for key, rows in encoded.items():
             columns.setdefault(key, []).extend(rows)
     return TokenTable(columns, labels)
-
-
-def _metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
-    """The named metrics; `update(preds, target)` takes class ids, or raw scores for the correlations."""
-    from torchmetrics import MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
-    from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
-
-    make: dict[str, Callable[[], Any]] = {
-        "accuracy": lambda: MulticlassAccuracy(num_labels, average="micro"),
-        "f1": BinaryF1Score,
-        "matthews": lambda: MulticlassMatthewsCorrCoef(num_labels),
-        "pearson": PearsonCorrCoef,
-        "spearman": SpearmanCorrCoef,
-    }
-    return MetricCollection({name: make[name]() for name in names})
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -286,15 +274,15 @@ def _cell(file: Path, line: int, row: dict[str, Any], key: str, column: str) -> 
     return row[column]
 
 
-def _read_tsv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_tsv(file: Path) -> Iterator[Row]:
     yield from _read_delimited(file, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(file: Path) -> Iterator[Row]:
     yield from _read_delimited(file, delimiter=",", quoting=csv.QUOTE_MINIMAL)
 
 
-def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[Row]:
     """(line number, row) of a file with a header; a short row lacks values (None), a long one is cut."""
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, quoting=quoting)
@@ -305,7 +293,7 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Itera
                 yield reader.line_num, dict(zip(header, padded, strict=False))
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(file: Path) -> Iterator[Row]:
     """(line number, object) of a file with one JSON object a line."""
     with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):

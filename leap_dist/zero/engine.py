@@ -93,8 +93,8 @@ def initialize(
 def finalize(engine: Any) -> dict[str, Any]:
     """Settle if that has not happened, count what is left in the weights themselves, and certify it.
 
-    Returns target, density, unit, kept, prunable, gates, tensors, masks_sha256 and weights_sha256. Raises RuntimeError
-    if a pruned weight is not zero or the density is not the target within one unit. Collective.
+    Returns target, density, unit, kept, prunable, gates, tensors, masks_sha256, and weights_sha256 over the model's
+    parameters (core/counting.py says how both are made). Raises RuntimeError if a pruned weight is not zero or the density is not the target within one unit. Collective.
     """
     settle(engine)
     leap: LeapAdamW = engine.leap
@@ -135,24 +135,18 @@ def gather_masks(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def gather_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor on the CPU) of the hosted model's state dict in name order, masked, in the parameter's dtype.
+    """(name, tensor on the CPU) of the hosted model's parameters in name order, masked, in the parameter's dtype.
 
     The gates' own parameters are left out. Collective.
     """
     trained = {name for name, _ in hosted_parameters(engine)}
-    tensors = {**dict(engine.module.named_parameters()), **persistent_buffers(engine.module)}
-    for name in sorted(tensors):
+    for name, parameter in sorted(engine.module.named_parameters(), key=lambda item: item[0]):
         if name.startswith(f"{PREFIX}."):
             continue
         if name in trained:
-            yield name, next(gather(engine, [name]))[1].to(tensors[name].dtype)
+            yield name, next(gather(engine, [name]))[1].to(parameter.dtype)
         else:
-            yield name, _whole_parameter(tensors[name])
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to the state dict."""
-    return {name: buffer for name, buffer in module.named_buffers() if name in module.state_dict(keep_vars=True)}
+            yield name, _whole_parameter(parameter)
 
 
 def _whole_parameter(parameter: Any) -> Tensor:

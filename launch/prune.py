@@ -1,0 +1,53 @@
+"""Prune one model: deepspeed launch/prune.py --config ds_leap.json [--set leap.target=0.05] [--output DIR] [--resume]
+
+Exit codes: 0 done; 2 a mistake in the config, the data or the call; 1 a fault of ours.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from leap_dist.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; --local_rank is added by DeepSpeed's launcher."""
+    parser = argparse.ArgumentParser(
+        description="Prune a transformer while it trains, to an exact density.",
+        epilog="Exit codes: 0 done; 2 a mistake in the config, the data or the call; 1 a fault of ours.",
+    )
+    parser.add_argument("--config", required=True, help="job file, or the name of one in configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key; repeatable")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: outputs/<config name>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, run, report; the exit code."""
+    arguments = parse_arguments()
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        from leap_dist.config import load_job
+
+        config = load_job(arguments.config, arguments.set)
+        from leap_dist.train.loop import run_job
+        from leap_dist.zero.ranks import start_ranks, stop_ranks
+
+        output = arguments.output or Path("outputs") / Path(arguments.config).stem
+        ranks = start_ranks()
+        try:
+            run_job(config, output, arguments.resume, ranks)
+        finally:
+            stop_ranks()
+    except UserError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

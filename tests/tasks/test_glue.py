@@ -1,0 +1,284 @@
+"""GLUE tasks from the hub's layout and from local files; every mistake in the data gives one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leap_dist.config import DataConfig
+from leap_dist.errors import UserError
+from leap_dist.tasks import load_task, needs_tokenizer
+from leap_dist.tasks.glue import GLUE, LOCAL
+
+DATA = Path(os.environ.get("LEAP_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
+WORDS = "a b c d good bad film plot".split()
+GOOD = "sentence\tlabel\na good film\t1\na bad plot\t0\n"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A word-level BERT tokenizer over a few words: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, words from 4."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[..., DataConfig]:
+    """Writes train and validation files and gives the data section that names them."""
+
+    def make(train: str, validation: str | None = None, suffix: str = ".tsv", **settings: Any) -> DataConfig:
+        paths = []
+        for name, text in (("train", train), ("dev", train if validation is None else validation)):
+            path = tmp_path / f"{name}{suffix}"
+            path.write_bytes(text.encode())
+            paths.append(str(path))
+        return DataConfig(**{"task": "glue/sst2", "train": paths[0], "validation": paths[1], **settings})
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def test_tsv_is_unquoted_and_may_start_with_a_bom(files: Any, tokenizer: Any) -> None:
+    task = load_task(files('\ufeffsentence\tlabel\n"a good film\t1\r\na "bad" plot\t0\n'), tokenizer)
+    assert [example["labels"] for example in task.train] == [1, 0]
+    assert task.train[0]["input_ids"] == [2, 1, 4, 8, 10, 3]
+    assert (task.num_labels, task.label_names, task.primary) == (2, ("negative", "positive"), "accuracy")
+    assert (task.vocab_size, task.max_length) == (12, 7)
+
+
+def test_csv_is_quoted(files: Any, tokenizer: Any) -> None:
+    data = files('label,sentence\n1,"a, good film"\n0,"bad\nplot"\n', suffix=".csv")
+    assert [len(example["input_ids"]) for example in load_task(data, tokenizer).train] == [6, 4]
+
+
+def test_jsonl_labels_may_be_numbers(files: Any, tokenizer: Any) -> None:
+    rows = [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": 0.0}]
+    data = files("\n".join(map(json.dumps, rows)) + "\n\n", suffix=".jsonl")
+    assert [example["labels"] for example in load_task(data, tokenizer).train] == [1, 0]
+
+
+def test_pairs_get_two_segments_and_are_cut(files: Any, tokenizer: Any) -> None:
+    text = "one\ttwo\ty\na b c d\tgood bad\t1\na\tb\t0\n"
+    data = files(text, task="glue/qqp", text=("one", "two"), label="y", max_length=8)
+    task = load_task(data, tokenizer)
+    assert task.train[0]["input_ids"] == [2, 4, 5, 6, 3, 8, 9, 3]
+    assert task.train[0]["token_type_ids"] == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert task.collate(task.train[:2])["attention_mask"].tolist() == [[1] * 8, [1] * 5 + [0] * 3]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "ids", "names"),
+    [
+        (LOCAL, ["b", "a", "c"], [1, 0, 2], ("a", "b", "c")),
+        (LOCAL, ["2", "0", "1"], [2, 0, 1], ("0", "1", "2")),
+        (LOCAL, ["10", "9", "11"], [1, 0, 2], ("9", "10", "11")),
+        ("glue/sst2", ["up", "down", "up"], [1, 0, 1], ("down", "up")),
+        ("glue/wnli", ["entailment", "not_entailment", "entailment"], [1, 0, 1], ("not_entailment", "entailment")),
+    ],
+)
+def test_how_labels_are_numbered(
+    files: Any, tokenizer: Any, task: str, labels: list[str], ids: list[int], names: tuple[str, ...]
+) -> None:
+    text = "s\tlabel\n" + "".join(f"a\t{label}\n" for label in labels)
+    loaded = load_task(files(text, task=task, text="s"), tokenizer)
+    assert [example["labels"] for example in loaded.train] == ids
+    assert loaded.label_names == names
+
+
+def test_stsb_is_a_regression(files: Any, tokenizer: Any) -> None:
+    text = "sentence1\tsentence2\tlabel\na\tb\t3.8\nc\td\t0\na\tc\t5\n"
+    task = load_task(files(text, task="glue/stsb"), tokenizer)
+    assert (task.problem, task.num_labels, task.primary) == ("regression", 1, "spearman")
+    batch = task.collate(task.train[:3])
+    assert batch["labels"].dtype == torch.float32
+    metrics = task.metrics()
+    metrics.update(torch.tensor([3.0, 0.1, 4.0]), batch["labels"])
+    assert metrics.compute()["spearman"] == pytest.approx(1.0)
+    assert metrics.compute()["pearson"] == pytest.approx(0.9957, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ the hub's layout
+
+
+def hub_rows(name: str) -> dict[str, list[Any]]:
+    known = GLUE[name]
+    labels: list[Any] = list(range(len(known.label_names))) or [0.5, 4.0]
+    return {**{column: ["a good film"] * len(labels) for column in known.text}, "label": labels}
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_every_glue_task_loads_from_the_hub_layout(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    splits = ("train", *GLUE[name].validation)
+    made = datasets.DatasetDict({split: datasets.Dataset.from_dict(hub_rows(name)) for split in splits})
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or made)
+    task = load_task(DataConfig(task=name), tokenizer)
+    assert asked == [("nyu-mll/glue", name.removeprefix("glue/"))]
+    assert tuple(task.validation) == GLUE[name].validation
+    assert [example["labels"] for example in task.train] == hub_rows(name)["label"]
+    assert task.num_labels == (len(GLUE[name].label_names) or 1)
+
+
+def test_names_and_metrics_are_pinned() -> None:
+    assert {name: known.metrics for name, known in GLUE.items()} == {
+        "glue/cola": ("matthews", "accuracy"),
+        "glue/sst2": ("accuracy",),
+        "glue/mrpc": ("accuracy", "f1"),
+        "glue/qqp": ("accuracy", "f1"),
+        "glue/stsb": ("spearman", "pearson"),
+        "glue/mnli": ("accuracy",),
+        "glue/qnli": ("accuracy",),
+        "glue/rte": ("accuracy",),
+        "glue/wnli": ("accuracy",),
+    }
+
+
+def test_metric_values(files: Any, tokenizer: Any) -> None:
+    """Five predictions by hand: 2 true positives, 1 true negative, 1 false of each kind."""
+    preds, target = torch.tensor([1, 1, 0, 1, 0]), torch.tensor([1, 1, 0, 0, 1])
+    values = {}
+    for name, text in (("glue/cola", "sentence"), ("glue/mrpc", ("sentence1", "sentence2"))):
+        data = files("sentence\tsentence1\tsentence2\tlabel\na\ta\ta\t0\nb\tb\tb\t1\n", task=name, text=text)
+        metrics = load_task(data, tokenizer).metrics()
+        metrics.update(preds, target)
+        values |= {key: float(value) for key, value in metrics.compute().items()}
+    assert values == pytest.approx({"matthews": 1 / 6, "accuracy": 0.6, "f1": 2 / 3}, abs=1e-6)
+
+
+def test_hub_out_of_reach(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r'data\.task: "glue/rte" could not be loaded .*no route.*give local files'):
+        load_task(DataConfig(task="glue/rte"), tokenizer)
+
+
+# ------------------------------------------------------------------------------------------ refused
+
+REFUSED = {
+    "label column": (
+        {"label": "labell"},
+        GOOD,
+        r'data\.label: got "labell", which is not a column of .*train\.tsv; allowed: sentence, label',
+    ),
+    "text column": ({"text": "text"}, GOOD, r'data\.text: got "text", which is not a column'),
+    "no rows": ({}, "sentence\tlabel\n", r"data\.train: .*train\.tsv: no examples in it"),
+    "empty file": ({}, "", r"data\.train: .*train\.tsv: no examples in it"),
+    "short row": ({}, GOOD + "alone\n", r'train\.tsv: line 4: nothing in column "label"'),
+    "label out of range": ({}, GOOD + "a\t2\n", r"train\.tsv: row 3: label: got '2'; allowed: 0, 1"),
+    "one class": ({"task": LOCAL, "text": "sentence"}, "sentence\tlabel\na\tx\n", r"got 1 different labels \(x\)"),
+    "too many classes": ({}, "sentence\tlabel\na\tx\na\ty\na\tz\n", r"got 3 different labels .*allowed: 2"),
+    "no text named": ({"task": LOCAL}, GOOD, r"data\.text: missing; text/classification needs"),
+    "score": (
+        {"task": "glue/stsb", "text": "sentence"},
+        "sentence\tlabel\na\t5.1\n",
+        r"row 1: label: got '5\.1'; allowed: a number from 0 to 5",
+    ),
+    "score in words": (
+        {"task": "glue/stsb", "text": "sentence"},
+        "sentence\tlabel\na\thigh\n",
+        r"row 1: label: got 'high'; allowed: a number",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "text", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(files: Any, tokenizer: Any, settings: dict[str, Any], text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_task(files(text, **settings), tokenizer)
+
+
+def test_a_label_that_train_does_not_have(files: Any, tokenizer: Any) -> None:
+    data = files("s\ty\na\tx\nb\tz\n", "s\ty\na\tw\n", task=LOCAL, text="s", label="y")
+    with pytest.raises(UserError, match=r"dev\.tsv: row 1: label: got 'w'; allowed: x, z"):
+        load_task(data, tokenizer)
+
+
+def test_a_file_that_is_not_there(files: Any, tokenizer: Any) -> None:
+    data = files(GOOD).model_copy(update={"validation": "nowhere.tsv"})
+    with pytest.raises(UserError, match=r"data\.validation: got nowhere\.tsv; there is no such file"):
+        load_task(data, tokenizer)
+
+
+def test_a_file_of_another_kind(files: Any, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.train: got .*train\.xml; allowed: a file that ends in \.tsv"):
+        load_task(files(GOOD, suffix=".xml"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{\n", r"data\.train: .*cannot be read"), ("[1]\n", r"line 1: got \[1\]; allowed: a JSON object")],
+)
+def test_broken_jsonl(files: Any, tokenizer: Any, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_task(files(text, suffix=".jsonl"), tokenizer)
+
+
+def test_a_file_that_is_not_text(files: Any, tokenizer: Any) -> None:
+    data = files(GOOD)
+    Path(data.train).write_bytes(b"sentence\tlabel\n\xff\t1\n")
+    with pytest.raises(UserError, match=r"data\.train: .*not UTF-8 text"):
+        load_task(data, tokenizer)
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(UserError, match=r'data\.task: got "glue/sst-2"; allowed: .*did you mean glue/sst2'):
+        needs_tokenizer("glue/sst-2")
+
+
+def test_text_without_a_tokenizer() -> None:
+    with pytest.raises(UserError, match=r'data\.task: got "glue/sst2", a text task; it needs a model with a tokenizer'):
+        load_task(DataConfig(task="glue/sst2"), None)
+
+
+def test_local_task_without_files(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.train: missing; text/classification reads local files"):
+        load_task(DataConfig(task=LOCAL), tokenizer)
+
+
+def test_a_tokenizer_that_cannot_pad(files: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tokenizer), "pad_token_id", None)
+    with pytest.raises(UserError, match=r"model\.name: its tokenizer has no padding token"):
+        load_task(files(GOOD), tokenizer)
+
+
+# ------------------------------------------------------------------------------------------ real text
+
+
+@pytest.mark.skipif(not (DATA / "sst2").is_dir(), reason="no SST-2: set LEAP_DATA to the folder of real data")
+def test_sst2_whole(tokenizer: Any) -> None:
+    train, dev = str(DATA / "sst2" / "train.tsv"), str(DATA / "sst2" / "dev.tsv")
+    task = load_task(DataConfig(task="glue/sst2", train=train, validation=dev, max_length=64), tokenizer)
+    dev_labels = [example["labels"] for example in task.validation["validation"]]
+    assert (len(task.train), len(dev_labels), sum(dev_labels)) == (67349, 872, 444)
+    assert sum(task.train[i]["labels"] for i in range(67349)) == 37569
+
+
+@pytest.mark.skipif(not (DATA / "mrpc").is_dir(), reason="no MRPC: set LEAP_DATA to the folder of real data")
+def test_mrpc_with_a_bom_and_literal_quotes(tokenizer: Any) -> None:
+    train, dev = (str(DATA / "mrpc" / f"msr_paraphrase_{name}.txt") for name in ("train", "test"))
+    columns = ("#1 String", "#2 String")
+    data = DataConfig(task="glue/mrpc", train=train, validation=dev, text=columns, label="Quality")
+    task = load_task(data, tokenizer)
+    assert (len(task.train), len(task.validation["validation"])) == (4076, 1725)

@@ -1,0 +1,307 @@
+"""The job file: what is accepted, and that every problem is reported, once, in one error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from leap_dist import config
+from leap_dist.config import JobConfig, LeapConfig, load_job, parse_job, parse_leap
+from leap_dist.errors import UserError
+
+CONFIGS = sorted(config.CONFIG_FOLDER.glob("*.json"))
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    """A small valid job with some top-level keys replaced; None removes one."""
+    raw: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "model": {"name": "bert-base-uncased"},
+        "data": {"task": "glue/sst2"},
+        "train": {"epochs": 3},
+        "leap": {"target": 0.1},
+        **changes,
+    }
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "job.json"
+    file.write_text(text, "utf-8")
+    return file
+
+
+# ------------------------------------------------------------------------------------------ accepted
+
+
+def test_defaults_of_leap_are_pinned() -> None:
+    defaults = parse_leap({"target": 0.25}).model_dump()
+    assert {key: defaults[key] for key in ("target", "gates", "rule", "control", "temperature")} == {
+        "target": 0.25,
+        "gates": ("element",),
+        "rule": "leap",
+        "control": "projected",
+        "temperature": 32.0,
+    }
+    assert set(defaults) == {
+        "target", "gates", "rule", "control", "temperature", "score_init", "score_learning_rate",
+        "threshold_learning_rate", "lambda_max", "lambda_min", "dense_fraction", "settle_fraction",
+        "include", "exclude", "total_steps",
+    }  # fmt: skip
+
+
+def test_resolved_is_json_and_parses_to_the_same_job() -> None:
+    gates = ["element", "block:16x8"]
+    parsed = parse_job(
+        job(bf16={"enabled": True}, leap={"target": 1, "gates": gates, "include": "re:.*weight"})
+    )
+    resolved = json.loads(json.dumps(parsed.resolved()))
+    assert parse_job(resolved) == parsed
+    assert resolved["bf16"] == {"enabled": True}
+    assert resolved["leap"]["temperature"] == 32.0
+    assert resolved["train"]["max_steps"] is None
+
+
+def test_resolved_is_a_copy() -> None:
+    parsed = parse_job(job(zero_optimization={"stage": 2}))
+    parsed.resolved()["zero_optimization"]["stage"] = 3
+    assert parsed.deepspeed["zero_optimization"] == {"stage": 2}
+
+
+def test_every_deepspeed_key_is_accepted_and_kept() -> None:
+    extra = {key: {} for key in config.DEEPSPEED_KEYS if key not in ("optimizer", "zero_optimization")}
+    extra["train_micro_batch_size_per_gpu"] = 8  # type: ignore[assignment]
+    assert parse_job(job(**extra)).deepspeed == extra
+
+
+@pytest.mark.parametrize("gate", ["element", "row", "column", "block:1x1", "block:32x16"])
+def test_one_gate_may_be_a_plain_string(gate: str) -> None:
+    assert parse_leap({"target": 0.5, "gates": gate}).gates == (gate,)
+
+
+def test_jobs_are_frozen() -> None:
+    parsed = parse_job(job())
+    with pytest.raises(ValidationError, match="frozen"):
+        parsed.leap.target = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_file_in_configs_is_valid(file: Path) -> None:
+    assert isinstance(load_job(file.stem), JobConfig)
+
+
+# ------------------------------------------------------------------------------------------ refused
+
+REFUSED = {
+    "target zero": ({"leap": {"target": 0}}, r"leap\.target: got 0; allowed: a number, 0 < target <= 1"),
+    "target above one": ({"leap": {"target": 1.5}}, r"leap\.target: got 1\.5; allowed"),
+    "target in words": ({"leap": {"target": "ten"}}, r'leap\.target: got "ten"; allowed'),
+    "target as a string": ({"leap": {"target": "0.5"}}, r'leap\.target: got "0\.5"; allowed'),
+    "target not a number": ({"leap": {"target": float("nan")}}, r"leap\.target: got NaN; allowed"),
+    "no target": ({"leap": {}}, r"leap\.target: missing; allowed"),
+    "no leap": ({"leap": None}, r"leap\.target: missing"),
+    "unknown key": (
+        {"leap": {"target": 0.1, "temprature": 3}},
+        r"leap\.temprature: got 3, unknown key; .*did you mean leap\.temperature\?",
+    ),
+    "key of another section": (
+        {"leap": {"target": 0.1, "learning_rate": 3}},
+        r"leap\.learning_rate: .*did you mean train\.learning_rate\?",
+    ),
+    "unknown section": ({"laep": {}}, r"laep: got \{\}, unknown key; .*did you mean leap\?"),
+    "key without its section": ({"target": 0.1}, r"target: .*did you mean leap\.target\?"),
+    "DeepSpeed key misspelt": (
+        {"gradient_cliping": 1.0},
+        r"gradient_cliping: .*did you mean gradient_clipping\?",
+    ),
+    "unknown gate": (
+        {"leap": {"target": 0.1, "gates": ["row", "colum"]}},
+        r'leap\.gates\[1\]: got "colum"; allowed: one or more of element, row, column, block:RxC; did you mean column',
+    ),
+    "block without a size": (
+        {"leap": {"target": 0.1, "gates": "block:0x4"}},
+        r'leap\.gates\[0\]: got "block:0x4"',
+    ),
+    "a gate twice": ({"leap": {"target": 0.1, "gates": ["row", "row"]}}, r"leap\.gates: .*may stand once"),
+    "no gate": ({"leap": {"target": 0.1, "gates": []}}, r"leap\.gates: got \[\]; allowed: one or more"),
+    "unknown rule": (
+        {"leap": {"target": 0.1, "rule": "leep"}},
+        r'leap\.rule: got "leep"; .*did you mean leap\?',
+    ),
+    "broken pattern": (
+        {"leap": {"target": 0.1, "include": ["re:("]}},
+        r"leap\.include\[0\]: .*not a regular exp",
+    ),
+    "negative rate": (
+        {"leap": {"target": 0.1, "threshold_learning_rate": -1}},
+        r'leap\.threshold_learning_rate: got -1; allowed: a number > 0, or "auto"',
+    ),
+    "lambdas crossed": (
+        {"leap": {"target": 0.1, "lambda_min": 20, "lambda_max": 10}},
+        r"leap\.lambda_min: got 20; allowed: at most lambda_max, which is 10",
+    ),
+    "no step left to prune": (
+        {"leap": {"target": 0.1, "dense_fraction": 0.8}},
+        r"leap\.dense_fraction: got 0\.8; allowed: dense_fraction \+ settle_fraction < 1, and settle_fraction is 0\.2",
+    ),
+    "too few steps": (
+        {"leap": {"target": 0.1, "total_steps": 9}},
+        r"leap\.total_steps: got 9; allowed: an integer >= 10",
+    ),
+    "two lengths": (
+        {"leap": {"target": 0.1, "total_steps": 20}, "train": {"max_steps": 30}},
+        r"leap\.total_steps: got 20; allowed: train\.max_steps, which is 30",
+    ),
+    "no model": ({"model": None}, r"model: got neither of name and from_config; allowed: exactly one"),
+    "two models": (
+        {"model": {"name": "x", "from_config": {"model_type": "bert"}}},
+        r"model: got both of name and from_config; allowed: exactly one",
+    ),
+    "no architecture": ({"model": {"from_config": {}}}, r"model\.from_config\.model_type: got nothing"),
+    "no length": ({"train": {}}, r"train: got neither of epochs and max_steps"),
+    "a truth for an integer": (
+        {"train": {"max_steps": True}},
+        r"train\.max_steps: got true; allowed: an integer",
+    ),
+    "a float for an integer": (
+        {"train": {"max_steps": 5.0}},
+        r"train\.max_steps: got 5\.0; allowed: an integer",
+    ),
+    "one file": (
+        {"data": {"task": "glue/sst2", "train": "a.tsv"}},
+        r"data\.validation: missing; local files come in pairs",
+    ),
+    "columns without files": (
+        {"data": {"task": "glue/sst2", "label": "y"}},
+        r'data\.label: got "y"; columns are for local files',
+    ),
+    "files for a builtin task": (
+        {"data": {"task": "builtin/clock", "train": "a.tsv"}},
+        r'data\.train: got "a\.tsv"; a builtin task generates its data',
+    ),
+    "three text columns": (
+        {"data": {"task": "glue/sst2", "train": "a.tsv", "validation": "b.tsv", "text": ["a", "b", "c"]}},
+        r"data\.text: got .*; allowed: one or two column names",
+    ),
+    "section is not an object": (
+        {"tracking": 3},
+        r"tracking: got 3; allowed: a JSON object with keys mlflow_uri",
+    ),
+    "an optimizer": ({"optimizer": {"type": "AdamW"}}, r"optimizer: got .*LEAP is the optimizer: remove it"),
+    "no batch size": (
+        {"train_micro_batch_size_per_gpu": None},
+        r"train_micro_batch_size_per_gpu: missing; allowed: an integer >= 1",
+    ),
+    "batch size zero": (
+        {"train_micro_batch_size_per_gpu": 0},
+        r"train_micro_batch_size_per_gpu: got 0; allowed",
+    ),
+    "stage five": (
+        {"zero_optimization": {"stage": 5}},
+        r"zero_optimization\.stage: got 5; allowed: 0, 1, 2 or 3",
+    ),
+    "stage as a truth": ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage: got true"),
+    "ZeRO is not an object": ({"zero_optimization": 2}, r"zero_optimization: got 2; allowed: a JSON object"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_job(job(**changes), "here.json")
+    assert str(caught.value).startswith("here.json: 1 problem\n")
+
+
+def test_every_problem_is_in_one_error() -> None:
+    raw = job(
+        laep={}, zero_optimization={"stage": 5}, train={"epochs": "3"}, leap={"target": "ten", "gates": "ro"}
+    )
+    with pytest.raises(UserError, match="config: 5 problems") as caught:
+        parse_job(raw)
+    keys = [line.strip().split(":")[0] for line in str(caught.value).splitlines()[1:]]
+    assert keys == ["laep", "zero_optimization.stage", "train.epochs", "leap.target", "leap.gates[0]"]
+
+
+def test_a_job_is_an_object() -> None:
+    with pytest.raises(UserError, match=r"config: got \[1\]; allowed: a JSON object"):
+        parse_job([1])  # type: ignore[arg-type]
+
+
+def test_parse_leap_names_the_section() -> None:
+    with pytest.raises(UserError, match=r"leap: 1 problem\n  leap\.target: got 2"):
+        parse_leap({"target": 2})
+
+
+def test_conflicts_hold_for_a_section_built_in_code() -> None:
+    with pytest.raises(ValidationError, match=r"dense_fraction \+ settle_fraction < 1"):
+        LeapConfig(target=0.1, dense_fraction=0.9)
+
+
+# ------------------------------------------------------------------------------------------ files and overrides
+
+
+def test_overrides_are_json_or_plain_strings(tmp_path: Path) -> None:
+    file = write(tmp_path, json.dumps(job()))
+    overrides = [
+        "leap.target=0.05",
+        "leap.gates=row",
+        "zero_optimization.stage=3",
+        "tracking.mlflow_uri=null",
+    ]
+    parsed = load_job(file, overrides)
+    assert (parsed.leap.target, parsed.leap.gates) == (0.05, ("row",))
+    assert parsed.deepspeed["zero_optimization"] == {"stage": 3}
+    assert parsed.tracking.mlflow_uri is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("leap.target", r'override: got "leap\.target"; allowed: section\.key=value'),
+        (".target=1", r'override: got "\.target=1"; allowed: section\.key=value'),
+        ("leap.target.x=1", r"leap\.target holds 0\.1, which has no keys"),
+        ("leap.target=ten", r'leap\.target: got "ten"'),
+        ("leap.targte=0.1", r"leap\.targte: got 0\.1, unknown key; .*did you mean leap\.target\?"),
+    ],
+)
+def test_refused_override(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_job(write(tmp_path, json.dumps(job())), [override])
+
+
+def test_a_bare_name_is_looked_up_in_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "CONFIG_FOLDER", tmp_path)
+    write(tmp_path, json.dumps(job()))
+    assert load_job("job") == load_job("job.json") == load_job(tmp_path / "job.json")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "CONFIG_FOLDER", tmp_path)
+    write(tmp_path, "{}")
+    with pytest.raises(UserError, match=r"config: no file jbo\.json; .*did you mean job\.json\?"):
+        load_job("jbo.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"leap": }', r"job\.json: not JSON: line 1, column 10"),
+        ("[1]", r"job\.json: got \[1\]; allowed: a JSON object"),
+        ('{"a": 1, "a": 2}', r"job\.json: the same key stands twice: a"),
+        ('{"a": NaN}', r"job\.json: NaN is not JSON"),
+    ],
+)
+def test_a_file_that_is_not_a_config(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_job(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(UserError, match=r"not UTF-8 text: .* at byte 7"):
+        load_job(file)
