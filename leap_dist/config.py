@@ -149,36 +149,38 @@ class LeapConfig(_Section):
 
     target: float = Field(gt=0, le=1, description="a number, 0 < target <= 1")
     """Density to reach: kept prunable weights / prunable weights."""
-    gates: Gates = Field(("element",), min_length=1, description=f"one or more of {', '.join(GATE_NAMES)}")
+    gates: Gates = Field(
+        default=("element",), min_length=1, description=f"one or more of {', '.join(GATE_NAMES)}"
+    )
     """Granularities; with several, a weight is kept only if each of them keeps it."""
     rule: Literal["leap", "movement", "magnitude"] = Field(
-        "leap", description='"leap", "movement" or "magnitude"'
+        default="leap", description='"leap", "movement" or "magnitude"'
     )
     """"leap" learns scores and thresholds; the other two follow a cubic schedule by hand."""
-    control: Literal["projected", "paper"] = Field("projected", description='"projected" or "paper"')
+    control: Literal["projected", "paper"] = Field(default="projected", description='"projected" or "paper"')
     """How rule "leap" holds the level: an exact projection per step, or the published regulariser."""
-    temperature: float = Field(32.0, gt=0, description="a number > 0")
+    temperature: float = Field(default=32.0, gt=0, description="a number > 0")
     """T in the keep ratio sigmoid(sigma / T)."""
-    score_init: Literal["magnitude", "zero"] = Field("magnitude", description='"magnitude" or "zero"')
+    score_init: Literal["magnitude", "zero"] = Field(default="magnitude", description='"magnitude" or "zero"')
     """Scores start at |W| / mean |W|, or at 0 as published."""
-    score_learning_rate: float = Field(1e-2, gt=0, description="a number > 0")
+    score_learning_rate: float = Field(default=1e-2, gt=0, description="a number > 0")
     threshold_learning_rate: PositiveFloat | Literal["auto"] = Field(
-        "auto", description='a number > 0, or "auto"'
+        default="auto", description='a number > 0, or "auto"'
     )
     """"auto": derived from the distance to the target and the length of the prune phase."""
-    lambda_max: PositiveFloat | Literal["auto"] = Field("auto", description='a number > 0, or "auto"')
-    """Largest weight of the regulariser (control "paper" only); "auto" measures it against the task's gradient."""
-    lambda_min: float = Field(10.0, ge=0, description="a number >= 0, at most lambda_max")
+    lambda_max: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
+    """Largest weight of the regulariser (control "paper" only); "auto": measured on the task's gradient."""
+    lambda_min: float = Field(default=10.0, ge=0, description="a number >= 0, at most lambda_max")
     """Smallest weight of the regulariser (control "paper" with a number for lambda_max only)."""
-    dense_fraction: float = Field(0.05, ge=0, lt=1, description="a number, 0 <= f < 1")
+    dense_fraction: float = Field(default=0.05, ge=0, lt=1, description="a number, 0 <= f < 1")
     """First part of the steps, in which nothing is pruned."""
-    settle_fraction: float = Field(0.2, gt=0, lt=1, description="a number, 0 < f < 1")
+    settle_fraction: float = Field(default=0.2, gt=0, lt=1, description="a number, 0 < f < 1")
     """Last part of the steps, in which the masks are frozen at the exact target."""
-    include: Patterns = Field((), description='a list of tensor names or "re:<pattern>"')
+    include: Patterns = Field(default=(), description='a list of tensor names or "re:<pattern>"')
     """Tensors to prune; empty: the encoder's linear weights."""
-    exclude: Patterns = Field((), description='a list of tensor names or "re:<pattern>"')
+    exclude: Patterns = Field(default=(), description='a list of tensor names or "re:<pattern>"')
     """Tensors to leave dense; taken from what `include` selects."""
-    total_steps: int | None = Field(None, ge=10, description="an integer >= 10, or null")
+    total_steps: int | None = Field(default=None, ge=10, description="an integer >= 10, or null")
     """Optimizer steps of the whole run; launch/prune.py fills it in from `train`."""
 
     @staticmethod
@@ -202,9 +204,9 @@ class LeapConfig(_Section):
 class ModelConfig(_Section):
     """Which transformers model: trained weights by name, or random ones from a config."""
 
-    name: str | None = Field(None, min_length=1, description="a hub id or a local folder, not empty")
+    name: str | None = Field(default=None, min_length=1, description="a hub id or a local folder, not empty")
     from_config: dict[str, Any] | None = Field(
-        None, description='a transformers config object with "model_type"'
+        default=None, description='a transformers config object with "model_type"'
     )
 
     @staticmethod
@@ -222,14 +224,16 @@ class DataConfig(_Section):
     """Which task, and optionally local files for it."""
 
     task: str = Field(min_length=1, description='a task name, such as "glue/sst2" or "builtin/clock"')
-    train: str | None = Field(None, min_length=1, description="a TSV, CSV or JSONL file")
-    validation: str | None = Field(None, min_length=1, description="a TSV, CSV or JSONL file")
-    text: Columns | None = Field(None, min_length=1, max_length=2, description="one or two column names")
+    train: str | None = Field(default=None, min_length=1, description="a TSV, CSV or JSONL file")
+    validation: str | None = Field(default=None, min_length=1, description="a TSV, CSV or JSONL file")
+    text: Columns | None = Field(
+        default=None, min_length=1, max_length=2, description="one or two column names"
+    )
     """Columns of the local files that hold the sentence, or the two sentences of a pair."""
-    label: str | None = Field(None, min_length=1, description="a column name")
-    max_length: int = Field(128, ge=8, description="an integer >= 8")
+    label: str | None = Field(default=None, min_length=1, description="a column name")
+    max_length: int = Field(default=128, ge=8, description="an integer >= 8")
     """Tokens an example is cut to, special tokens included."""
-    seed: int = Field(0, ge=0, description="an integer >= 0")
+    seed: int = Field(default=0, ge=0, description="an integer >= 0")
     """Decides what a builtin task generates."""
 
     @staticmethod
@@ -250,22 +254,22 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """The length of the run and the optimizer of the weights."""
 
-    epochs: float | None = Field(None, gt=0, description="a number > 0")
-    max_steps: int | None = Field(None, gt=0, description="an integer > 0")
+    epochs: float | None = Field(default=None, gt=0, description="a number > 0")
+    max_steps: int | None = Field(default=None, gt=0, description="an integer > 0")
     """Optimizer steps (not micro-batches)."""
-    learning_rate: float = Field(3e-5, gt=0, description="a number > 0")
+    learning_rate: float = Field(default=3e-5, gt=0, description="a number > 0")
     """Peak rate of the weights."""
-    weight_decay: float = Field(0.01, ge=0, description="a number >= 0")
-    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="a number, 0 <= f < 1")
+    weight_decay: float = Field(default=0.01, ge=0, description="a number >= 0")
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="a number, 0 <= f < 1")
     """Part of the steps in which the rate climbs to its peak."""
-    seed: int = Field(17, ge=0, lt=2**32, description="an integer, 0 <= seed < 2**32")
-    dense_reference: bool = Field(False, description="true or false")
+    seed: int = Field(default=17, ge=0, lt=2**32, description="an integer, 0 <= seed < 2**32")
+    dense_reference: bool = Field(default=False, description="true or false")
     """Also train a dense model for as many steps, to compare with."""
-    checkpoint_every: int | None = Field(None, ge=1, description="an integer >= 1, or null")
+    checkpoint_every: int | None = Field(default=None, ge=1, description="an integer >= 1, or null")
     """Optimizer steps between two checkpoints; null writes none."""
-    log_every: int = Field(10, ge=1, description="an integer >= 1")
+    log_every: int = Field(default=10, ge=1, description="an integer >= 1")
     """Optimizer steps between two lines of metrics."""
-    eval_batch_size: int = Field(64, ge=1, description="an integer >= 1")
+    eval_batch_size: int = Field(default=64, ge=1, description="an integer >= 1")
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
@@ -276,11 +280,11 @@ class TrackingConfig(_Section):
     """Where MLflow writes."""
 
     mlflow_uri: str | None = Field(
-        "sqlite:///mlflow.db", min_length=1, description="an MLflow tracking URI, or null"
+        default="sqlite:///mlflow.db", min_length=1, description="an MLflow tracking URI, or null"
     )
     """null switches tracking off."""
-    experiment: str = Field("leap", min_length=1, description="a name, not empty")
-    run_name: str | None = Field(None, min_length=1, description="a name, or null")
+    experiment: str = Field(default="leap", min_length=1, description="a name, not empty")
+    run_name: str | None = Field(default=None, min_length=1, description="a name, or null")
 
 
 class JobConfig(_Section):

@@ -35,7 +35,7 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-# ------------------------------------------------------------------------------------------ accepted
+# ------------------------------------------------------------------------------ accepted
 
 
 def test_defaults_of_leap_are_pinned() -> None:
@@ -73,8 +73,10 @@ def test_resolved_is_a_copy() -> None:
 
 
 def test_every_deepspeed_key_is_accepted_and_kept() -> None:
-    extra = {key: {} for key in config.DEEPSPEED_KEYS if key not in ("optimizer", "zero_optimization")}
-    extra["train_micro_batch_size_per_gpu"] = 8  # type: ignore[assignment]
+    extra: dict[str, Any] = {
+        key: {} for key in config.DEEPSPEED_KEYS if key not in ("optimizer", "zero_optimization")
+    }
+    extra["train_micro_batch_size_per_gpu"] = 8
     assert parse_job(job(**extra)).deepspeed == extra
 
 
@@ -86,7 +88,7 @@ def test_one_gate_may_be_a_plain_string(gate: str) -> None:
 def test_jobs_are_frozen() -> None:
     parsed = parse_job(job())
     with pytest.raises(ValidationError, match="frozen"):
-        parsed.leap.target = 0.5  # type: ignore[misc]
+        parsed.leap.target = 0.5
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -94,7 +96,7 @@ def test_every_file_in_configs_is_valid(file: Path) -> None:
     assert isinstance(load_job(file.stem), JobConfig)
 
 
-# ------------------------------------------------------------------------------------------ refused
+# ------------------------------------------------------------------------------ refused
 
 REFUSED = {
     "target zero": ({"leap": {"target": 0}}, r"leap\.target: got 0; allowed: a number, 0 < target <= 1"),
@@ -120,7 +122,7 @@ REFUSED = {
     ),
     "unknown gate": (
         {"leap": {"target": 0.1, "gates": ["row", "colum"]}},
-        r'leap\.gates\[1\]: got "colum"; allowed: one or more of element, row, column, block:RxC; did you mean column',
+        r'leap\.gates\[1\]: got "colum"; allowed: one or more of element, row, .*; did you mean column',
     ),
     "block without a size": (
         {"leap": {"target": 0.1, "gates": "block:0x4"}},
@@ -146,7 +148,7 @@ REFUSED = {
     ),
     "no step left to prune": (
         {"leap": {"target": 0.1, "dense_fraction": 0.8}},
-        r"leap\.dense_fraction: got 0\.8; allowed: dense_fraction \+ settle_fraction < 1, and settle_fraction is 0\.2",
+        r"leap\.dense_fraction: got 0\.8; allowed: dense_fraction \+ settle_fraction < 1, and .* is 0\.2",
     ),
     "too few steps": (
         {"leap": {"target": 0.1, "total_steps": 9}},
@@ -241,7 +243,7 @@ def test_conflicts_hold_for_a_section_built_in_code() -> None:
         LeapConfig(target=0.1, dense_fraction=0.9)
 
 
-# ------------------------------------------------------------------------------------------ files and overrides
+# ------------------------------------------------------------------------------ files and overrides
 
 
 def test_overrides_are_json_or_plain_strings(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ class LeapAdamW(torch.optim.Optimizer):
             self._learn_scores(group, phase)
         self._update_latent(group)
         self.num_steps += 1
-        if not self.settled and self.schedule.phase(self.num_steps) != "dense":
+        if phase != "dense" and not self.settled:
             self._hold_level()
         self._write()
 

@@ -81,6 +81,13 @@ class Oracle:
         rate = self.schedule.threshold_rate(config.temperature) if rate == "auto" else rate
         self.threshold_optimizer = torch.optim.Adam([self.sigma], lr=rate)
 
+    def scale_rates(self, scale: float) -> None:
+        """What a learning-rate scheduler does: the rates of weights and scores are `scale` times their base."""
+        for group in self.weight_optimizer.param_groups:
+            group["lr"] = self.lr * scale
+        for group in self.score_optimizer.param_groups:
+            group["lr"] = self.config.score_learning_rate * scale
+
     # The forward pass
 
     def mask_of(self, tensor: str, units: list[Tensor] | None = None) -> Tensor:
@@ -114,7 +121,7 @@ class Oracle:
         self._regularise()
         self._update()
         self.num_steps += 1
-        if not self.settled and self.schedule.phase(self.num_steps) != "dense":
+        if not self.settled and self.schedule.phase(self.num_steps - 1) != "dense":
             self._hold_level()
         return value.detach()
 

@@ -12,7 +12,10 @@ DESCENT = 0.85  # part of the prune phase in which the level comes down to the t
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps are optimizer steps, counted from 0; a mask made for step t is the mask of step t's forward pass."""
+    """Steps are optimizer steps, counted from 0; level(t) is the density of the masks in step t's forward pass.
+
+    The first step of the prune phase still runs dense: its end makes the first masks.
+    """
 
     total_steps: int
     dense_fraction: float

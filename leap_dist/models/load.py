@@ -31,7 +31,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
     _check_folder(model.name)
     with _hub_errors(model.name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(model.name)
+        tokenizer = AutoTokenizer.from_pretrained(model.name)
+    _check_vocabulary(model.name, tokenizer)
+    return tokenizer
 
 
 def load_model(model: ModelConfig, task: Task) -> PreTrainedModel:
@@ -143,6 +145,14 @@ def _check_weights(name: str) -> None:
     folder = Path(name).expanduser()
     if folder.is_dir() and not any(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
         raise UserError(f'model.name: got "{name}"; that folder has no weights ({" or ".join(WEIGHT_FILES)})')
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A local folder must hold the words: transformers would make a tokenizer of special tokens alone."""
+    files = sorted(set(tokenizer.vocab_files_names.values()))
+    folder = Path(name).expanduser()
+    if files and folder.is_dir() and not any((folder / file).is_file() for file in files):
+        raise UserError(f'model.name: got "{name}"; that folder has no tokenizer ({" or ".join(files)})')
 
 
 def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:

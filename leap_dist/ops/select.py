@@ -18,7 +18,7 @@ from leap_dist.core.communicator import Communicator
 from leap_dist.ops.reference import blocks
 
 DIGIT_BITS = 8
-WIDEN = 4.0  # a bracket reaches this many times the last error of its prediction to either side
+WIDEN = 6.0  # a bracket reaches this many times the last error of its prediction to either side
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Bracket:
         """Expect the cut to move on as it has moved; the width follows the error of the last expectation."""
         error = abs(cut - self.middle)
         known = self.width != float("inf")
-        self.width = max(WIDEN * error, 0.5 * self.width, 1e-7) if known else abs(cut) / 16 + 1e-6
+        self.width = max(WIDEN * error, 0.8 * self.width, 1e-7) if known else abs(cut) / 16 + 1e-6
         self.middle = 2 * cut - self.cut if known else cut
         self.cut = cut
 
@@ -82,12 +82,14 @@ class Selector:
         need = torch.tensor(keep) - above
         missed = (need < 1) | (need > inside)
         if missed.any():
-            wide = [Bracket() if miss else b for miss, b in zip(missed.tolist(), self._brackets, strict=True)]
-            keys, gates, above, inside = self._candidates(runs, wide)
-            need = torch.tensor(keep) - above
-            lost = missed & (inside < torch.tensor(self._num_units))
-            if lost.any():
-                raise FloatingPointError(f"the scores of gates {lost.nonzero().flatten().tolist()} hold NaN")
+            again = [run for run in runs if missed[run.gate]]
+            all_keys, all_gates, _, inside = self._candidates(again, [Bracket()] * len(keep))
+            if (missed & (inside < torch.tensor(self._num_units))).any():
+                lost = (missed & (inside < torch.tensor(self._num_units))).nonzero().flatten().tolist()
+                raise FloatingPointError(f"the scores of gates {lost} hold NaN")
+            held = ~missed[gates]
+            keys, gates = torch.cat([keys[held], all_keys]), torch.cat([gates[held], all_gates])
+            need = torch.where(missed, torch.tensor(keep), need)
         return self._radix_select(keys, gates, need)
 
     def _candidates(
@@ -153,13 +155,12 @@ def _inside(scores: Tensor, bracket: Bracket) -> tuple[Tensor, int]:
     """The scores within a bracket, and how many lie above it."""
     if bracket.width == float("inf"):
         return scores[~scores.isnan()], 0
-    found, num_above = [], 0
+    found, num_above = [scores[:0]], 0
     for b in blocks(scores.numel(), scores.device):
         offset = scores[b] - bracket.middle
-        near = offset.abs() <= bracket.width
         num_above += int(torch.count_nonzero(offset > bracket.width))
-        found.append(scores[b][near])
-    return torch.cat(found) if found else scores, num_above
+        found.append(scores[b][offset.abs_() <= bracket.width])
+    return torch.cat(found), num_above
 
 
 def _to_keys(scores: Tensor) -> Tensor:

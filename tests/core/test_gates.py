@@ -1,0 +1,90 @@
+"""Units cover every element once, whatever the granularity; fragments see them through any cut."""
+
+import pytest
+import torch
+
+from leap_dist.core.fragments import add_unit_sums_, expand_units, rectangles
+from leap_dist.core.gates import GatePlan, matrix_gate
+from leap_dist.core.oracle import unit_index
+from leap_dist.errors import UserError
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (5, 8), (13, 11), (32, 16)]
+GRANULARITIES = ["element", "row", "column", "block:1x1", "block:4x5", "block:3x2"]
+
+
+def fits(shape: tuple[int, int], granularity: str) -> bool:
+    return not granularity.startswith("block:4x5") or (shape[0] >= 4 and shape[1] >= 5)
+
+
+CASES = [
+    (shape, granularity)
+    for shape in SHAPES
+    for granularity in GRANULARITIES
+    if fits(shape, granularity) and not (granularity == "block:3x2" and (shape[0] < 3 or shape[1] < 2))
+]
+
+
+@pytest.mark.parametrize(("shape", "granularity"), CASES)
+def test_every_element_belongs_to_one_unit(shape: tuple[int, int], granularity: str) -> None:
+    gate = matrix_gate("w", shape, granularity)
+    index = unit_index(gate.slices[0]).flatten()
+    assert sorted(set(index.tolist())) == list(range(gate.num_units))
+    assert torch.equal(torch.bincount(index), GatePlan([gate]).unit_sizes(0))
+    assert gate.unit_size == torch.bincount(index).max()
+    assert gate.uniform == (torch.bincount(index).unique().numel() == 1)
+
+
+@pytest.mark.parametrize(("shape", "granularity"), CASES)
+def test_sums_and_masks_over_fragments_equal_those_over_the_tensor(
+    shape: tuple[int, int], granularity: str
+) -> None:
+    part = matrix_gate("w", shape, granularity).slices[0]
+    index = unit_index(part).flatten()
+    values = torch.randn(part.numel, dtype=torch.float64)
+    units = torch.randn(int(index.max()) + 1, dtype=torch.float64)
+    expected = torch.zeros_like(units).index_add_(0, index, values)
+    cuts = torch.randint(0, part.numel + 1, (4,)).tolist()
+    edges = [0, *sorted(cuts), part.numel]  # some fragments are empty
+    sums = torch.zeros_like(units)
+    for start, stop in zip(edges, edges[1:], strict=False):
+        add_unit_sums_(sums, values[start:stop], start, part)
+        poisoned = torch.full((stop - start,), float("nan"), dtype=torch.float64)
+        assert torch.equal(expand_units(units, poisoned, start, part), units[index[start:stop]])
+    torch.testing.assert_close(sums, expected)
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 0), (3, 2), (3, 4), (3, 20), (0, 14), (6, 1)])
+def test_rectangles_follow_each_other_in_memory(start: int, length: int) -> None:
+    cols, elements = 7, []
+    for row, num_rows, col, num_cols in rectangles(start, length, cols):
+        elements += [r * cols + c for r in range(row, row + num_rows) for c in range(col, col + num_cols)]
+    assert elements == list(range(start, start + length))
+
+
+def test_a_row_takes_its_bias_along_without_counting_it() -> None:
+    gate = matrix_gate("w", (6, 4), "row", bias="b")
+    plan = GatePlan([gate])
+    assert [part.tensor for part in gate.slices] == ["w", "b"]
+    assert (plan.prunable, plan.unit, plan.counted("b")) == (24, 4, False)
+    assert plan.closed_form
+
+
+def test_edge_blocks_and_hybrids_have_no_closed_form() -> None:
+    assert not GatePlan([matrix_gate("w", (5, 5), "block:2x2")]).closed_form
+    assert not GatePlan([matrix_gate("w", (4, 4), g) for g in ("row", "element")]).closed_form
+    assert GatePlan([matrix_gate("w", (4, 4), "block:2x2")]).closed_form
+
+
+@pytest.mark.parametrize(
+    ("shape", "granularity", "match"),
+    [
+        ((4, 4), "block:5x1", "block:5x1' is larger than w of 4x4"),
+        ((4, 4), "block:1x5", "larger than w of 4x4"),
+        ((4,), "row", "needs matrices, but w has shape"),
+        ((4, 4), "diagonal", "'diagonal' is not a granularity; allowed"),
+        ((4, 4), "block:0x2", "not a granularity"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shape: tuple[int, ...], granularity: str, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        matrix_gate("w", shape, granularity)

@@ -1,0 +1,156 @@
+"""LeapAdamW on one rank without an engine: equal to the oracle, and reducing to what it must reduce to."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from leap_dist.config import LeapConfig
+from leap_dist.core.communicator import Communicator
+from leap_dist.core.fragments import whole
+from leap_dist.core.gates import GatePlan
+from leap_dist.core.gating import LATENT, MASK, SCORES, THRESHOLDS
+from leap_dist.core.optimizer import GATED, LeapAdamW
+from leap_dist.core.oracle import Oracle, top_k
+from leap_dist.errors import UserError
+from leap_dist.models.plan import make_plan
+from tests.peers.nets import GATES, LR, WEIGHT_DECAY, batches, leap, loss_of, net, relative_error
+
+STEPS = 110
+
+
+def build(model: nn.Module, config: LeapConfig) -> LeapAdamW:
+    """The optimizer over whole tensors, with the gates' parameters beside the model's."""
+    plan = make_plan(model, config)
+    named = dict(model.named_parameters())
+    gates = {THRESHOLDS: nn.Parameter(torch.zeros(len(plan.gates)))}
+    if plan.num_structured_units:
+        gates[SCORES] = nn.Parameter(torch.zeros(plan.num_structured_units))
+    gated = [p for name, p in named.items() if name in plan.covers]
+    rest = [p for name, p in named.items() if name not in plan.covers]
+    no_decay = frozenset(biases(plan))
+    groups = [{"params": [*gated, *gates.values()], GATED: True, "no_decay": no_decay}, {"params": rest}]
+    optimizer = LeapAdamW(groups, plan, config, lr=LR, weight_decay=WEIGHT_DECAY)
+    optimizer.bind(whole((named | gates).items()), Communicator())
+    return optimizer
+
+
+def biases(plan: GatePlan) -> list[str]:
+    return [name for name in plan.covers if not plan.counted(name)]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS) -> None:
+    for x, y in batches(steps):
+        model.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"control": "paper"},
+        {"control": "paper", "lambda_max": 160.0},
+        {"rule": "movement"},
+        {"rule": "magnitude"},
+        {"score_init": "zero"},
+    ],
+    ids=["projected", "paper", "published-lambda", "movement", "magnitude", "zero-scores"],
+)
+def test_equals_the_oracle(kind: str, changes: dict[str, Any]) -> None:
+    config = leap(kind, STEPS, **changes)
+    model, reference = net(), net()
+    optimizer = build(model, config)
+    oracle = Oracle(reference, optimizer.plan, config, LR, WEIGHT_DECAY, no_decay=biases(optimizer.plan))
+    for x, y in batches(STEPS):
+        oracle.step(lambda forward, x=x, y=y: loss_of(forward(x), y))
+        model.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    expected = oracle.masked_weights()
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter, expected[name]) <= 1e-5, name
+    assert optimizer.settled
+    assert abs(optimizer.kept_weights - 0.2 * optimizer.plan.prunable) <= optimizer.plan.unit
+    learned = optimizer.gating.gather_thresholds()
+    torch.testing.assert_close(learned, oracle.sigma.detach(), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["element", "row", "hybrid"])
+def test_target_one_is_plain_adamw_bit_for_bit(kind: str) -> None:
+    model, plain = net(), net()
+    optimizer = build(model, leap(kind, STEPS, target=1.0))
+    no_decay = set(biases(optimizer.plan))
+    named = dict(plain.named_parameters())
+    groups = [
+        {"params": [p for name, p in named.items() if name not in no_decay]},
+        {"params": [p for name, p in named.items() if name in no_decay], "weight_decay": 0.0},
+    ]
+    train(model, optimizer)
+    train(plain, torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY))
+    assert optimizer.settled and optimizer.density == 1.0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, named[name]), name
+
+
+def test_the_dense_phase_is_plain_adamw_bit_for_bit() -> None:
+    model, plain = net(), net()
+    optimizer = build(model, leap("element", STEPS, dense_fraction=0.5))
+    train(model, optimizer, STEPS // 2 - 1)
+    train(plain, torch.optim.AdamW(plain.parameters(), lr=LR, weight_decay=WEIGHT_DECAY), STEPS // 2 - 1)
+    assert optimizer.phase == "dense"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_fixed_thresholds_keep_the_top_scores() -> None:
+    model = net()
+    config = leap("element", STEPS, rule="movement")
+    optimizer = build(model, config)
+    train(model, optimizer, STEPS // 2)
+    plan, state = optimizer.plan, optimizer.state
+    for index, gate in enumerate(plan.gates):
+        flat = dict(model.named_parameters())[gate.slices[0].tensor]
+        expected = top_k(state[flat]["score"].flatten(), optimizer.kept_units[index])
+        assert torch.equal(state[flat][MASK].flatten(), expected)
+        ratio = optimizer.kept_units[index] / gate.num_units
+        assert abs(ratio - optimizer.schedule.level(optimizer.num_steps)) <= 1 / gate.num_units + 1e-2
+
+
+def test_pruned_latent_weights_get_no_gradient_and_masks_freeze_when_settled() -> None:
+    model = net()
+    optimizer = build(model, leap("element", STEPS, settle_fraction=0.3))
+    train(model, optimizer, STEPS - 25)
+    assert optimizer.phase == "settle"
+    before = [optimizer.state[p][MASK].clone() for p in model.parameters() if MASK in optimizer.state[p]]
+    train(model, optimizer, 10)
+    after = [optimizer.state[p][MASK] for p in model.parameters() if MASK in optimizer.state[p]]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for parameter in model.parameters():
+        if MASK in optimizer.state[parameter]:
+            state = optimizer.state[parameter]
+            assert torch.equal(parameter.detach(), (state[LATENT] * state[MASK]).detach())
+
+
+def test_settle_can_be_called_early_and_twice() -> None:
+    model = net()
+    optimizer = build(model, leap("hybrid", STEPS))
+    train(model, optimizer, 30)
+    optimizer.settle()
+    kept = optimizer.kept_weights
+    optimizer.settle()
+    assert kept == optimizer.kept_weights
+    assert abs(kept - 0.2 * optimizer.plan.prunable) <= optimizer.plan.unit
+
+
+def test_a_target_below_one_unit_a_gate_is_refused_with_the_lowest_possible() -> None:
+    with pytest.raises(UserError, match=r"leap.target: 0.01 cannot be reached: .* density is 0\.\d+"):
+        build(net(), leap("block", STEPS, gates=["block:13x13"], target=0.01))
+
+
+def test_total_steps_are_needed() -> None:
+    config = leap("element", 100).model_copy(update={"total_steps": None})
+    with pytest.raises(UserError, match="leap.total_steps: missing"):
+        LeapAdamW([{"params": []}], GatePlan([]), config)

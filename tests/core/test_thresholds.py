@@ -1,0 +1,115 @@
+"""The remaining ratio, the regulariser and the projections, against autograd and by counting."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from leap_dist.config import parse_leap
+from leap_dist.core import thresholds as th
+from leap_dist.core.gates import GatePlan, matrix_gate
+from leap_dist.core.phases import Schedule
+
+T = 32.0
+
+
+def plan(*granularities: str, shapes: tuple[tuple[int, int], ...] = ((16, 8), (24, 20))) -> GatePlan:
+    return GatePlan([matrix_gate(f"w{i}", s, g) for g in granularities for i, s in enumerate(shapes)])
+
+
+def closed_count(gates: GatePlan) -> th.Counter:
+    return lambda keep: sum(n * g.unit_size for n, g in zip(keep, gates.gates, strict=True))
+
+
+def test_r_weighs_tensors_by_their_size_and_multiplies_over_gates() -> None:
+    k = torch.tensor([0.5, 0.25, 0.1, 1.0], dtype=torch.float64)
+    r = th.Remaining(plan("row", "element")).ratio(k)
+    assert r.item() == pytest.approx((128 * 0.5 * 0.1 + 480 * 0.25 * 1.0) / 608)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.5, 0.999])
+def test_the_regulariser_and_its_gradient(target: float) -> None:
+    remaining, sigma = th.Remaining(plan("element")), torch.tensor([3.0, -20.0])
+    value, loss, grad = remaining.penalty(sigma, T, target)
+    step = 1e-4
+    for i in range(2):
+        moved = sigma.double().clone()
+        moved[i] += step
+        changed = max(remaining.ratio(torch.sigmoid(moved / T)).item() - target, 0.0) ** 2
+        assert grad[i].item() == pytest.approx((changed - loss) / step, rel=1e-3, abs=1e-9)
+    assert loss == pytest.approx(max(value - target, 0.0) ** 2)
+
+
+def test_lambda_adapts_between_its_bounds() -> None:
+    assert th.adaptive_lambda(0.81, 0.1, 160.0, 10.0) == pytest.approx(160.0)
+    assert th.adaptive_lambda(0.0, 0.1, 160.0, 10.0) == 10.0
+
+
+def test_balanced_lambda_gives_the_regulariser_the_larger_part() -> None:
+    reg, task = torch.tensor([1e-6, 2e-6]), torch.tensor([-3.0, 4.0])
+    for loss, ratio in ((0.81, 16.0), (1e-9, 2.0)):
+        scale = th.balanced_lambda(loss, 0.1, reg, task)
+        assert (scale * reg.norm()).item() == pytest.approx(ratio * 5.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("level", [0.03, 0.2, 0.5, 0.97, 1.0])
+def test_the_level_is_met_after_a_shift_common_to_all(level: float) -> None:
+    gates, sigma = plan("element"), torch.tensor([160.0, 60.0])
+    remaining = th.Remaining(gates)
+    shifted, calibration = th.project_level(remaining, sigma, T, level, 1.0, closed_count(gates))
+    kept = closed_count(gates)(th.keep_counts(th.keep_ratio(shifted, T), remaining.num_units))
+    assert abs(kept - level * gates.prunable) <= len(gates.gates)
+    torch.testing.assert_close((shifted - sigma)[0], (shifted - sigma)[1])
+    assert calibration == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize("target", [0.03, 0.1, 1 / 3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("granularity", ["element", "row", "block:8x4"])
+@pytest.mark.parametrize("sigmas", [(160.0, 160.0), (-500.0, 700.0), (0.0, 1e-3)])
+def test_the_settle_projection_is_exact_within_one_unit(
+    target: float, granularity: str, sigmas: tuple[float, float]
+) -> None:
+    gates = plan(granularity)
+    count = closed_count(gates)
+    floor = count([1] * len(gates.gates))
+    sigma, keep = th.project_exact(th.Remaining(gates), torch.tensor(sigmas), T, target, count)
+    kept, goal = count(keep), math.ceil(target * gates.prunable - 1e-6)
+    assert goal <= kept < goal + gates.unit or kept == floor
+    assert all(1 <= n <= gate.num_units for n, gate in zip(keep, gates.gates, strict=True))
+    assert torch.isfinite(sigma).all()
+
+
+def test_equal_thresholds_do_not_settle_in_leaps_of_one_unit_per_gate() -> None:
+    gates = plan("element", shapes=((10, 10),) * 7)
+    _, keep = th.project_exact(
+        th.Remaining(gates), torch.full((7,), 160.0), T, 0.5 + 3 / 700, closed_count(gates)
+    )
+    assert sum(keep) == 353 and max(keep) - min(keep) == 1
+
+
+@pytest.mark.parametrize("steps", [10, 500, 20_000])
+@pytest.mark.parametrize("target", [0.03, 0.5, 0.8])
+def test_phases_cover_the_run_and_the_level_descends_to_the_target(steps: int, target: float) -> None:
+    schedule = Schedule(steps, 0.05, 0.2, target)
+    phases = [schedule.phase(t) for t in range(steps)]
+    assert phases == sorted(phases, key=["dense", "prune", "settle"].index)
+    assert {"prune", "settle"} <= set(phases)
+    levels = [schedule.level(t) for t in range(steps)]
+    assert all(a >= b for a, b in zip(levels, levels[1:], strict=False))
+    reached = schedule.dense_end + 0.85 * (schedule.settle_start - schedule.dense_end)
+    assert levels[math.ceil(reached)] == target and (schedule.dense_end == 0 or levels[0] == 1.0)
+
+
+def test_the_automatic_rate_covers_the_distance_in_half_the_prune_phase() -> None:
+    for steps in (500, 20_000):
+        schedule = Schedule(steps, 0.05, 0.2, 0.1)
+        distance = (5 - math.log(0.1 / 0.9)) * T
+        half = (schedule.settle_start - schedule.dense_end) / 2
+        assert schedule.threshold_rate(T) * half == pytest.approx(distance)
+
+
+@pytest.mark.parametrize("wrong", [{"target": 0}, {"target": 1.5}, {"target": "ten"}, {"gates": []}])
+def test_a_wrong_section_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"leap.{next(iter(wrong))}"):
+        parse_leap({"target": 0.5, "total_steps": 100, **wrong})

@@ -1,0 +1,215 @@
+"""Loading models: from a config, from a folder, and every way in which that goes wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel
+
+from leap_dist.config import ModelConfig
+from leap_dist.errors import UserError
+from leap_dist.models.load import load_model, load_tokenizer
+from leap_dist.tasks.base import Collator, Problem, Task, make_metrics
+
+TINY: dict[str, Any] = {
+    "vocab_size": 20,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 12,
+}
+
+
+def make_task(num_labels: int = 3, problem: Problem = "single_label_classification") -> Task:
+    names = tuple(f"class {i}" for i in range(num_labels))
+    metrics = lambda: make_metrics(("accuracy",), 2)  # noqa: E731
+    return Task("tiny", num_labels, [], {}, Collator(0), metrics, "accuracy", problem, names, 20, 12)
+
+
+def from_config(**changes: Any) -> ModelConfig:
+    return ModelConfig(from_config={"model_type": "bert", **TINY, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A bare encoder, as pretraining leaves it: no head."""
+    torch.manual_seed(1)
+    BertModel(BertConfig(**TINY)).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+# ------------------------------------------------------------------------------ loaded
+
+
+def test_from_config_is_fp32_and_knows_the_labels() -> None:
+    model = load_model(from_config(dtype="bfloat16"), make_task())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
+    assert model.config.label2id == {"class 0": 0, "class 1": 1, "class 2": 2}
+    assert model.config.problem_type == "single_label_classification"
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 3)
+
+
+def test_the_generator_decides_random_weights() -> None:
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        weights.append(load_model(from_config(), make_task()).state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_regression_has_one_output() -> None:
+    model = load_model(from_config(), make_task(1, "regression"))
+    output = model(torch.tensor([[1, 2]]), labels=torch.tensor([2.0]))
+    assert output.logits.shape == (1, 1)
+    assert output.loss.item() == pytest.approx((output.logits.item() - 2.0) ** 2)
+
+
+def test_a_folder_gives_its_encoder_and_a_new_head(folder: Path) -> None:
+    model = load_model(ModelConfig(name=str(folder)), make_task())
+    stored = AutoModel.from_pretrained(folder).state_dict()
+    assert all(torch.equal(value, stored[key]) for key, value in model.base_model.state_dict().items())
+    assert model.state_dict()["classifier.weight"].shape == (3, 8)
+
+
+def test_weights_stored_in_bf16_are_loaded_in_fp32(folder: Path) -> None:
+    AutoModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    model = load_model(ModelConfig(name=str(folder)), make_task())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_fitting_head_is_kept_and_another_is_made_anew(folder: Path, tmp_path: Path) -> None:
+    trained = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    trained.save_pretrained(tmp_path / "trained")
+    stored = trained.state_dict()
+    model = ModelConfig(name=str(tmp_path / "trained"))
+    assert torch.equal(
+        load_model(model, make_task(3)).state_dict()["classifier.weight"], stored["classifier.weight"]
+    )
+    other = load_model(model, make_task(2)).state_dict()
+    assert other["classifier.weight"].shape == (2, 8)
+    assert torch.equal(other["bert.pooler.dense.weight"], stored["bert.pooler.dense.weight"])
+
+
+# ------------------------------------------------------------------------------ refused
+
+REFUSED = {
+    "unknown architecture": (
+        ModelConfig(from_config={"model_type": "brt"}),
+        r'model\.from_config\.model_type: got "brt", which transformers does not know; did you mean bert\?',
+    ),
+    "unknown key": (
+        from_config(hiden_size=8),
+        r"model\.from_config\.hiden_size: a bert config has no such key; did you mean hidden_size\?",
+    ),
+    "heads do not divide": (
+        from_config(num_attention_heads=3),
+        r"model\.from_config: transformers refuses it: .*8",
+    ),
+    "wrong type": (from_config(hidden_size="big"), r"model\.from_config: transformers refuses it"),
+    "unknown activation": (from_config(hidden_act="relo"), r"model\.from_config: transformers refuses it"),
+    "small vocabulary": (
+        from_config(vocab_size=19),
+        r"model: vocab_size is 19; allowed: at least 20, tiny has 20",
+    ),
+    "few positions": (
+        from_config(max_position_embeddings=11),
+        r"model: max_position_embeddings is 11; allowed",
+    ),
+    "no folder": (ModelConfig(name="./nowhere"), r'model\.name: got "\./nowhere"; there is no such folder'),
+    "a deep path": (ModelConfig(name="a/b/c"), r'model\.name: got "a/b/c"; there is no such folder'),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(model: ModelConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_model(model, make_task())
+
+
+def test_a_file_is_not_a_folder(folder: Path) -> None:
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_model(ModelConfig(name=str(folder / "config.json")), make_task())
+
+
+def test_a_folder_without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"model\.name: .*that folder has no config\.json"):
+        load_model(ModelConfig(name=str(folder)), make_task())
+
+
+def test_a_folder_with_a_broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"model\.name: .*its model cannot be loaded"):
+        load_model(ModelConfig(name=str(folder)), make_task())
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.name: .*that folder has no weights"):
+        load_model(ModelConfig(name=str(folder)), make_task())
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    config = BertConfig(**{**TINY, "hidden_size": 12})
+    config.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"model\.name: .*its model cannot be loaded"):
+        load_model(ModelConfig(name=str(folder)), make_task(2))
+
+
+def test_weights_of_another_architecture(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"other.weight": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"none of its weights fit its config\.json, a bert model"):
+        load_model(ModelConfig(name=str(folder)), make_task())
+
+
+def test_a_hub_id_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    with pytest.raises(
+        UserError, match=r'got "someone/model"; its model cannot be loaded: We couldn.t connect'
+    ):
+        load_model(ModelConfig(name="someone/model"), make_task())
+
+
+def test_tokenizer_of_a_config() -> None:
+    with pytest.raises(UserError, match=r"model\.from_config: has no tokenizer; give model\.name"):
+        load_tokenizer(from_config())
+
+
+def test_tokenizer_of_a_broken_folder(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"model\.name: .*its tokenizer cannot be loaded"):
+        load_tokenizer(ModelConfig(name=str(folder)))
+
+
+def test_tokenizer_of_a_folder_without_one(folder: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"model\.name: .*that folder has no tokenizer \(tokenizer\.json or vocab\.txt\)"
+    ):
+        load_tokenizer(ModelConfig(name=str(folder)))
+
+
+def test_tokenizer_of_a_folder(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2}, unk_token="[UNK]"))
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+    made.save_pretrained(folder)
+    tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
+    assert (tokenizer("a")["input_ids"], tokenizer.pad_token_id) == ([2], 0)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_tokenizer(ModelConfig(name=str(folder)))

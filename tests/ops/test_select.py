@@ -1,0 +1,106 @@
+"""Exact top-k over shards: the same mask for any number of ranks and any split, ties included."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from leap_dist.core.communicator import Communicator
+from leap_dist.core.oracle import top_k
+from leap_dist.ops.select import Run, Selector, _to_keys, _to_scores
+from tests.ranks import RankPools
+
+SIZES = [1, 2, 1001, 5000]
+
+
+def scores_at(step: int, kind: str) -> list[Tensor]:
+    """The scores of every gate at a step, the same on every rank."""
+    generator = torch.Generator().manual_seed(7)
+    start = [torch.randn(n, generator=generator) for n in SIZES]
+    drift = [0.01 * torch.randn(n, generator=generator) for n in SIZES]
+    kinds: dict[str, Callable[[Tensor], Tensor]] = {
+        "normal": lambda s: s,
+        "ties": lambda s: (s * 4).round() / 4,
+        "zeros": lambda s: torch.where(s > 0, 0.0, -0.0),
+        "jumps": lambda s: s * 10 ** (step % 5),
+        "infinite": lambda s: torch.where(s > 1, float("inf"), s),
+    }
+    return [kinds[kind](s + step * d) for s, d in zip(start, drift, strict=True)]
+
+
+def pieces(size: int, world: int, split: str) -> list[list[tuple[int, int]]]:
+    """(start, stop) runs of one gate for every rank; together they cover it once."""
+    if split == "even":
+        edges = [size * r // world for r in range(world + 1)]
+    elif split == "last":  # all on the last rank
+        edges = [0] * world + [size]
+    else:  # in small runs, dealt like cards
+        cuts = sorted({0, size, *range(0, size, max(size // 7, 1))})
+        runs = list(zip(cuts, cuts[1:], strict=False))
+        return [runs[r::world] for r in range(world)]
+    return [[(edges[r], edges[r + 1])] if edges[r] < edges[r + 1] else [] for r in range(world)]
+
+
+def select_everywhere(kind: str, split: str) -> bool:
+    """On every rank: do the masks of its runs equal those of a full sort, at every step?"""
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    communicator = Communicator(torch.distributed.group.WORLD) if world > 1 else Communicator()
+    table = [(gate, *run) for gate, n in enumerate(SIZES) for part in pieces(n, world, split) for run in part]
+    table.sort()
+    mine = {(gate, *run) for gate, n in enumerate(SIZES) for run in pieces(n, world, split)[rank]}
+    selector = Selector(SIZES, [gate for gate, _, _ in table], communicator)
+    for step in range(6):
+        scores = scores_at(step, kind)
+        local = [entry for entry in table if entry in mine]
+        runs = [Run(g, scores[g][a:b], table.index((g, a, b))) for g, a, b in local]
+        keep = [max(1, int(n * (0.9 - 0.15 * step))) for n in SIZES]
+        masks = selector.masks(runs, keep)
+        expected = [top_k(s, k) for s, k in zip(scores, keep, strict=True)]
+        if not all(torch.equal(m, expected[g][a:b]) for m, (g, a, b) in zip(masks, local, strict=True)):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("split", ["even", "last", "cards"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "jumps", "infinite"])
+def test_masks_equal_a_full_sort(ranks: RankPools, world: int, split: str, kind: str) -> None:
+    assert ranks(world).run(select_everywhere, kind, split) == [True] * world
+
+
+def collectives_of_a_step(num_gates: int, num_units: int) -> int:
+    """Collectives of a selection whose brackets hold."""
+    communicator = Communicator(torch.distributed.group.WORLD)
+    rank = torch.distributed.get_rank()
+    table = [(gate, part) for gate in range(num_gates) for part in range(2)]
+    selector = Selector([2 * num_units] * num_gates, [gate for gate, _ in table], communicator)
+    generator = torch.Generator().manual_seed(rank)
+    scores = [torch.randn(num_units, generator=generator) for _ in range(num_gates)]
+    before = 0
+    for _ in range(3):
+        before = communicator.num_collectives
+        selector.masks([Run(g, s, 2 * g + rank) for g, s in enumerate(scores)], [num_units] * num_gates)
+    return communicator.num_collectives - before
+
+
+def test_the_number_of_collectives_depends_on_nothing(ranks: RankPools) -> None:
+    small = ranks(2).run(collectives_of_a_step, 1, 100)
+    large = ranks(2).run(collectives_of_a_step, 40, 1000)
+    assert small == large == [5, 5]
+
+
+def test_nan_scores_are_an_error() -> None:
+    scores = torch.randn(10)
+    scores[3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"gates \[0\] hold NaN"):
+        Selector([10], [0], Communicator()).masks([Run(0, scores, 0)], [10])
+
+
+def test_keys_keep_the_order_of_scores() -> None:
+    values = [float("-inf"), -3e38, -1.5, -1e-45, -0.0, 0.0, 1e-45, 1.5, 3e38, float("inf")]
+    scores = torch.tensor(values)
+    keys = _to_keys(scores)
+    assert keys.tolist() == sorted(keys.tolist()) and keys.unique().numel() == len(values) - 1
+    assert torch.equal(_to_scores(keys), scores + 0.0)
+    assert 0 <= int(keys.min()) and int(keys.max()) < 2**32
