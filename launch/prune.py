@@ -18,7 +18,9 @@ def parse_arguments() -> argparse.Namespace:
         epilog="Exit codes: 0 done; 2 a mistake in the config, the data or the call; 1 a fault of ours.",
     )
     parser.add_argument("--config", required=True, help="job file, or the name of one in configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key; repeatable"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: outputs/<config name>)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)

@@ -149,9 +149,7 @@ class LeapConfig(_Section):
 
     target: float = Field(gt=0, le=1, description="a number, 0 < target <= 1")
     """Density to reach: kept prunable weights / prunable weights."""
-    gates: Gates = Field(
-        default=("element",), min_length=1, description=f"one or more of {', '.join(GATE_NAMES)}"
-    )
+    gates: Gates = Field(default=("element",), min_length=1, description=f"one or more of {', '.join(GATE_NAMES)}")
     """Granularities; with several, a weight is kept only if each of them keeps it."""
     rule: Literal["leap", "movement", "magnitude"] = Field(
         default="leap", description='"leap", "movement" or "magnitude"'
@@ -188,9 +186,7 @@ class LeapConfig(_Section):
         found: list[Conflict] = []
         dense, settle = raw.get("dense_fraction", 0.05), raw.get("settle_fraction", 0.2)
         if _is_number(dense) and _is_number(settle) and dense + settle >= 1:
-            problem = (
-                f"got {dense}; allowed: dense_fraction + settle_fraction < 1, and settle_fraction is {settle}"
-            )
+            problem = f"got {dense}; allowed: dense_fraction + settle_fraction < 1, and settle_fraction is {settle}"
             found.append(("dense_fraction", problem))
         gates = _as_tuple(raw.get("gates", ()))
         if isinstance(gates, tuple) and len(set(map(str, gates))) < len(gates):
@@ -226,9 +222,7 @@ class DataConfig(_Section):
     task: str = Field(min_length=1, description='a task name, such as "glue/sst2" or "builtin/clock"')
     train: str | None = Field(default=None, min_length=1, description="a TSV, CSV or JSONL file")
     validation: str | None = Field(default=None, min_length=1, description="a TSV, CSV or JSONL file")
-    text: Columns | None = Field(
-        default=None, min_length=1, max_length=2, description="one or two column names"
-    )
+    text: Columns | None = Field(default=None, min_length=1, max_length=2, description="one or two column names")
     """Columns of the local files that hold the sentence, or the two sentences of a pair."""
     label: str | None = Field(default=None, min_length=1, description="a column name")
     max_length: int = Field(default=128, ge=8, description="an integer >= 8")
@@ -358,9 +352,7 @@ def _find(path: Path) -> Path:
     known = sorted(file.name for file in CONFIG_FOLDER.glob("*.json"))
     near = _nearest(path.name, [*known, *(Path(name).stem for name in known)])
     places = ", ".join(map(str, tried))
-    raise UserError(
-        f"config: no file {path}; looked for {places}; in configs/: {', '.join(known) or 'none'}{near}"
-    )
+    raise UserError(f"config: no file {path}; looked for {places}; in configs/: {', '.join(known) or 'none'}{near}")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -423,9 +415,7 @@ def _parse_job(raw: Mapping[str, Any], source: str, problems: list[str]) -> JobC
     unknown = {key: value for key, value in deepspeed.items() if key not in DEEPSPEED_KEYS}
     problems += [_unknown_top_level(key, value) for key, value in unknown.items()]
     problems += _deepspeed_problems(deepspeed)
-    sections = {
-        name: _parse_section(cls, name, raw.get(name, {}), problems) for name, cls in SECTIONS.items()
-    }
+    sections = {name: _parse_section(cls, name, raw.get(name, {}), problems) for name, cls in SECTIONS.items()}
     problems += _total_steps_problem(raw)
     _raise_if(problems, source)
     return JobConfig.model_validate({"deepspeed": deepspeed, **sections})

@@ -96,9 +96,7 @@ class RankPool:
         try:
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_serve, args=(theirs, rank, self.world_size, port), daemon=True
-                )
+                process = context.Process(target=_serve, args=(theirs, rank, self.world_size, port), daemon=True)
                 process.start()
                 theirs.close()
                 self._processes.append(process)

@@ -56,9 +56,7 @@ def test_defaults_of_leap_are_pinned() -> None:
 
 def test_resolved_is_json_and_parses_to_the_same_job() -> None:
     gates = ["element", "block:16x8"]
-    parsed = parse_job(
-        job(bf16={"enabled": True}, leap={"target": 1, "gates": gates, "include": "re:.*weight"})
-    )
+    parsed = parse_job(job(bf16={"enabled": True}, leap={"target": 1, "gates": gates, "include": "re:.*weight"}))
     resolved = json.loads(json.dumps(parsed.resolved()))
     assert parse_job(resolved) == parsed
     assert resolved["bf16"] == {"enabled": True}
@@ -73,9 +71,7 @@ def test_resolved_is_a_copy() -> None:
 
 
 def test_every_deepspeed_key_is_accepted_and_kept() -> None:
-    extra: dict[str, Any] = {
-        key: {} for key in config.DEEPSPEED_KEYS if key not in ("optimizer", "zero_optimization")
-    }
+    extra: dict[str, Any] = {key: {} for key in config.DEEPSPEED_KEYS if key not in ("optimizer", "zero_optimization")}
     extra["train_micro_batch_size_per_gpu"] = 8
     assert parse_job(job(**extra)).deepspeed == extra
 
@@ -219,9 +215,7 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_every_problem_is_in_one_error() -> None:
-    raw = job(
-        laep={}, zero_optimization={"stage": 5}, train={"epochs": "3"}, leap={"target": "ten", "gates": "ro"}
-    )
+    raw = job(laep={}, zero_optimization={"stage": 5}, train={"epochs": "3"}, leap={"target": "ten", "gates": "ro"})
     with pytest.raises(UserError, match="config: 5 problems") as caught:
         parse_job(raw)
     keys = [line.strip().split(":")[0] for line in str(caught.value).splitlines()[1:]]

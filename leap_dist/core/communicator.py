@@ -10,9 +10,7 @@ class Communicator:
     `device` is where the group's backend wants its tensors (NCCL: the GPU); others are staged through it.
     """
 
-    def __init__(
-        self, group: torch.distributed.ProcessGroup | None = None, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, group: torch.distributed.ProcessGroup | None = None, device: torch.device | None = None) -> None:
         self._group = group
         self._device = device
         self.num_collectives = 0

@@ -27,6 +27,11 @@ class Fragment:
         """This fragment's part, shape (length,), of a tensor that has the flat buffer's shape."""
         return flat.detach().view(-1)[self.offset : self.offset + self.length]
 
+    def gradient(self) -> Tensor:
+        """This fragment's part of the flat buffer's gradient, shape (length,)."""
+        assert self.flat.grad is not None, "the flat buffer has no gradient now"
+        return self.view(self.flat.grad)
+
 
 def whole(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Fragment]:
     """The fragments of one rank that holds every parameter in full, each its own buffer (ZeRO stage 0)."""

@@ -75,9 +75,7 @@ class Gate:
     @property
     def uniform(self) -> bool:
         """True if all units hold the same number of prunable weights."""
-        return all(
-            s.rows % s.block_rows == 0 and s.cols % s.block_cols == 0 for s in self.slices if s.counted
-        )
+        return all(s.rows % s.block_rows == 0 and s.cols % s.block_cols == 0 for s in self.slices if s.counted)
 
 
 def block_shape(granularity: str, rows: int, cols: int) -> tuple[int, int]:

@@ -41,9 +41,7 @@ class Gating:
     before. `unit_mask` is the mask of all structured units, shape (num_structured_units,), the same on every rank.
     """
 
-    def __init__(
-        self, plan: GatePlan, fragments: Sequence[Fragment], state: State, communicator: Communicator
-    ) -> None:
+    def __init__(self, plan: GatePlan, fragments: Sequence[Fragment], state: State, communicator: Communicator) -> None:
         self.plan = plan
         self.weights = [f for f in fragments if f.tensor in plan.covers and f.length]
         self.hosted_thresholds = [f for f in fragments if f.tensor == THRESHOLDS and f.length]
@@ -80,7 +78,7 @@ class Gating:
 
     def _add_gradients_(self, sums: Tensor, fragment: Fragment, adam: ops.Adam | None) -> None:
         """Add one fragment's part of all gate gradients to `sums`, laid out (thresholds, structured units)."""
-        grad, latent = fragment.view(fragment.flat.grad), self.state(fragment, LATENT)
+        grad, latent = fragment.gradient(), self.state(fragment, LATENT)
         num_gates, product = len(self.plan.gates), None
         for cover in self.plan.covers[fragment.tensor]:
             others = self._others_mask(fragment, cover)
@@ -158,7 +156,7 @@ class Gating:
         """Set every mask to the top `keep` units of its gate by score, and MASK to their product."""
         masks = self._selector.masks(self._runs, keep)
         units = torch.zeros(self.plan.num_structured_units, dtype=torch.uint8)
-        for run, where, mask in zip(self._runs, self._targets, masks, strict=True):
+        for where, mask in zip(self._targets, masks, strict=True):
             if isinstance(where, Fragment):
                 key = ELEMENT_MASK if self.plan.hybrid(where.tensor) else MASK
                 self.state(where, key).copy_(mask)
@@ -212,7 +210,10 @@ class Gating:
         for fragment in self.hosted_scores:
             for index in self.plan.structured:
                 units = self.plan.units(index)
-                first, last = max(units.start, fragment.start), min(units.stop, fragment.start + fragment.length)
+                first, last = (
+                    max(units.start, fragment.start),
+                    min(units.stop, fragment.start + fragment.length),
+                )
                 if first < last:
                     scores = fragment.view(fragment.flat)[first - fragment.start : last - fragment.start]
                     runs.append((index, first - units.start, scores, slice(first, last)))

@@ -134,8 +134,8 @@ class LeapAdamW(torch.optim.Optimizer):
             state = self.state[param]
             state["step"] = state.get("step", 0) + 1
             adam = self._adam(group, state["step"], weight_decay=group["weight_decay"])
-            flat = (t.view(-1) for t in (param.detach(), param.grad, state[EXP_AVG], state[EXP_AVG_SQ]))
-            ops.adamw_(*flat, adam)
+            weight, grad = param.detach().view(-1), param.grad.reshape(-1)
+            ops.adamw_(weight, grad, state[EXP_AVG].view(-1), state[EXP_AVG_SQ].view(-1), adam)
 
     def _step_gated(self, group: dict[str, Any]) -> None:
         phase = self.phase
@@ -184,7 +184,7 @@ class LeapAdamW(torch.optim.Optimizer):
     def _regulariser_gradient(self, task: Tensor) -> Tensor:
         """lambda dL_reg/dsigma, (G,), for the task's gradient `task`; lambda is adaptive and detached."""
         config, sigma = self.config, self.gating.gather_thresholds()
-        remaining, loss, grad = self._remaining.penalty(sigma, config.temperature, config.target)
+        _, loss, grad = self._remaining.penalty(sigma, config.temperature, config.target)
         if config.lambda_max == "auto":
             scale = th.balanced_lambda(loss, config.target, grad, task)
         else:
@@ -200,7 +200,7 @@ class LeapAdamW(torch.optim.Optimizer):
                 continue
             decay = 0.0 if fragment.tensor in group["no_decay"] else group["weight_decay"]
             adam = self._adam(group, self.num_steps + 1, weight_decay=decay)
-            latent, grad = self.gating.state(fragment, LATENT), fragment.view(fragment.flat.grad)
+            latent, grad = self.gating.state(fragment, LATENT), fragment.gradient()
             moments = self.gating.state(fragment, EXP_AVG), self.gating.state(fragment, EXP_AVG_SQ)
             if dense:
                 ops.adamw_(latent, grad, *moments, adam)

@@ -74,7 +74,7 @@ class Oracle:
         self.num_steps, self.calibration, self.settled = 0, 1.0, False
         decayed = [p for name, p in self.latent.items() if name not in set(no_decay)]
         plain = [p for name, p in self.latent.items() if name in set(no_decay)]
-        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         self.weight_optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
         self.score_optimizer = torch.optim.Adam(self.scores, lr=config.score_learning_rate)
         rate = config.threshold_learning_rate
@@ -105,10 +105,7 @@ class Oracle:
 
     def step(self, loss: Callable[[Callable[..., Any]], Tensor]) -> Tensor:
         """One optimizer step; `loss` is called once with the masked model's forward function."""
-        if self.config.rule == "leap":
-            sigmas = self.sigma.unbind()
-        else:
-            sigmas = self.sigma.detach().unbind()
+        sigmas = self.sigma.unbind()
         units = [TopK.apply(s, t, m) for s, t, m in zip(self.scores, sigmas, self.masks, strict=True)]
         hosted = self.masked_weights(units)
         for name in self.plan.covers:
@@ -185,9 +182,7 @@ class Oracle:
             self._scores_from_magnitude(scaled=False)
         settle = self.schedule.phase(self.num_steps) == "settle"
         if settle:
-            sigma, keep = th.project_exact(
-                self.remaining, self.sigma, config.temperature, config.target, self._count
-            )
+            sigma, keep = th.project_exact(self.remaining, self.sigma, config.temperature, config.target, self._count)
             self.sigma.copy_(sigma)
             self.settled = True
         elif config.control == "projected" or config.rule != "leap":

@@ -6,7 +6,6 @@ puts the counts beside target, metrics and versions, and refuses a density that 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,14 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
+
+from leap_dist.core.counting import Counter, check_exact
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PACKAGES = ("leap_dist", "torch", "deepspeed", "transformers")
-SLACK = 1e-6  # weights; float rounding of target * prunable
 
 
 class ExportedWeights:
@@ -54,14 +53,6 @@ class ExportedWeights:
             raise RuntimeError(f"{name} has a mask, but is not among the weights in {self._folder}")
         tensor: torch.Tensor = self._file_of[name].get_tensor(name)
         return tensor
-
-    def sha256(self) -> str:
-        """Over all tensors in name order: utf-8 name, zero byte, raw little-endian bytes."""
-        digest = hashlib.sha256()
-        for name in self.names():
-            digest.update(name.encode() + b"\0")
-            digest.update(self.read(name).reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
     def _files(self) -> list[Path]:
         index = self._folder / INDEX_FILE
@@ -95,37 +86,18 @@ def count(
         for _ in masks:
             pass
         return {}
-    counted = {name for gate in gates for name in gate["tensors"]}
-    digest = hashlib.sha256()
-    tensors: dict[str, dict[str, Any]] = {}
+    counter = Counter(gates)
     with ExportedWeights(folder) as weights:
+        waiting = weights.names()
         for name, mask in _in_name_order(masks):
-            digest.update(name.encode() + b"\0")
-            digest.update(np.packbits(mask.reshape(-1).numpy()).data)
-            tensors[name] = _count_tensor(name, weights.read(name), mask) | {"counted": name in counted}
-        weights_sha256 = weights.sha256()
-    if missing := sorted(counted - tensors.keys()):
-        raise RuntimeError(f"gates prune {', '.join(missing)}, but no mask came for it")
-    return {
-        **_sum(tensors, counted),
-        "gates": [gate | _sum(tensors, gate["tensors"]) for gate in gates],
-        "tensors": tensors,
-        "masks_sha256": digest.hexdigest(),
-        "weights_sha256": weights_sha256,
-    }
-
-
-def check_exact(kept: int, prunable: int, target: float, unit: int) -> None:
-    """RuntimeError unless the kept weights are the target's share of the prunable ones, within one unit.
-
-    unit: prunable weights in the largest unit.
-    """
-    asked = target * prunable
-    if not abs(kept - asked) <= unit + SLACK:
-        raise RuntimeError(
-            f"the density is not the target: kept {kept} of {prunable} weights ({kept / prunable:.6f}), "
-            f"asked {asked:.1f} ({target}), allowed to differ by one unit of {unit}"
-        )
+            while waiting and waiting[0] < name:
+                plain = waiting.pop(0)
+                counter.add(plain, weights.read(plain), None)
+            counter.add(name, weights.read(name), mask)
+            waiting.remove(name)
+        for plain in waiting:
+            counter.add(plain, weights.read(plain), None)
+    return counter.result()
 
 
 def build(
@@ -175,35 +147,6 @@ def _in_name_order(
         assert mask is not None and mask.dtype == torch.bool, f"rank 0 needs the bool mask of {name}"
         previous = name
         yield name, mask.detach().cpu()
-
-
-def _count_tensor(name: str, weight: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-    if weight.shape != mask.shape:
-        raise RuntimeError(f"{name}: the mask is {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
-    zero = weight == 0
-    if wrong := int((~mask & ~zero).sum()):
-        raise RuntimeError(f"{name}: {wrong} pruned weights are not zero in the exported file")
-    kept = int(mask.sum())
-    return {
-        "shape": list(weight.shape),
-        "numel": weight.numel(),
-        "kept": kept,
-        "density": _share(kept, weight.numel()),
-        "zeros_kept": int((mask & zero).sum()),
-    }
-
-
-def _sum(tensors: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
-    kept, prunable = 0, 0
-    for name in names:
-        kept += tensors[name]["kept"]
-        prunable += tensors[name]["numel"]
-    return {"kept": kept, "prunable": prunable, "density": _share(kept, prunable)}
-
-
-def _share(kept: int, numel: int) -> float:
-    """kept / numel; nothing to prune counts as dense."""
-    return kept / numel if numel else 1.0
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -56,9 +56,7 @@ def save_model(
     return folder
 
 
-def _state_dict(
-    model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor | None]]
-) -> dict[str, torch.Tensor]:
+def _state_dict(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor | None]]) -> dict[str, torch.Tensor]:
     """The state dict of the unsharded model: parameters, their tied aliases, persistent buffers."""
     aliases: dict[torch.nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

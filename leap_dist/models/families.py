@@ -7,7 +7,17 @@ states into answers (classifiers, poolers, language-model heads) stay dense, as 
 from torch import nn
 
 # Modules outside the layer stack, by the last parts of their names in transformers' models.
-HEADS = ("classifier", "pooler", "score", "qa_outputs", "lm_head", "cls", "pre_classifier", "embeddings", "head")
+HEADS = (
+    "classifier",
+    "pooler",
+    "score",
+    "qa_outputs",
+    "lm_head",
+    "cls",
+    "pre_classifier",
+    "embeddings",
+    "head",
+)
 
 
 def prunable_matrices(model: nn.Module) -> list[str]:

@@ -26,9 +26,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if model.name is None:
-        raise UserError(
-            "model.from_config: has no tokenizer; give model.name, or a data.task that is builtin"
-        )
+        raise UserError("model.from_config: has no tokenizer; give model.name, or a data.task that is builtin")
     _check_folder(model.name)
     with _hub_errors(model.name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model.name)
@@ -84,9 +82,7 @@ def _config_from(settings: dict[str, Any]) -> PreTrainedConfig:
     unknown = [key for key in rest if key not in known]
     if unknown:
         problem = f"a {kind} config has no such key"
-        raise UserError(
-            "\n  ".join(f"model.from_config.{key}: {problem}{_nearest(key, known)}" for key in unknown)
-        )
+        raise UserError("\n  ".join(f"model.from_config.{key}: {problem}{_nearest(key, known)}" for key in unknown))
     try:
         return AutoConfig.for_model(kind, **rest)
     except (ValueError, TypeError, StrictDataclassError) as error:

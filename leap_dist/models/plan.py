@@ -36,9 +36,7 @@ def make_plan(model: nn.Module, config: LeapConfig) -> GatePlan:
 
     Raises UserError where nothing is chosen, or a choice does not fit a tensor.
     """
-    shapes = {
-        name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad
-    }
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
     chosen = match_names(shapes, config.include, "leap.include") if config.include else prunable_matrices(model)
     if config.exclude:
         dropped = set(match_names(shapes, config.exclude, "leap.exclude"))

@@ -34,7 +34,9 @@ def blocks(numel: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + size, numel))
 
 
-def adamw_block_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: Tensor, adam: Adam) -> None:
+def adamw_block_(
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: Tensor, adam: Adam
+) -> None:
     """One AdamW step on one block; every tensor has shape (n,); scratch is overwritten, grad is kept."""
     if adam.weight_decay:
         weight.mul_(1 - adam.lr * adam.weight_decay)
@@ -55,9 +57,7 @@ def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ad
         adamw_block_(block, grad[b], exp_avg[b], exp_avg_sq[b], scratch[: block.numel()], adam)
 
 
-def masked_adamw_(
-    latent: Tensor, grad: Tensor, mask: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Adam
-) -> None:
+def masked_adamw_(latent: Tensor, grad: Tensor, mask: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Adam) -> None:
     """AdamW on the latent weights with dL/dW = G * M; mask is bool, every tensor has shape (n,)."""
     size = CPU_BLOCK if latent.device.type == "cpu" else latent.numel()
     kept, scratch = torch.empty_like(latent[:size]), torch.empty_like(latent[:size])

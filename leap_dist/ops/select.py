@@ -56,9 +56,7 @@ class Selector:
     num_units: n of every gate; fragment_gates: the gate of every fragment of all ranks, in `Run.order`.
     """
 
-    def __init__(
-        self, num_units: Sequence[int], fragment_gates: Sequence[int], communicator: Communicator
-    ) -> None:
+    def __init__(self, num_units: Sequence[int], fragment_gates: Sequence[int], communicator: Communicator) -> None:
         self._num_units = list(num_units)
         self._fragment_gates = torch.tensor(fragment_gates, dtype=torch.int64)
         self._communicator = communicator
@@ -92,9 +90,7 @@ class Selector:
             need = torch.where(missed, torch.tensor(keep), need)
         return self._radix_select(keys, gates, need)
 
-    def _candidates(
-        self, runs: Sequence[Run], brackets: Sequence[Bracket]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _candidates(self, runs: Sequence[Run], brackets: Sequence[Bracket]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(keys, gate of each key) of the scores inside the brackets here, (number above, inside) on all ranks.
 
         Subtraction rounds monotonically, so "above" and "inside" part the scores in order.

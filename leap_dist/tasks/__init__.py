@@ -37,7 +37,5 @@ def load_task(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Ta
     if not needs_tokenizer(data.task):
         return builtin.load(data)
     if tokenizer is None:
-        raise UserError(
-            f'data.task: got "{data.task}", a text task; it needs a model with a tokenizer (model.name)'
-        )
+        raise UserError(f'data.task: got "{data.task}", a text task; it needs a model with a tokenizer (model.name)')
     return glue.load(data, tokenizer)

@@ -49,9 +49,7 @@ class TokenTable(Sequence[Example]):
     Every column of `columns` (input_ids, attention_mask, ...) holds one list of ids for each label.
     """
 
-    def __init__(
-        self, columns: Mapping[str, Sequence[Sequence[int]] | np.ndarray], labels: Sequence[float]
-    ) -> None:
+    def __init__(self, columns: Mapping[str, Sequence[Sequence[int]] | np.ndarray], labels: Sequence[float]) -> None:
         lengths = [len(ids) for ids in next(iter(columns.values()))]
         self.starts = np.cumsum([0, *lengths])
         self.columns = {

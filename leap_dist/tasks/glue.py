@@ -92,9 +92,7 @@ def _build(
 ) -> Task:
     """Tokenise the tables; no `label_names` means regression."""
     if tokenizer.pad_token_id is None:
-        raise UserError(
-            "model.name: its tokenizer has no padding token; set one in its tokenizer_config.json"
-        )
+        raise UserError("model.name: its tokenizer has no padding token; set one in its tokenizer_config.json")
     metric_names = GLUE[data.task].metrics if data.task in GLUE else ("accuracy",)
     problem: Problem = "single_label_classification" if label_names else "regression"
     tables = {"": train, **validation}
@@ -150,9 +148,7 @@ def _score(label: Any) -> float:
     return score
 
 
-def _class_labels(
-    train: Table, expected: tuple[str, ...] | None
-) -> tuple[tuple[str, ...], Callable[[Any], float]]:
+def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple[str, ...], Callable[[Any], float]]:
     """Label names, and the function from a raw label to its class id.
 
     Integers 0..K-1 are kept. A GLUE task's own label names get the task's ids. Everything else is numbered in

@@ -140,7 +140,12 @@ def _log_step(
         with (output / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "phase": phase, **values}) + "\n")
         tracker.log(step, values)
-    shown = {"loss": values["loss"], "R": report["remaining"], "target": report["level"], "density": report["density"]}
+    shown = {
+        "loss": values["loss"],
+        "R": report["remaining"],
+        "target": report["level"],
+        "density": report["density"],
+    }
     return shown | ({"λ": report["lambda"]} if "lambda" in report else {})
 
 

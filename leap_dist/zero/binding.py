@@ -23,7 +23,11 @@ def hosted_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
 def flat_partitions(engine: Any) -> list[Tensor]:
     """The flat fp32 partitions that this rank's base optimizer steps, in the order of their groups."""
     optimizer = engine.optimizer
-    for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+    for attribute in (
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+        "fp32_groups_flat_partition",
+    ):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))
     return []
@@ -40,7 +44,8 @@ def find_fragments(engine: Any) -> list[Fragment]:
         view, start, length = _zero3_view(parameter) if stage == 3 else _zero12_view(parameter)
         if view is not None and length > 0:
             flat = _flat_of(view, flats)
-            found.append(Fragment(name, start, length, flat, view.storage_offset() - flat.storage_offset()))
+            offset = int(view.storage_offset() - flat.storage_offset())
+            found.append(Fragment(name, start, length, flat, offset))
     return found
 
 
@@ -67,7 +72,7 @@ def _flat_of(view: Tensor, flats: list[Tensor]) -> Tensor:
     for flat in flats:
         same = flat.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
         first = view.storage_offset() - flat.storage_offset()
-        if same and 0 <= first and first + view.numel() <= flat.numel():
+        if same and first >= 0 and first + view.numel() <= flat.numel():
             return flat
     raise RuntimeError("a parameter's fp32 fragment lies in none of the engine's flat partitions")
 

@@ -15,7 +15,13 @@ from leap_dist.core.gating import MASK, SCORES, THRESHOLDS
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.errors import UserError
 from leap_dist.models.plan import make_plan
-from leap_dist.zero.binding import find_fragments, gather, hosted_parameters, make_communicator, refresh_hosted
+from leap_dist.zero.binding import (
+    find_fragments,
+    gather,
+    hosted_parameters,
+    make_communicator,
+    refresh_hosted,
+)
 from leap_dist.zero.refusals import check_engine_config
 
 PREFIX = THRESHOLDS.split(".")[0]  # the submodule that hosts the gates' parameters
@@ -166,7 +172,7 @@ def _read_config(args: Any, config: str | Path | Mapping[str, Any] | None) -> di
     if config is None:
         config = getattr(args, "deepspeed_config", None)
     if config is None:
-        raise UserError("config: missing; give a dict or the path of a JSON file with a \"leap\" section")
+        raise UserError('config: missing; give a dict or the path of a JSON file with a "leap" section')
     if isinstance(config, Mapping):
         return dict(config)
     try:
@@ -219,12 +225,14 @@ def _parameter_groups(
     """The groups of LeapAdamW: the user's groups without gated tensors, then one with all of them."""
     names = {id(p): name for name, p in model.named_parameters()}
     defaults = {"lr": train.get("learning_rate", 1e-3), "weight_decay": train.get("weight_decay", 0.01)}
-    plain, gated, settings = [], [], []
+    plain: list[dict[str, Any]] = []
+    gated: list[nn.Parameter] = []
+    settings: list[dict[str, Any]] = []  # of the groups that hold gated weights
     for group in _user_groups(model, optimizer, model_parameters, defaults):
         members = [p for p in group["params"] if p.requires_grad]
         inside = [p for p in members if names[id(p)] in plan.covers]
         rest = [p for p in members if names[id(p)] not in plan.covers]
-        hyper = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay") if k in group}
+        hyper: dict[str, Any] = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay") if k in group}
         if rest:
             plain.append({"params": rest, GATED: False, **hyper})
         gated += inside

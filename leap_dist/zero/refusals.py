@@ -31,8 +31,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     low = [name for name in ("bf16", "fp16", "amp") if _section(config, name).get("enabled")]
     if stage == 0 and low:
         yield (
-            f"{low[0]}.enabled: under zero_optimization.stage 0 masters are not reachable; use stage 1, 2 or 3, "
-            f"or fp32"
+            f"{low[0]}.enabled: under zero_optimization.stage 0 masters are not reachable; use stage 1, 2 or 3, or fp32"
         )
     if low == ["amp"] and stage != 0:
         yield "amp.enabled: ZeRO and amp do not go together; use bf16 or fp16"

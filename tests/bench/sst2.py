@@ -39,7 +39,12 @@ def job(steps: int, length: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 32,
         "zero_optimization": {"stage": 2},
         "model": {"name": str(Path(spec.origin).parent / "model")},
-        "data": {"task": "glue/sst2", "train": str(DATA / "train.tsv"), "validation": str(DATA / "dev.tsv"), **columns},
+        "data": {
+            "task": "glue/sst2",
+            "train": str(DATA / "train.tsv"),
+            "validation": str(DATA / "dev.tsv"),
+            **columns,
+        },
         "train": {"max_steps": steps, "learning_rate": 1e-4, "seed": 17, "log_every": 20},
         "leap": {"target": 0.5},
         "tracking": {"mlflow_uri": None},
@@ -52,7 +57,14 @@ def run_cell(out: Path, gate: str, target: float, rule: str) -> dict[str, Any]:
     if not (folder / "certificate.json").is_file():
         settings = {"target": str(target), "gates": gate, **RULES[rule]}
         overrides = [part for key, value in settings.items() for part in ("--set", f"leap.{key}={value}")]
-        command = [sys.executable, "-W", "ignore", str(ROOT / "launch" / "prune.py"), "--config", str(out / "job.json")]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(ROOT / "launch" / "prune.py"),
+            "--config",
+            str(out / "job.json"),
+        ]
         started = time.perf_counter()
         with (out / f"{folder.name}.log").open("w") as log:
             subprocess.run([*command, *overrides, "--output", str(folder)], stdout=log, stderr=log, check=True)

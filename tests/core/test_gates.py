@@ -1,5 +1,7 @@
 """Units cover every element once, whatever the granularity; fragments see them through any cut."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -35,9 +37,7 @@ def test_every_element_belongs_to_one_unit(shape: tuple[int, int], granularity: 
 
 
 @pytest.mark.parametrize(("shape", "granularity"), CASES)
-def test_sums_and_masks_over_fragments_equal_those_over_the_tensor(
-    shape: tuple[int, int], granularity: str
-) -> None:
+def test_sums_and_masks_over_fragments_equal_those_over_the_tensor(shape: tuple[int, int], granularity: str) -> None:
     part = matrix_gate("w", shape, granularity).slices[0]
     index = unit_index(part).flatten()
     values = torch.randn(part.numel, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_sums_and_masks_over_fragments_equal_those_over_the_tensor(
     cuts = torch.randint(0, part.numel + 1, (4,)).tolist()
     edges = [0, *sorted(cuts), part.numel]  # some fragments are empty
     sums = torch.zeros_like(units)
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         add_unit_sums_(sums, values[start:stop], start, part)
         poisoned = torch.full((stop - start,), float("nan"), dtype=torch.float64)
         assert torch.equal(expand_units(units, poisoned, start, part), units[index[start:stop]])

@@ -1,5 +1,6 @@
 """The remaining ratio, the regulariser and the projections, against autograd and by counting."""
 
+import itertools
 import math
 from typing import Any
 
@@ -82,9 +83,7 @@ def test_the_settle_projection_is_exact_within_one_unit(
 
 def test_equal_thresholds_do_not_settle_in_leaps_of_one_unit_per_gate() -> None:
     gates = plan("element", shapes=((10, 10),) * 7)
-    _, keep = th.project_exact(
-        th.Remaining(gates), torch.full((7,), 160.0), T, 0.5 + 3 / 700, closed_count(gates)
-    )
+    _, keep = th.project_exact(th.Remaining(gates), torch.full((7,), 160.0), T, 0.5 + 3 / 700, closed_count(gates))
     assert sum(keep) == 353 and max(keep) - min(keep) == 1
 
 
@@ -96,7 +95,7 @@ def test_phases_cover_the_run_and_the_level_descends_to_the_target(steps: int, t
     assert phases == sorted(phases, key=["dense", "prune", "settle"].index)
     assert {"prune", "settle"} <= set(phases)
     levels = [schedule.level(t) for t in range(steps)]
-    assert all(a >= b for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(levels))
     reached = schedule.dense_end + 0.85 * (schedule.settle_start - schedule.dense_end)
     assert levels[math.ceil(reached)] == target and (schedule.dense_end == 0 or levels[0] == 1.0)
 

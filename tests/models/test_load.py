@@ -88,9 +88,7 @@ def test_a_fitting_head_is_kept_and_another_is_made_anew(folder: Path, tmp_path:
     trained.save_pretrained(tmp_path / "trained")
     stored = trained.state_dict()
     model = ModelConfig(name=str(tmp_path / "trained"))
-    assert torch.equal(
-        load_model(model, make_task(3)).state_dict()["classifier.weight"], stored["classifier.weight"]
-    )
+    assert torch.equal(load_model(model, make_task(3)).state_dict()["classifier.weight"], stored["classifier.weight"])
     other = load_model(model, make_task(2)).state_dict()
     assert other["classifier.weight"].shape == (2, 8)
     assert torch.equal(other["bert.pooler.dense.weight"], stored["bert.pooler.dense.weight"])
@@ -177,9 +175,7 @@ def test_a_hub_id_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         raise OSError("We couldn't connect")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
-    with pytest.raises(
-        UserError, match=r'got "someone/model"; its model cannot be loaded: We couldn.t connect'
-    ):
+    with pytest.raises(UserError, match=r'got "someone/model"; its model cannot be loaded: We couldn.t connect'):
         load_model(ModelConfig(name="someone/model"), make_task())
 
 

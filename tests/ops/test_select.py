@@ -1,5 +1,6 @@
 """Exact top-k over shards: the same mask for any number of ranks and any split, ties included."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -37,7 +38,7 @@ def pieces(size: int, world: int, split: str) -> list[list[tuple[int, int]]]:
         edges = [0] * world + [size]
     else:  # in small runs, dealt like cards
         cuts = sorted({0, size, *range(0, size, max(size // 7, 1))})
-        runs = list(zip(cuts, cuts[1:], strict=False))
+        runs = list(itertools.pairwise(cuts))
         return [runs[r::world] for r in range(world)]
     return [[(edges[r], edges[r + 1])] if edges[r] < edges[r + 1] else [] for r in range(world)]
 
@@ -103,4 +104,4 @@ def test_keys_keep_the_order_of_scores() -> None:
     keys = _to_keys(scores)
     assert keys.tolist() == sorted(keys.tolist()) and keys.unique().numel() == len(values) - 1
     assert torch.equal(_to_scores(keys), scores + 0.0)
-    assert 0 <= int(keys.min()) and int(keys.max()) < 2**32
+    assert int(keys.min()) >= 0 and int(keys.max()) < 2**32

@@ -125,9 +125,7 @@ def test_the_embedded_job_fits_the_task(task: Task) -> None:
 @pytest.mark.parametrize(("key", "needed"), [("vocab_size", VOCAB_SIZE), ("max_position_embeddings", LENGTH)])
 def test_a_model_that_is_too_small(task: Task, key: str, needed: int) -> None:
     model = load_job("ds_leap", [f"model.from_config.{key}={needed - 1}"]).model
-    with pytest.raises(
-        UserError, match=f"model: {key} is {needed - 1}; allowed: at least {needed}, builtin/clock"
-    ):
+    with pytest.raises(UserError, match=f"model: {key} is {needed - 1}; allowed: at least {needed}, builtin/clock"):
         load_model(model, task)
 
 

@@ -134,9 +134,7 @@ def hub_rows(name: str) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", GLUE)
-def test_every_glue_task_loads_from_the_hub_layout(
-    name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_glue_task_loads_from_the_hub_layout(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     splits = ("train", *GLUE[name].validation)
@@ -188,9 +186,7 @@ def test_hub_out_of_reach(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(
-        UserError, match=r'data\.task: "glue/rte" could not be loaded .*no route.*give local files'
-    ):
+    with pytest.raises(UserError, match=r'data\.task: "glue/rte" could not be loaded .*no route.*give local files'):
         load_task(DataConfig(task="glue/rte"), tokenizer)
 
 
@@ -272,9 +268,7 @@ def test_unknown_task() -> None:
 
 
 def test_text_without_a_tokenizer() -> None:
-    with pytest.raises(
-        UserError, match=r'data\.task: got "glue/sst2", a text task; it needs a model with a tokenizer'
-    ):
+    with pytest.raises(UserError, match=r'data\.task: got "glue/sst2", a text task; it needs a model with a tokenizer'):
         load_task(DataConfig(task="glue/sst2"), None)
 
 

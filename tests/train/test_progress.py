@@ -37,9 +37,7 @@ def test_plain_line_tells_everything(clock: list[float], capsys: pytest.CaptureF
     assert capsys.readouterr().out == f"step 5/1000  prune  {fields}  2.5 steps/s  ETA 6:38\n"
 
 
-def test_plain_lines_come_at_most_every_five_seconds(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plain_lines_come_at_most_every_five_seconds(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(total=21, enabled=True) as shown:
         for step in range(1, 22):
             clock[0] += 1.0
@@ -78,9 +76,7 @@ def test_no_time_has_passed(clock: list[float], capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == "step 1/3  dense  R 1  - steps/s  ETA -\n"
 
 
-def test_long_lines_and_brackets_stay_as_they_are(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_long_lines_and_brackets_stay_as_they_are(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     fields = {f"[red]measure{i}[/red]": 1.0 for i in range(12)}
     Progress(total=3, enabled=True).update(1, "dense", fields)
     (line,) = capsys.readouterr().out.splitlines()
