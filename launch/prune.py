@@ -6,9 +6,14 @@ Exit codes: 0 done; 2 a mistake in the config, the data or the call; 1 a fault o
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from leap_dist.errors import UserError
+
+PATIENCE = 10.0
+"""Seconds that other ranks leave the first one to tell of a mistake. The launcher ends every rank as soon as one has
+ended, so a rank that is still there has seen what the first one did not, and tells it itself."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,8 +50,9 @@ def main() -> int:
         finally:
             stop_ranks()
     except UserError as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
+        if not first:
+            time.sleep(PATIENCE)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -19,7 +19,7 @@ from leap_dist.core.phases import Schedule
 
 
 class TopK(torch.autograd.Function):
-    """M = top-k(S); backward: dL/dS = dL/dM for every unit, dL/dsigma = sum_u M_u dL/dM_u (Top_k's slope taken as 1)."""
+    """M = top-k(S); backward: dL/dS = dL/dM for every unit, dL/dsigma = sum_u M_u dL/dM_u (Top_k's slope is 1)."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, sigma: Tensor, mask: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Remaining:
         return (self._weight * padded[self._gates].prod(1)).sum()
 
     def penalty(self, sigma: Tensor, temperature: float, target: float) -> tuple[float, float, Tensor]:
-        """(R, L_reg, dL_reg/dsigma), the last float64 of shape (G,); L_reg = (R - target)^2 above the target, else 0."""
+        """(R, L_reg, dL_reg/dsigma), the last float64 of shape (G,); L_reg = max(R - target, 0)^2."""
         sigma = sigma.double().detach().requires_grad_()
         with torch.enable_grad():
             remaining = self.ratio(keep_ratio(sigma, temperature))

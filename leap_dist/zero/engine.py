@@ -100,7 +100,8 @@ def finalize(engine: Any) -> dict[str, Any]:
     """Settle if that has not happened, count what is left in the weights themselves, and certify it.
 
     Returns target, density, unit, kept, prunable, gates, tensors, masks_sha256, and weights_sha256 over the model's
-    parameters (core/counting.py says how both are made). Raises RuntimeError if a pruned weight is not zero or the density is not the target within one unit. Collective.
+    parameters (core/counting.py says how both are made). Raises RuntimeError if a pruned weight is not zero or the
+    density is not the target within one unit. Collective.
     """
     settle(engine)
     leap: LeapAdamW = engine.leap

