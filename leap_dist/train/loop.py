@@ -1,6 +1,7 @@
 """The main job: dense -> prune -> settle, evaluated dense and pruned, exported and certified."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from leap_dist.export.hf import save_model
 from leap_dist.models.load import load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.base import Task
-from leap_dist.tracking.mlflow import Tracker
+from leap_dist.tracking.mlflow import Tracker, parameters
 from leap_dist.train.batches import Batches
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.progress import Progress, console, summary_table
@@ -31,6 +32,7 @@ RESOLVED, METRICS, CHECKPOINTS, MODEL, CERTIFICATE = (
     "model",
     "certificate.json",
 )
+FREE_TO_CHANGE = ("tracking.", "train.checkpoint_every", "train.log_every", "leap.total_steps")
 
 
 @dataclass
@@ -58,7 +60,7 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks) -> dict
 
     Raises UserError, with nothing written, for what the user has to mend.
     """
-    checkpoint = ranks.on_first(lambda: _check_output(output, resume))
+    checkpoint = ranks.on_first(lambda: _check_output(output, resume, config))
     torch.manual_seed(config.train.seed)
     reference = _dense_reference(config, ranks) if config.train.dense_reference else {}
     job = build_job(config, ranks)
@@ -86,7 +88,7 @@ def build_job(config: JobConfig, ranks: Ranks) -> Job:
     tokenizer = load_tokenizer(config.model) if needs_tokenizer(config.data.task) else None
     task = ranks.first_then_rest(lambda: load_task(config.data, tokenizer))
     micro = config.deepspeed["train_micro_batch_size_per_gpu"]
-    accumulation = config.deepspeed.get("gradient_accumulation_steps", 1)
+    accumulation = _accumulation(config.deepspeed, ranks.world_size)
     batches = Batches(task, micro, accumulation, config.train.seed, ranks)
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * batches.steps_per_epoch))
     if total < 10:
@@ -98,6 +100,17 @@ def build_job(config: JobConfig, ranks: Ranks) -> Job:
     engine, *_ = initialize(model=model, config=config.resolved(), lr_scheduler=scheduler)
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     return Job(config, ranks, task, tokenizer, engine, batches, total)
+
+
+def _accumulation(deepspeed: Mapping[str, Any], world_size: int) -> int:
+    """Micro-batches in an optimizer step, as DeepSpeed takes them: as given, or what fills train_batch_size."""
+    for key in ("gradient_accumulation_steps", "train_batch_size"):
+        value = deepspeed.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{key}: got {value!r}; allowed: an integer >= 1")
+    filled = deepspeed.get("train_batch_size", 1) // (deepspeed["train_micro_batch_size_per_gpu"] * world_size)
+    accumulation: int = deepspeed.get("gradient_accumulation_steps", max(1, filled))
+    return accumulation
 
 
 def train(job: Job, tracker: Tracker, output: Path | None) -> None:
@@ -194,7 +207,7 @@ def _linear_schedule(total: int, warmup_fraction: float) -> Any:
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
 
 
-def _check_output(output: Path, resume: bool) -> Path | None:
+def _check_output(output: Path, resume: bool, config: JobConfig) -> Path | None:
     """The checkpoint to go on from, None for a new run. Raises UserError if the folder does not allow it."""
     if not resume:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -202,6 +215,9 @@ def _check_output(output: Path, resume: bool) -> Path | None:
                 f"--output: {output} exists; choose another folder, remove it, or go on with --resume if it "
                 "holds an unfinished run"
             )
+        place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise UserError(f"--output: {output} cannot be made: {place} is no folder that can be written to")
         return None
     if (output / CERTIFICATE).is_file():
         raise UserError(f"--resume: the run in {output} is finished; its result is in {output / CERTIFICATE}")
@@ -211,7 +227,22 @@ def _check_output(output: Path, resume: bool) -> Path | None:
             f"--resume: there is no checkpoint in {output / CHECKPOINTS}; start without --resume, "
             "with train.checkpoint_every set"
         )
+    _check_same_job(output, config)
     return checkpoint
+
+
+def _check_same_job(output: Path, config: JobConfig) -> None:
+    """A run goes on as the job that it was started as; settings of FREE_TO_CHANGE do not matter to it."""
+    before = parameters(json.loads((output / RESOLVED).read_text(encoding="utf-8")))
+    now = parameters(config.resolved())
+    changed = [
+        f"--resume: {key} is {now.get(key, 'missing')}, but was {before.get(key, 'missing')} when the run in {output} "
+        "was started; set it back, or start a new run"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise UserError("\n  ".join(changed))
 
 
 def _prepare_output(output: Path, resolved: Mapping[str, Any], start: int) -> None:

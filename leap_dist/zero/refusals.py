@@ -1,11 +1,14 @@
 """What LEAP refuses to run under, found before anything is built, and why."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from leap_dist.config import SECTIONS
 from leap_dist.errors import UserError
 
 OTHER_SHARDING = {"zenflow": None, "mics_shard_size": -1, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
@@ -16,7 +19,8 @@ def check_engine_config(
     config: Mapping[str, Any], model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: Any
 ) -> None:
     """Raise one UserError with every reason why this job cannot work."""
-    problems = [*_config_problems(config), *_object_problems(model, mpu, lr_scheduler, optimizer)]
+    problems = [*_config_problems(config)] or [*_deepspeed_problems(config)]
+    problems += _object_problems(model, mpu, lr_scheduler, optimizer)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -49,8 +53,31 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for name in ("tensor_parallel", "expert_parallel", "hybrid_engine", "compression_training"):
         if _section(config, name).get("enabled", name in config):
             yield f"{name}: not supported together with LEAP yet; remove the section"
+    clipping = config.get("gradient_clipping", 1.0)
+    if not isinstance(clipping, int | float) or isinstance(clipping, bool) or not clipping >= 0:
+        yield f"gradient_clipping: got {clipping!r}; allowed: a number >= 0"
     if config.get("sequence_parallel_size", 1) != 1:
         yield "sequence_parallel_size: not supported together with LEAP yet; use 1"
+
+
+def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed has against its part of the config; only once ranks run, for it divides the batch by them."""
+    if not torch.distributed.is_initialized():
+        return
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    own = {key: value for key, value in config.items() if key not in SECTIONS}
+    try:
+        DeepSpeedConfig(deepcopy(own))
+    except ValidationError as error:
+        for item in error.errors():
+            place = ".".join(map(str, item["loc"]))
+            yield f"{error.title}.{place}: got {item['input']!r}; DeepSpeed says: {item['msg']}"
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        yield f"DeepSpeed refuses its part of the config: {' '.join(str(error).split())}"
+    if _section(config, "fp16").get("enabled") and not get_accelerator().is_fp16_supported():
+        yield f"fp16.enabled: the {get_accelerator().device_name()} of this machine cannot; use bf16 or fp32"
 
 
 def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: Any) -> Iterator[str]:

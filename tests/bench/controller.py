@@ -1,18 +1,18 @@
-"""How the level is held: R over steps against the target, for both controls, from 500 to 20,000 steps, one set of defaults.
+"""The controller: R over steps against the target, both controls, 500 to 20,000 steps, one set of defaults.
 
-    OMP_NUM_THREADS=1 python -m tests.bench.controller [--steps 500 2000] [--controls paper] [--picture]
+    OMP_NUM_THREADS=1 python -m tests.bench.controller [--steps 500 2000] [--controls paper]
 
-A small transformer on builtin/clock, pruned by LeapAdamW on one process. Every run: gap = R - target after the last
-step of the prune phase, overshoot = how far R fell below the target in it, spread = the keep ratios of the gates at its
-end. A run whose masks do not have the exact target at the end stops the benchmark. Rows of results/controller.json
-are replaced as runs finish, so lengths and controls can be run one by one; `--picture` only draws the table anew.
+A small transformer that has learned builtin/clock is pruned by LeapAdamW, without an engine. Gap = R - target (density
+- target) after the last step of the prune phase, overshoot = how far R fell below the target in it, k: the gates' keep
+ratios at its end. Runs replace their rows of results/controller.json as they finish; `--steps` alone draws only.
 """
 
 import argparse
+import copy
+import functools
+import itertools
 import json
-import math
-import platform
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +30,31 @@ from leap_dist.tasks import builtin
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TARGETS, STEPS, CONTROLS = (0.8, 0.5, 0.2, 0.05), (500, 2000, 20000), ("projected", "paper")
-HYBRID = (0.2, 2000)  # target and length of the runs with two gates a matrix
-LR, WEIGHT_DECAY, WARMUP, SEED = 3e-3, 0.01, 0.1, 17
-MODELS = {500: (32, 2, 32), 2000: (32, 2, 32), 20000: (16, 1, 16)}  # steps -> hidden size, layers, batch
-COLUMNS = {"R": "remaining", "density": "density", "level": "level"}
-COLUMNS |= {name: f"keep_ratio_{name}" for name in ("min", "max", "std")}
+HYBRID = (2000, 0.2, ["row", "element"])  # steps, target and gates of the runs with two gates a matrix
+LR, WARMUP, BATCH, SEED = 3e-3, 0.1, 32, 17
+SHAPES = {500: (32, 2), 2000: (32, 2), 20000: (16, 1)}  # steps -> hidden size, layers
+DENSE = {(32, 2): (2000, 3e-3), (16, 1): (5000, 1e-2)}  # shape -> steps and rate of the training before
+COLUMNS = ("remaining", "density", "level", "keep_ratio_min", "keep_ratio_max", "keep_ratio_std")
+Table = tuple[Tensor, Tensor]  # token ids, labels
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and FFN, without biases: four gated matrices."""
+    """Pre-norm attention with two heads and FFN, (batch, length, hidden) to the same; four gated matrices."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden, elementwise_affine=False)
-        self.qkv, self.out = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
-        self.up, self.down = nn.Linear(hidden, 2 * hidden, bias=False), nn.Linear(2 * hidden, hidden, bias=False)
+        sizes = ((hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * hidden), (2 * hidden, hidden))
+        self.qkv, self.out, self.up, self.down = (nn.Linear(*size, bias=False) for size in sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, length, hidden) to the same shape; two heads."""
         query, key, value = self.qkv(self.norm(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
 class Classifier(nn.Module):
-    """Token ids (batch, length) to two logits, read at the first token."""
+    """Token ids (batch, length) to two logits (batch, 2), read at the first token."""
 
     def __init__(self, hidden: int, num_layers: int) -> None:
         super().__init__()
@@ -65,7 +64,6 @@ class Classifier(nn.Module):
         self.answer = nn.Linear(hidden, 2, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (batch, 2)."""
         return self.answer(self.layers(self.words(ids) + self.places)[:, 0])
 
 
@@ -73,122 +71,101 @@ def make_optimizer(model: nn.Module, config: LeapConfig) -> LeapAdamW:
     """LeapAdamW over whole tensors, with the gates' own parameters beside the model's."""
     plan = make_plan(model, config)
     named = dict(model.named_parameters())
-    gates = {THRESHOLDS: nn.Parameter(torch.zeros(len(plan.gates)))}
-    if plan.num_structured_units:
-        gates[SCORES] = nn.Parameter(torch.zeros(plan.num_structured_units))
-    gated = [p for name, p in named.items() if name in plan.covers]
-    rest = [p for name, p in named.items() if name not in plan.covers]
-    groups: list[dict[str, Any]] = [{"params": [*gated, *gates.values()], GATED: True}, {"params": rest}]
-    optimizer = LeapAdamW(groups, plan, config, lr=LR, weight_decay=WEIGHT_DECAY)
+    sizes = {THRESHOLDS: len(plan.gates), SCORES: plan.num_structured_units}
+    gates = {name: nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
+    gated = {"params": [*(named[name] for name in plan.covers), *gates.values()], GATED: True}
+    rest = {"params": [p for name, p in named.items() if name not in plan.covers]}
+    optimizer = LeapAdamW([gated, rest], plan, config, lr=LR)
     optimizer.bind(whole((named | gates).items()), Communicator())
     return optimizer
 
 
-def load_tables() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(token ids, labels) of the training and the validation examples."""
-    task = builtin.load(DataConfig(task=builtin.CLOCK))
-    tables: Any = (task.train, task.validation["validation"])
-    columns = [torch.from_numpy(t.columns["input_ids"]).long().view(-1, builtin.LENGTH) for t in tables]
-    train, validation = ((ids, torch.tensor(t.labels)) for ids, t in zip(columns, tables, strict=True))
-    return train, validation
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, table: Table, step: int, steps: int) -> float:
+    """One step on a random batch with linear warm-up and decay of the rate; returns the loss."""
+    chosen = torch.randint(len(table[1]), (BATCH,))
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(table[0][chosen]), table[1][chosen])
+    loss.backward()
+    warmup = WARMUP * steps
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * min((step + 1) / warmup, (steps - step) / (steps - warmup))
+    optimizer.step()
+    return loss.item()
 
 
-def rate(step: int, steps: int) -> float:
-    """The learning rate: linear warm-up and linear decay."""
-    warmup = max(1, round(WARMUP * steps))
-    return LR * min((step + 1) / warmup, (steps - step) / (steps - warmup))
-
-
-def measure(settings: dict[str, Any], train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """One run: its curves at every per cent of the steps, and the numbers of the table.
-
-    Raises RuntimeError if the masks do not have the target at the end.
-    """
-    config = parse_leap(settings)
-    target, steps = config.target, settings["total_steps"]
-    hidden, num_layers, batch = MODELS[steps]
+@functools.cache
+def trained(shape: tuple[int, int], table: Table) -> Classifier:
+    """A dense model that has learned the task."""
     torch.manual_seed(SEED)
-    model = Classifier(hidden, num_layers)
-    optimizer = make_optimizer(model, config)
-    settle_start, every = optimizer.schedule.settle_start, max(1, steps // 1000)
-    rows: list[dict[str, float]] = []
-    lowest, last, losses, started = 1.0, {}, [], time.perf_counter()
+    model, (steps, rate) = Classifier(*shape), DENSE[shape]
+    optimizer = torch.optim.AdamW([{"params": model.parameters(), "base_lr": rate}], lr=rate)
     for step in range(steps):
-        chosen = torch.randint(len(train[1]), (batch,))
-        model.zero_grad()
-        loss = nn.functional.cross_entropy(model(train[0][chosen]), train[1][chosen])
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
-        optimizer.step()
-        losses.append(loss.item())
-        done = step + 1
-        if done % every == 0 or done == settle_start - 1:
-            report = optimizer.report()
-            if done % (steps // 100) == 0:
-                rows.append({"step": done, **{name: round(report[key], 5) for name, key in COLUMNS.items()}})
-            if done < settle_start:
-                lowest, last = min(lowest, report["remaining"]), report
-    kept = sum(int(optimizer.state[p][MASK].sum()) for p in model.parameters() if MASK in optimizer.state[p])
-    check_exact(kept, optimizer.plan.prunable, target, optimizer.plan.unit)
+        train_step(model, optimizer, table, step, steps)
+    return model
+
+
+def measure(settings: dict[str, Any], train: Table, validation: Table) -> dict[str, Any]:
+    """One run: the table's numbers, curves at every per cent; RuntimeError if the masks miss the target at the end."""
+    config, steps = parse_leap(settings), settings["total_steps"]
+    model = copy.deepcopy(trained(SHAPES[steps], train))
+    torch.manual_seed(SEED)
+    optimizer = make_optimizer(model, config)
+    last_prune, rows, lowest, loss = optimizer.schedule.settle_start - 1, [], 1.0, 0.0
+    for step in range(1, steps + 1):
+        loss += (train_step(model, optimizer, train, step - 1, steps) - loss) / min(step, steps // 20)
+        if step % (steps // 500) and step != last_prune:
+            continue
+        report = optimizer.report()
+        if step % (steps // 100) == 0:
+            rows.append([step, *(round(report[key], 4) for key in COLUMNS)])
+        if step <= last_prune:
+            lowest, end = min(lowest, report["remaining"]), report
+    kept = sum(int(state[MASK].sum()) for state in optimizer.state.values() if MASK in state)
+    check_exact(kept, optimizer.plan.prunable, config.target, optimizer.plan.unit)
     with torch.no_grad():
-        accuracy = (model(validation[0]).argmax(1) == validation[1]).float().mean().item()
-    measured = {
-        "gap": last["remaining"] - target,
-        "overshoot": max(0.0, target - lowest),
-        "density_gap": last["density"] - target,
-        "spread": [last["keep_ratio_std"], last["keep_ratio_min"], last["keep_ratio_max"]],
+        correct = model(validation[0]).argmax(1) == validation[1]
+    numbers = {name.removeprefix("keep_ratio_"): end[name] for name in COLUMNS[3:]} | {
+        "gap": end["remaining"] - config.target,
+        "gap_of_density": end["density"] - config.target,
+        "overshoot": max(0.0, config.target - lowest),
         "density": kept / optimizer.plan.prunable,
-        "loss": sum(losses[-steps // 20 :]) / len(losses[-steps // 20 :]),
-        "accuracy": accuracy,
-        "ms_per_step": 1e3 * (time.perf_counter() - started) / steps,
+        "loss": loss,
+        "accuracy": correct.float().mean().item(),
     }
-    rounded = json.loads(json.dumps(measured), parse_float=lambda text: round(float(text), 5))
-    return {**settings, **rounded, "curve": {key: [row[key] for row in rows] for key in rows[0]}}
+    curve = dict(zip(("step", *COLUMNS), zip(*rows, strict=True), strict=True))
+    return {**settings, **{key: round(number, 5) for key, number in numbers.items()}, "curve": curve}
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """The runs as text, one a line."""
-    lines = ["control    steps  target  gates        gap      overshoot  k std (min..max)       density  loss   accuracy"]
+def show(runs: Iterable[dict[str, Any]]) -> None:
+    """Print the runs, one a line."""
+    print("control    steps target gates            gap (density)  overshoot  k std (min..max)        loss   accuracy")
     for run in runs:
-        std, low, high = run["spread"]
-        lines.append(
-            f"{run['control']:9s} {run['total_steps']:6d}  {run['target']:<6}  {'+'.join(run['gates']):11s}"
-            f"{run['gap']:+8.4f}  {run['overshoot']:8.4f}   {std:6.4f} ({low:.4f}..{high:.4f})  {run['density']:.4f}"
-            f"   {run['loss']:.3f}  {run['accuracy']:.3f}"
-        )
-    return "\n".join(lines)
+        name = f"{run['control']:9s} {run['total_steps']:6d} {run['target']:<6} {'+'.join(run['gates']):11s}"
+        level = f"{run['gap']:+8.4f} {run['gap_of_density']:+8.4f}  {run['overshoot']:9.4f}"
+        ratios = f"{run['std']:.4f} ({run['min']:.4f}..{run['max']:.4f})"
+        print(f"{name} {level}  {ratios}  {run['loss']:.4f}  {run['accuracy']:.3f}")
 
 
-def draw(runs: list[dict[str, Any]], file: Path) -> None:
+def draw(runs: Iterable[dict[str, Any]], file: Path) -> None:
     """R over the run: a row of panels for each control, a column for each length, a line for each target."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(CONTROLS), len(STEPS), figsize=(11, 6.2), sharex=True, sharey=True)
+    figure = Figure(figsize=(11, 6.2))
+    axes = figure.subplots(len(CONTROLS), len(STEPS), sharex=True, sharey=True)
     colours = dict(zip(TARGETS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))  # Okabe and Ito
-    schedule = LeapConfig(target=0.5)
-    dense, settle = schedule.dense_fraction, 1 - schedule.settle_fraction
-    for axis, (control, steps) in zip(axes.flat, ((c, s) for c in CONTROLS for s in STEPS), strict=True):
-        axis.axvspan(0, dense, color="0.86", lw=0)
-        axis.axvspan(settle, 1, color="0.93", lw=0)
+    defaults = LeapConfig(target=0.5)
+    for axis, (control, steps) in zip(axes.flat, itertools.product(CONTROLS, STEPS), strict=True):
+        axis.axvspan(0, defaults.dense_fraction, color="0.9", lw=0)
+        axis.axvspan(1 - defaults.settle_fraction, 1, color="0.9", lw=0)
         for run in runs:
             if (run["control"], run["total_steps"], run["gates"]) == (control, steps, ["element"]):
-                target, curve = run["target"], run["curve"]
-                axis.axhline(target, color=colours[target], lw=0.9, ls="--", alpha=0.8)
-                parts = [step / steps for step in curve["step"]]
-                axis.plot(parts, curve["R"], color=colours[target], lw=1.8, label=f"target {target}")
+                colour, curve, label = colours[run["target"]], run["curve"], f"target {run['target']}"
+                axis.axhline(run["target"], color=colour, lw=0.9, ls="--")
+                axis.plot([step / steps for step in curve["step"]], curve["remaining"], color=colour, label=label)
         axis.set(xlim=(0, 1), ylim=(0, 1.02), title=f"{control}, {steps:,} steps")
-        for x, phase in ((dense / 2, "dense"), (0.3, "prune"), (0.9, "settle")):
-            up = {"rotation": 90} if phase == "dense" else {}
-            axis.text(x, 0.1 if up else 0.95, phase, ha="center", va="center", size=8, color="0.35", **up)
-        axis.tick_params(labelbottom=True)
-    figure.supxlabel("fraction of the run", size=10)
+    figure.supxlabel("fraction of the run (grey: dense and settle, white: prune)", size=10)
     figure.supylabel("R, the remaining ratio the thresholds ask for", size=10)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(TARGETS), frameon=False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper center", ncols=len(TARGETS), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(file, dpi=110)
 
@@ -196,25 +173,25 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     """Run the cells asked for, print the table, write the JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="*", default=STEPS, choices=STEPS)
+    parser.add_argument("--steps", type=int, nargs="*", default=STEPS, choices=STEPS, help="none: draw only")
     parser.add_argument("--controls", nargs="*", default=CONTROLS, choices=CONTROLS)
-    parser.add_argument("--picture", action="store_true", help="run nothing, draw what is there")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of controller.json and controller.png")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    file = arguments.out / "controller.json"
+    task = builtin.load(DataConfig(task=builtin.CLOCK))
+    batches = [task.collate(list(examples)) for examples in (task.train, task.validation["validation"])]
+    tables = [(batch["input_ids"], batch["labels"]) for batch in batches]
+    file = RESULTS / "controller.json"
     runs: dict[str, dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else {}
-    cells = [(c, s, t, ["element"]) for s in sorted(arguments.steps) for c in arguments.controls for t in TARGETS]
-    cells += [(c, s, HYBRID[0], ["row", "element"]) for c in arguments.controls for s in arguments.steps if s == HYBRID[1]]
-    tables = load_tables()
-    for control, steps, target, gates in [] if arguments.picture else cells:
-        settings = {"target": target, "control": control, "total_steps": steps, "gates": gates}
-        run = runs["/".join([control, str(steps), str(target), *gates])] = measure(settings, *tables)
-        print(table([run]).splitlines()[1], f"  {run['ms_per_step']:.1f} ms a step", flush=True)
-        about = {"machine": platform.machine(), "threads": 1, "torch": torch.__version__, "models": MODELS}
-        file.write_text(json.dumps({**about, "runs": runs}, separators=(",", ":")).replace('},"', '},\n"') + "\n")
-    print(table(list(runs.values())))
-    draw(list(runs.values()), arguments.out / "controller.png")
+    cells = [(steps, target, ["element"]) for steps in STEPS for target in TARGETS] + [HYBRID]
+    for (steps, target, gates), control in itertools.product(cells, arguments.controls):
+        if steps in arguments.steps:
+            settings = {"target": target, "control": control, "total_steps": steps, "gates": gates}
+            run = runs[f"{control} {steps} {target} {'+'.join(gates)}"] = measure(settings, *tables)
+            print(f"{control} {steps} {target} {gates}: gap {run['gap']}", flush=True)
+            text = json.dumps({"torch": torch.__version__, "shapes": SHAPES, "runs": runs}, separators=(",", ":"))
+            file.write_text(text.replace('},"', '},\n"') + "\n")
+    show(runs.values())
+    draw(runs.values(), RESULTS / "controller.png")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.peers.nets import GATES, GLOBAL_BATCH, LR, WEIGHT_DECAY, batches, leap, loss_of, net, relative_error
 from tests.ranks import RankPools
@@ -115,13 +116,21 @@ def compare(results: list[tuple[dict[str, Tensor], dict[str, Any]]], expected: d
     return max(relative_error(weights[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+# Half of all stages x ranks for each kind, the other half for the next; tests/bench/equivalence.py runs all.
+GRID = [
+    (stage, world, kind)
+    for number, kind in enumerate(GATES)
+    for stage in range(4)
+    for world in (1, 2, 3)
+    if (stage + world + number) % 2
+]
+
+
+@pytest.mark.parametrize(("stage", "world", "kind"), GRID)
 def test_equals_the_oracle(
     ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int, world: int, kind: str
 ) -> None:
-    accumulation = 3 if (stage + world + len(kind)) % 2 else 1
+    accumulation = 3 if stage in (1, 2) else 1
     results = ranks(world).run(final_weights, kind, stage, accumulation, {})
     assert compare(results, expected(kind, {})) <= 1e-5
 
@@ -139,14 +148,59 @@ def test_other_rules_equal_the_oracle_on_shards(
     assert compare(results, expected(kind, changes)) <= 1e-5
 
 
-def bf16_run(stage: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return final_weights("element", stage, 1, {}, bf16={"enabled": True})
+def offloaded(stage: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    return final_weights("element", stage, 1, {}, zero_optimization=zero)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_prunes_the_same_up_to_rounding(ranks: RankPools, stage: int) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_offloaded_optimizer_equals_the_oracle(
+    ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int
+) -> None:
+    assert compare(ranks(2).run(offloaded, stage), expected("element", {})) <= 1e-5
+
+
+class Checkpointed(nn.Module):
+    """The test net with its activations recomputed in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.net, x, use_reentrant=False)
+        return hidden
+
+
+def recomputed(stage: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import leap_dist
+    from leap_dist.zero.engine import gather_weights
+
+    section = {**leap("element", STEPS).model_dump(mode="json"), "exclude": ["net.9.weight"]}
+    config = engine_config(stage, 1, torch.distributed.get_world_size(), section)
+    engine, *_ = leap_dist.initialize(model=Checkpointed(), config=config, lr_scheduler=schedule)
+    assert engine.leap.plan.prunable == 13 * 37 + 37 * 29 + 29 * 2 + 2
+    run_steps(engine, 1, 0, STEPS)
+    certificate = leap_dist.finalize(engine)
+    return {name.removeprefix("net."): weight for name, weight in gather_weights(engine)}, certificate
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_activation_checkpointing_changes_nothing(
+    ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int
+) -> None:
+    assert compare(ranks(2).run(recomputed, stage), expected("element", {})) <= 1e-5
+
+
+def bf16_run(stage: int, accumulate: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    types = {"grad_accum_dtype": accumulate}
+    return final_weights("element", stage, 1, {}, bf16={"enabled": True}, data_types=types)
+
+
+@pytest.mark.parametrize(("stage", "accumulate"), [(1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_bf16_prunes_the_same_up_to_rounding(ranks: RankPools, stage: int, accumulate: str) -> None:
     """Gradients are rounded to bf16 before they are summed over ranks, so masks differ where scores nearly tie."""
-    (alone, _), (shared, certificate) = ranks(1).run(bf16_run, stage)[0], ranks(2).run(bf16_run, stage)[0]
+    (alone, _), (shared, certificate) = (ranks(world).run(bf16_run, stage, accumulate)[0] for world in (1, 2))
     gated = list(certificate["tensors"])
     kept = torch.cat([(alone[name] != 0).flatten() for name in gated])
     other = torch.cat([(shared[name] != 0).flatten() for name in gated])
@@ -228,16 +282,6 @@ def test_a_plain_loop_on_any_model(ranks: RankPools, stage: int, world: int) -> 
     assert (certificate["kept"], certificate["prunable"]) == (384, 1536)
     assert set(certificate["tensors"]) == {"body.0.weight", "body.2.weight"}
     assert certificate["density"] == certificate["target"] == 0.25
-
-
-def overflow() -> list[int]:
-    """fp16 is not there on every CPU; a skipped step must not move LEAP's clock."""
-    engine = pruned_engine("element", 2, 1, {})
-    x, y = batches(1)[0]
-    for value in (1.0, float("nan")):
-        engine.backward(loss_of(engine(x * value), y))
-        engine.step()
-    return [engine.leap.num_steps]
 
 
 def early_finalize() -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""kill -9 in every phase of a real job, then --resume: the same files as an undisturbed run's."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 40
+MODEL = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 32,
+    "max_position_embeddings": 16,
+    "hidden_dropout_prob": 0.1,
+}
+JOB: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 8,
+    "zero_optimization": {"stage": 2},
+    "model": {"from_config": MODEL},
+    "data": {"task": "builtin/clock"},
+    "train": {"max_steps": STEPS, "learning_rate": 1e-3, "checkpoint_every": 2, "log_every": 1, "eval_batch_size": 512},
+    "leap": {"target": 0.3, "dense_fraction": 0.25, "settle_fraction": 0.25},
+    "tracking": {"mlflow_uri": None},
+}
+
+
+def start(config: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "prune.py"),
+        "--config",
+        str(config),
+        "--output",
+        str(output),
+        *more,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
+
+def kill_at(process: subprocess.Popen[bytes], output: Path, step: int) -> None:
+    """kill -9 as soon as the run has logged `step`; the run must not have ended before."""
+    metrics = output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, (process.stdout.read() if process.stdout else b"").decode()
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    printed, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, printed.decode()
+
+
+def test_killed_in_every_phase_and_resumed(tmp_path: Path) -> None:
+    config = tmp_path / "job.json"
+    config.write_text(json.dumps(JOB))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    undisturbed = start(config, whole)
+    kill_at(start(config, broken), broken, 5)  # dense: steps 0 to 9
+    finish(undisturbed)
+    kill_at(start(config, broken, "--resume"), broken, 20)  # prune
+    kill_at(start(config, broken, "--resume"), broken, 34)  # settle: from step 30
+    phases = [json.loads(line)["phase"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert {"dense", "prune", "settle"} == set(phases)
+    finish(start(config, broken, "--resume"))
+    one, other = (json.loads((folder / "certificate.json").read_text()) for folder in (whole, broken))
+    assert one == other  # weights, masks, metrics dense and pruned
+    assert (whole / "metrics.jsonl").read_text() == (broken / "metrics.jsonl").read_text()
+    again = start(config, broken, "--resume")
+    printed, _ = again.communicate(timeout=60)
+    assert again.returncode == 2 and b"is finished" in printed and b"Traceback" not in printed

@@ -1,0 +1,223 @@
+"""What cannot work is refused before anything is built, every reason in one error."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from leap_dist.errors import UserError
+from leap_dist.zero.refusals import OTHER_SHARDING, check_engine_config
+from tests.ranks import RankPools
+
+BATCH = {"train_micro_batch_size_per_gpu": 4}
+
+
+def check(
+    config: dict[str, Any],
+    model: nn.Module | None = None,
+    mpu: Any = None,
+    lr_scheduler: Any = None,
+    optimizer: Any = None,
+) -> None:
+    check_engine_config(BATCH | config, model or nn.Linear(2, 3), mpu, lr_scheduler, optimizer)
+
+
+def adamw(**settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(nn.Linear(2, 3).parameters(), **settings)
+
+
+def schedule(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.LinearLR(optimizer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"zero_optimization": {"stage": 0}},
+        {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "fp16": {"enabled": True}},
+        {"zero_optimization": {"stage": 3, **OTHER_SHARDING}},
+        {"bf16": {"enabled": False}, "hybrid_engine": {"enabled": False}, "tensor_parallel": {"enabled": False}},
+        {"sequence_parallel_size": 1, "leap": {"target": 0.5}},
+    ],
+)
+def test_what_works_passes(config: dict[str, Any]) -> None:
+    check(config, lr_scheduler=schedule, optimizer=adamw())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, r"optimizer: LEAP's step is the optimizer \(AdamW\); remove the section"),
+        ({"zero_optimization": {"stage": 5}}, r"zero_optimization\.stage: got 5; allowed: 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage: got True; allowed"),
+        ({"zero_optimization": {"stage": "2"}}, r"zero_optimization\.stage: got '2'; allowed"),
+        ({"bf16": {"enabled": True}}, r"bf16\.enabled: under zero_optimization\.stage 0 masters are not reachable"),
+        ({"fp16": {"enabled": True}}, r"fp16\.enabled: under zero_optimization\.stage 0 masters are not reachable"),
+        ({"amp": {"enabled": True}}, r"amp\.enabled: under zero_optimization\.stage 0 masters are not reachable"),
+        (
+            {"amp": {"enabled": True}, "zero_optimization": {"stage": 2}},
+            r"amp\.enabled: ZeRO and amp do not go together; use bf16 or fp16",
+        ),
+        (
+            {"amp": {"enabled": True}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+            r"amp\.enabled: ZeRO and amp do not go together",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            r"zero_optimization\.offload_optimizer\.device: got 'nvme'; the state has to stay in memory",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            r"zero_optimization\.offload_param\.device: got 'nvme'; the state has to stay in memory",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            r"zero_optimization\.offload_optimizer\.ratio: the state has to be in one place; use 1\.0",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": "half"}}},
+            r"zero_optimization\.offload_optimizer\.ratio: the state has to be in one place",
+        ),
+        ({"tensor_parallel": {"autotp_size": 2}}, r"tensor_parallel: not supported together with LEAP yet; remove"),
+        ({"expert_parallel": {"enabled": True}}, r"expert_parallel: not supported together with LEAP yet"),
+        ({"hybrid_engine": {"enabled": True}}, r"hybrid_engine: not supported together with LEAP yet"),
+        ({"compression_training": {}}, r"compression_training: not supported together with LEAP yet"),
+        ({"gradient_clipping": "one"}, r"gradient_clipping: got 'one'; allowed: a number >= 0"),
+        ({"gradient_clipping": -1}, r"gradient_clipping: got -1; allowed: a number >= 0"),
+        ({"gradient_clipping": True}, r"gradient_clipping: got True; allowed: a number >= 0"),
+        ({"sequence_parallel_size": 2}, r"sequence_parallel_size: not supported together with LEAP yet; use 1"),
+    ],
+)
+def test_refused_config(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("zenflow", {"topk_ratio": 0.1}),
+        ("mics_shard_size", 2),
+        ("zero_hpz_partition_size", 2),
+        ("zero_quantized_weights", True),
+    ],
+)
+def test_refused_way_of_sharding(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"^zero_optimization\.{key}: LEAP does not know this way of sharding yet"):
+        check({"zero_optimization": {"stage": 3, key: value}})
+
+
+def test_every_other_way_of_sharding_is_covered() -> None:
+    assert list(OTHER_SHARDING) == ["zenflow", "mics_shard_size", "zero_hpz_partition_size", "zero_quantized_weights"]
+
+
+class PipelineModule(nn.Linear):
+    """Of the name of DeepSpeed's."""
+
+
+def expert_model() -> nn.Module:
+    model = nn.Linear(2, 3)
+    vars(model.weight)["allreduce"] = False  # as DeepSpeed marks expert parameters
+    return model
+
+
+def hosting_model() -> nn.Module:
+    model = nn.Linear(2, 3)
+    model.leap = nn.Linear(1, 1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        ({"mpu": object()}, r"mpu: tensor and pipeline parallel groups are not supported yet"),
+        ({"model": PipelineModule(2, 3)}, r"model: pipeline modules are not supported yet"),
+        ({"model": hosting_model()}, r"model\.leap: the model has an attribute of this name already"),
+        ({"model": expert_model()}, r"model: expert parallel parameters are not supported yet"),
+        (
+            {"optimizer": torch.optim.SGD(nn.Linear(2, 3).parameters())},
+            r"optimizer: got a SGD; LEAP steps as AdamW: pass a torch\.optim\.AdamW",
+        ),
+        (
+            {"optimizer": torch.optim.Adam(nn.Linear(2, 3).parameters())},
+            r"optimizer: got a Adam; LEAP steps as AdamW",
+        ),
+        ({"optimizer": adamw(amsgrad=True)}, r"optimizer: amsgrad is not supported"),
+        (
+            {"lr_scheduler": schedule(adamw())},
+            r"lr_scheduler: got a scheduler that is tied to another optimizer; pass a function that makes it",
+        ),
+    ],
+)
+def test_refused_object(objects: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
+        check({}, **objects)
+
+
+def test_all_reasons_in_one_error() -> None:
+    config = {
+        "optimizer": {"type": "Adam"},
+        "zero_optimization": {"stage": 7, "mics_shard_size": 4, "offload_param": {"device": "nvme"}},
+        "sequence_parallel_size": 2,
+    }
+    with pytest.raises(UserError) as refused:
+        check(config, model=expert_model(), mpu=object(), optimizer=adamw(amsgrad=True))
+    keys = [line.split(":")[0] for line in str(refused.value).splitlines()]
+    assert keys == [
+        "optimizer",
+        "zero_optimization.stage",
+        "zero_optimization.offload_param.device",
+        "zero_optimization.mics_shard_size",
+        "sequence_parallel_size",
+        "mpu",
+        "model",
+        "optimizer",
+    ]
+
+
+# ------------------------------------------------------------------- what DeepSpeed has against its own part
+
+DEEPSPEED_REFUSES = [
+    ({"zero_optimization": {"stge": 2}}, r"^DeepSpeedZeroConfig\.stge: got 2; DeepSpeed says: Extra inputs"),
+    ({"bf16": True}, r"^DeepSpeed refuses its part of the config: .*not bool$"),
+    (
+        {"train_batch_size": 7, "gradient_accumulation_steps": 1},
+        r"^DeepSpeed refuses its part of the config: .*train_batch_size .*7 != 4 \* 1 \* 1$",
+    ),
+    ({"gradient_accumulation_steps": 0}, r"^DeepSpeed refuses its part of the config: "),
+]
+
+
+def refusals_in_a_rank(configs: list[dict[str, Any]]) -> list[str]:
+    """What each config is refused with, where DeepSpeed's ranks run."""
+    messages = []
+    for config in configs:
+        try:
+            check(config)
+            messages.append("")
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_deepspeed_speaks_for_its_own_part(ranks: RankPools) -> None:
+    fp16 = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}, "leap": {"target": 0.5}}
+    configs = [config for config, _ in DEEPSPEED_REFUSES]
+    *messages, on_cpu, good = ranks(1).run(refusals_in_a_rank, [*configs, fp16, {"zero_optimization": {"stage": 3}}])[0]
+    for message, (config, expected) in zip(messages, DEEPSPEED_REFUSES, strict=True):
+        assert re.search(expected, message), (config, message)
+    assert on_cpu in ("", "fp16.enabled: the cpu of this machine cannot; use bf16 or fp32")
+    assert good == ""
+
+
+def test_batch_sizes_are_judged_by_the_ranks_there_are(ranks: RankPools) -> None:
+    config = {"train_batch_size": 8, "gradient_accumulation_steps": 1}
+    assert ranks(2).run(refusals_in_a_rank, [config]) == [[""], [""]]
+    assert "8 != 4 * 1 * 1" in ranks(1).run(refusals_in_a_rank, [config])[0][0]
