@@ -490,6 +490,9 @@ def _deepspeed_problems(deepspeed: Mapping[str, Any]) -> Iterable[str]:
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         received = "missing" if batch is None else f"got {_show(batch)}"
         yield f"train_micro_batch_size_per_gpu: {received}; allowed: an integer >= 1"
+    for key in ("bf16", "fp16"):
+        if not isinstance(deepspeed.get(key, {}), Mapping):
+            yield f'{key}: got {_show(deepspeed[key])}; allowed: a JSON object, such as {{"enabled": true}}'
     zero = deepspeed.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         yield f'zero_optimization: got {_show(zero)}; allowed: a JSON object, such as {{"stage": 2}}'

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from leap_dist.errors import UserError
+from leap_dist.models.load import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ def save_model(
     partial = folder.with_name(f".{folder.name}.partial")
     _remove(partial)
     partial.mkdir(parents=True)
-    with _no_progress_bars():
+    with quiet_transformers():
         # names in the file are the model's own, those of the gates: no conversion to an older layout
         model.save_pretrained(partial, state_dict=state, save_original_format=False)
     _save_config(model, dtype, partial)
@@ -77,19 +77,6 @@ def _save_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> No
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(folder)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -102,7 +102,7 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
         config = AutoConfig.from_pretrained(name, **labels)
     _check_size(config, task)
     _check_weights(name)
-    with _hub_errors(name, "model"):
+    with _hub_errors(name, "model"), quiet_transformers():
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
@@ -112,6 +112,22 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
         )
     _check_loaded(name, model, set(report["missing_keys"]))
     return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no table of the weights that a new head lacks: `_check_loaded` looks at those."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

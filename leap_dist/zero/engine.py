@@ -22,6 +22,7 @@ from leap_dist.zero.binding import (
     make_communicator,
     refresh_hosted,
 )
+from leap_dist.zero.ranks import errors_only, join_alone
 from leap_dist.zero.refusals import check_engine_config
 
 PREFIX = THRESHOLDS.split(".")[0]  # the submodule that hosts the gates' parameters
@@ -69,28 +70,30 @@ def initialize(
         raise UserError("model: missing; leap_dist.initialize needs a torch.nn.Module")
     raw = _read_config(args, config if config is not None else config_params)
     leap = _leap_config(raw)
-    check_engine_config(raw, model, mpu, lr_scheduler, optimizer)
+    check_engine_config(raw, model, mpu, mesh_param, lr_scheduler, optimizer)
     plan = make_plan(model, leap)
     groups = _parameter_groups(model, plan, optimizer, model_parameters, raw.get("train") or {})
+    join_alone()
     import deepspeed
 
     gates = _host_gates(model, plan)
     next(group for group in groups if group[GATED])["params"].extend(gates.parameters())
     base = LeapAdamW(groups, plan, leap)
     try:
-        engine, wrapped, loader, scheduler = deepspeed.initialize(
-            model=model,
-            optimizer=base,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            distributed_port=distributed_port,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-            config=_engine_config(raw),
-        )
+        with errors_only():  # it warns of every optimizer that it does not know
+            engine, wrapped, loader, scheduler = deepspeed.initialize(
+                model=model,
+                optimizer=base,
+                training_data=training_data,
+                lr_scheduler=lr_scheduler,
+                distributed_port=distributed_port,
+                dist_init_required=dist_init_required,
+                collate_fn=collate_fn,
+                config=_engine_config(raw),
+            )
         base.bind(find_fragments(engine), make_communicator(engine))
-    except UserError:
-        delattr(model, PREFIX)
+    except BaseException:
+        delattr(model, PREFIX)  # the model is as it was, and a second try is possible
         raise
     engine.leap = base
     return engine, wrapped, loader, scheduler
@@ -160,9 +163,9 @@ def _whole_parameter(parameter: Any) -> Tensor:
     """A frozen parameter in full, whatever holds it."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach().cpu()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().cpu().clone()
 
 

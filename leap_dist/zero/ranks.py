@@ -1,9 +1,12 @@
 """The ranks of a job: start them, agree on outcomes, sum and gather small things."""
 
+import contextlib
+import io
 import os
 import socket
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -78,9 +81,7 @@ class Ranks:
 
 def start_ranks() -> Ranks:
     """Join the ranks that a launcher started; without a launcher this process is the only rank."""
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    join_alone()
     binaries = os.path.dirname(sys.executable)  # DeepSpeed builds a small extension once, with ninja
     if binaries not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([binaries, os.environ.get("PATH", "")])
@@ -88,10 +89,32 @@ def start_ranks() -> Ranks:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(verbose=False)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to heed
+    with contextlib.redirect_stdout(io.StringIO()):  # every rank would tell that the extension is built
+        deepspeed.init_distributed(verbose=False)
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def join_alone() -> None:
+    """Where no launcher has set this process's place, and nothing is running yet, it is the only rank."""
+    if "RANK" not in os.environ and not dist.is_initialized():
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+
+
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """DeepSpeed logs errors alone."""
+    import deepspeed
+
+    level = deepspeed.utils.logger.level
+    deepspeed.utils.logger.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        deepspeed.utils.logger.setLevel(level)
 
 
 def stop_ranks() -> None:

@@ -16,11 +16,13 @@ OTHER_SHARDING = {"zenflow": None, "mics_shard_size": -1, "zero_hpz_partition_si
 
 
 def check_engine_config(
-    config: Mapping[str, Any], model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: Any
+    config: Mapping[str, Any], model: nn.Module, mpu: Any, mesh_param: Any, lr_scheduler: Any, optimizer: Any
 ) -> None:
     """Raise one UserError with every reason why this job cannot work."""
     problems = [*_config_problems(config)] or [*_deepspeed_problems(config)]
     problems += _object_problems(model, mpu, lr_scheduler, optimizer)
+    if mesh_param is not None:
+        problems.append("mesh_param: device meshes are not supported yet; use data parallel ranks with ZeRO")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -65,7 +67,9 @@ def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not torch.distributed.is_initialized():
         return
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DeepSpeedConfig
+    from torch.optim import lr_scheduler
 
     own = {key: value for key, value in config.items() if key not in SECTIONS}
     try:
@@ -76,6 +80,9 @@ def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{error.title}.{place}: got {item['input']!r}; DeepSpeed says: {item['msg']}"
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         yield f"DeepSpeed refuses its part of the config: {' '.join(str(error).split())}"
+    kind = _section(config, "scheduler").get("type")
+    if "scheduler" in config and not (hasattr(lr_schedules, str(kind)) or hasattr(lr_scheduler, str(kind))):
+        yield f"scheduler.type: got {kind!r}; allowed: {', '.join(lr_schedules.VALID_LR_SCHEDULES)}, or one of torch's"
     if _section(config, "fp16").get("enabled") and not get_accelerator().is_fp16_supported():
         yield f"fp16.enabled: the {get_accelerator().device_name()} of this machine cannot; use bf16 or fp32"
 

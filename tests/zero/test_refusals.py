@@ -22,8 +22,14 @@ def check(
     mpu: Any = None,
     lr_scheduler: Any = None,
     optimizer: Any = None,
+    mesh_param: Any = None,
 ) -> None:
-    check_engine_config(BATCH | config, model or nn.Linear(2, 3), mpu, lr_scheduler, optimizer)
+    check_engine_config(BATCH | config, model or nn.Linear(2, 3), mpu, mesh_param, lr_scheduler, optimizer)
+
+
+def test_a_device_mesh_is_refused() -> None:
+    with pytest.raises(UserError, match="mesh_param: device meshes are not supported"):
+        check({}, mesh_param=(1, 1))
 
 
 def adamw(**settings: Any) -> torch.optim.Optimizer:
