@@ -68,6 +68,7 @@ class LeapAdamW(torch.optim.Optimizer):
         self.kept_units = [gate.num_units for gate in plan.gates]
         self.kept_weights = plan.prunable
         self.regulariser: dict[str, float] = {}
+        self.task_size = th.TaskSize()
         self._remaining = th.Remaining(plan)
         self._gating: Gating | None = None
         self._made: list[int] | None = None  # kept counts of the masks that are in place
@@ -162,10 +163,10 @@ class LeapAdamW(torch.optim.Optimizer):
             self._adam_on(fragment, unit_grad, adam)
         if phase != "prune" or self.config.rule != "leap":
             return
-        if self.config.control == "paper":
-            sigma_grad = sigma_grad + self._regulariser_gradient(sigma_grad)
         moves = self.num_steps + 1 - self.schedule.dense_end
         adam = self._adam(group, moves, lr=self.threshold_rate)
+        if self.config.control == "paper":
+            sigma_grad = sigma_grad + self._regulariser_gradient(sigma_grad, adam)
         for fragment in self.gating.hosted_thresholds:
             self._adam_on(fragment, sigma_grad, adam)
 
@@ -181,12 +182,13 @@ class LeapAdamW(torch.optim.Optimizer):
         rate = self.config.threshold_learning_rate
         return self.schedule.threshold_rate(self.config.temperature) if rate == "auto" else rate
 
-    def _regulariser_gradient(self, task: Tensor) -> Tensor:
+    def _regulariser_gradient(self, task: Tensor, adam: ops.Adam) -> Tensor:
         """lambda dL_reg/dsigma, (G,), for the task's gradient `task`; lambda is adaptive and detached."""
         config, sigma = self.config, self.gating.gather_thresholds()
-        _, loss, grad = self._remaining.penalty(sigma, config.temperature, config.target)
+        _, loss, grad = self._remaining.penalty(sigma, config.temperature, config.target / self.calibration)
         if config.lambda_max == "auto":
-            scale = th.balanced_lambda(loss, config.target, grad, task)
+            size = self.task_size.follow(task, adam.beta2, adam.step)
+            scale = th.balanced_lambda(loss, grad, size, adam.lr, adam.beta1)
         else:
             scale = th.adaptive_lambda(loss, config.target, config.lambda_max, config.lambda_min)
         self.regulariser = {"lambda": scale, "loss_reg": loss}
@@ -233,7 +235,10 @@ class LeapAdamW(torch.optim.Optimizer):
                 self._remaining, sigma, self.config.temperature, level, self.calibration, self._count
             )
             self.gating.write_thresholds(sigma)
-        self._use(th.keep_counts(th.keep_ratio(sigma, self.config.temperature), self._remaining.num_units))
+        k = th.keep_ratio(sigma, self.config.temperature)
+        self._use(th.keep_counts(k, self._remaining.num_units))
+        if self.config.control == "paper" and not self.plan.closed_form:
+            self.calibration = th.calibrate(self.density, self._remaining.ratio(k).item())
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -281,6 +286,7 @@ class LeapAdamW(torch.optim.Optimizer):
             "kept_weights": self.kept_weights,
             "masked": self._made is not None,
             "regulariser": self.regulariser,
+            "task_size": self.task_size.mean_square,
         }
 
     @torch.no_grad()
@@ -288,6 +294,7 @@ class LeapAdamW(torch.optim.Optimizer):
         """Go on from `progress()`, after the state's tensors were put in place. Collective."""
         self.num_steps, self.settled = saved["num_steps"], saved["settled"]
         self.calibration, self.regulariser = saved["calibration"], dict(saved["regulariser"])
+        self.task_size.mean_square = saved["task_size"]
         self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]
         self._made = list(self.kept_units) if saved["masked"] else None
         for state in self.state.values():

@@ -80,6 +80,7 @@ class Oracle:
         rate = config.threshold_learning_rate
         rate = self.schedule.threshold_rate(config.temperature) if rate == "auto" else rate
         self.threshold_optimizer = torch.optim.Adam([self.sigma], lr=rate)
+        self.task_size = th.TaskSize()
 
     def scale_rates(self, scale: float) -> None:
         """What a learning-rate scheduler does: the rates of weights and scores are `scale` times their base."""
@@ -129,11 +130,14 @@ class Oracle:
         if config.rule != "leap" or config.control != "paper" or not prune:
             return
         remaining = self.remaining.ratio(torch.sigmoid(self.sigma.double() / config.temperature))
-        loss = (remaining - config.target).clamp(min=0) ** 2
+        loss = (remaining - config.target / self.calibration).clamp(min=0) ** 2
         (grad,) = torch.autograd.grad(loss, self.sigma)
         assert self.sigma.grad is not None
         if config.lambda_max == "auto":
-            scale = th.balanced_lambda(loss.item(), config.target, grad, self.sigma.grad)
+            adam = self.threshold_optimizer.param_groups[0]
+            beta1, beta2 = adam["betas"]
+            size = self.task_size.follow(self.sigma.grad, beta2, self.num_steps + 1 - self.schedule.dense_end)
+            scale = th.balanced_lambda(loss.item(), grad, size, adam["lr"], beta1)
         else:
             scale = th.adaptive_lambda(loss.item(), config.target, config.lambda_max, config.lambda_min)
         self.sigma.grad += scale * grad
@@ -194,4 +198,7 @@ class Oracle:
         if not settle:
             k = th.keep_ratio(self.sigma, config.temperature)
             keep = th.keep_counts(k, self.remaining.num_units)
+            if config.control == "paper" and not self.plan.closed_form:
+                density = self._count(keep) / self.plan.prunable
+                self.calibration = th.calibrate(density, self.remaining.ratio(k).item())
         self.masks = [top_k(s, n) for s, n in zip(self.scores, keep, strict=True)]

@@ -13,7 +13,8 @@ from torch import Tensor
 from leap_dist.core.gates import GatePlan
 
 START = 5.0  # sigma starts at 5 T: k = 0.9933
-RATIO_MAX, RATIO_MIN = 16.0, 2.0  # regulariser's gradient against the task's, far from the target and near it
+RATIO = 4.0  # the regulariser's gradient against the task's, until the target is near
+LANDING = 4.0  # memories of the threshold's Adam, 1 / (1 - beta1) steps each, over which R comes to rest
 SATURATED = 40.0  # beyond sigma = 40 T a keep ratio is 1 in float64, so no shift has to go further
 Counter = Callable[[list[int]], int]
 
@@ -47,6 +48,12 @@ class Remaining:
         padded = torch.cat([k, k.new_ones(1)])
         return (self._weight * padded[self._gates].prod(1)).sum()
 
+    def value_and_slope(self, k: Tensor, temperature: float) -> tuple[float, float]:
+        """R of keep ratios k, and dR for a shift of one common to all thresholds."""
+        rows = torch.cat([k, k.new_ones(1)])[self._gates]
+        parts = self._weight * rows.prod(1)
+        return parts.sum().item(), (parts * (1.0 - rows).sum(1)).sum().item() / temperature
+
     def penalty(self, sigma: Tensor, temperature: float, target: float) -> tuple[float, float, Tensor]:
         """(R, L_reg, dL_reg/dsigma), the last float64 of shape (G,); L_reg = max(R - target, 0)^2."""
         sigma = sigma.double().detach().requires_grad_()
@@ -62,15 +69,35 @@ def adaptive_lambda(loss: float, target: float, lambda_max: float, lambda_min: f
     return max(lambda_max * loss / max(1.0 - target, 1e-12) ** 2, lambda_min)
 
 
-def balanced_lambda(loss: float, target: float, grad_reg: Tensor, grad_task: Tensor) -> float:
-    """The adaptive lambda in units of the task's gradient: ||lambda dL_reg|| / ||dL_task|| = max(16 L_reg / .., 2).
+def balanced_lambda(loss: float, grad_reg: Tensor, task_size: float, rate: float, beta1: float) -> float:
+    """The adaptive lambda in units of the task's gradient: ||lambda dL_reg|| = 4 task_size min(1, left / landing).
 
     The published numbers suit one loss and one T: the regulariser's gradient falls with 1/T and with k(1 - k), the
-    task's grows with the loss, and where the second is larger R stalls above the target. Here the regulariser
-    has the larger part as long as R is above the target, however far, and the task decides among thresholds.
+    task's grows with the loss, and where the second is larger R stalls above the target. `task_size` is the task's
+    root mean square over the memory of Adam's second moment, so that Adam's step is a steady share of the rate:
+    measured on the step's own gradient, lambda would fall with it, and Adam, which still remembers the larger ones,
+    would all but stop. "Left" are the steps to the target at full rate; landing = 4 / (1 - beta1) of them brake
+    in time for Adam's first moment, so that R does not fall through the target.
     """
-    ratio = adaptive_lambda(loss, target, RATIO_MAX, RATIO_MIN)
-    return ratio * grad_task.norm().item() / max(grad_reg.norm().item(), 1e-30)
+    if loss <= 0.0:
+        return 0.0
+    gap = math.sqrt(loss)
+    slope = grad_reg.sum().item() / (2.0 * gap)  # dR for a step of one, common to all thresholds
+    steps_left = gap / max(rate * slope, 1e-30)
+    push = min(1.0, steps_left * (1.0 - beta1) / LANDING)
+    return RATIO * push * task_size / max(grad_reg.norm().item(), 1e-30)
+
+
+class TaskSize:
+    """Root mean square of the norm of the task's threshold gradient, averaged as Adam averages its second moment."""
+
+    def __init__(self) -> None:
+        self.mean_square = 0.0
+
+    def follow(self, grad_task: Tensor, beta2: float, step: int) -> float:
+        """Take in the gradient of step `step`, counted from 1; returns the size, corrected for the start at 0."""
+        self.mean_square = beta2 * self.mean_square + (1.0 - beta2) * grad_task.norm().item() ** 2
+        return math.sqrt(self.mean_square / (1.0 - beta2**step))
 
 
 def bisect(below: Callable[[float], bool], low: float, high: float, num_steps: int = 100) -> tuple[float, float]:
@@ -90,15 +117,29 @@ def shift_range(sigma: Tensor, temperature: float) -> tuple[float, float]:
 
 
 def level_shift(remaining: Remaining, sigma: Tensor, temperature: float, level: float) -> float:
-    """The delta for which R(sigma + delta) = level, by bisection (algorithm.md, section 2, projected control)."""
+    """The delta for which R(sigma + delta) = level (algorithm.md, section 2, projected control).
+
+    Newton's method inside a bracket: R grows with delta, and from one step to the next it moves little.
+    """
     sigma = sigma.double()
     if level >= 1.0:
         return 0.0
+    low, high = shift_range(sigma, temperature)
+    delta = 0.0
+    for _ in range(100):
+        value, slope = remaining.value_and_slope(keep_ratio(sigma + delta, temperature), temperature)
+        low, high = (delta, high) if value < level else (low, delta)
+        goal = delta + (level - value) / max(slope, 1e-300)
+        goal = goal if low < goal < high else 0.5 * (low + high)
+        if abs(goal - delta) <= 1e-9 * temperature:
+            break
+        delta = goal
+    return delta
 
-    def below(delta: float) -> bool:
-        return remaining.ratio(keep_ratio(sigma + delta, temperature)).item() < level
 
-    return bisect(below, *shift_range(sigma, temperature), num_steps=60)[1]
+def calibrate(density: float, remaining: float) -> float:
+    """density / R, the correction for what R does not know of hybrids and edge blocks."""
+    return min(max(density / remaining, 1e-3), 1e3)
 
 
 def project_level(
@@ -119,7 +160,7 @@ def project_level(
         density = count(keep_counts(ratio, remaining.num_units)) / remaining.prunable
         if abs(density - level) <= 1e-3 * level:
             break
-        calibration = min(max(density / remaining.ratio(ratio).item(), 1e-3), 1e3)
+        calibration = calibrate(density, remaining.ratio(ratio).item())
     return shifted, calibration
 
 

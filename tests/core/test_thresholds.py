@@ -48,10 +48,22 @@ def test_lambda_adapts_between_its_bounds() -> None:
 
 
 def test_balanced_lambda_gives_the_regulariser_the_larger_part() -> None:
-    reg, task = torch.tensor([1e-6, 2e-6]), torch.tensor([-3.0, 4.0])
-    for loss, ratio in ((0.81, 16.0), (1e-9, 2.0)):
-        scale = th.balanced_lambda(loss, 0.1, reg, task)
-        assert (scale * reg.norm()).item() == pytest.approx(ratio * 5.0, rel=1e-5)
+    gap, slopes = 0.1, torch.tensor([1e-3, 3e-3], dtype=torch.float64)  # R falls by 4e-3 for a step of one
+    reg = 2 * gap * slopes
+    for rate, push in ((0.1, 1.0), (2.5, 0.25), (0.0, 1.0)):  # 250, 10 and any number of steps left; landing is 40
+        scale = th.balanced_lambda(gap**2, reg, 5.0, rate, beta1=0.9)
+        assert (scale * reg.norm()).item() == pytest.approx(th.RATIO * push * 5.0, rel=1e-5)
+    assert th.balanced_lambda(0.0, 0 * reg, 5.0, 1.0, beta1=0.9) == 0.0
+
+
+def test_the_tasks_size_is_averaged_as_adam_does() -> None:
+    size, weight = th.TaskSize(), torch.nn.Parameter(torch.zeros(()))
+    adam = torch.optim.Adam([weight], betas=(0.9, 0.99))
+    for step, grad in enumerate((3.0, -4.0, 0.5), start=1):
+        weight.grad = torch.tensor(grad)
+        adam.step()
+        got = size.follow(torch.tensor([grad]), 0.99, step)
+    assert got == pytest.approx((adam.state[weight]["exp_avg_sq"].item() / (1 - 0.99**3)) ** 0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("level", [0.03, 0.2, 0.5, 0.97, 1.0])

@@ -25,14 +25,14 @@ GATES: dict[str, dict[str, Any]] = {
 def net() -> nn.Sequential:
     """13 -> 37 -> 29 -> 2 -> 1 -> 5: sizes that no number of ranks divides, a norm that no gate covers.
 
-    No norm follows a gated matrix at once: it would make the loss independent of that matrix's scale, and the
-    gradient of its threshold nothing but rounding.
+    The norm comes first: behind a gated matrix it would make the loss independent of that matrix's scale, or, once
+    one row is left, of the row, and their gradients nothing but rounding.
     """
     torch.manual_seed(0)
     return nn.Sequential(
+        nn.LayerNorm(13),
         nn.Linear(13, 37),
         nn.Tanh(),
-        nn.LayerNorm(37),
         nn.Linear(37, 29),
         nn.Tanh(),
         nn.Linear(29, 2),
