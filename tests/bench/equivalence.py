@@ -3,7 +3,7 @@
     python -m tests.bench.equivalence
 
 Prints the largest relative error of any tensor for each case, and writes results/equivalence.json. The test suite
-runs a half of these cases.
+runs a part of these cases.
 """
 
 import json
