@@ -77,8 +77,8 @@ class Oracle:
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         self.weight_optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
         self.score_optimizer = torch.optim.Adam(self.scores, lr=config.score_learning_rate)
-        rate = config.threshold_learning_rate
-        rate = self.schedule.threshold_rate(config.temperature) if rate == "auto" else rate
+        rate, projected = config.threshold_learning_rate, config.control == "projected"
+        rate = self.schedule.threshold_rate(config.temperature, projected) if rate == "auto" else rate
         self.threshold_optimizer = torch.optim.Adam([self.sigma], lr=rate)
         self.task_size = th.TaskSize()
 

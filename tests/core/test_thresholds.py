@@ -116,8 +116,9 @@ def test_the_automatic_rate_covers_the_distance_in_half_the_prune_phase() -> Non
     for steps in (500, 20_000):
         schedule = Schedule(steps, 0.05, 0.2, 0.1)
         distance = (5 - math.log(0.1 / 0.9)) * T
-        half = (schedule.settle_start - schedule.dense_end) / 2
-        assert schedule.threshold_rate(T) * half == pytest.approx(distance)
+        steps = schedule.settle_start - schedule.dense_end
+        assert schedule.threshold_rate(T, projected=True) * steps == pytest.approx(distance)
+        assert schedule.threshold_rate(T, projected=False) * steps / 2 == pytest.approx(distance)
 
 
 @pytest.mark.parametrize("wrong", [{"target": 0}, {"target": 1.5}, {"target": "ten"}, {"gates": []}])
