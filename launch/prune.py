@@ -37,7 +37,7 @@ def main() -> int:
     arguments = parse_arguments()
     first = os.environ.get("RANK", "0") == "0"
     try:
-        from leap_dist.config import load_job
+        from leap_dist.job_file import load_job
 
         config = load_job(arguments.config, arguments.set)
         from leap_dist.train.loop import run_job

@@ -1,8 +1,7 @@
-"""The job file: one JSON object -> one frozen, validated `JobConfig`.
+"""What a job file may say: every key of our sections, with its meaning, default and what is allowed.
 
 The top level of the file is a DeepSpeed config as DeepSpeed documents it; beside its keys stand our sections
-`model`, `data`, `train`, `leap` and `tracking`. Every problem of a file is reported in one `UserError`, one
-line each: dotted key, value received, what is allowed, nearest right name.
+`model`, `data`, `train`, `leap` and `tracking`. job_file.py reads and checks a whole file.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,14 +19,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-
-from leap_dist.errors import UserError
-
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 DEEPSPEED_KEYS = (
     "activation_checkpointing",
@@ -90,6 +83,38 @@ Conflict = tuple[str, str]
 """A key (relative to its section, "" for the section itself) and what is wrong about it."""
 
 
+# ---------------------------------------------------------------------------------------------- words
+
+
+def nearest(value: Any, choices: Iterable[Any], prefix: str = "") -> str:
+    """ "; did you mean ...?", or nothing when no choice is near."""
+    names = [choice for choice in choices if isinstance(choice, str)]
+    near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def show(value: Any) -> str:
+    """A received value as it stands in the file, shortened."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _exactly_one(raw: Mapping[str, Any], first: str, second: str) -> list[Conflict]:
+    given = [key for key in (first, second) if raw.get(key) is not None]
+    if len(given) == 1:
+        return []
+    received = "both" if given else "neither"
+    return [("", f"got {received} of {first} and {second}; allowed: exactly one (null removes one)")]
+
+
 # ---------------------------------------------------------------------------------------------- field types
 
 
@@ -124,7 +149,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Columns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """A part of the job file. Each field's description says what is allowed; the error messages print it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -135,7 +160,7 @@ class _Section(BaseModel):
         return []
 
     @model_validator(mode="after")
-    def _no_conflicts(self) -> _Section:
+    def _no_conflicts(self) -> Section:
         for key, problem in self.conflicts(self.model_dump()):
             raise PydanticCustomError("conflict", "{text}", {"text": f"{key}: {problem}"})
         return self
@@ -144,7 +169,7 @@ class _Section(BaseModel):
 # ---------------------------------------------------------------------------------------------- sections
 
 
-class LeapConfig(_Section):
+class LeapConfig(Section):
     """What is pruned, to which density, and how. Fractions are parts of `total_steps`."""
 
     target: float = Field(gt=0, le=1, description="a number, 0 < target <= 1")
@@ -185,19 +210,19 @@ class LeapConfig(_Section):
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
         found: list[Conflict] = []
         dense, settle = raw.get("dense_fraction", 0.05), raw.get("settle_fraction", 0.2)
-        if _is_number(dense) and _is_number(settle) and dense + settle >= 1:
+        if is_number(dense) and is_number(settle) and dense + settle >= 1:
             problem = f"got {dense}; allowed: dense_fraction + settle_fraction < 1, and settle_fraction is {settle}"
             found.append(("dense_fraction", problem))
         gates = _as_tuple(raw.get("gates", ()))
         if isinstance(gates, tuple) and len(set(map(str, gates))) < len(gates):
-            found.append(("gates", f"got {_show(gates)}; each granularity may stand once"))
+            found.append(("gates", f"got {show(gates)}; each granularity may stand once"))
         low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", 160.0)
-        if _is_number(low) and _is_number(high) and low > high > 0:
+        if is_number(low) and is_number(high) and low > high > 0:
             found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))
         return found
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which transformers model: trained weights by name, or random ones from a config."""
 
     name: str | None = Field(default=None, min_length=1, description="a hub id or a local folder, not empty")
@@ -210,13 +235,13 @@ class ModelConfig(_Section):
         found = _exactly_one(raw, "name", "from_config")
         config = raw.get("from_config")
         if isinstance(config, Mapping) and not isinstance(config.get("model_type"), str):
-            received = _show(config["model_type"]) if "model_type" in config else "nothing"
+            received = show(config["model_type"]) if "model_type" in config else "nothing"
             problem = f'got {received}; allowed: an architecture, such as "bert"'
             found.append(("from_config.model_type", problem))
         return found
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which task, and optionally local files for it."""
 
     task: str = Field(min_length=1, description='a task name, such as "glue/sst2" or "builtin/clock"')
@@ -235,17 +260,17 @@ class DataConfig(_Section):
         given = [key for key in ("train", "validation", "text", "label") if raw.get(key) is not None]
         if str(raw.get("task")).startswith("builtin/"):
             why = "a builtin task generates its data, remove it"
-            return [(key, f"got {_show(raw[key])}; {why}") for key in given]
+            return [(key, f"got {show(raw[key])}; {why}") for key in given]
         if ("train" in given) != ("validation" in given):
             missing = "validation" if "train" in given else "train"
             return [(missing, "missing; local files come in pairs, train and validation")]
         if given and "train" not in given:
             why = "columns are for local files: give train and validation, or remove it"
-            return [(key, f"got {_show(raw[key])}; {why}") for key in given]
+            return [(key, f"got {show(raw[key])}; {why}") for key in given]
         return []
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The length of the run and the optimizer of the weights."""
 
     epochs: float | None = Field(default=None, gt=0, description="a number > 0")
@@ -270,7 +295,7 @@ class TrainConfig(_Section):
         return _exactly_one(raw, "epochs", "max_steps")
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """Where MLflow writes."""
 
     mlflow_uri: str | None = Field(
@@ -281,7 +306,7 @@ class TrackingConfig(_Section):
     run_name: str | None = Field(default=None, min_length=1, description="a name, or null")
 
 
-class JobConfig(_Section):
+class JobConfig(Section):
     """A whole job. `deepspeed` holds every key that is DeepSpeed's, as written."""
 
     deepspeed: dict[str, Any]
@@ -297,245 +322,10 @@ class JobConfig(_Section):
         return {**sections.pop("deepspeed"), **sections}
 
 
-SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "train": TrainConfig,
     "leap": LeapConfig,
     "tracking": TrackingConfig,
 }
-
-SectionT = TypeVar("SectionT", bound=_Section)
-
-
-# ---------------------------------------------------------------------------------------------- entry points
-
-
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """Read a job file and apply overrides of the form "leap.target=0.05".
-
-    A bare name is looked up in the checkout's configs/ too, and ".json" may be left out. The part of an
-    override after "=" is JSON, or else a plain string.
-    """
-    file = _find(Path(path))
-    raw = _read(file)
-    problems = [problem for text in overrides if (problem := _override(raw, text))]
-    return _parse_job(raw, str(file), problems)
-
-
-def parse_job(raw: Mapping[str, Any], source: str = "config") -> JobConfig:
-    """Validate a job; `UserError` with every problem, headed by `source`."""
-    if not isinstance(raw, Mapping):
-        raise UserError(f"{source}: got {_show(raw)}; allowed: a JSON object")
-    return _parse_job(raw, source, [])
-
-
-def parse_leap(raw: Mapping[str, Any]) -> LeapConfig:
-    """Validate the "leap" section alone."""
-    problems: list[str] = []
-    leap = _parse_section(LeapConfig, "leap", raw, problems)
-    _raise_if(problems, "leap")
-    assert leap is not None
-    return leap
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def _find(path: Path) -> Path:
-    """The config file that `path` means."""
-    folders = [Path(), CONFIG_FOLDER] if path.parent == Path() else [Path()]
-    tried = [folder / name for folder in folders for name in (path, Path(f"{path}.json"))]
-    for candidate in tried:
-        if candidate.is_file():
-            return candidate
-    known = sorted(file.name for file in CONFIG_FOLDER.glob("*.json"))
-    near = _nearest(path.name, [*known, *(Path(name).stem for name in known)])
-    places = ", ".join(map(str, tried))
-    raise UserError(f"config: no file {path}; looked for {places}; in configs/: {', '.join(known) or 'none'}{near}")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`."""
-    try:
-        text = file.read_text("utf-8-sig")
-        raw = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{file}: not JSON: {where}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: got {_show(raw)}; allowed: a JSON object")
-    return raw
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"the same key stands twice: {', '.join(twice)}; keep one")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON; allowed: a finite number")
-
-
-def _override(raw: dict[str, Any], text: str) -> str | None:
-    """Set one dotted key in `raw`; the problem, if the text or the place is wrong."""
-    key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        return f'override: got "{text}"; allowed: section.key=value, such as leap.target=0.05'
-    place = raw
-    for depth, part in enumerate(parts[:-1], start=1):
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
-            above = ".".join(parts[:depth])
-            return f'override: got "{text}"; {above} holds {_show(place)}, which has no keys'
-    place[parts[-1]] = _override_value(value.strip())
-    return None
-
-
-def _override_value(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_no_constant)
-    except ValueError:
-        return text
-
-
-# ---------------------------------------------------------------------------------------------- checking
-
-
-def _parse_job(raw: Mapping[str, Any], source: str, problems: list[str]) -> JobConfig:
-    deepspeed = {key: value for key, value in raw.items() if key not in SECTIONS}
-    unknown = {key: value for key, value in deepspeed.items() if key not in DEEPSPEED_KEYS}
-    problems += [_unknown_top_level(key, value) for key, value in unknown.items()]
-    problems += _deepspeed_problems(deepspeed)
-    sections = {name: _parse_section(cls, name, raw.get(name, {}), problems) for name, cls in SECTIONS.items()}
-    problems += _total_steps_problem(raw)
-    _raise_if(problems, source)
-    return JobConfig.model_validate({"deepspeed": deepspeed, **sections})
-
-
-def _raise_if(problems: list[str], source: str) -> None:
-    if problems:
-        plural = "problem" if len(problems) == 1 else "problems"
-        raise UserError("\n  ".join([f"{source}: {len(problems)} {plural}", *problems]))
-
-
-def _parse_section(cls: type[SectionT], name: str, raw: Any, problems: list[str]) -> SectionT | None:
-    """The section, or None after adding what is wrong with it to `problems`."""
-    if not isinstance(raw, Mapping):
-        allowed = f"a JSON object with keys {', '.join(cls.model_fields)}"
-        problems.append(f"{name}: got {_show(raw)}; allowed: {allowed}")
-        return None
-    lines = [f"{name}.{key}: {text}" if key else f"{name}: {text}" for key, text in cls.conflicts(raw)]
-    try:
-        section = cls.model_validate(dict(raw))
-    except ValidationError as error:
-        lines += _field_lines(cls, name, error)
-        section = None
-    problems += list(dict.fromkeys(lines))
-    return section
-
-
-def _field_lines(cls: type[_Section], section: str, error: ValidationError) -> Iterable[str]:
-    """One line for each field that pydantic refuses."""
-    places = [item["loc"] for item in error.errors()]
-    for item in error.errors():
-        inside = any(place[:-1] == item["loc"] for place in places)
-        if item["type"] == "conflict" or inside:  # an item of the field is wrong, and has a line of its own
-            continue
-        key = str(item["loc"][0])
-        place = f"{section}.{key}" + "".join(f"[{part}]" for part in item["loc"][1:] if isinstance(part, int))
-        if item["type"] == "extra_forbidden":
-            yield _unknown_in_section(section, key, item["input"])
-            continue
-        field = cls.model_fields[key]
-        received = "missing" if item["type"] == "missing" else f"got {_show(item['input'])}"
-        why = f" ({item['msg']})" if item["type"] == "pattern" else ""
-        choices = GATE_NAMES if key == "gates" else get_args(field.annotation)
-        yield f"{place}: {received}{why}; allowed: {field.description}{_nearest(item['input'], choices)}"
-
-
-def _unknown_in_section(section: str, key: str, value: Any) -> str:
-    """The line for a key that its section does not have."""
-    own = list(SECTIONS[section].model_fields)
-    elsewhere = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
-    near = _nearest(key, own, prefix=f"{section}.") if not elsewhere else f"; did you mean {elsewhere[0]}?"
-    return f"{section}.{key}: got {_show(value)}, unknown key; allowed: {', '.join(own)}{near}"
-
-
-def _unknown_top_level(key: str, value: Any) -> str:
-    """The line for a top-level key that is neither ours nor DeepSpeed's."""
-    names = [*SECTIONS, *DEEPSPEED_KEYS]
-    inside = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
-    near = f"; did you mean {inside[0]}?" if inside else _nearest(key, names)
-    allowed = f"{', '.join(SECTIONS)}, and DeepSpeed's keys"
-    return f"{key}: got {_show(value)}, unknown key; allowed: {allowed}{near}"
-
-
-def _deepspeed_problems(deepspeed: Mapping[str, Any]) -> Iterable[str]:
-    """What is refused of DeepSpeed's part before DeepSpeed sees it."""
-    if "optimizer" in deepspeed:
-        yield (
-            f"optimizer: got {_show(deepspeed['optimizer'])}; LEAP is the optimizer: remove it, and set "
-            "learning_rate, weight_decay and warmup_fraction in train"
-        )
-    batch = deepspeed.get("train_micro_batch_size_per_gpu")
-    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
-        received = "missing" if batch is None else f"got {_show(batch)}"
-        yield f"train_micro_batch_size_per_gpu: {received}; allowed: an integer >= 1"
-    for key in ("bf16", "fp16"):
-        if not isinstance(deepspeed.get(key, {}), Mapping):
-            yield f'{key}: got {_show(deepspeed[key])}; allowed: a JSON object, such as {{"enabled": true}}'
-    zero = deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, Mapping):
-        yield f'zero_optimization: got {_show(zero)}; allowed: a JSON object, such as {{"stage": 2}}'
-    elif not _is_int(zero.get("stage", 0)) or not 0 <= zero.get("stage", 0) <= 3:
-        yield f"zero_optimization.stage: got {_show(zero['stage'])}; allowed: 0, 1, 2 or 3"
-
-
-def _total_steps_problem(raw: Mapping[str, Any]) -> Iterable[str]:
-    """leap.total_steps and train.max_steps are the same number, if both are given."""
-    leap, train = raw.get("leap"), raw.get("train")
-    if isinstance(leap, Mapping) and isinstance(train, Mapping):
-        total, steps = leap.get("total_steps"), train.get("max_steps")
-        if _is_int(total) and _is_int(steps) and total != steps:
-            yield f"leap.total_steps: got {total}; allowed: train.max_steps, which is {steps}, or null"
-
-
-def _exactly_one(raw: Mapping[str, Any], first: str, second: str) -> list[Conflict]:
-    given = [key for key in (first, second) if raw.get(key) is not None]
-    if len(given) == 1:
-        return []
-    received = "both" if given else "neither"
-    return [("", f"got {received} of {first} and {second}; allowed: exactly one (null removes one)")]
-
-
-# ---------------------------------------------------------------------------------------------- words
-
-
-def _nearest(value: Any, choices: Iterable[Any], prefix: str = "") -> str:
-    """ "; did you mean ...?", or nothing when no choice is near."""
-    names = [choice for choice in choices if isinstance(choice, str)]
-    near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
-def _show(value: Any) -> str:
-    """A received value as it stands in the file, shortened."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from leap_dist import config
-from leap_dist.config import JobConfig, LeapConfig, load_job, parse_job, parse_leap
+from leap_dist import config, job_file
+from leap_dist.config import JobConfig, LeapConfig
 from leap_dist.errors import UserError
+from leap_dist.job_file import load_job, parse_job, parse_leap
 
-CONFIGS = sorted(config.CONFIG_FOLDER.glob("*.json"))
+CONFIGS = sorted(job_file.CONFIG_FOLDER.glob("*.json"))
 
 
 def job(**changes: Any) -> dict[str, Any]:
@@ -270,13 +271,13 @@ def test_refused_override(tmp_path: Path, override: str, message: str) -> None:
 
 
 def test_a_bare_name_is_looked_up_in_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "CONFIG_FOLDER", tmp_path)
+    monkeypatch.setattr(job_file, "CONFIG_FOLDER", tmp_path)
     write(tmp_path, json.dumps(job()))
     assert load_job("job") == load_job("job.json") == load_job(tmp_path / "job.json")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "CONFIG_FOLDER", tmp_path)
+    monkeypatch.setattr(job_file, "CONFIG_FOLDER", tmp_path)
     write(tmp_path, "{}")
     with pytest.raises(UserError, match=r"config: no file jbo\.json; .*did you mean job\.json\?"):
         load_job("jbo.json")

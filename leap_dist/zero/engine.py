@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_dist.config import SECTIONS, LeapConfig, parse_leap
+from leap_dist.config import SECTIONS, LeapConfig
 from leap_dist.core.counting import Counter, check_exact
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import MASK, SCORES, THRESHOLDS
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.errors import UserError
+from leap_dist.job_file import parse_leap
 from leap_dist.models.plan import make_plan
 from leap_dist.zero.binding import (
     find_fragments,

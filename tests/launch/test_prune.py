@@ -167,8 +167,8 @@ def run_in_rank(job: dict[str, Any], output: str, resume: bool = False) -> str:
     """What `run_job` says of a job that it refuses; "" where it runs to its end."""
     import torch
 
-    from leap_dist.config import parse_job
     from leap_dist.errors import UserError
+    from leap_dist.job_file import parse_job
     from leap_dist.train.loop import run_job
     from leap_dist.zero.ranks import Ranks
 
@@ -233,7 +233,7 @@ def test_an_output_that_cannot_be_made_is_refused(ranks: RankPools, texts: Path,
 
 
 def test_a_run_is_resumed_only_as_the_job_that_it_was(ranks: RankPools, tmp_path: Path) -> None:
-    from leap_dist.config import parse_job
+    from leap_dist.job_file import parse_job
 
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_dist.config import LeapConfig, parse_leap
+from leap_dist.config import LeapConfig
+from leap_dist.job_file import parse_leap
 
 GLOBAL_BATCH = 18  # divides by 1, 2 and 3 ranks, with accumulation 1 and 3
 LR, WEIGHT_DECAY = 3e-3, 0.1

@@ -1,0 +1,229 @@
+"""The job file: one JSON object -> one frozen, validated `JobConfig`.
+
+Every problem of a file is reported in one `UserError`, one line each: dotted key, value received, what is allowed,
+nearest right name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+
+from leap_dist.config import (
+    DEEPSPEED_KEYS,
+    GATE_NAMES,
+    SECTIONS,
+    JobConfig,
+    LeapConfig,
+    Section,
+    is_int,
+    nearest,
+    show,
+)
+from leap_dist.errors import UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file and apply overrides of the form "leap.target=0.05".
+
+    A bare name is looked up in the checkout's configs/ too, and ".json" may be left out. The part of an
+    override after "=" is JSON, or else a plain string.
+    """
+    file = _find(Path(path))
+    raw = _read(file)
+    problems = [problem for text in overrides if (problem := _override(raw, text))]
+    return _parse_job(raw, str(file), problems)
+
+
+def parse_job(raw: Mapping[str, Any], source: str = "config") -> JobConfig:
+    """Validate a job; `UserError` with every problem, headed by `source`."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{source}: got {show(raw)}; allowed: a JSON object")
+    return _parse_job(raw, source, [])
+
+
+def parse_leap(raw: Mapping[str, Any]) -> LeapConfig:
+    """Validate the "leap" section alone."""
+    problems: list[str] = []
+    leap = _parse_section(LeapConfig, "leap", raw, problems)
+    _raise_if(problems, "leap")
+    assert leap is not None
+    return leap
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def _find(path: Path) -> Path:
+    """The config file that `path` means."""
+    folders = [Path(), CONFIG_FOLDER] if path.parent == Path() else [Path()]
+    tried = [folder / name for folder in folders for name in (path, Path(f"{path}.json"))]
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate
+    known = sorted(file.name for file in CONFIG_FOLDER.glob("*.json"))
+    near = nearest(path.name, [*known, *(Path(name).stem for name in known)])
+    places = ", ".join(map(str, tried))
+    raise UserError(f"config: no file {path}; looked for {places}; in configs/: {', '.join(known) or 'none'}{near}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`."""
+    try:
+        text = file.read_text("utf-8-sig")
+        raw = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{file}: not JSON: {where}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: got {show(raw)}; allowed: a JSON object")
+    return raw
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"the same key stands twice: {', '.join(twice)}; keep one")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON; allowed: a finite number")
+
+
+def _override(raw: dict[str, Any], text: str) -> str | None:
+    """Set one dotted key in `raw`; the problem, if the text or the place is wrong."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        return f'override: got "{text}"; allowed: section.key=value, such as leap.target=0.05'
+    place = raw
+    for depth, part in enumerate(parts[:-1], start=1):
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            above = ".".join(parts[:depth])
+            return f'override: got "{text}"; {above} holds {show(place)}, which has no keys'
+    place[parts[-1]] = _override_value(value.strip())
+    return None
+
+
+def _override_value(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except ValueError:
+        return text
+
+
+# ---------------------------------------------------------------------------------------------- checking
+
+
+def _parse_job(raw: Mapping[str, Any], source: str, problems: list[str]) -> JobConfig:
+    deepspeed = {key: value for key, value in raw.items() if key not in SECTIONS}
+    unknown = {key: value for key, value in deepspeed.items() if key not in DEEPSPEED_KEYS}
+    problems += [_unknown_top_level(key, value) for key, value in unknown.items()]
+    problems += _deepspeed_problems(deepspeed)
+    sections = {name: _parse_section(cls, name, raw.get(name, {}), problems) for name, cls in SECTIONS.items()}
+    problems += _total_steps_problem(raw)
+    _raise_if(problems, source)
+    return JobConfig.model_validate({"deepspeed": deepspeed, **sections})
+
+
+def _raise_if(problems: list[str], source: str) -> None:
+    if problems:
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise UserError("\n  ".join([f"{source}: {len(problems)} {plural}", *problems]))
+
+
+def _parse_section(cls: type[SectionT], name: str, raw: Any, problems: list[str]) -> SectionT | None:
+    """The section, or None after adding what is wrong with it to `problems`."""
+    if not isinstance(raw, Mapping):
+        allowed = f"a JSON object with keys {', '.join(cls.model_fields)}"
+        problems.append(f"{name}: got {show(raw)}; allowed: {allowed}")
+        return None
+    lines = [f"{name}.{key}: {text}" if key else f"{name}: {text}" for key, text in cls.conflicts(raw)]
+    try:
+        section = cls.model_validate(dict(raw))
+    except ValidationError as error:
+        lines += _field_lines(cls, name, error)
+        section = None
+    problems += list(dict.fromkeys(lines))
+    return section
+
+
+def _field_lines(cls: type[Section], section: str, error: ValidationError) -> Iterable[str]:
+    """One line for each field that pydantic refuses."""
+    places = [item["loc"] for item in error.errors()]
+    for item in error.errors():
+        inside = any(place[:-1] == item["loc"] for place in places)
+        if item["type"] == "conflict" or inside:  # an item of the field is wrong, and has a line of its own
+            continue
+        key = str(item["loc"][0])
+        place = f"{section}.{key}" + "".join(f"[{part}]" for part in item["loc"][1:] if isinstance(part, int))
+        if item["type"] == "extra_forbidden":
+            yield _unknown_in_section(section, key, item["input"])
+            continue
+        field = cls.model_fields[key]
+        received = "missing" if item["type"] == "missing" else f"got {show(item['input'])}"
+        why = f" ({item['msg']})" if item["type"] == "pattern" else ""
+        choices = GATE_NAMES if key == "gates" else get_args(field.annotation)
+        yield f"{place}: {received}{why}; allowed: {field.description}{nearest(item['input'], choices)}"
+
+
+def _unknown_in_section(section: str, key: str, value: Any) -> str:
+    """The line for a key that its section does not have."""
+    own = list(SECTIONS[section].model_fields)
+    elsewhere = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
+    near = nearest(key, own, prefix=f"{section}.") if not elsewhere else f"; did you mean {elsewhere[0]}?"
+    return f"{section}.{key}: got {show(value)}, unknown key; allowed: {', '.join(own)}{near}"
+
+
+def _unknown_top_level(key: str, value: Any) -> str:
+    """The line for a top-level key that is neither ours nor DeepSpeed's."""
+    names = [*SECTIONS, *DEEPSPEED_KEYS]
+    inside = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
+    near = f"; did you mean {inside[0]}?" if inside else nearest(key, names)
+    allowed = f"{', '.join(SECTIONS)}, and DeepSpeed's keys"
+    return f"{key}: got {show(value)}, unknown key; allowed: {allowed}{near}"
+
+
+def _deepspeed_problems(deepspeed: Mapping[str, Any]) -> Iterable[str]:
+    """What is refused of DeepSpeed's part before DeepSpeed sees it."""
+    if "optimizer" in deepspeed:
+        yield (
+            f"optimizer: got {show(deepspeed['optimizer'])}; LEAP is the optimizer: remove it, and set "
+            "learning_rate, weight_decay and warmup_fraction in train"
+        )
+    batch = deepspeed.get("train_micro_batch_size_per_gpu")
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        received = "missing" if batch is None else f"got {show(batch)}"
+        yield f"train_micro_batch_size_per_gpu: {received}; allowed: an integer >= 1"
+    for key in ("bf16", "fp16"):
+        if not isinstance(deepspeed.get(key, {}), Mapping):
+            yield f'{key}: got {show(deepspeed[key])}; allowed: a JSON object, such as {{"enabled": true}}'
+    zero = deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, Mapping):
+        yield f'zero_optimization: got {show(zero)}; allowed: a JSON object, such as {{"stage": 2}}'
+    elif not is_int(zero.get("stage", 0)) or not 0 <= zero.get("stage", 0) <= 3:
+        yield f"zero_optimization.stage: got {show(zero['stage'])}; allowed: 0, 1, 2 or 3"
+
+
+def _total_steps_problem(raw: Mapping[str, Any]) -> Iterable[str]:
+    """leap.total_steps and train.max_steps are the same number, if both are given."""
+    leap, train = raw.get("leap"), raw.get("train")
+    if isinstance(leap, Mapping) and isinstance(train, Mapping):
+        total, steps = leap.get("total_steps"), train.get("max_steps")
+        if is_int(total) and is_int(steps) and total != steps:
+            yield f"leap.total_steps: got {total}; allowed: train.max_steps, which is {steps}, or null"
