@@ -6,22 +6,14 @@ The top level of the file is a DeepSpeed config as DeepSpeed documents it; besid
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
+
+from leap_dist.section import Conflict, Names, Patterns, PositiveFloat, Section, as_tuple, is_number, show
 
 DEEPSPEED_KEYS = (
     "activation_checkpointing",
@@ -79,33 +71,6 @@ DEEPSPEED_KEYS = (
 
 GATE_NAMES = ("element", "row", "column", "block:RxC")
 
-Conflict = tuple[str, str]
-"""A key (relative to its section, "" for the section itself) and what is wrong about it."""
-
-
-# ---------------------------------------------------------------------------------------------- words
-
-
-def nearest(value: Any, choices: Iterable[Any], prefix: str = "") -> str:
-    """ "; did you mean ...?", or nothing when no choice is near."""
-    names = [choice for choice in choices if isinstance(choice, str)]
-    near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
-def show(value: Any) -> str:
-    """A received value as it stands in the file, shortened."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
 
 def _exactly_one(raw: Mapping[str, Any], first: str, second: str) -> list[Conflict]:
     given = [key for key in (first, second) if raw.get(key) is not None]
@@ -115,16 +80,6 @@ def _exactly_one(raw: Mapping[str, Any], first: str, second: str) -> list[Confli
     return [("", f"got {received} of {first} and {second}; allowed: exactly one (null removes one)")]
 
 
-# ---------------------------------------------------------------------------------------------- field types
-
-
-def _as_tuple(value: Any) -> Any:
-    """A JSON list, or one plain string, as the tuple that a field stores."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _gate(value: str) -> str:
     """A granularity that exists, spelled as written."""
     if value in GATE_NAMES[:3] or re.fullmatch(r"block:[1-9]\d*x[1-9]\d*", value):
@@ -132,38 +87,7 @@ def _gate(value: str) -> str:
     raise PydanticCustomError("gate", "not a granularity")
 
 
-def _tensor_pattern(value: str) -> str:
-    """A tensor name, or "re:" and a pattern that compiles."""
-    if value.startswith("re:"):
-        try:
-            re.compile(value[3:])
-        except re.error as error:
-            why = f"not a regular expression: {error}"
-            raise PydanticCustomError("pattern", "{why}", {"why": why}) from error
-    return value
-
-
-Gates = Annotated[tuple[Annotated[str, AfterValidator(_gate)], ...], BeforeValidator(_as_tuple)]
-Patterns = Annotated[tuple[Annotated[str, AfterValidator(_tensor_pattern)], ...], BeforeValidator(_as_tuple)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Columns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-
-
-class Section(BaseModel):
-    """A part of the job file. Each field's description says what is allowed; the error messages print it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @staticmethod
-    def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
-        """Combinations of keys that cannot be; `raw` may hold values of any type."""
-        return []
-
-    @model_validator(mode="after")
-    def _no_conflicts(self) -> Section:
-        for key, problem in self.conflicts(self.model_dump()):
-            raise PydanticCustomError("conflict", "{text}", {"text": f"{key}: {problem}"})
-        return self
+Gates = Annotated[tuple[Annotated[str, AfterValidator(_gate)], ...], BeforeValidator(as_tuple)]
 
 
 # ---------------------------------------------------------------------------------------------- sections
@@ -213,7 +137,7 @@ class LeapConfig(Section):
         if is_number(dense) and is_number(settle) and dense + settle >= 1:
             problem = f"got {dense}; allowed: dense_fraction + settle_fraction < 1, and settle_fraction is {settle}"
             found.append(("dense_fraction", problem))
-        gates = _as_tuple(raw.get("gates", ()))
+        gates = as_tuple(raw.get("gates", ()))
         if isinstance(gates, tuple) and len(set(map(str, gates))) < len(gates):
             found.append(("gates", f"got {show(gates)}; each granularity may stand once"))
         low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", 160.0)
@@ -247,8 +171,8 @@ class DataConfig(Section):
     task: str = Field(min_length=1, description='a task name, such as "glue/sst2" or "builtin/clock"')
     train: str | None = Field(default=None, min_length=1, description="a TSV, CSV or JSONL file")
     validation: str | None = Field(default=None, min_length=1, description="a TSV, CSV or JSONL file")
-    text: Columns | None = Field(default=None, min_length=1, max_length=2, description="one or two column names")
-    """Columns of the local files that hold the sentence, or the two sentences of a pair."""
+    text: Names | None = Field(default=None, min_length=1, max_length=2, description="one or two column names")
+    """Names of the local files that hold the sentence, or the two sentences of a pair."""
     label: str | None = Field(default=None, min_length=1, description="a column name")
     max_length: int = Field(default=128, ge=8, description="an integer >= 8")
     """Tokens an example is cut to, special tokens included."""

@@ -13,18 +13,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from leap_dist.config import (
-    DEEPSPEED_KEYS,
-    GATE_NAMES,
-    SECTIONS,
-    JobConfig,
-    LeapConfig,
-    Section,
-    is_int,
-    nearest,
-    show,
-)
+from leap_dist.config import DEEPSPEED_KEYS, GATE_NAMES, SECTIONS, JobConfig, LeapConfig
 from leap_dist.errors import UserError
+from leap_dist.section import Section, is_int, nearest, show
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
