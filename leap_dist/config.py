@@ -1,7 +1,8 @@
 """What a job file may say: every key of our sections, with its meaning, default and what is allowed.
 
 The top level of the file is a DeepSpeed config as DeepSpeed documents it; beside its keys stand our sections
-`model`, `data`, `train`, `leap` and `tracking`. job_file.py reads and checks a whole file.
+`model`, `data`, `train`, `leap`, `tracking` and, for an architecture that is in none of our tables, `family`.
+job_file.py reads and checks a whole file.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer
 from pydantic_core import PydanticCustomError
 
+from leap_dist.family import FamilyConfig
 from leap_dist.section import Conflict, Names, Patterns, PositiveFloat, Section, as_tuple, is_number, show
 
 DEEPSPEED_KEYS = (
@@ -69,7 +71,7 @@ DEEPSPEED_KEYS = (
 )
 """Top-level keys that DeepSpeed 0.19 reads. Its own checks judge their values."""
 
-GATE_NAMES = ("element", "row", "column", "block:RxC")
+GATE_NAMES = ("element", "row", "column", "block:RxC", "n:m", "head", "neuron", "expert", "layer")
 
 
 def _exactly_one(raw: Mapping[str, Any], first: str, second: str) -> list[Conflict]:
@@ -80,17 +82,52 @@ def _exactly_one(raw: Mapping[str, Any], first: str, second: str) -> list[Confli
     return [("", f"got {received} of {first} and {second}; allowed: exactly one (null removes one)")]
 
 
-def _gate(value: str) -> str:
+def _granularity(value: str) -> str:
     """A granularity that exists, spelled as written."""
-    if value in GATE_NAMES[:3] or re.fullmatch(r"block:[1-9]\d*x[1-9]\d*", value):
+    n_m = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", value)
+    block = re.fullmatch(r"block:[1-9]\d*x[1-9]\d*", value)
+    if (value in GATE_NAMES and value.isalpha()) or block or (n_m and int(n_m[1]) < int(n_m[2])):
         return value
     raise PydanticCustomError("gate", "not a granularity")
 
 
-Gates = Annotated[tuple[Annotated[str, AfterValidator(_gate)], ...], BeforeValidator(as_tuple)]
-
-
 # ---------------------------------------------------------------------------------------------- sections
+
+
+class GateConfig(Section):
+    """One granularity with its options. In the file the granularity alone may stand for it."""
+
+    granularity: Annotated[str, AfterValidator(_granularity)] = Field(description=f"one of {', '.join(GATE_NAMES)}")
+    """"2:4" and the like keep n of every m neighbours in a row; their ratio is not learned."""
+    include: Patterns = Field(default=(), description='a list of names or "re:<pattern>"')
+    """Tensors, or heads' and neurons' blocks, that the gate is for; empty: all that leap.include gives."""
+    exclude: Patterns = Field(default=(), description='a list of names or "re:<pattern>"')
+    min_keep: int = Field(default=1, ge=1, description="an integer >= 1")
+    """Units that stay in every matrix or block."""
+    multiple_of: int = Field(default=1, ge=1, description="an integer >= 1")
+    """The kept count is rounded up to a multiple of this, so that kernels stay aligned."""
+    uniform: bool = Field(default=False, description="true or false")
+    """One keep count for all layers."""
+
+    @staticmethod
+    def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
+        if not re.fullmatch(r"\d+:\d+", str(raw.get("granularity"))):
+            return []
+        options = {"min_keep": 1, "multiple_of": 1, "uniform": False}
+        given = [key for key, off in options.items() if raw.get(key, off) != off]
+        return [(key, f"got {show(raw[key])}; an n:m pattern keeps n of every m, remove it") for key in given]
+
+
+def _as_gate(value: Any) -> Any:
+    """A plain string as the granularity that it names."""
+    return {"granularity": _granularity(value)} if isinstance(value, str) else value
+
+
+def _as_gates(value: Any) -> Any:
+    return (value,) if isinstance(value, Mapping) else as_tuple(value)
+
+
+Gates = Annotated[tuple[Annotated[GateConfig, BeforeValidator(_as_gate)], ...], BeforeValidator(_as_gates)]
 
 
 class LeapConfig(Section):
@@ -98,7 +135,11 @@ class LeapConfig(Section):
 
     target: float = Field(gt=0, le=1, description="a number, 0 < target <= 1")
     """Density to reach: kept prunable weights / prunable weights."""
-    gates: Gates = Field(default=("element",), min_length=1, description=f"one or more of {', '.join(GATE_NAMES)}")
+    gates: Gates = Field(
+        default=(GateConfig(granularity="element"),),
+        min_length=1,
+        description=f"one or more of {', '.join(GATE_NAMES)}, or objects with granularity and options",
+    )
     """Granularities; with several, a weight is kept only if each of them keeps it."""
     rule: Literal["leap", "movement", "magnitude"] = Field(
         default="leap", description='"leap", "movement" or "magnitude"'
@@ -124,11 +165,17 @@ class LeapConfig(Section):
     settle_fraction: float = Field(default=0.2, gt=0, lt=1, description="a number, 0 < f < 1")
     """Last part of the steps, in which the masks are frozen at the exact target."""
     include: Patterns = Field(default=(), description='a list of tensor names or "re:<pattern>"')
-    """Tensors to prune; empty: the encoder's linear weights."""
+    """Tensors to prune; empty: the weights of the encoder's or decoder's linear layers."""
     exclude: Patterns = Field(default=(), description='a list of tensor names or "re:<pattern>"')
     """Tensors to leave dense; taken from what `include` selects."""
     total_steps: int | None = Field(default=None, ge=10, description="an integer >= 10, or null")
     """Optimizer steps of the whole run; launch/prune.py fills it in from `train`."""
+
+    @field_serializer("gates")
+    def _short_gates(self, gates: tuple[GateConfig, ...]) -> list[Any]:
+        """Without options a gate is written as its granularity."""
+        options = [gate.model_dump(mode="json", exclude_defaults=True) for gate in gates]
+        return [given["granularity"] if len(given) == 1 else given for given in options]
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
@@ -137,9 +184,9 @@ class LeapConfig(Section):
         if is_number(dense) and is_number(settle) and dense + settle >= 1:
             problem = f"got {dense}; allowed: dense_fraction + settle_fraction < 1, and settle_fraction is {settle}"
             found.append(("dense_fraction", problem))
-        gates = as_tuple(raw.get("gates", ()))
+        gates = _as_gates(raw.get("gates", ()))
         if isinstance(gates, tuple) and len(set(map(str, gates))) < len(gates):
-            found.append(("gates", f"got {show(gates)}; each granularity may stand once"))
+            found.append(("gates", f"got {show(gates)}; each gate may stand once"))
         low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", 160.0)
         if is_number(low) and is_number(high) and low > high > 0:
             found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))
@@ -239,10 +286,11 @@ class JobConfig(Section):
     train: TrainConfig
     leap: LeapConfig
     tracking: TrackingConfig
+    family: FamilyConfig | None = None
 
     def resolved(self) -> dict[str, Any]:
         """The file form again, every default filled in: `parse_job(config.resolved()) == config`."""
-        sections = self.model_dump(mode="json")
+        sections = self.model_dump(mode="json", exclude={"family"} if self.family is None else None)
         return {**sections.pop("deepspeed"), **sections}
 
 
@@ -252,4 +300,8 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "leap": LeapConfig,
     "tracking": TrackingConfig,
+    "family": FamilyConfig,
 }
+
+OPTIONAL = ("family",)
+"""Sections without which a job is whole."""

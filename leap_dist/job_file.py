@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from leap_dist.config import DEEPSPEED_KEYS, GATE_NAMES, SECTIONS, JobConfig, LeapConfig
+from leap_dist.config import DEEPSPEED_KEYS, GATE_NAMES, OPTIONAL, SECTIONS, JobConfig, LeapConfig
 from leap_dist.errors import UserError
 from leap_dist.section import Section, is_int, nearest, show
 
@@ -43,11 +43,16 @@ def parse_job(raw: Mapping[str, Any], source: str = "config") -> JobConfig:
 
 def parse_leap(raw: Mapping[str, Any]) -> LeapConfig:
     """Validate the "leap" section alone."""
+    return parse_section(LeapConfig, "leap", raw)
+
+
+def parse_section(cls: type[SectionT], name: str, raw: Any) -> SectionT:
+    """Validate one section alone."""
     problems: list[str] = []
-    leap = _parse_section(LeapConfig, "leap", raw, problems)
-    _raise_if(problems, "leap")
-    assert leap is not None
-    return leap
+    section = _parse_section(cls, name, raw, problems)
+    _raise_if(problems, name)
+    assert section is not None
+    return section
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -126,7 +131,8 @@ def _parse_job(raw: Mapping[str, Any], source: str, problems: list[str]) -> JobC
     unknown = {key: value for key, value in deepspeed.items() if key not in DEEPSPEED_KEYS}
     problems += [_unknown_top_level(key, value) for key, value in unknown.items()]
     problems += _deepspeed_problems(deepspeed)
-    sections = {name: _parse_section(cls, name, raw.get(name, {}), problems) for name, cls in SECTIONS.items()}
+    given = {name: cls for name, cls in SECTIONS.items() if name in raw or name not in OPTIONAL}
+    sections = {name: _parse_section(cls, name, raw.get(name, {}), problems) for name, cls in given.items()}
     problems += _total_steps_problem(raw)
     _raise_if(problems, source)
     return JobConfig.model_validate({"deepspeed": deepspeed, **sections})
@@ -159,18 +165,47 @@ def _field_lines(cls: type[Section], section: str, error: ValidationError) -> It
     places = [item["loc"] for item in error.errors()]
     for item in error.errors():
         inside = any(place[:-1] == item["loc"] for place in places)
-        if item["type"] == "conflict" or inside:  # an item of the field is wrong, and has a line of its own
+        if not item["loc"] or inside:  # a conflict, or an item of the field is wrong: these have lines of their own
             continue
-        key = str(item["loc"][0])
-        place = f"{section}.{key}" + "".join(f"[{part}]" for part in item["loc"][1:] if isinstance(part, int))
-        if item["type"] == "extra_forbidden":
-            yield _unknown_in_section(section, key, item["input"])
-            continue
-        field = cls.model_fields[key]
-        received = "missing" if item["type"] == "missing" else f"got {show(item['input'])}"
-        why = f" ({item['msg']})" if item["type"] == "pattern" else ""
-        choices = GATE_NAMES if key == "gates" else get_args(field.annotation)
-        yield f"{place}: {received}{why}; allowed: {field.description}{nearest(item['input'], choices)}"
+        place, owner, key = _place(cls, section, item["loc"])
+        if item["type"] == "conflict":
+            yield f"{place}.{item['msg']}"
+        elif item["type"] == "extra_forbidden":
+            own = owner is cls
+            yield _unknown_in_section(section, key, item["input"]) if own else _unknown(place, owner, item["input"])
+        else:
+            field = owner.model_fields[key]
+            received = "missing" if item["type"] == "missing" else f"got {show(item['input'])}"
+            why = f" ({item['msg']})" if item["type"] == "pattern" else ""
+            choices = GATE_NAMES if key in ("gates", "granularity") else get_args(field.annotation)
+            yield f"{place}: {received}{why}; allowed: {field.description}{nearest(item['input'], choices)}"
+
+
+def _place(cls: type[Section], section: str, loc: Sequence[int | str]) -> tuple[str, type[Section], str]:
+    """(dotted key with indices, the class that has the last key of it, that key)."""
+    place, owner, key = section, cls, ""
+    inner: type[Section] | None = cls
+    for part in loc:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif inner is not None:
+            place, owner, key = f"{place}.{part}", inner, part
+            field = inner.model_fields.get(part)
+            inner = _section_in(field.annotation) if field else None
+    return place, owner, key
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field's type is made of: tuple[GateConfig, ...] -> GateConfig."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+
+
+def _unknown(place: str, owner: type[Section], value: Any) -> str:
+    """The line for a key that a part of a section does not have."""
+    own, key = list(owner.model_fields), place.rpartition(".")[2]
+    return f"{place}: got {show(value)}, unknown key; allowed: {', '.join(own)}{nearest(key, own)}"
 
 
 def _unknown_in_section(section: str, key: str, value: Any) -> str:

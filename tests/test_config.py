@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from leap_dist import config, job_file
-from leap_dist.config import JobConfig, LeapConfig
+from leap_dist.config import GateConfig, JobConfig, LeapConfig
 from leap_dist.errors import UserError
 from leap_dist.job_file import load_job, parse_job, parse_leap
 
@@ -43,7 +43,7 @@ def test_defaults_of_leap_are_pinned() -> None:
     defaults = parse_leap({"target": 0.25}).model_dump()
     assert {key: defaults[key] for key in ("target", "gates", "rule", "control", "temperature")} == {
         "target": 0.25,
-        "gates": ("element",),
+        "gates": ["element"],
         "rule": "leap",
         "control": "projected",
         "temperature": 32.0,
@@ -79,7 +79,7 @@ def test_every_deepspeed_key_is_accepted_and_kept() -> None:
 
 @pytest.mark.parametrize("gate", ["element", "row", "column", "block:1x1", "block:32x16"])
 def test_one_gate_may_be_a_plain_string(gate: str) -> None:
-    assert parse_leap({"target": 0.5, "gates": gate}).gates == (gate,)
+    assert parse_leap({"target": 0.5, "gates": gate}).gates == (GateConfig(granularity=gate),)
 
 
 def test_jobs_are_frozen() -> None:
@@ -250,7 +250,7 @@ def test_overrides_are_json_or_plain_strings(tmp_path: Path) -> None:
         "tracking.mlflow_uri=null",
     ]
     parsed = load_job(file, overrides)
-    assert (parsed.leap.target, parsed.leap.gates) == (0.05, ("row",))
+    assert (parsed.leap.target, parsed.leap.gates) == (0.05, (GateConfig(granularity="row"),))
     assert parsed.deepspeed["zero_optimization"] == {"stage": 3}
     assert parsed.tracking.mlflow_uri is None
 

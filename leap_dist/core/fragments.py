@@ -4,7 +4,7 @@ ZeRO gives a rank a run of elements [start, start + length) of a tensor, kept in
 Optimizer state has the buffer's shape, so the same offset finds a fragment's moments, scores and mask.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,33 +58,48 @@ def rectangles(start: int, length: int, cols: int) -> list[tuple[int, int, int, 
     return parts
 
 
+def _pieces(start: int, length: int, part: Slice) -> Iterator[tuple[slice, tuple[int, int], int, int, slice, slice]]:
+    """Where a run of elements of a slice's tensor meets the slice's region.
+
+    For every rectangle of the run: its place in the run, its shape, the first row and column of the meeting inside the
+    region, and the rows and columns of the rectangle that meet it.
+    """
+    top, num_rows, left, num_cols = part.bounds
+    position = 0
+    for row, height, col, width in rectangles(start, length, part.cols):
+        place = slice(position, position + height * width)
+        position = place.stop
+        first_row, last_row = max(row, top), min(row + height, top + num_rows)
+        first_col, last_col = max(col, left), min(col + width, left + num_cols)
+        if first_row < last_row and first_col < last_col:
+            down, across = slice(first_row - row, last_row - row), slice(first_col - col, last_col - col)
+            yield place, (height, width), first_row - top, first_col - left, down, across
+
+
 def add_unit_sums_(units: Tensor, values: Tensor, start: int, part: Slice) -> None:
     """units_u += sum of the values that unit u covers.
 
-    units: (num_units,), any float dtype; values: (length,), the run from element `start` of the slice's tensor.
+    units: (num_units,) of the gate, any float dtype; values: (length,), the run from element `start` of the slice's
+    tensor.
     """
-    grid = units.view(part.grid)
-    position = 0
-    for row, num_rows, col, num_cols in rectangles(start, values.numel(), part.cols):
-        block = values[position : position + num_rows * num_cols].view(num_rows, num_cols)
-        position += block.numel()
+    grid = units[part.units].view(part.grid)
+    for place, shape, row, col, rows, cols in _pieces(start, values.numel(), part):
+        block = values[place].view(shape)[rows, cols]
         sums = _block_sums(_block_sums(block, 0, row, part.block_rows), 1, col, part.block_cols)
         down, across = row // part.block_rows, col // part.block_cols
         grid[down : down + sums.shape[0], across : across + sums.shape[1]] += sums
 
 
 def expand_units(units: Tensor, out: Tensor, start: int, part: Slice) -> Tensor:
-    """out_i = units_u for the unit u that covers element i; the inverse of `add_unit_sums_`.
+    """out_i = units_u for the unit u that covers element i; elements outside the slice's region keep their value.
 
-    units: (num_units,); out: (length,), the run from element `start` of the slice's tensor; returns out.
+    units: (num_units,) of the gate; out: (length,), the run from element `start` of the slice's tensor; returns out.
     """
-    grid = units.view(part.grid)
-    position = 0
-    for row, num_rows, col, num_cols in rectangles(start, out.numel(), part.cols):
-        block = out[position : position + num_rows * num_cols].view(num_rows, num_cols)
-        position += block.numel()
-        down = _block_index(row, num_rows, part.block_rows, units)
-        across = _block_index(col, num_cols, part.block_cols, units)
+    grid = units[part.units].view(part.grid)
+    for place, shape, row, col, rows, cols in _pieces(start, out.numel(), part):
+        block = out[place].view(shape)[rows, cols]
+        down = _block_index(row, block.shape[0], part.block_rows, units)
+        across = _block_index(col, block.shape[1], part.block_cols, units)
         block.copy_(grid.index_select(0, down).index_select(1, across))
     return out
 

@@ -1,13 +1,15 @@
 """Gates and slices: which units cover which elements of which tensors.
 
-Every granularity is one arithmetic. A slice views its tensor as (rows, cols) and cuts that view into blocks of
-(block_rows, block_cols), the blocks at the edges being smaller; block (i, j) belongs to unit i * grid_cols + j.
-An element gate has blocks of 1 x 1, a row gate 1 x cols, a column gate rows x 1.
+Every granularity is one arithmetic. A slice views its tensor as a matrix of (rows, cols) and cuts a region of it into
+blocks of (block_rows, block_cols), the blocks at the edges being smaller; block (i, j) of a region belongs to unit
+first_unit + i * grid_cols + j. An element gate has blocks of 1 x 1, a row gate 1 x cols; a head covers blocks of
+head_dim x cols in Q, K and V and of rows x head_dim in O.
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -16,9 +18,10 @@ from leap_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one tensor that the units of a gate cover, here the whole tensor seen as (rows, cols).
+    """The part of one tensor, seen as (rows, cols), that units of a gate cover.
 
-    `counted` says whether its elements are prunable weights: a bias follows its unit and is not counted.
+    region: (first row, rows, first column, columns) of the part, None for the whole tensor. `counted` says whether its
+    elements are prunable weights: a bias follows its unit and is not counted.
     """
 
     tensor: str
@@ -27,55 +30,111 @@ class Slice:
     block_rows: int
     block_cols: int
     counted: bool = True
+    first_unit: int = 0
+    region: tuple[int, int, int, int] | None = None
+
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """The region, made explicit."""
+        return self.region or (0, self.rows, 0, self.cols)
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
-        return self.rows * self.cols
+        """Number of elements of the region."""
+        return self.bounds[1] * self.bounds[3]
 
     @property
     def grid(self) -> tuple[int, int]:
         """Number of blocks down and across."""
-        return -(-self.rows // self.block_rows), -(-self.cols // self.block_cols)
+        _, num_rows, _, num_cols = self.bounds
+        return -(-num_rows // self.block_rows), -(-num_cols // self.block_cols)
+
+    @property
+    def units(self) -> slice:
+        """Where its units stand among those of the gate."""
+        down, across = self.grid
+        return slice(self.first_unit, self.first_unit + down * across)
 
     def unit_sizes(self) -> torch.Tensor:
-        """Elements of every unit, int64 of shape (num_units,)."""
-        down, across = self.grid
+        """Elements of every unit that it covers, int64 of shape (down * across,)."""
+        (down, across), (_, num_rows, _, num_cols) = self.grid, self.bounds
         heights = torch.full((down,), self.block_rows)
         widths = torch.full((across,), self.block_cols)
-        heights[-1] = self.rows - (down - 1) * self.block_rows
-        widths[-1] = self.cols - (across - 1) * self.block_cols
+        heights[-1] = num_rows - (down - 1) * self.block_rows
+        widths[-1] = num_cols - (across - 1) * self.block_cols
         return torch.outer(heights, widths).flatten()
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A set of units that share one score vector and one learned threshold."""
+    """A set of units that share one score vector and one learned threshold.
+
+    The kept count is a multiple of `multiple_of` (or all units) and at least `min_keep`. Gates with the same `tie`
+    share one threshold and one kept count. A gate with a `pattern` (n, m) has no ratio to learn: of every m neighbours
+    in a row the n best are kept.
+    """
 
     name: str
     granularity: str
     slices: tuple[Slice, ...]
+    min_keep: int = 1
+    multiple_of: int = 1
+    tie: str | None = None
 
-    @property
+    @cached_property
     def num_units(self) -> int:
         """Length n of the score vector."""
-        down, across = self.slices[0].grid
-        return down * across
+        return max(part.units.stop for part in self.slices)
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(n, m) of an n:m gate."""
+        return pattern_of(self.granularity)
 
     @property
     def elementwise(self) -> bool:
         """True if a unit is one weight: such scores live beside the weights, sharded like them."""
-        return self.granularity == "element"
+        return self.granularity == "element" or self.pattern is not None
 
-    @property
+    @cached_property
+    def unit_sizes(self) -> torch.Tensor:
+        """Prunable weights of every unit, int64 of shape (num_units,); of one shape (1,) where a unit is one weight."""
+        if self.elementwise:
+            return torch.ones(1, dtype=torch.int64)
+        sizes = torch.zeros(self.num_units, dtype=torch.int64)
+        for part in self.slices:
+            if part.counted:
+                sizes[part.units] += part.unit_sizes()
+        return sizes
+
+    @cached_property
     def unit_size(self) -> int:
         """Prunable weights in the largest unit."""
-        return sum(min(s.block_rows, s.rows) * min(s.block_cols, s.cols) for s in self.slices if s.counted)
+        return int(self.unit_sizes.max())
 
     @property
     def uniform(self) -> bool:
         """True if all units hold the same number of prunable weights."""
-        return all(s.rows % s.block_rows == 0 and s.cols % s.block_cols == 0 for s in self.slices if s.counted)
+        return bool((self.unit_sizes == self.unit_size).all())
+
+    @property
+    def num_weights(self) -> int:
+        """Prunable weights of the whole gate."""
+        return sum(part.numel for part in self.slices if part.counted)
+
+    @property
+    def lowest(self) -> int:
+        """The smallest kept count that is allowed."""
+        if self.pattern is not None:
+            return self.num_units // self.pattern[1] * self.pattern[0]
+        return min(-(-max(self.min_keep, 1) // self.multiple_of) * self.multiple_of, self.num_units)
+
+
+def pattern_of(granularity: str) -> tuple[int, int] | None:
+    """(n, m) of "n:m" with 0 < n < m, None for every other granularity."""
+    match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", granularity)
+    n_m = (int(match[1]), int(match[2])) if match else None
+    return n_m if n_m and n_m[0] < n_m[1] else None
 
 
 def block_shape(granularity: str, rows: int, cols: int) -> tuple[int, int]:
@@ -83,39 +142,56 @@ def block_shape(granularity: str, rows: int, cols: int) -> tuple[int, int]:
     simple = {"element": (1, 1), "row": (1, cols), "column": (rows, 1)}
     if granularity in simple:
         return simple[granularity]
+    if pattern_of(granularity):
+        return 1, 1
     match = re.fullmatch(r"block:(\d+)x(\d+)", granularity)
     if match is None or 0 in (block := (int(match[1]), int(match[2]))):
-        allowed = '"element", "row", "column" or "block:RxC" with R, C >= 1'
+        allowed = '"element", "row", "column", "block:RxC" with R, C >= 1 or "n:m" with 0 < n < m'
         raise UserError(f"leap.gates: {granularity!r} is not a granularity; allowed: {allowed}")
     return block
 
 
-def matrix_gate(tensor: str, shape: Sequence[int], granularity: str, bias: str | None = None) -> Gate:
+def matrix_gate(
+    tensor: str, shape: Sequence[int], granularity: str, bias: str | None = None, transposed: bool = False
+) -> Gate:
     """The gate of one granularity on one matrix; a row gate takes the bias of its rows along.
 
-    Raises UserError if the matrix has not two dimensions, or is smaller than one block.
+    A tensor of three dimensions is a stack of matrices (fused experts); no block reaches over two of them. `transposed`
+    says that the tensor is stored as (inputs, outputs), so that an output row is one of its columns.
+
+    Raises UserError if the tensor is no matrix or stack, is smaller than one block, or does not divide by a pattern.
     """
-    if len(shape) != 2:
+    if len(shape) not in (2, 3):
         raise UserError(f"leap.gates: {granularity!r} needs matrices, but {tensor} has shape {tuple(shape)}")
-    rows, cols = shape
-    block_rows, block_cols = block_shape(granularity, rows, cols)
+    depth, (rows, cols) = (shape[0] if len(shape) == 3 else 1), shape[-2:]
+    outputs, inputs = (cols, rows) if transposed else (rows, cols)
+    block = block_shape(granularity, outputs, inputs)
+    block_rows, block_cols = (block[1], block[0]) if transposed else block
+    leave = "name the tensor in leap.exclude"
     if block_rows > rows or block_cols > cols:
         raise UserError(
-            f"leap.gates: {granularity!r} is larger than {tensor} of {rows}x{cols}; "
-            f"choose a smaller block, or name the tensor in leap.exclude"
+            f"leap.gates: {granularity!r} is larger than {tensor} of {rows}x{cols}; choose a smaller block, or {leave}"
         )
-    slices = [Slice(tensor, rows, cols, block_rows, block_cols)]
+    pattern = pattern_of(granularity)
+    if pattern and (transposed or cols % pattern[1]):
+        why = "is stored as (inputs, outputs)" if transposed else f"has rows of {cols}, no multiple of {pattern[1]}"
+        raise UserError(f"leap.gates: {granularity!r} does not fit {tensor}, which {why}; {leave}")
+    whole = Slice(tensor, depth * rows, cols, block_rows, block_cols)
+    slices = [whole]
+    if rows % block_rows:
+        num = -(-rows // block_rows) * -(-cols // block_cols)
+        slices = [replace(whole, first_unit=i * num, region=(i * rows, rows, 0, cols)) for i in range(depth)]
     if granularity == "row" and bias is not None:
-        slices.append(Slice(bias, rows, 1, 1, 1, counted=False))
+        slices.append(Slice(bias, outputs, 1, 1, 1, counted=False))
     return Gate(f"{tensor}:{granularity}", granularity, tuple(slices))
 
 
 @dataclass(frozen=True)
 class Cover:
-    """One tensor under one gate: the gate's index in the plan and the slice of this tensor."""
+    """One tensor under one gate: the gate's index in the plan and its slices of this tensor, which cover it whole."""
 
     gate: int
-    slice: Slice
+    slices: tuple[Slice, ...]
 
 
 class GatePlan:
@@ -125,12 +201,22 @@ class GatePlan:
         self.gates = tuple(gates)
         self.covers: dict[str, list[Cover]] = {}
         for index, gate in enumerate(self.gates):
-            for part in gate.slices:
-                self.covers.setdefault(part.tensor, []).append(Cover(index, part))
+            for tensor in dict.fromkeys(part.tensor for part in gate.slices):
+                parts = tuple(part for part in gate.slices if part.tensor == tensor)
+                assert sum(part.numel for part in parts) == parts[0].rows * parts[0].cols, f"{gate.name}: {tensor}"
+                self.covers.setdefault(tensor, []).append(Cover(index, parts))
         self.structured = [index for index, gate in enumerate(self.gates) if not gate.elementwise]
         starts = torch.tensor([0] + [self.gates[i].num_units for i in self.structured]).cumsum(0).tolist()
         self._unit_start = dict(zip(self.structured, starts, strict=False))
         self.num_structured_units: int = starts[-1]
+        self.tied = self._tie()
+
+    def _tie(self) -> tuple[tuple[int, ...], ...]:
+        """The indices of gates that share a threshold, in the order of their first gate; most stand alone."""
+        groups: dict[object, list[int]] = {}
+        for index, gate in enumerate(self.gates):
+            groups.setdefault(index if gate.tie is None else gate.tie, []).append(index)
+        return tuple(map(tuple, groups.values()))
 
     def units(self, gate: int) -> slice:
         """Where the units of a structured gate stand in the joint score vector of all structured gates."""
@@ -139,13 +225,14 @@ class GatePlan:
 
     def numel(self, tensor: str) -> int:
         """Elements of a gated tensor."""
-        return self.covers[tensor][0].slice.numel
+        part = self.covers[tensor][0].slices[0]
+        return part.rows * part.cols
 
     def counted(self, tensor: str) -> bool:
         """True if the elements of this tensor are prunable weights (a bias is not)."""
-        return self.covers[tensor][0].slice.counted
+        return self.covers[tensor][0].slices[0].counted
 
-    @property
+    @cached_property
     def prunable(self) -> int:
         """N, the number of prunable weights."""
         return sum(self.numel(t) for t in self.covers if self.counted(t))
@@ -154,18 +241,17 @@ class GatePlan:
         """True if several gates cover the tensor."""
         return len(self.covers[tensor]) > 1
 
-    def unit_sizes(self, gate: int) -> torch.Tensor:
-        """Prunable weights of every unit of a gate, int64 of shape (num_units,)."""
-        sizes = [part.unit_sizes() for part in self.gates[gate].slices if part.counted]
-        return torch.stack(sizes).sum(0)
+    def grain(self, group: Sequence[int]) -> int:
+        """Prunable weights that come or go at least when the kept count of tied gates changes."""
+        return sum(self.gates[i].unit_size * self.gates[i].multiple_of for i in group)
 
-    @property
+    @cached_property
     def unit(self) -> int:
-        """Prunable weights in the largest unit of any gate: the grain to which a density can be exact."""
-        return max((gate.unit_size for gate in self.gates), default=1)
+        """The grain to which a density can be exact: the largest unit, times what has to go together with it."""
+        return max((self.grain(group) for group in self.tied), default=1)
 
-    @property
+    @cached_property
     def closed_form(self) -> bool:
-        """True if the kept weights follow from the kept counts alone: no hybrid, no smaller units at edges."""
+        """True if the kept weights follow from the kept counts alone: no hybrid, all units of a gate of one size."""
         alone = not any(self.hybrid(tensor) for tensor in self.covers)
         return alone and all(gate.uniform for gate in self.gates)

@@ -12,6 +12,7 @@ from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment, add_unit_sums_, expand_units
 from leap_dist.core.gates import Cover, GatePlan
 from leap_dist.ops import reference as ops
+from leap_dist.ops.pattern import PatternRun, PatternSelector
 from leap_dist.ops.select import Run, Selector
 
 # Keys of the optimizer state; every tensor has the shape of its flat partition.
@@ -49,8 +50,12 @@ class Gating:
         self._state = state
         self._communicator = communicator
         self.unit_mask = torch.ones(plan.num_structured_units, dtype=torch.bool)
+        self._ranked = [index for index, gate in enumerate(plan.gates) if gate.pattern is None]
         self._runs, fragment_gates = self._number_runs(self._local_runs())
-        self._selector = Selector([gate.num_units for gate in plan.gates], fragment_gates, communicator)
+        self._selector = Selector([plan.gates[i].num_units for i in self._ranked], fragment_gates, communicator)
+        self._patterned = self._pattern_fragments()
+        widest = max((gate.pattern[1] for gate in plan.gates if gate.pattern), default=1)
+        self._pattern_selector = PatternSelector([run for run, _ in self._patterned], widest, communicator)
 
     def state(self, fragment: Fragment, key: str) -> Tensor:
         """This fragment's part of a state tensor, shape (length,)."""
@@ -95,7 +100,8 @@ class Gating:
 
     def _add_unit_sums_(self, units: Tensor, values: Tensor, fragment: Fragment, cover: Cover) -> None:
         local = torch.zeros(units.shape, dtype=torch.float64, device=values.device)
-        add_unit_sums_(local, values, fragment.start, cover.slice)
+        for part in cover.slices:
+            add_unit_sums_(local, values, fragment.start, part)
         units += local.to(units.device)
 
     # Scores from magnitude
@@ -123,11 +129,10 @@ class Gating:
 
     def _write_magnitudes(self, totals: Tensor, units: Tensor, scaled: bool) -> None:
         """Turn sums of |W| over gates and units into scores."""
-        sizes = [self.plan.unit_sizes(index) for index in range(len(self.plan.gates))] if scaled else []
-        means = [(t / s.sum()).clamp(min=1e-30) for t, s in zip(totals, sizes, strict=True)] if scaled else []
+        gates = self.plan.gates
+        means = [(t / g.num_weights).clamp(min=1e-30) for t, g in zip(totals, gates, strict=True)] if scaled else []
         for index in self.plan.structured:
-            where = self.plan.units(index)
-            units[where] /= self.plan.unit_sizes(index) * (means[index] if scaled else 1.0)
+            units[self.plan.units(index)] /= gates[index].unit_sizes * (means[index] if scaled else 1.0)
         for fragment in self.hosted_scores:
             run = units[fragment.start : fragment.start + fragment.length]
             fragment.view(fragment.flat).copy_(run)
@@ -154,16 +159,27 @@ class Gating:
 
     def make_masks(self, keep: Sequence[int]) -> None:
         """Set every mask to the top `keep` units of its gate by score, and MASK to their product."""
-        masks = self._selector.masks(self._runs, keep)
+        masks = self._selector.masks(self._runs, [keep[index] for index in self._ranked])
         units = torch.zeros(self.plan.num_structured_units, dtype=torch.uint8)
         for where, mask in zip(self._targets, masks, strict=True):
             if isinstance(where, Fragment):
-                key = ELEMENT_MASK if self.plan.hybrid(where.tensor) else MASK
-                self.state(where, key).copy_(mask)
+                self._element_mask(where).copy_(mask)
             else:
                 units[where] = mask.to(units)
+        self._make_patterns(keep)
         self.unit_mask = self._communicator.sum_(units).bool()
         self.spread_masks()
+
+    def _make_patterns(self, keep: Sequence[int]) -> None:
+        """The masks of n:m gates, of whose every m neighbours the same number is kept."""
+        if len(self._ranked) < len(keep):
+            kept = [
+                num * gate.pattern[1] // gate.num_units if gate.pattern else 0
+                for num, gate in zip(keep, self.plan.gates, strict=True)
+            ]
+            masks = self._pattern_selector.masks(kept)
+            for (_, fragment), mask in zip(self._patterned, masks, strict=True):
+                self._element_mask(fragment).copy_(mask)
 
     def spread_masks(self) -> None:
         """MASK = product of the masks of all gates that cover an element, from unit_mask and ELEMENT_MASK."""
@@ -181,13 +197,19 @@ class Gating:
         kept = sum(int(torch.count_nonzero(self.state(f, MASK))) for f in counted)
         return int(self._communicator.sum_(torch.tensor([kept])).item())
 
+    def _element_mask(self, fragment: Fragment) -> Tensor:
+        """Where the mask of the element gate on a fragment lies."""
+        return self.state(fragment, ELEMENT_MASK if self.plan.hybrid(fragment.tensor) else MASK)
+
     def _own_mask(self, fragment: Fragment, cover: Cover) -> Tensor:
         """One gate's mask on a fragment, bool of shape (length,)."""
         if self.plan.gates[cover.gate].elementwise:
-            return self.state(fragment, ELEMENT_MASK if self.plan.hybrid(fragment.tensor) else MASK)
+            return self._element_mask(fragment)
         out = torch.empty(fragment.length, dtype=torch.bool, device=fragment.flat.device)
         units = self.unit_mask[self.plan.units(cover.gate)].to(out.device)
-        return expand_units(units, out, fragment.start, cover.slice)
+        for part in cover.slices:
+            expand_units(units, out, fragment.start, part)
+        return out
 
     def _others_mask(self, fragment: Fragment, cover: Cover) -> Tensor | None:
         """The product of the masks of the other gates on a fragment; None where there are no others."""
@@ -205,7 +227,8 @@ class Gating:
         runs: list[tuple[int, int, Tensor, Fragment | slice]] = []
         for fragment in self.weights:
             for cover in self.plan.covers[fragment.tensor]:
-                if self.plan.gates[cover.gate].elementwise:
+                gate = self.plan.gates[cover.gate]
+                if gate.elementwise and gate.pattern is None:
                     runs.append((cover.gate, fragment.start, self.state(fragment, SCORE), fragment))
         for fragment in self.hosted_scores:
             for index in self.plan.structured:
@@ -225,5 +248,16 @@ class Gating:
         places = sorted(place for rank in everywhere for place in rank)
         order = {place: number for number, place in enumerate(places)}
         self._targets = [where for _, _, _, where in local]
-        runs = [Run(gate, scores, order[gate, start]) for gate, start, scores, _ in local]
-        return runs, [gate for gate, _ in places]
+        number = {gate: position for position, gate in enumerate(self._ranked)}
+        runs = [Run(number[gate], scores, order[gate, start]) for gate, start, scores, _ in local]
+        return runs, [number[gate] for gate, _ in places]
+
+    def _pattern_fragments(self) -> list[tuple[PatternRun, Fragment]]:
+        """The runs of scores under n:m gates on this rank, and whose they are."""
+        found = []
+        for fragment in self.weights:
+            for cover in self.plan.covers[fragment.tensor]:
+                if pattern := self.plan.gates[cover.gate].pattern:
+                    scores = self.state(fragment, SCORE)
+                    found.append((PatternRun(cover.gate, fragment.start, scores, pattern[1]), fragment))
+        return found

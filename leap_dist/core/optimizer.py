@@ -102,13 +102,23 @@ class LeapAdamW(torch.optim.Optimizer):
         return self._gating
 
     def _check_reachable(self) -> None:
-        lowest = self._count([1] * len(self.plan.gates))
+        """Raise UserError if the target is below or above what the gates allow."""
+        gates = self.plan.gates
+        lowest = self._count([gate.lowest for gate in gates])
+        highest = self._count([gate.lowest if gate.pattern else gate.num_units for gate in gates])
         self.gating.make_masks(self.kept_units)
         self._made = None
-        if lowest - self.config.target * self.plan.prunable > self.plan.unit:
+        asked, target = self.config.target * self.plan.prunable, self.config.target
+        if lowest - asked > self.plan.unit:
             raise UserError(
-                f"leap.target: {self.config.target} cannot be reached: with one unit kept in every gate the density "
-                f"is {lowest / self.plan.prunable:.4f}; raise the target, or choose finer gates in leap.gates"
+                f"leap.target: {target} cannot be reached: with the fewest units that every gate keeps the lowest "
+                f"possible density is {lowest / self.plan.prunable:.4f}; raise the target, lower min_keep or "
+                "multiple_of, or choose finer gates in leap.gates"
+            )
+        if asked - highest > self.plan.unit:
+            raise UserError(
+                f"leap.target: {target} cannot be reached: with its n:m pattern the highest possible density is "
+                f"{highest / self.plan.prunable:.4f}; lower the target to it"
             )
 
     # The step
@@ -167,6 +177,7 @@ class LeapAdamW(torch.optim.Optimizer):
         adam = self._adam(group, moves, lr=self.threshold_rate)
         if self.config.control == "paper":
             sigma_grad = sigma_grad + self._regulariser_gradient(sigma_grad, adam)
+        sigma_grad = self._remaining.share_gradient(sigma_grad)
         for fragment in self.gating.hosted_thresholds:
             self._adam_on(fragment, sigma_grad, adam)
 
@@ -229,14 +240,15 @@ class LeapAdamW(torch.optim.Optimizer):
         if self.schedule.phase(self.num_steps) == "settle":
             self._settle(sigma)
             return
+        level = self.schedule.level(self.num_steps)
+        sigma = self._remaining.with_patterns(sigma, self.config.temperature, level)
         if self.config.control == "projected" or self.config.rule != "leap":
-            level = self.schedule.level(self.num_steps)
             sigma, self.calibration = th.project_level(
                 self._remaining, sigma, self.config.temperature, level, self.calibration, self._count
             )
-            self.gating.write_thresholds(sigma)
+        self.gating.write_thresholds(sigma)
         k = th.keep_ratio(sigma, self.config.temperature)
-        self._use(th.keep_counts(k, self._remaining.num_units))
+        self._use(self._remaining.keep_counts(k))
         if self.config.control == "paper" and not self.plan.closed_form:
             self.calibration = th.calibrate(self.density, self._remaining.ratio(k).item())
 
@@ -251,6 +263,7 @@ class LeapAdamW(torch.optim.Optimizer):
     def _settle(self, sigma: Tensor) -> None:
         if self.plan.gates:
             temperature, target = self.config.temperature, self.config.target
+            sigma = self._remaining.with_patterns(sigma, temperature, level=0.0)
             sigma, keep = th.project_exact(self._remaining, sigma, temperature, target, self._count)
             self.gating.write_thresholds(sigma)
             self._use(keep)

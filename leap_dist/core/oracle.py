@@ -5,7 +5,7 @@ weights W; a forward pass uses W * M, with masks by a full stable sort of the sc
 estimator of Yao et al., arXiv 2105.14636.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from leap_dist.config import LeapConfig
 from leap_dist.core import thresholds as th
-from leap_dist.core.gates import GatePlan, Slice
+from leap_dist.core.gates import Gate, GatePlan, Slice
 from leap_dist.core.phases import Schedule
 
 
@@ -34,11 +34,16 @@ class TopK(torch.autograd.Function):
         return grads[0], (grads[0] * mask).sum(), None
 
 
-def unit_index(part: Slice) -> Tensor:
-    """The unit of every element of a slice's tensor, int64 of shape (rows, cols)."""
-    rows = torch.arange(part.rows) // part.block_rows
-    cols = torch.arange(part.cols) // part.block_cols
-    return rows[:, None] * part.grid[1] + cols[None, :]
+def unit_index(slices: Sequence[Slice]) -> Tensor:
+    """The unit of every element of a tensor, int64 of shape (rows, cols), from the slices that cover it."""
+    index = torch.full((slices[0].rows, slices[0].cols), -1)
+    for part in slices:
+        top, num_rows, left, num_cols = part.bounds
+        rows = torch.arange(num_rows) // part.block_rows
+        cols = torch.arange(num_cols) // part.block_cols
+        units = part.first_unit + rows[:, None] * part.grid[1] + cols[None, :]
+        index[top : top + num_rows, left : left + num_cols] = units
+    return index
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
@@ -46,6 +51,14 @@ def top_k(scores: Tensor, keep: int) -> Tensor:
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[torch.sort(scores, descending=True, stable=True).indices[:keep]] = True
     return mask
+
+
+def best_units(gate: Gate, scores: Tensor, keep: int) -> Tensor:
+    """The mask of a gate's best units: of the whole gate, or of every m neighbours where it has a pattern."""
+    if gate.pattern is None:
+        return top_k(scores, keep)
+    rows = scores.view(-1, gate.pattern[1])
+    return torch.stack([top_k(row, keep // len(rows)) for row in rows]).flatten()
 
 
 class Oracle:
@@ -96,7 +109,7 @@ class Oracle:
         units = [mask.float() for mask in self.masks] if units is None else units
         product = torch.ones(())
         for cover in self.plan.covers[tensor]:
-            product = product * units[cover.gate][unit_index(cover.slice)]
+            product = product * units[cover.gate][unit_index(cover.slices)]
         return product.reshape(self.latent[tensor].shape)
 
     def masked_weights(self, units: list[Tensor] | None = None) -> dict[str, Tensor]:
@@ -117,6 +130,8 @@ class Oracle:
         value.backward()
         self._clip(hosted)
         self._regularise()
+        assert self.sigma.grad is not None
+        self.sigma.grad = self.remaining.share_gradient(self.sigma.grad).to(self.sigma)
         self._update()
         self.num_steps += 1
         if not self.settled and self.schedule.phase(self.num_steps - 1) != "dense":
@@ -132,6 +147,7 @@ class Oracle:
         remaining = self.remaining.ratio(torch.sigmoid(self.sigma.double() / config.temperature))
         loss = (remaining - config.target / self.calibration).clamp(min=0) ** 2
         (grad,) = torch.autograd.grad(loss, self.sigma)
+        grad = grad * self.remaining.free
         assert self.sigma.grad is not None
         if config.lambda_max == "auto":
             adam = self.threshold_optimizer.param_groups[0]
@@ -165,18 +181,21 @@ class Oracle:
     def _scores_from_magnitude(self, scaled: bool) -> None:
         for index, gate in enumerate(self.plan.gates):
             sums = torch.zeros(gate.num_units, dtype=torch.float64)
-            for part in gate.slices:
-                if part.counted:
-                    size = self.latent[part.tensor].detach().abs().double().flatten()
-                    sums.index_add_(0, unit_index(part).flatten(), size)
-            sizes = self.plan.unit_sizes(index)
-            mean = sums.sum() / sizes.sum() if scaled else 1.0
-            self.scores[index].data.copy_(sums / sizes / mean)
+            for tensor, covers in self.plan.covers.items():
+                for cover in covers:
+                    if cover.gate == index and self.plan.counted(tensor):
+                        size = self.latent[tensor].detach().abs().double().flatten()
+                        sums.index_add_(0, unit_index(cover.slices).flatten(), size)
+            mean = sums.sum() / gate.num_weights if scaled else 1.0
+            self.scores[index].data.copy_(sums / gate.unit_sizes / mean)
 
     def _count(self, keep: list[int]) -> int:
-        masks = [top_k(s.detach(), n) for s, n in zip(self.scores, keep, strict=True)]
-        units = [mask.float() for mask in masks]
+        units = [mask.float() for mask in self._best(keep)]
         return int(sum(self.mask_of(name, units).sum() for name in self.plan.covers if self.plan.counted(name)))
+
+    def _best(self, keep: list[int]) -> list[Tensor]:
+        gates = zip(self.plan.gates, self.scores, keep, strict=True)
+        return [best_units(gate, scores.detach(), num) for gate, scores, num in gates]
 
     @torch.no_grad()
     def _hold_level(self) -> None:
@@ -185,20 +204,21 @@ class Oracle:
         if config.rule == "magnitude":
             self._scores_from_magnitude(scaled=False)
         settle = self.schedule.phase(self.num_steps) == "settle"
+        level = 0.0 if settle else self.schedule.level(self.num_steps)
+        self.sigma.copy_(self.remaining.with_patterns(self.sigma, config.temperature, level))
         if settle:
             sigma, keep = th.project_exact(self.remaining, self.sigma, config.temperature, config.target, self._count)
             self.sigma.copy_(sigma)
             self.settled = True
         elif config.control == "projected" or config.rule != "leap":
-            level = self.schedule.level(self.num_steps)
             sigma, self.calibration = th.project_level(
                 self.remaining, self.sigma, config.temperature, level, self.calibration, self._count
             )
             self.sigma.copy_(sigma)
         if not settle:
             k = th.keep_ratio(self.sigma, config.temperature)
-            keep = th.keep_counts(k, self.remaining.num_units)
+            keep = self.remaining.keep_counts(k)
             if config.control == "paper" and not self.plan.closed_form:
                 density = self._count(keep) / self.plan.prunable
                 self.calibration = th.calibrate(density, self.remaining.ratio(k).item())
-        self.masks = [top_k(s, n) for s, n in zip(self.scores, keep, strict=True)]
+        self.masks = self._best(keep)

@@ -24,14 +24,11 @@ def keep_ratio(sigma: Tensor, temperature: float) -> Tensor:
     return torch.sigmoid(sigma.double() / temperature)
 
 
-def keep_counts(ratio: Tensor, num_units: Tensor) -> list[int]:
-    """ceil(k n) for every gate, at least 1 and at most n."""
-    counts = torch.ceil(ratio * num_units).long()
-    return counts.clamp(min=1).minimum(num_units).tolist()
-
-
 class Remaining:
-    """R = (1/N) sum_t n_t prod_{g covers t} k_g, and the regulariser built on it."""
+    """R = (1/N) sum_t n_t prod_{g covers t} k_g, the regulariser built on it, and the kept counts that k asks for.
+
+    `free` is 1 for gates whose ratio is learned and 0 for those with an n:m pattern, float64 of shape (G,).
+    """
 
     def __init__(self, plan: GatePlan) -> None:
         tensors = [t for t in plan.covers if plan.counted(t)]
@@ -40,8 +37,43 @@ class Remaining:
         rows = [[c.gate for c in plan.covers[t]] for t in tensors]
         self._gates = torch.tensor([row + [none] * (width - len(row)) for row in rows]).view(-1, width)
         self._weight = torch.tensor([plan.numel(t) for t in tensors], dtype=torch.float64) / max(plan.prunable, 1)
-        self.num_units = torch.tensor([gate.num_units for gate in plan.gates])
-        self.prunable = plan.prunable
+        self.plan, self.prunable = plan, plan.prunable
+        self.free = torch.tensor([float(gate.pattern is None) for gate in plan.gates], dtype=torch.float64)
+        self._num_units = torch.tensor([gate.num_units for gate in plan.gates])
+        self._lowest = torch.tensor([gate.lowest for gate in plan.gates])
+        self._multiple = torch.tensor([gate.multiple_of for gate in plan.gates])
+        self._patterns = [(i, *gate.pattern) for i, gate in enumerate(plan.gates) if gate.pattern]
+
+    def keep_counts(self, k: Tensor) -> list[int]:
+        """ceil(k n) for every gate, up to its next multiple and within what it allows; of n:m gates what k says."""
+        counts = torch.ceil(k * self._num_units).long()
+        counts = (counts + self._multiple - 1) // self._multiple * self._multiple
+        keep: list[int] = counts.maximum(self._lowest).minimum(self._num_units).tolist()
+        for index, _, of in self._patterns:
+            keep[index] = self.plan.gates[index].num_units // of * round(k[index].item() * of)
+        return keep
+
+    def with_patterns(self, sigma: Tensor, temperature: float, level: float) -> Tensor:
+        """sigma, with the thresholds of n:m gates where they keep max(n, ceil(level m)) of every m weights."""
+        if not self._patterns:
+            return sigma
+        sigma = sigma.clone()
+        for index, kept, of in self._patterns:
+            share = max(kept, math.ceil(level * of - 1e-9)) / of
+            sigma[index] = temperature * (math.log(share / (1.0 - share)) if share < 1.0 else START)
+        return sigma
+
+    def share_gradient(self, grad: Tensor) -> Tensor:
+        """dL/dsigma, (G,): tied gates have the sum of theirs, gates with a pattern none."""
+        grad = grad * self.free
+        for group in self.plan.tied:
+            if len(group) > 1:
+                grad[list(group)] = grad[list(group)].sum()
+        return grad
+
+    def shifted(self, sigma: Tensor, delta: float) -> Tensor:
+        """sigma + delta for the thresholds that are free, float64."""
+        return sigma.double() + delta * self.free
 
     def ratio(self, k: Tensor) -> Tensor:
         """R of keep ratios k, shape (G,); differentiable."""
@@ -50,9 +82,9 @@ class Remaining:
 
     def value_and_slope(self, k: Tensor, temperature: float) -> tuple[float, float]:
         """R of keep ratios k, and dR for a shift of one common to all thresholds."""
-        rows = torch.cat([k, k.new_ones(1)])[self._gates]
-        parts = self._weight * rows.prod(1)
-        return parts.sum().item(), (parts * (1.0 - rows).sum(1)).sum().item() / temperature
+        parts = self._weight * torch.cat([k, k.new_ones(1)])[self._gates].prod(1)
+        slopes = torch.cat([(1.0 - k) * self.free, k.new_zeros(1)])[self._gates].sum(1)
+        return parts.sum().item(), (parts * slopes).sum().item() / temperature
 
     def penalty(self, sigma: Tensor, temperature: float, target: float) -> tuple[float, float, Tensor]:
         """(R, L_reg, dL_reg/dsigma), the last float64 of shape (G,); L_reg = max(R - target, 0)^2."""
@@ -61,7 +93,7 @@ class Remaining:
             remaining = self.ratio(keep_ratio(sigma, temperature))
             loss = (remaining - target).clamp(min=0) ** 2
         (grad,) = torch.autograd.grad(loss, sigma)
-        return remaining.item(), loss.item(), grad
+        return remaining.item(), loss.item(), grad * self.free
 
 
 def adaptive_lambda(loss: float, target: float, lambda_max: float, lambda_min: float) -> float:
@@ -110,10 +142,11 @@ def bisect(below: Callable[[float], bool], low: float, high: float, num_steps: i
     return low, high
 
 
-def shift_range(sigma: Tensor, temperature: float) -> tuple[float, float]:
-    """Shifts that take every threshold from keep ratio 0 to keep ratio 1, for all practical purposes."""
+def shift_range(remaining: Remaining, sigma: Tensor, temperature: float) -> tuple[float, float]:
+    """Shifts that take every free threshold from keep ratio 0 to keep ratio 1, for all practical purposes."""
+    free = sigma[remaining.free.bool()]
     reach = SATURATED * temperature
-    return -reach - sigma.max().item(), reach - sigma.min().item()
+    return (-reach - free.max().item(), reach - free.min().item()) if len(free) else (0.0, 0.0)
 
 
 def level_shift(remaining: Remaining, sigma: Tensor, temperature: float, level: float) -> float:
@@ -121,13 +154,12 @@ def level_shift(remaining: Remaining, sigma: Tensor, temperature: float, level: 
 
     Newton's method inside a bracket: R grows with delta, and from one step to the next it moves little.
     """
-    sigma = sigma.double()
-    if level >= 1.0:
+    if level >= 1.0 or not remaining.free.any():
         return 0.0
-    low, high = shift_range(sigma, temperature)
+    low, high = shift_range(remaining, sigma, temperature)
     delta = 0.0
     for _ in range(100):
-        value, slope = remaining.value_and_slope(keep_ratio(sigma + delta, temperature), temperature)
+        value, slope = remaining.value_and_slope(keep_ratio(remaining.shifted(sigma, delta), temperature), temperature)
         low, high = (delta, high) if value < level else (low, delta)
         goal = delta + (level - value) / max(slope, 1e-300)
         goal = goal if low < goal < high else 0.5 * (low + high)
@@ -155,9 +187,9 @@ def project_level(
     """
     for _ in range(4):
         delta = level_shift(remaining, sigma, temperature, min(level / calibration, 1.0 - 1e-9))
-        shifted = (sigma.double() + delta).to(sigma.dtype)
+        shifted = remaining.shifted(sigma, delta).to(sigma.dtype)
         ratio = keep_ratio(shifted, temperature)
-        density = count(keep_counts(ratio, remaining.num_units)) / remaining.prunable
+        density = count(remaining.keep_counts(ratio)) / remaining.prunable
         if abs(density - level) <= 1e-3 * level:
             break
         calibration = calibrate(density, remaining.ratio(ratio).item())
@@ -170,22 +202,52 @@ def project_exact(
     """The settle projection: one shift for all thresholds, then single units, to the smallest density >= target.
 
     The density of real masks grows in steps with the shift; at the step that crosses the target several gates
-    may gain a unit at once, and they are taken in order until the target is reached.
+    may gain a unit at once, and they are taken in order until the target is reached. What a large unit (a head) then
+    leaves above the target is taken back in the smallest units there are (neurons).
 
     Returns sigma after the shift and the kept count of every gate.
     """
     goal = math.ceil(target * remaining.prunable - 1e-6)
-    num_units = remaining.num_units
+    groups = remaining.plan.tied
 
     def counts(delta: float) -> list[int]:
-        return keep_counts(keep_ratio(sigma.double() + delta, temperature), num_units)
+        return remaining.keep_counts(keep_ratio(remaining.shifted(sigma, delta), temperature))
 
-    low, high = shift_range(sigma, temperature)
+    low, high = shift_range(remaining, sigma, temperature)
     low, high = bisect(lambda delta: count(counts(delta)) < goal, low, high)
     few, many = counts(low), counts(high)
-    first, last = 0, len(few)  # gates[:first] at `many` is too little, gates[:last] is enough
+
+    def mixed(num: int) -> list[int]:
+        keep = list(few)
+        for index in (index for group in groups[:num] for index in group):
+            keep[index] = many[index]
+        return keep
+
+    first, last = 0, len(groups)  # groups[:first] at `many` is too little, groups[:last] is enough
     while last - first > 1:
         middle = (first + last) // 2
-        enough = count(many[:middle] + few[middle:]) >= goal
-        first, last = (first, middle) if enough else (middle, last)
-    return (sigma.double() + high).to(sigma.dtype), many[:last] + few[last:]
+        first, last = (first, middle) if count(mixed(middle)) >= goal else (middle, last)
+    keep = mixed(last)
+    if remaining.plan.closed_form:
+        keep = take_back(remaining.plan, keep, count(keep) - goal)
+    return remaining.shifted(sigma, high).to(sigma.dtype), keep
+
+
+def take_back(plan: GatePlan, keep: list[int], excess: int) -> list[int]:
+    """Kept counts with up to `excess` weights less, in steps of the finest gates, each in proportion to its room."""
+    free = [group for group in plan.tied if plan.gates[group[0]].pattern is None]
+    finest = min((plan.grain(group) for group in free), default=1)
+    rooms: list[tuple[int, tuple[int, ...]]] = []
+    for group in free:
+        gate, kept = plan.gates[group[0]], keep[group[0]]
+        if plan.grain(group) == finest and kept % gate.multiple_of == 0:
+            rooms.append(((kept - gate.lowest) // gate.multiple_of, group))
+    total = sum(room for room, _ in rooms)
+    steps = min(excess // finest, total)
+    keep, before = list(keep), 0
+    for room, group in rooms:  # Bresenham: after every group the share of the steps that its room stands for
+        taken = (before + room) * steps // total - before * steps // total if total else 0
+        before += room
+        for index in group:
+            keep[index] -= taken * plan.gates[index].multiple_of
+    return keep

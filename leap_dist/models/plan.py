@@ -2,16 +2,22 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from leap_dist.config import LeapConfig
-from leap_dist.core.gates import Gate, GatePlan, matrix_gate
+from leap_dist.config import GateConfig, LeapConfig
+from leap_dist.core.gates import Gate, GatePlan, Slice, matrix_gate
 from leap_dist.errors import UserError
-from leap_dist.models.families import prunable_matrices
+from leap_dist.family import FamilyConfig
+from leap_dist.models.families import is_conv1d, prunable_matrices
+from leap_dist.models.structures import Part, Structure, find_structures, find_sublayers, tensor_shapes
+
+STRUCTURED = ("head", "neuron", "expert", "layer")
+Shape = tuple[int, ...]
 
 
-def match_names(names: Iterable[str], patterns: Sequence[str], key: str) -> list[str]:
+def match_names(names: Iterable[str], patterns: Sequence[str], key: str, what: str = "tensor") -> list[str]:
     """The names that a pattern gives exactly, or by `re:<regular expression>` from its start, in order.
 
     Raises UserError for a pattern that is no regular expression or matches nothing.
@@ -26,30 +32,169 @@ def match_names(names: Iterable[str], patterns: Sequence[str], key: str) -> list
             raise UserError(f"{key}: {pattern!r} is not a regular expression ({error})") from None
         if not matched:
             examples = ", ".join(names[:3])
-            raise UserError(f"{key}: {pattern!r} matches no tensor of the model; names look like {examples}")
+            raise UserError(f"{key}: {pattern!r} matches no {what} of the model; names look like {examples}")
         found |= matched
     return [n for n in names if n in found]
 
 
-def make_plan(model: nn.Module, config: LeapConfig) -> GatePlan:
-    """One gate for every granularity and every chosen matrix of the model.
+def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None = None) -> GatePlan:
+    """Gates for every entry of `leap.gates`: one for each chosen matrix, or block of heads, neurons or experts.
 
-    Raises UserError where nothing is chosen, or a choice does not fit a tensor.
+    Raises UserError where nothing is chosen, or a choice does not fit the model.
     """
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
-    chosen = match_names(shapes, config.include, "leap.include") if config.include else prunable_matrices(model)
-    if config.exclude:
-        dropped = set(match_names(shapes, config.exclude, "leap.exclude"))
-        chosen = [name for name in chosen if name not in dropped]
-    chosen = [name for name in chosen if name in shapes]  # frozen and tied weights are not trained here
-    if not chosen:
-        raise UserError(
-            f"leap.gates: {', '.join(config.gates)} match no tensor of the model: it has no trainable linear weight "
-            "that is not excluded; name tensors in leap.include"
-        )
+    maker = _Maker(model, config, family)
     gates: list[Gate] = []
-    for granularity in config.gates:
-        for name in chosen:
-            bias = name.removesuffix("weight") + "bias"
-            gates.append(matrix_gate(name, shapes[name], granularity, bias if bias in shapes else None))
+    for number, entry in enumerate(config.gates):
+        key = f"leap.gates[{number}]"
+        made = maker.structured(key, entry) if entry.granularity in STRUCTURED else maker.matrices(key, entry)
+        gates += [_with_options(key, gate, entry) for gate in made]
+        if entry.uniform:
+            _check_uniform(key, [gate for gate in gates if gate.tie == _tie(key, entry)])
+    _check_once(gates)
     return GatePlan(gates)
+
+
+class _Maker:
+    """Makes the gates of one model; `chosen` are the tensors that leap.include and leap.exclude leave."""
+
+    def __init__(self, model: nn.Module, config: LeapConfig, family: FamilyConfig | None) -> None:
+        self.model, self.family = model, family
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {name: shape for name, shape in tensor_shapes(model).items() if name in trained}
+        self.transposed = {f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module)}
+        include = config.include
+        self.included = match_names(self.shapes, include, "leap.include") if include else None
+        self.dropped = set(match_names(self.shapes, config.exclude, "leap.exclude")) if config.exclude else set()
+
+    def matrices(self, key: str, entry: GateConfig) -> list[Gate]:
+        """Gates of one granularity on single tensors."""
+        chosen = prunable_matrices(self.model, self.family) if self.included is None else self.included
+        chosen = [name for name in chosen if name in self.shapes and name not in self.dropped]  # frozen and tied ones
+        chosen = _of_entry(key, entry, chosen, "tensor")
+        if not chosen:
+            raise UserError(
+                f"{key}: {entry.granularity!r} matches no tensor of the model: it has no trainable linear weight "
+                "that is not excluded; name tensors in leap.include"
+            )
+        return [self._matrix(name, entry.granularity) for name in chosen]
+
+    def _matrix(self, name: str, granularity: str) -> Gate:
+        bias = name.removesuffix("weight") + "bias"
+        bias_shape = self.shapes.get(bias)
+        return matrix_gate(name, self.shapes[name], granularity, bias if bias_shape else None, name in self.transposed)
+
+    def structured(self, key: str, entry: GateConfig) -> list[Gate]:
+        """Gates whose units cover runs of several tensors."""
+        kind = entry.granularity
+        find = find_sublayers if kind == "layer" else find_structures
+        found = [s for s in find(self.model, self.family) if s.kind == kind]
+        if not found:
+            raise UserError(_nothing_of(kind, key, self.model, self.family))
+        found = [s for s in found if self._wanted(s)]
+        names = _of_entry(key, entry, [s.name for s in found], f"block with a {kind}")
+        found = [s for s in found if s.name in names]
+        if not found:
+            raise UserError(f"{key}: leap.include and leap.exclude leave no block with a {kind}; change them")
+        return self._layer_gates(found) if kind == "layer" else [self._gate(s) for s in found]
+
+    def _wanted(self, structure: Structure) -> bool:
+        """Whether the tensors of a block are trained, included and not excluded."""
+        counted = {part.tensor for part in structure.parts if part.counted}
+        included = counted if self.included is None else set(self.included)
+        return counted <= self.shapes.keys() and bool(counted & included) and not counted & self.dropped
+
+    def _gate(self, structure: Structure) -> Gate:
+        slices = tuple(
+            part_slice(part, self.shapes[part.tensor], structure.num_units)
+            for part in structure.parts
+            if part.tensor in self.shapes
+        )
+        return Gate(f"{structure.name}:{structure.kind}", structure.kind, slices)
+
+    def _layer_gates(self, found: list[Structure]) -> list[Gate]:
+        """One gate for every role: its units are the sublayers of that role."""
+        gates = []
+        for role in dict.fromkeys(s.role for s in found):
+            blocks = [s for s in found if s.role == role]
+            slices = tuple(
+                replace(part_slice(part, self.shapes[part.tensor], 1), first_unit=unit)
+                for unit, block in enumerate(blocks)
+                for part in block.parts
+                if part.tensor in self.shapes
+            )
+            gates.append(Gate(f"{role}:layer", "layer", slices))
+        return gates
+
+
+def part_slice(part: Part, shape: Shape, num_units: int) -> Slice:
+    """The slice that a part is: its tensor seen as a matrix whose rows (axis 0) or columns (axis 1) units run along."""
+    rows = shape[0]
+    cols = 1
+    for size in shape[1:]:
+        cols *= size
+    length = part.size * num_units
+    if part.axis == 0:
+        region, block = (part.start, length, 0, cols), (part.size, cols)
+    else:
+        assert len(shape) == 2, f"{part.tensor}: units along axis {part.axis} of {shape}"
+        region, block = (0, rows, part.start, length), (rows, part.size)
+    return Slice(part.tensor, rows, cols, *block, counted=part.counted, region=region)
+
+
+def _of_entry(key: str, entry: GateConfig, names: list[str], what: str) -> list[str]:
+    """The names that an entry's own include and exclude leave."""
+    kept = match_names(names, entry.include, f"{key}.include", what) if entry.include else names
+    dropped = set(match_names(names, entry.exclude, f"{key}.exclude", what)) if entry.exclude else set()
+    return [name for name in kept if name not in dropped]
+
+
+def _nothing_of(kind: str, key: str, model: nn.Module, family: FamilyConfig | None) -> str:
+    config = getattr(model, "config", None)
+    name = getattr(config, "model_type", None) or type(model).__name__
+    if family is not None:
+        return f"{key}: got {kind!r}; the family section describes no block with a {kind}; add it, or remove the gate"
+    return (
+        f"{key}: got {kind!r}; {name} has none that is known here; allowed: element, row, column, block:RxC, n:m, "
+        "or say where its blocks are in a family section"
+    )
+
+
+def _tie(key: str, entry: GateConfig) -> str:
+    return f"{key}:{entry.granularity}"
+
+
+def _with_options(key: str, gate: Gate, entry: GateConfig) -> Gate:
+    """The gate with its entry's options, checked against its units."""
+    for option in ("min_keep", "multiple_of"):
+        value = getattr(entry, option)
+        if value > gate.num_units:
+            raise UserError(
+                f"{key}.{option}: got {value}, more than the {gate.num_units} units of {gate.name}; allowed: at most "
+                f"{gate.num_units}, or leave the block out with {key}.exclude"
+            )
+    tie = _tie(key, entry) if entry.uniform else None
+    return replace(gate, min_keep=entry.min_keep, multiple_of=entry.multiple_of, tie=tie)
+
+
+def _check_uniform(key: str, gates: list[Gate]) -> None:
+    sizes = {gate.num_units for gate in gates}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{gate.name} has {gate.num_units}" for gate in gates if gate.num_units in sizes)
+        raise UserError(
+            f"{key}.uniform: got true, but the units differ in number: {listed[:200]}; "
+            f"name blocks of one size in {key}.include, or set it to false"
+        )
+
+
+def _check_once(gates: list[Gate]) -> None:
+    """A tensor has one gate of a granularity, and one that scores its single weights."""
+    seen: set[tuple[str, str]] = set()
+    for gate in gates:
+        kind = "single weights" if gate.elementwise else gate.granularity
+        for tensor in dict.fromkeys(part.tensor for part in gate.slices):
+            if (tensor, kind) in seen:
+                raise UserError(
+                    f"leap.gates: two gates for {kind} on {tensor} (the second is {gate.granularity}); keep one, "
+                    "or part them with include and exclude"
+                )
+            seen.add((tensor, kind))

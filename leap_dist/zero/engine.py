@@ -14,8 +14,10 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import MASK, SCORES, THRESHOLDS
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.errors import UserError
-from leap_dist.job_file import parse_leap
+from leap_dist.family import FamilyConfig
+from leap_dist.job_file import parse_leap, parse_section
 from leap_dist.models.plan import make_plan
+from leap_dist.models.routing import route_among_kept
 from leap_dist.zero.binding import (
     find_fragments,
     gather,
@@ -72,12 +74,15 @@ def initialize(
     raw = _read_config(args, config if config is not None else config_params)
     leap = _leap_config(raw)
     check_engine_config(raw, model, mpu, mesh_param, lr_scheduler, optimizer)
-    plan = make_plan(model, leap)
+    family = parse_section(FamilyConfig, "family", raw["family"]) if raw.get("family") else None
+    plan = make_plan(model, leap, family)
     groups = _parameter_groups(model, plan, optimizer, model_parameters, raw.get("train") or {})
     join_alone()
     import deepspeed
 
     gates = _host_gates(model, plan)
+    routed = any(gate.granularity == "expert" for gate in plan.gates)
+    hooks = route_among_kept(model, family) if routed else []
     next(group for group in groups if group[GATED])["params"].extend(gates.parameters())
     base = LeapAdamW(groups, plan, leap)
     try:
@@ -95,6 +100,8 @@ def initialize(
         base.bind(find_fragments(engine), make_communicator(engine))
     except BaseException:
         delattr(model, PREFIX)  # the model is as it was, and a second try is possible
+        for hook in hooks:
+            hook.remove()
         raise
     engine.leap = base
     return engine, wrapped, loader, scheduler

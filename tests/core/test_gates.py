@@ -1,12 +1,13 @@
 """Units cover every element once, whatever the granularity; fragments see them through any cut."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from leap_dist.core.fragments import add_unit_sums_, expand_units, rectangles
-from leap_dist.core.gates import GatePlan, matrix_gate
+from leap_dist.core.gates import Gate, GatePlan, Slice, matrix_gate, pattern_of
 from leap_dist.core.oracle import unit_index
 from leap_dist.errors import UserError
 
@@ -29,9 +30,9 @@ CASES = [
 @pytest.mark.parametrize(("shape", "granularity"), CASES)
 def test_every_element_belongs_to_one_unit(shape: tuple[int, int], granularity: str) -> None:
     gate = matrix_gate("w", shape, granularity)
-    index = unit_index(gate.slices[0]).flatten()
+    index = unit_index(gate.slices).flatten()
     assert sorted(set(index.tolist())) == list(range(gate.num_units))
-    assert torch.equal(torch.bincount(index), GatePlan([gate]).unit_sizes(0))
+    assert torch.equal(torch.bincount(index), gate.unit_sizes.expand(gate.num_units))
     assert gate.unit_size == torch.bincount(index).max()
     assert gate.uniform == (torch.bincount(index).unique().numel() == 1)
 
@@ -39,7 +40,7 @@ def test_every_element_belongs_to_one_unit(shape: tuple[int, int], granularity: 
 @pytest.mark.parametrize(("shape", "granularity"), CASES)
 def test_sums_and_masks_over_fragments_equal_those_over_the_tensor(shape: tuple[int, int], granularity: str) -> None:
     part = matrix_gate("w", shape, granularity).slices[0]
-    index = unit_index(part).flatten()
+    index = unit_index([part]).flatten()
     values = torch.randn(part.numel, dtype=torch.float64)
     units = torch.randn(int(index.max()) + 1, dtype=torch.float64)
     expected = torch.zeros_like(units).index_add_(0, index, values)
@@ -88,3 +89,58 @@ def test_edge_blocks_and_hybrids_have_no_closed_form() -> None:
 def test_what_does_not_fit_is_refused(shape: tuple[int, ...], granularity: str, match: str) -> None:
     with pytest.raises(UserError, match=match):
         matrix_gate("w", shape, granularity)
+
+
+def test_a_stack_of_matrices_has_no_block_over_two_of_them() -> None:
+    for granularity in ("element", "row", "column", "block:2x3", "block:3x2"):
+        stacked = matrix_gate("w", (3, 4, 5), granularity)
+        alone = unit_index(matrix_gate("w", (4, 5), granularity).slices)
+        num = int(alone.max()) + 1
+        expected = torch.cat([alone + num * i for i in range(3)])
+        assert torch.equal(unit_index(stacked.slices), expected), granularity
+        assert stacked.num_units == 3 * num and stacked.num_weights == 60
+
+
+def test_a_transposed_matrix_has_output_rows_in_its_columns() -> None:
+    row = matrix_gate("w", (4, 6), "row", bias="b", transposed=True)
+    assert torch.equal(unit_index(row.slices[:1]), torch.arange(6).expand(4, 6))
+    assert row.slices[1].rows == 6
+    block = matrix_gate("w", (4, 6), "block:3x2", transposed=True)  # 3 outputs x 2 inputs
+    assert (block.slices[0].block_rows, block.slices[0].block_cols) == (2, 3)
+
+
+def test_units_that_cover_runs_of_several_tensors() -> None:
+    """Three units: rows 0-1, 2-3, 4-5 of both halves of a fused matrix, and columns of another."""
+    halves = tuple(Slice("fused", 12, 5, 2, 5, region=(start, 6, 0, 5)) for start in (0, 6))
+    gate = Gate("g", "head", (*halves, Slice("out", 5, 6, 5, 2)))
+    assert (gate.num_units, gate.unit_size, gate.num_weights, gate.uniform) == (3, 30, 90, True)
+    index = unit_index(halves).flatten()
+    assert index.view(12, 5)[:, 0].tolist() == [0, 0, 1, 1, 2, 2] * 2
+    values, units = torch.randn(60, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    sums, cuts = torch.zeros(3, dtype=torch.float64), [0, 7, 7, 33, 60]
+    for start, stop in itertools.pairwise(cuts):
+        out = torch.full((stop - start,), float("nan"), dtype=torch.float64)
+        for part in halves:
+            add_unit_sums_(sums, values[start:stop], start, part)
+            expand_units(units, out, start, part)
+        assert torch.equal(out, units[index[start:stop]])
+    torch.testing.assert_close(sums, torch.zeros_like(sums).index_add_(0, index, values))
+
+
+def test_a_pattern_keeps_n_of_m() -> None:
+    gate = matrix_gate("w", (3, 8), "2:4")
+    assert (gate.pattern, gate.elementwise, gate.lowest) == ((2, 4), True, 12)
+    assert [pattern_of(g) for g in ("4:8", "4:4", "8:4", "0:4", "row")] == [(4, 8), None, None, None, None]
+    with pytest.raises(
+        UserError, match=r"'2:4' does not fit w, which has rows of 6, no multiple of 4; name the tensor"
+    ):
+        matrix_gate("w", (4, 6), "2:4")
+    with pytest.raises(UserError, match=r"'2:4' does not fit w, which is stored as \(inputs, outputs\)"):
+        matrix_gate("w", (4, 8), "2:4", transposed=True)
+
+
+def test_tied_gates_come_and_go_together() -> None:
+    gates = [replace(matrix_gate(name, (8, 4), "row"), tie="t", multiple_of=2) for name in "ab"]
+    plan = GatePlan([gates[0], matrix_gate("c", (3, 5), "row"), gates[1]])
+    assert plan.tied == ((0, 2), (1,))
+    assert (plan.grain(plan.tied[0]), plan.unit) == (16, 16)

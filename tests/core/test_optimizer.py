@@ -14,15 +14,14 @@ from leap_dist.core.gating import LATENT, MASK, SCORES, THRESHOLDS
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.core.oracle import Oracle, top_k
 from leap_dist.errors import UserError
-from leap_dist.models.plan import make_plan
-from tests.peers.nets import GATES, LR, WEIGHT_DECAY, batches, leap, loss_of, net, relative_error
+from tests.peers.nets import GATES, LR, WEIGHT_DECAY, batches, leap, loss_of, net, plan_of, relative_error
 
 STEPS = 110
 
 
-def build(model: nn.Module, config: LeapConfig) -> LeapAdamW:
+def build(model: nn.Module, config: LeapConfig, kind: str = "element") -> LeapAdamW:
     """The optimizer over whole tensors, with the gates' parameters beside the model's."""
-    plan = make_plan(model, config)
+    plan = plan_of(kind, model, config)
     named = dict(model.named_parameters())
     gates = {THRESHOLDS: nn.Parameter(torch.zeros(len(plan.gates)))}
     if plan.num_structured_units:
@@ -62,8 +61,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS
 )
 def test_equals_the_oracle(kind: str, changes: dict[str, Any]) -> None:
     config = leap(kind, STEPS, **changes)
-    model, reference = net(), net()
-    optimizer = build(model, config)
+    model, reference = net(kind), net(kind)
+    optimizer = build(model, config, kind)
     oracle = Oracle(reference, optimizer.plan, config, LR, WEIGHT_DECAY, no_decay=biases(optimizer.plan))
     for x, y in batches(STEPS):
         oracle.step(lambda forward, x=x, y=y: loss_of(forward(x), y))
@@ -74,7 +73,7 @@ def test_equals_the_oracle(kind: str, changes: dict[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         assert relative_error(parameter, expected[name]) <= 1e-5, name
     assert optimizer.settled
-    assert abs(optimizer.kept_weights - 0.2 * optimizer.plan.prunable) <= optimizer.plan.unit
+    assert abs(optimizer.kept_weights - config.target * optimizer.plan.prunable) <= optimizer.plan.unit
     learned = optimizer.gating.gather_thresholds()
     torch.testing.assert_close(learned, oracle.sigma.detach(), rtol=1e-4, atol=1e-2)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_the_level_is_met_after_a_shift_common_to_all(level: float) -> None:
     gates, sigma = plan("element"), torch.tensor([160.0, 60.0])
     remaining = th.Remaining(gates)
     shifted, calibration = th.project_level(remaining, sigma, T, level, 1.0, closed_count(gates))
-    kept = closed_count(gates)(th.keep_counts(th.keep_ratio(shifted, T), remaining.num_units))
+    kept = closed_count(gates)(remaining.keep_counts(th.keep_ratio(shifted, T)))
     assert abs(kept - level * gates.prunable) <= len(gates.gates)
     torch.testing.assert_close((shifted - sigma)[0], (shifted - sigma)[1])
     assert calibration == pytest.approx(1.0, abs=0.2)
@@ -125,3 +126,46 @@ def test_the_automatic_rate_covers_the_distance_in_half_the_prune_phase() -> Non
 def test_a_wrong_section_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"leap.{next(iter(wrong))}"):
         parse_leap({"target": 0.5, "total_steps": 100, **wrong})
+
+
+def options_plan(**options: Any) -> GatePlan:
+    """Two gates of 60 units of 4 weights and one of 7 units of 50, the first two with options."""
+    small = [replace(matrix_gate(name, (60, 4), "row"), **options) for name in "ab"]
+    return GatePlan([*small, matrix_gate("c", (7, 50), "row")])
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.77])
+def test_what_a_large_unit_leaves_is_taken_back_in_small_ones(target: float) -> None:
+    gates = options_plan()
+    count = closed_count(gates)
+    _, keep = th.project_exact(th.Remaining(gates), torch.full((3,), 160.0), T, target, count)
+    assert 0 <= count(keep) - target * gates.prunable < 4
+    assert abs(keep[0] - keep[1]) <= 1
+
+
+@pytest.mark.parametrize("target", [0.3, 0.6, 1.0])
+def test_kept_counts_heed_the_options_of_their_gates(target: float) -> None:
+    gates = options_plan(multiple_of=8, min_keep=20, tie="t")
+    remaining, count = th.Remaining(gates), closed_count(gates)
+    for k in (0.0, 0.3, 0.5, 0.99):
+        first, second, third = remaining.keep_counts(torch.full((3,), k, dtype=torch.float64))
+        assert first == second and (first % 8 == 0 or first == 60) and first >= 24 and third == max(1, math.ceil(k * 7))
+    _, keep = th.project_exact(remaining, torch.tensor([100.0, 100.0, 160.0]), T, target, count)
+    assert keep[0] == keep[1] and (keep[0] % 8 == 0 or keep[0] == 60) and keep[0] >= 24
+    assert 0 <= count(keep) - target * gates.prunable < gates.unit
+
+
+def test_tied_gates_share_their_gradient_and_patterns_have_none() -> None:
+    gates = GatePlan([*options_plan(tie="t").gates, matrix_gate("d", (4, 8), "2:4")])
+    remaining = th.Remaining(gates)
+    grad = remaining.share_gradient(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    assert grad.tolist() == [3.0, 3.0, 3.0, 0.0]
+
+
+def test_a_pattern_comes_down_with_the_level() -> None:
+    gates = GatePlan([matrix_gate("w", (4, 8), "2:4"), matrix_gate("v", (4, 4), "element")])
+    remaining, sigma = th.Remaining(gates), torch.tensor([160.0, 160.0])
+    for level, kept in ((1.0, 32), (0.8, 32), (0.75, 24), (0.51, 24), (0.5, 16), (0.1, 16)):
+        patterned = remaining.with_patterns(sigma, T, level)
+        assert remaining.keep_counts(th.keep_ratio(patterned, T))[0] == kept
+        assert patterned[1] == sigma[1] and remaining.shifted(patterned, 5.0)[0] == patterned[0]

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from leap_dist.config import LeapConfig
-from leap_dist.job_file import parse_leap
+from leap_dist.core.gates import GatePlan
+from leap_dist.family import FamilyConfig
+from leap_dist.job_file import parse_leap, parse_section
+from leap_dist.models.plan import make_plan
 
 GLOBAL_BATCH = 18  # divides by 1, 2 and 3 ranks, with accumulation 1 and 3
 LR, WEIGHT_DECAY = 3e-3, 0.1
@@ -21,15 +24,71 @@ GATES: dict[str, dict[str, Any]] = {
     "block": {"gates": ["block:4x5"], "exclude": SMALL},
     "hybrid": {"gates": ["block:8x8", "row", "element"], "exclude": SMALL},
 }
+# The same on `Mixer`, whose units cover runs of several tensors, or are not free.
+TWO_OF_FOUR = {"granularity": "2:4", "include": r"re:blocks\.\d\.(qkv|out|up|gate)\.weight"}  # rows of 12
+UNIFORM = {"granularity": "neuron", "uniform": True, "multiple_of": 3, "min_keep": 2}
+MIXED: dict[str, dict[str, Any]] = {
+    "head+neuron": {"gates": ["head", "neuron"], "target": 0.45},
+    "uniform": {"gates": [UNIFORM]},
+    "layer+element": {"gates": ["layer", "element"]},
+    "2:4": {"gates": [TWO_OF_FOUR], "target": 0.5},
+    "head+2:4": {"gates": ["head", TWO_OF_FOUR], "target": 0.35},
+}
+GATES |= MIXED
+FAMILY = {
+    "layers": "re:blocks\\.\\d+",
+    "attention": {"module": "", "qkv": "qkv", "output": "out", "head_size": "head_size"},
+    "ffn": {"up": "up", "gate": "gate", "down": "down"},
+}
 
 
-def net() -> nn.Sequential:
-    """13 -> 37 -> 29 -> 2 -> 1 -> 5: sizes that no number of ranks divides, a norm that no gate covers.
+class Block(nn.Module):
+    """Attention with three heads of four and a gated FFN of eleven neurons, (batch, 3, 12) to the same.
 
+    No softmax: the gradient of the keys' bias would be nothing but rounding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_size = 4
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.up, self.gate, self.down = nn.Linear(12, 11), nn.Linear(12, 11), nn.Linear(11, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+        attended = torch.tanh(query @ key.mT / 2.0) @ value
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(torch.tanh(self.gate(x)) * self.up(x))
+
+
+class Mixer(nn.Module):
+    """13 -> 3 tokens of 12 -> two blocks -> 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.answer = nn.Linear(13, 36), nn.Linear(36, 5)
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 13) -> (batch, 5)."""
+        return self.answer(self.blocks(self.embed(x).unflatten(-1, (3, 12))).flatten(1))
+
+
+def family(kind: str) -> dict[str, Any] | None:
+    """The family section for one of GATES."""
+    return FAMILY if kind in MIXED else None
+
+
+def net(kind: str = "element") -> nn.Module:
+    """The model for one of GATES: a Mixer, or 13 -> 37 -> 29 -> 2 -> 1 -> 5.
+
+    Sizes that no number of ranks divides, a norm that no gate covers.
     The norm comes first: behind a gated matrix it would make the loss independent of that matrix's scale, or, once
     one row is left, of the row, and their gradients nothing but rounding.
     """
     torch.manual_seed(0)
+    if kind in MIXED:
+        return Mixer()
     return nn.Sequential(
         nn.LayerNorm(13),
         nn.Linear(13, 37),
@@ -47,6 +106,12 @@ def net() -> nn.Sequential:
 def leap(kind: str, steps: int, **changes: Any) -> LeapConfig:
     """The leap section for one of GATES."""
     return parse_leap({"target": 0.2, "total_steps": steps, **GATES[kind], **changes})
+
+
+def plan_of(kind: str, model: nn.Module, config: LeapConfig) -> GatePlan:
+    """The gates of `net(kind)`."""
+    section = family(kind)
+    return make_plan(model, config, parse_section(FamilyConfig, "family", section) if section else None)
 
 
 def batches(steps: int) -> list[tuple[Tensor, Tensor]]:

@@ -1,0 +1,336 @@
+"""A model that is really smaller: units whose weights are zero leave it for good.
+
+`shrink_` works on the model in memory; `save_shrunk` and `load_pruned` keep it in a folder. Where all layers lose
+alike and the architecture's config can say so, the folder is one that transformers loads without this package.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from leap_dist.errors import UserError
+from leap_dist.family import AttentionFamily, ExpertsFamily, FamilyConfig
+from leap_dist.models.load import quiet_transformers
+from leap_dist.models.manifest import (
+    NAME,
+    KeptUnits,
+    Manifest,
+    check_files,
+    describe_file,
+    read_manifest,
+    write_manifest,
+)
+from leap_dist.models.removal import remove_units_
+from leap_dist.models.structures import Block, Span, find_blocks, is_anchored
+from leap_dist.section import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Kept = Mapping[str, Sequence[int]]
+"""By structure name, the units that are left, ascending."""
+
+RESULTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+"""What is compared of a model's output, as far as it is there."""
+
+
+def shrink_(model: nn.Module, family: FamilyConfig | None = None) -> dict[str, list[int]]:
+    """Remove every head, neuron and expert that is dead in the weights; returns the units left, by structure.
+
+    `model.config` goes on describing the model as it was, and `save_shrunk` counts units by it: shrink a model once.
+    """
+    blocks = find_blocks(model, family)
+    modules, tensors = dict(model.named_modules()), dict(model.named_parameters())
+    kept = {block.structure.name: _living_units(block, tensors) for block in blocks}
+    for block in blocks:
+        if not kept[block.structure.name] and is_anchored(block, modules):
+            kept[block.structure.name] = [0]  # a dead head adds nothing
+    remove_units_(model, blocks, kept)
+    return kept
+
+
+def _living_units(block: Block, tensors: Mapping[str, torch.Tensor]) -> list[int]:
+    num_units = block.structure.num_units
+    dead = torch.zeros(num_units, dtype=torch.bool)
+    for group in block.silent:
+        dead |= torch.stack([_zero_units(tensors[span.tensor], span, num_units) for span in group]).all(0)
+    return (~dead).nonzero().flatten().tolist()
+
+
+def _zero_units(tensor: torch.Tensor, span: Span, num_units: int) -> torch.Tensor:
+    """Which units hold zeros alone in a span, (num_units,) on the CPU."""
+    index = torch.arange(num_units)[:, None] * span.step + span.start + torch.arange(span.size)
+    values = tensor.detach().index_select(span.axis, index.flatten().to(tensor.device))
+    return (values.movedim(span.axis, 0).reshape(num_units, -1) == 0).all(1).cpu()
+
+
+# ---------------------------------------------------------------------------------------------- comparing
+
+
+def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> dict[str, torch.Tensor]:
+    """Inputs that fit a model: token ids without special ones and a full mask, or an image. Always the same."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        images = torch.randn(batch, config.num_channels, height, width, generator=generator)
+        return {"pixel_values": images.to(model.device, model.dtype)}
+    special: set[int | None] = set()
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, key, None)
+        special |= set(value) if isinstance(value, list) else {value}
+    words = torch.tensor([token for token in range(config.get_text_config().vocab_size) if token not in special])
+    tokens = words[torch.randint(len(words), (batch, length), generator=generator)].to(model.device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if config.is_encoder_decoder and config.eos_token_id is not None:
+        tokens[:, -1] = config.eos_token_id  # classifiers read the state of the last one
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = tokens.clone()
+    return inputs
+
+
+def logit_difference(masked: nn.Module, shrunk: nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
+    """max |a - b| / max |a| over the logits, or over the last hidden states of a model without a head."""
+    expected, received = _result(masked, inputs).double(), _result(shrunk, inputs).double()
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((expected - received).abs().max() / scale)
+
+
+def _result(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model(**inputs)
+    model.train(training)
+    found = [output[key].flatten() for key in RESULTS if key in output]
+    if not found:
+        raise UserError(f"{type(model).__name__}: gives none of {', '.join(RESULTS)}; got {', '.join(output)}")
+    return torch.cat(found)
+
+
+# ---------------------------------------------------------------------------------------------- saving
+
+
+def save_shrunk(
+    model: PreTrainedModel,
+    kept: Kept,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    family: FamilyConfig | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write what `shrink_` left of `model`: weights, config, and pruned.json, which `load_pruned` reads.
+
+    kept: what `shrink_` returned. family: what it was given. extra: anything that JSON can hold.
+    An older export in `folder` is replaced; the folder appears under its name only when it is complete.
+    Raises UserError if `folder` holds something else, or `kept` is not what the model was left with.
+    """
+    if folder.exists() and not (folder / NAME).is_file():
+        raise UserError(f"{folder}: exists and holds no pruned model; remove it, or choose another folder")
+    with torch.device("meta"):
+        whole = type(model)(copy.deepcopy(model.config))
+    blocks = find_blocks(whole, family)
+    remove_units_(whole, blocks, {block.structure.name: kept.get(block.structure.name, ()) for block in blocks})
+    if _shapes(whole) != _shapes(model):
+        raise UserError(
+            f"{folder}: {type(model).__name__} is not what its config describes less the units that left; "
+            "give what shrink_ returned when it shrank the whole model"
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with quiet_transformers():
+        model.save_pretrained(partial, save_original_format=False)
+    stock = _stock_config(model, blocks, kept)
+    (stock or model.config).save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    manifest = Manifest(
+        model_class=type(model).__name__,
+        stock=stock is not None,
+        structures=tuple(_kept_units(block, kept) for block in blocks),
+        family=family,
+        files={path.name: describe_file(path) for path in sorted(partial.glob("*.safetensors"))},
+        per_layer_config={} if stock else _per_layer_config(model.config, blocks, kept),
+        extra=dict(extra or {}),
+    )
+    write_manifest(partial, manifest)
+    _move(partial, folder)
+    return manifest
+
+
+def _kept_units(block: Block, kept: Kept) -> KeptUnits:
+    structure = block.structure
+    units = tuple(kept[structure.name])
+    assert structure.kind != "layer"
+    return KeptUnits(name=structure.name, kind=structure.kind, num_units=structure.num_units, kept=units)
+
+
+def _move(partial: Path, folder: Path) -> None:
+    """Rename, with an older export put out of the way first."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+def _config_values(config: PreTrainedConfig, block: Block, num_units: int) -> dict[str, int]:
+    """The keys of the config for a block with that many units, as far as its table knows any."""
+    structure, table = block.structure, block.table
+    if num_units == structure.num_units:
+        return {}
+    values = {}
+    for key in table.config:
+        whole = getattr(config, key, None) or structure.num_units
+        values[key] = whole // structure.num_units * num_units
+    if isinstance(table, AttentionFamily) and table.config_head_size is not None:
+        values[table.config_head_size] = block.silent[0][0].size  # the rows that make the values of one head
+    if isinstance(table, ExpertsFamily) and table.config_top_k is not None:
+        values[table.config_top_k] = min(getattr(config, table.config_top_k), num_units)
+    return values
+
+
+def _stock_config(model: PreTrainedModel, blocks: Sequence[Block], kept: Kept) -> PreTrainedConfig | None:
+    """A config that alone describes the shrunk model: one built from it has the same shapes. None if there is none."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    changes: dict[str, int] = {}
+    for block in blocks:
+        units = len(kept[block.structure.name])
+        if not units:
+            return None
+        changes |= _config_values(model.config, block, units)
+    candidate = copy.deepcopy(model.config)
+    for key, value in changes.items():
+        setattr(candidate, key, value)
+    try:
+        with torch.device("meta"):
+            built = type(model)(type(candidate).from_dict(candidate.to_dict()))
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError):
+        return None
+    return candidate if _shapes(built) == _shapes(model) else None
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def _per_layer_config(config: PreTrainedConfig, blocks: Sequence[Block], kept: Kept) -> dict[str, dict[str, int]]:
+    """What differs from the config in each layer; empty if some difference has no key, or layers are not one stack."""
+    found: dict[str, dict[str, int]] = {}
+    for block in blocks:
+        units = len(kept[block.structure.name])
+        values = _config_values(config, block, units)
+        if units < block.structure.num_units and not values:
+            return {}
+        found.setdefault(str(block.index), {}).update(values)
+    return (
+        {} if len(found) != config.num_hidden_layers else {layer: values for layer, values in found.items() if values}
+    )
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model that `save_shrunk` wrote, in evaluation mode. No code and no pickle of the folder is executed.
+
+    attn_implementation: as in transformers' `from_pretrained`; None is its default.
+    Raises UserError if the folder is no pruned model, or is damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    files = check_files(folder, manifest)
+    model = _build(folder, manifest, attn_implementation)
+    blocks = find_blocks(model, manifest.family)
+    kept = _kept_of(folder, manifest, model, blocks)
+    if not manifest.stock:
+        remove_units_(model, blocks, kept)
+    _load_weights(folder, model, files)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _build(folder: Path, manifest: Manifest, attn_implementation: str | None) -> PreTrainedModel:
+    """A model of the stored class and config, with no weights yet."""
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.initialization import no_init_weights
+
+    cls = getattr(transformers, manifest.model_class, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class):
+        raise UserError(
+            f"{folder / NAME}: model_class: got {manifest.model_class!r}; allowed: a model class of transformers "
+            f"{transformers.__version__}"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json; copy the whole folder")
+    try:
+        config = cls.config_class.from_pretrained(folder, attn_implementation=attn_implementation)
+        with no_init_weights(), quiet_transformers():
+            model = cls(config)
+            model.tie_weights()
+            return model
+    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        raise UserError(f"{folder / 'config.json'}: transformers refuses it: {error}") from error
+
+
+def _kept_of(folder: Path, manifest: Manifest, model: nn.Module, blocks: Sequence[Block]) -> Kept:
+    """The manifest's units, checked against the model that the config describes."""
+    path, modules = folder / NAME, dict(model.named_modules())
+    stored = {entry.name: entry for entry in manifest.structures}
+    names = [block.structure.name for block in blocks]
+    for name in stored:
+        if name not in names:
+            raise UserError(f"{path}: damaged: {name}: the model has no such structure{nearest(name, names)}")
+    for block in blocks:
+        name, num_units = block.structure.name, block.structure.num_units
+        if name not in stored:
+            raise UserError(f"{path}: damaged: {name}: is missing from structures")
+        described = len(stored[name].kept) if manifest.stock else stored[name].num_units
+        if described != num_units:
+            raise UserError(f"{path}: damaged: {name}: got {described} units; config.json gives it {num_units}")
+        if not stored[name].kept and is_anchored(block, modules):
+            raise UserError(f"{path}: damaged: {name}: must keep a unit: other layers need this block")
+    return {name: entry.kept for name, entry in stored.items()}
+
+
+def _load_weights(folder: Path, model: PreTrainedModel, files: Sequence[Path]) -> None:
+    """All weights, each of the right shape; aliases of tied weights may be left out."""
+    from safetensors import SafetensorError, safe_open
+
+    state: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                # copied to aligned memory: kernels choose by alignment, and round each in their way
+                state |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path}: is no safetensors file: {error}") from error
+    expected = model.state_dict(keep_vars=True)
+    loaded = {id(expected[name]) for name in state if name in expected}
+    missing = [name for name, value in expected.items() if name not in state and id(value) not in loaded]
+    unknown = [name for name in state if name not in expected]
+    wrong = [name for name in state if name in expected and state[name].shape != expected[name].shape]
+    for names, problem in ((missing, "is missing"), (unknown, "is not the model's"), (wrong, "has another shape")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"{folder}: weights do not fit config.json and {NAME}: {names[0]} {problem}{more}")
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
