@@ -1,0 +1,55 @@
+"""Export a finished run: python launch/export.py RUN --to hf,shrunk,onnx,mask,semi_structured [--output DIR]
+
+Exit codes: 0 done; 2 a mistake in the call, or a folder that is not right; 1 a fault of ours.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from leap_dist.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Hand out a pruned model, each kind in a folder of its own with a card of its size and speed.",
+        epilog="Exit codes: 0 done; 2 a mistake in the call, or a folder that is not right; 1 a fault of ours.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of launch/prune.py")
+    parser.add_argument("--to", required=True, metavar="KINDS", help="hf, shrunk, onnx, mask, semi_structured; a,b,...")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the folders go (default: RUN/export)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads that latencies are measured with")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, export, report; the exit code."""
+    arguments = parse_arguments()
+    try:
+        import torch
+
+        from leap_dist.export.kinds import export_run, parse_kinds
+        from leap_dist.export.run_folder import read_run
+        from leap_dist.train.progress import console, summary_table
+
+        kinds = parse_kinds(arguments.to)
+        threads = torch.get_num_threads() if arguments.threads is None else arguments.threads
+        if threads < 1:
+            raise UserError(f"--threads: got {threads}; allowed: an integer >= 1")
+        run = read_run(arguments.run)
+        output = arguments.output or arguments.run / "export"
+        cards = []
+        for card in export_run(run, kinds, output, threads):
+            console().print(f"{card.kind}: {output / card.kind}", markup=False, soft_wrap=True)
+            cards.append(card)
+        title = f"density {run.certificate.density:.4g}, dense → exported, {threads} thread{'s' * (threads > 1)}"
+        summary_table([card.row() for card in cards], title=title)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

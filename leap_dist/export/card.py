@@ -1,0 +1,134 @@
+"""The card of an export: what it is, how much smaller and how much faster, as JSON and as a page to read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from leap_dist.export.flops import Flops
+from leap_dist.export.run_folder import CARD
+
+README = "README.md"
+TITLES = {
+    "hf": "pruned model, removed weights at zero",
+    "shrunk": "pruned model, removed structures gone",
+    "onnx": "pruned model as ONNX, removed structures gone",
+    "mask": "masks of a pruned model",
+    "semi_structured": "2:4 sparse model",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A measure of the dense model and of the export."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds of a forward pass, dense in torch and the export in `engine`, at one batch and length."""
+
+    engine: str
+    threads: int
+    batch: int
+    length: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """All of it. None where an export holds no model to run; sizes are of weight files, counts of all parameters."""
+
+    kind: str
+    target: float
+    density: float
+    metrics: dict[str, dict[str, float | None]]
+    bytes: Pair
+    parameters: Pair | None = None
+    flops_before: Flops | None = None
+    flops_after: Flops | None = None
+    latency: list[Latency] = field(default_factory=list)
+    logit_difference: float | None = None
+    notes: list[str] = field(default_factory=list)
+    masks_sha256: str = ""
+    weights_sha256: str = ""
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """card.json and README.md."""
+        (folder / CARD).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        (folder / README).write_text(self.page(), "utf-8")
+
+    def page(self) -> str:
+        """The card as Markdown."""
+        lines = [f"# {self.kind}: {TITLES[self.kind]}", "", f"Pruned to a density of {self.density:.4f} ", ""]
+        lines[2] += f"(target {self.target:g}) of the prunable weights."
+        lines += ["| | dense | this export | ratio |", "|---|---|---|---|", *map(_row, self._measures()), ""]
+        lines += [f"- {note}" for note in self._notes()]
+        return "\n".join(lines) + "\n"
+
+    def row(self) -> dict[str, str | float]:
+        """The card as a line of the table that a launcher prints."""
+        cells: dict[str, str | float] = {"export": self.kind, "weights MB": _change(self.bytes, 1e-6)}
+        cells["parameters"] = _change(self.parameters, 1) if self.parameters else ""
+        if self.flops_before and self.flops_after:
+            cells["MFLOPs/token"] = _change(Pair(self.flops_before.total, self.flops_after.total), 1e-6)
+        for time in self.latency:
+            cells[f"ms at {time.batch}x{time.length}"] = _change(Pair(time.before, time.after), 1)
+        if self.logit_difference is not None:
+            cells["logits differ"] = f"{self.logit_difference:.1e}"
+        return cells
+
+    def _measures(self) -> list[tuple[str, Pair, str]]:
+        """(name, values, format) of the table."""
+        found = [("weights on disk, bytes", self.bytes, ",.0f")]
+        if self.parameters:
+            found.append(("parameters", self.parameters, ",.0f"))
+        if self.flops_before and self.flops_after:
+            before, after = self.flops_before, self.flops_after
+            found.append(("FLOPs per token, linear layers", Pair(before.linear, after.linear), ",.0f"))
+            name = f"FLOPs per token, attention products at length {before.length}"
+            found.append((name, Pair(before.attention, after.attention), ",.0f"))
+        for time in self.latency:
+            name = f"latency, batch {time.batch}, length {time.length}, ms"
+            found.append((name, Pair(time.before, time.after), ".2f"))
+        return found
+
+    def _notes(self) -> list[str]:
+        """What the numbers mean, and what to know before using the export."""
+        notes = list(self.notes)
+        if self.metrics:
+            shown = [f"{name} {_metrics(values)}" for name, values in self.metrics.items()]
+            notes.append(f"Measured by the run: {'; '.join(shown)}.")
+        if self.latency:
+            engine, threads = self.latency[0].engine, self.latency[0].threads
+            where = f"{self.machine['processor']}, {threads} thread{'s' * (threads > 1)}"
+            notes.append(
+                f"Latency: interleaved medians on {where}; dense with random weights in torch, this in {engine}."
+            )
+        return notes
+
+
+def _row(measure: tuple[str, Pair, str]) -> str:
+    name, pair, form = measure
+    ratio = f"{pair.after / pair.before:.3f}" if pair.before else ""
+    return f"| {name} | {pair.before:{form}} | {pair.after:{form}} | {ratio} |"
+
+
+def _change(pair: Pair, scale: float) -> str:
+    """ "12.3 → 4.56" """
+    before, after = (_short(value * scale) for value in (pair.before, pair.after))
+    return before if before == after else f"{before} → {after}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _metrics(values: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)

@@ -1,0 +1,201 @@
+"""The kinds of export: what each writes, and the card that goes with it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leap_dist.errors import UserError
+from leap_dist.export import onnx
+from leap_dist.export.card import Card, Latency, Pair
+from leap_dist.export.flops import count_flops
+from leap_dist.export.latency import Runner, machine, medians, torch_runner, torch_threads
+from leap_dist.export.masks import save_masks
+from leap_dist.export.run_folder import (
+    Run,
+    load_exported,
+    load_exported_tokenizer,
+    refuse_foreign,
+    staged,
+    weight_bytes,
+)
+from leap_dist.export.semi_structured import check_semi_structured, write_marker
+from leap_dist.export.shrunk import Models, difference
+from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
+from leap_dist.models.shrink import example_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCHES = (1, 32)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a kind wrote: the model in it, if any, how to run it, and what to know about it."""
+
+    notes: list[str]
+    model: PreTrainedModel | None = None
+    runner: Runner | None = None
+    engine: str = "torch"
+    difference: float | None = None
+
+
+def parse_kinds(text: str) -> list[str]:
+    """ "hf,onnx" -> the kinds, each once. UserError for one that does not exist."""
+    kinds = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for kind in kinds:
+        if kind not in KINDS:
+            near = get_close_matches(kind, KINDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f'--to: got "{kind}"; allowed: {", ".join(KINDS)}{hint}')
+    if not kinds:
+        raise UserError(f"--to: got nothing; allowed: one or more of {', '.join(KINDS)}")
+    return kinds
+
+
+def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int) -> Iterator[Card]:
+    """Write `output`/<kind> for every kind, and yield its card when it is there under its name.
+
+    Latencies are measured on `threads` threads. UserError, with nothing written, for what the user has to mend.
+    """
+    for kind in kinds:
+        refuse_foreign(output / kind)
+    if "onnx" in kinds:
+        onnx.require_libraries("--to onnx")
+    if "semi_structured" in kinds:
+        check_semi_structured(run)
+    models = Models(run)
+    for kind in kinds:
+        with staged(output / kind) as folder, torch_threads(threads):
+            card = _card(kind, models, KINDS[kind](models, folder, threads), folder, threads)
+            card.write(folder)
+        yield card
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def _hf(models: Models, folder: Path, threads: int) -> Exported:
+    shutil.copytree(models.run.model, folder)
+    model = load_exported(folder)
+    found = difference(models.masked, model)
+    nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+    notes = [f"A stock Hugging Face folder with the run's weights, byte for byte; {nonzero:,} parameters are not zero."]
+    if "expert" in models.run.granularities:
+        notes.append(
+            "Experts were removed: stock AutoModel would still route tokens to them, and compute something else than "
+            f"the run measured: its logits differ by {found:.2g} of the largest. Serve the `shrunk` export."
+        )
+    return Exported(notes, model, torch_runner(model), difference=found)
+
+
+def _shrunk(models: Models, folder: Path, threads: int) -> Exported:
+    stock, model = models.save_shrunk(folder), models.shrunk
+    also = "transformers alone loads it too" if stock else "stock AutoModel cannot: its layers differ in width"
+    notes = [
+        f"Load with `leap_dist.models.shrink.load_pruned(folder)`; {also}.",
+        f"Its logits differ from the masked model's by {models.difference:.2g} of the largest (random inputs, fp32).",
+        *_block_notes(models),
+    ]
+    return Exported(notes, model, torch_runner(model), difference=models.difference)
+
+
+def _onnx(models: Models, folder: Path, threads: int) -> Exported:
+    folder.mkdir()
+    model, path = models.shrunk, folder / onnx.FILE
+    found = onnx.save_onnx(model, path, models.length)
+    model.config.save_pretrained(folder)
+    if (tokenizer := load_exported_tokenizer(models.run.model)) is not None:
+        tokenizer.save_pretrained(folder)
+    notes = [
+        f"Inputs: {', '.join(onnx.model_inputs(model, 1, 1))}, int64 (batch, length), both free. Output: logits.",
+        "config.json (labels, sizes) is that of the model before pruning.",
+        f"Its logits differ from torch's by {found:.2g} of the largest (random inputs, several sizes, padding).",
+    ]
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        notes.append("Experts run as a batched product over gathered weights: memory grows with the number of tokens.")
+    return Exported(notes, model, onnx.onnx_runner(path, threads), "onnxruntime", found)
+
+
+def _mask(models: Models, folder: Path, threads: int) -> Exported:
+    folder.mkdir()
+    bits = save_masks(models.run, folder)
+    return Exported(
+        [
+            "Load with `leap_dist.export.masks.load_masks(folder)`: bool tensors by name, True = kept.",
+            f"{bits:,} bits, 8 a byte; sha256 over all of them as in the certificate: "
+            f"{models.run.certificate.masks_sha256}.",
+        ]
+    )
+
+
+def _semi_structured(models: Models, folder: Path, threads: int) -> Exported:
+    names = check_semi_structured(models.run)
+    shutil.copytree(models.run.model, folder)
+    write_marker(folder, names)
+    notes = [
+        f"{len(names)} matrices are 2:4 sparse along their input dimension.",
+        "Load with `leap_dist.export.semi_structured.load_semi_structured(folder)`: on a GPU with torch's 2:4 "
+        "kernels (not run by us), on the CPU dense.",
+    ]
+    return Exported(notes, models.masked, torch_runner(models.masked), difference=0.0)
+
+
+KINDS: dict[str, Callable[[Models, Path, int], Exported]] = {
+    "hf": _hf,
+    "shrunk": _shrunk,
+    "onnx": _onnx,
+    "mask": _mask,
+    "semi_structured": _semi_structured,
+}
+
+
+# ---------------------------------------------------------------------------------------------- the card
+
+
+def _card(kind: str, models: Models, exported: Exported, folder: Path, threads: int) -> Card:
+    certificate, model = models.run.certificate, exported.model
+    inputs = example_inputs(models.masked, 1, models.length)
+    return Card(
+        kind=kind,
+        target=certificate.target,
+        density=certificate.density,
+        metrics=certificate.metrics,
+        bytes=Pair(weight_bytes(models.run.model), weight_bytes(folder)),
+        parameters=Pair(_num_parameters(models.masked), _num_parameters(model)) if model else None,
+        flops_before=count_flops(models.dense, inputs) if model else None,
+        flops_after=count_flops(model, inputs) if model else None,
+        latency=[_latency(models, exported, batch, threads) for batch in BATCHES] if exported.runner else [],
+        logit_difference=exported.difference,
+        notes=exported.notes,
+        masks_sha256=certificate.masks_sha256,
+        weights_sha256=certificate.weights_sha256,
+        machine=machine(),
+    )
+
+
+def _latency(models: Models, exported: Exported, batch: int, threads: int) -> Latency:
+    assert exported.runner is not None
+    inputs = onnx.model_inputs(models.masked, batch, models.length)
+    times = medians({"before": torch_runner(models.dense), "after": exported.runner}, inputs)
+    return Latency(exported.engine, threads, batch, models.length, times["before"], times["after"])
+
+
+def _num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _block_notes(models: Models) -> list[str]:
+    """How torch's block-sparse product does on the blocks that were pruned, where it has kernels for them."""
+    notes = []
+    for block in BLOCKS:
+        name = f"block:{block[0]}x{block[1]}"
+        names = [t for gate in models.run.certificate.gates if gate.granularity == name for t in gate.tensors]
+        if times := measure_blocks(models.masked, names, block, models.length):
+            notes.append(describe_blocks(times, block, models.length))
+    return notes

@@ -1,0 +1,93 @@
+"""The models of a run: dense, masked (zeros in place) and shrunk (zeros gone); the last two must agree."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from leap_dist.export.run_folder import Run, load_exported, load_exported_tokenizer
+from leap_dist.models.routing import route_among_kept
+from leap_dist.models.shrink import example_inputs, load_pruned, logit_difference, save_shrunk, shrink_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LENGTH = 128  # tokens, where the model takes as many
+SHRUNK_TOLERANCE = 1e-5  # relative to the largest logit, fp32
+CHECKED_BATCHES = (1, 3)
+
+
+class Models:
+    """A run's models in fp32 on the CPU, each built when it is first asked for."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.kept: dict[str, list[int]] = {}
+        self.difference = 0.0
+
+    @cached_property
+    def masked(self) -> PreTrainedModel:
+        """The exported weights with their zeros, routing as it was trained."""
+        model = load_exported(self.run.model)
+        route_among_kept(model, self.run.family)
+        return model
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        """The original architecture with every weight there, at random: only its time is of interest."""
+        with torch.random.fork_rng(devices=[]):
+            return type(self.masked)(copy.deepcopy(self.masked.config)).eval()
+
+    @cached_property
+    def shrunk(self) -> PreTrainedModel:
+        """The model without its dead units. RuntimeError if it does not compute what the masked one does."""
+        model = load_exported(self.run.model)
+        self.kept = shrink_(model, self.run.family)
+        self._check(model)
+        return model
+
+    @property
+    def length(self) -> int:
+        """Tokens of an example to measure with."""
+        return min(LENGTH, max_length(self.masked))
+
+    def save_shrunk(self, folder: Path) -> bool:
+        """Write the shrunk model as a folder that `load_pruned` reads; whether stock AutoModel reads it too.
+
+        RuntimeError if what `load_pruned` reads there does not compute what the masked model does.
+        """
+        model = self.shrunk
+        tokenizer = load_exported_tokenizer(self.run.model)
+        extra = {"certificate": self.run.digest}
+        manifest = save_shrunk(model, self.kept, folder, tokenizer, self.run.family, extra)
+        self._check(load_pruned(folder))
+        return manifest.stock
+
+    def _check(self, shrunk: PreTrainedModel) -> None:
+        self.difference = difference(self.masked, shrunk)
+        if not self.difference <= SHRUNK_TOLERANCE:
+            raise RuntimeError(
+                f"{self.run.model}: the logits of the shrunk model differ from the masked one's by "
+                f"{self.difference:.3g} of the largest, allowed {SHRUNK_TOLERANCE:g}; it was not exported"
+            )
+
+
+def difference(masked: PreTrainedModel, other: PreTrainedModel) -> float:
+    """Largest difference of logits, relative to the largest logit, over random inputs of several sizes."""
+    longest = min(LENGTH, max_length(masked))
+    sizes = [(batch, length) for batch in CHECKED_BATCHES for length in sorted({1, (longest + 1) // 2, longest})]
+    return max(logit_difference(masked, other, example_inputs(masked, batch, length)) for batch, length in sizes)
+
+
+def max_length(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for; without a limit, LENGTH."""
+    limit: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return limit - module.padding_idx - 1  # RoBERTa counts positions from behind its padding index
+    return limit

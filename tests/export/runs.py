@@ -1,0 +1,83 @@
+"""Small run folders as launch/prune.py leaves them, made without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leap_dist.export import certificate as cert
+from leap_dist.export.hf import save_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "num_labels": 3,
+}
+DECODER: dict[str, Any] = SIZES | {"num_key_value_heads": 2, "pad_token_id": 0}
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+UP = "bert.encoder.layer.0.intermediate.dense.weight"
+DOWN = "bert.encoder.layer.0.output.dense.weight"
+
+Masks = dict[str, torch.Tensor]
+
+
+def classifier(kind: str = "bert", **settings: Any) -> Any:
+    """A random sequence classifier with biases and norms that are not trivial."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = SIZES if kind == "bert" else DECODER
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **sizes | settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def element_masks(model: Any) -> Masks:
+    """Half of two matrices of the first layer of a BERT."""
+    return {name: torch.rand_like(model.get_parameter(name)) < 0.5 for name in (QUERY, UP)}
+
+
+def structure_masks(model: Any) -> Masks:
+    """Of a BERT: head 1 of layer 0 and every third neuron of both layers."""
+    masks: Masks = {}
+    head = torch.arange(32) // 8 != 1
+    for part in ("query", "key", "value"):
+        place = f"bert.encoder.layer.0.attention.self.{part}"
+        masks |= {f"{place}.weight": head[:, None].expand(32, 32).clone(), f"{place}.bias": head.clone()}
+    masks["bert.encoder.layer.0.attention.output.dense.weight"] = head.expand(32, 32).clone()
+    neuron = torch.arange(48) % 3 != 0
+    for layer in range(2):
+        place = f"bert.encoder.layer.{layer}"
+        masks[f"{place}.intermediate.dense.weight"] = neuron[:, None].expand(48, 32).clone()
+        masks[f"{place}.intermediate.dense.bias"] = neuron.clone()
+        masks[f"{place}.output.dense.weight"] = neuron.expand(32, 48).clone()
+    return masks
+
+
+def make_run(folder: Path, model: Any, masks: Masks, granularity: str = "element") -> Path:
+    """A finished run whose model has these masks; matrices are counted, biases follow."""
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, ((name, value.detach()) for name, value in model.named_parameters()), folder / "model")
+    gates = [
+        {"name": f"{name}:{granularity}", "granularity": granularity, "tensors": [name]}
+        for name, mask in masks.items()
+        if mask.dim() > 1
+    ]
+    counts = cert.count(folder / "model", sorted(masks.items()), gates)
+    metrics = {"dense": {"accuracy": 0.9}, "pruned": {"accuracy": 0.8}}
+    built = cert.build(counts, target=counts["density"], unit=1, metrics=metrics, seed=0)
+    cert.write(folder / "certificate.json", built)
+    (folder / "config.json").write_text(json.dumps({"leap": {}, "model": {}, "data": {"task": "builtin/clock"}}))
+    return folder

@@ -1,0 +1,213 @@
+"""Exports of small runs: what is written, what the cards say, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leap_dist.errors import UserError
+from leap_dist.export import latency, onnx, shrunk
+from leap_dist.export.card import Card
+from leap_dist.export.kinds import KINDS, export_run, parse_kinds
+from leap_dist.export.masks import load_masks
+from leap_dist.export.run_folder import Run, load_exported, read_run
+from leap_dist.export.shrunk import Models, max_length
+from leap_dist.models.shrink import load_pruned
+from tests.export.runs import classifier, make_run, structure_masks
+
+IDS = torch.arange(1, 25).view(2, 12)
+HEAD, NEURONS, WIDTH = 8, 32, 32  # of layer 0: one of four heads of 8 is gone; of 48 neurons 32 are left
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "MAX_ROUNDS", 1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A BERT that lost a head and a third of its neurons."""
+    model = classifier()
+    return read_run(make_run(tmp_path_factory.mktemp("runs") / "run", model, structure_masks(model), "head"))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        answer: torch.Tensor = model(input_ids=IDS).logits
+    return answer
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize(("text", "expected"), [("hf", ["hf"]), (" onnx, hf,,hf", ["onnx", "hf"])])
+def test_kinds_are_listed_once(text: str, expected: list[str]) -> None:
+    assert parse_kinds(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hf,shrnk", '--to: got "shrnk"; allowed: hf, shrunk, onnx, mask, semi_structured; did you mean shrunk?'),
+        ("tensorrt", '--to: got "tensorrt"; allowed: hf, shrunk, onnx, mask, semi_structured'),
+        (" ,", "--to: got nothing; allowed: one or more of hf, "),
+    ],
+)
+def test_unknown_kinds_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_kinds(text)
+    assert str(caught.value).startswith(message)
+
+
+def test_every_kind_is_written_with_a_card(run: Run, tmp_path: Path) -> None:
+    wanted = [kind for kind in KINDS if kind != "semi_structured" and not (kind == "onnx" and onnx.missing_libraries())]
+    cards = {card.kind: card for card in export_run(run, wanted, tmp_path, threads=1)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(wanted)
+    for kind, card in cards.items():
+        stored = json.loads((tmp_path / kind / "card.json").read_text())
+        assert stored["kind"] == kind and stored["density"] == run.certificate.density
+        assert stored["bytes"]["after"] == card.bytes.after
+        assert stored["weights_sha256"] == run.certificate.weights_sha256
+        assert (tmp_path / kind / "README.md").read_text() == card.page()
+    expected = logits(load_exported(run.model))
+    assert torch.equal(logits(load_exported(tmp_path / "hf")), expected)
+    assert close(logits(load_pruned(tmp_path / "shrunk")), expected)
+    assert set(load_masks(tmp_path / "mask")) == set(run.certificate.tensors)
+    if "onnx" in wanted:
+        inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "token_type_ids": torch.zeros_like(IDS)}
+        assert close(onnx.onnx_runner(tmp_path / "onnx" / "model.onnx", 1)(inputs), expected)
+    check_numbers(cards)
+
+
+def check_numbers(cards: dict[str, Card]) -> None:
+    """Sizes and FLOPs of the shrunk model against what was taken out, by hand."""
+    hf, small, bits = cards["hf"], cards["shrunk"], cards["mask"]
+    gone_head = 3 * HEAD * (WIDTH + 1) + WIDTH * HEAD
+    gone = gone_head + 2 * (48 - NEURONS) * (2 * WIDTH + 1)
+    assert hf.parameters is not None and small.parameters is not None
+    assert hf.parameters.before == hf.parameters.after == small.parameters.before
+    assert small.parameters.after == small.parameters.before - gone
+    assert hf.bytes.before == hf.bytes.after and small.bytes.after < small.bytes.before
+    assert small.flops_before is not None and small.flops_after is not None
+    assert small.flops_before == hf.flops_before == hf.flops_after
+    linear = 4 * HEAD * WIDTH + 2 * (48 - NEURONS) * 2 * WIDTH
+    assert small.flops_before.linear - small.flops_after.linear == pytest.approx(2 * linear)
+    assert small.flops_before.attention - small.flops_after.attention == 2 * 2 * 16 * HEAD
+    assert [(time.batch, time.length, time.threads) for time in small.latency] == [(1, 16, 1), (32, 16, 1)]
+    assert hf.logit_difference == 0 and small.logit_difference is not None and small.logit_difference < 1e-5
+    assert bits.parameters is None and bits.flops_after is None and not bits.latency
+    assert bits.bytes.after < bits.bytes.before / 8
+
+
+def test_a_card_reads_well(run: Run, tmp_path: Path) -> None:
+    (card,) = export_run(run, ["shrunk"], tmp_path, threads=1)
+    page = card.page()
+    assert page.startswith("# shrunk: pruned model, removed structures gone\n\nPruned to a density of 0.")
+    for text in (
+        "| weights on disk, bytes | ",
+        "| FLOPs per token, attention products at length 16 | 4,096 | 3,584 | 0.875 |",
+        "| latency, batch 32, length 16, ms | ",
+        "stock AutoModel cannot: its layers differ in width.",
+        "- Measured by the run: dense accuracy 0.9; pruned accuracy 0.8.",
+        ", 1 thread; dense with random weights in torch, this in torch.",
+    ):
+        assert text in page
+    assert list(card.row())[:4] == ["export", "weights MB", "parameters", "MFLOPs/token"]
+
+
+def test_a_model_without_its_experts(tmp_path: Path) -> None:
+    """Stock routing computes something else: the card says so; the shrunk model is right."""
+    model = classifier("mixtral", num_local_experts=4, num_hidden_layers=1)
+    alive = torch.tensor([True, False, True, True])
+    masks = {
+        name: alive.view(-1, *[1] * (value.dim() - 1)).expand(value.shape).clone()
+        for name, value in model.named_parameters()
+        if "experts" in name or name.endswith("gate.weight")
+    }
+    run = read_run(make_run(tmp_path / "run", model, masks, "expert"))
+    hf, small = export_run(run, ["hf", "shrunk"], tmp_path / "export", threads=1)
+    assert hf.logit_difference is not None and hf.logit_difference > 1e-3
+    assert "stock AutoModel would still route tokens to them" in hf.page() and "Serve the `shrunk` export" in hf.page()
+    assert small.logit_difference is not None and small.logit_difference < 1e-5
+    assert small.parameters is not None and small.parameters.after < small.parameters.before
+
+
+def test_blocks_are_measured_for_the_card(tmp_path: Path) -> None:
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    mask = torch.eye(2).repeat_interleave(16, 0).repeat_interleave(16, 1) > 0
+    run = read_run(make_run(tmp_path / "run", classifier(), {name: mask}, "block:16x16"))
+    (card,) = export_run(run, ["shrunk"], tmp_path / "export", threads=1)
+    said = [note for note in card.notes if "BSR with 16x16 blocks" in note]
+    assert len(said) == torch.backends.mkl.is_available()
+    assert all("density 0.5 of 32x32: " in note for note in said)
+
+
+def test_semi_structured_is_refused_before_anything_is_written(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the model is not 2:4 sparse"):
+        list(export_run(run, ["hf", "semi_structured"], tmp_path / "export", threads=1))
+    assert not (tmp_path / "export").exists()
+
+
+def test_semi_structured(tmp_path: Path) -> None:
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    mask = (torch.arange(32) % 2 == 0).expand(32, 32).clone()
+    run = read_run(make_run(tmp_path / "run", classifier(), {name: mask}, "2:4"))
+    (card,) = export_run(run, ["semi_structured"], tmp_path / "export", threads=1)
+    assert "1 matrices are 2:4 sparse along their input dimension." in card.page()
+    assert json.loads((tmp_path / "export" / "semi_structured" / "semi_structured.json").read_text())["tensors"] == [
+        name
+    ]
+
+
+def test_a_foreign_folder_stops_everything(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "shrunk").mkdir()
+    with pytest.raises(UserError, match="shrunk exists and is no export"):
+        list(export_run(run, ["hf", "shrunk"], tmp_path, threads=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["shrunk"]
+
+
+def test_missing_libraries_stop_everything(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--to onnx: onnx, onnxscript, onnxruntime not installed"):
+        list(export_run(run, ["hf", "onnx"], tmp_path, threads=1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shrunk_model_that_computes_something_else_is_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shrunk.shrink_
+
+    def wrong(model: Any, family: Any = None) -> dict[str, list[int]]:
+        kept = real(model, family)
+        with torch.no_grad():
+            model.classifier.bias += 0.1
+        return kept
+
+    monkeypatch.setattr(shrunk, "shrink_", wrong)
+    with pytest.raises(
+        RuntimeError, match=r"the logits of the shrunk model differ .* by \S+ of the largest, allowed 1e-05"
+    ):
+        list(export_run(run, ["shrunk"], tmp_path, threads=1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_are_built_once(run: Run) -> None:
+    models = Models(run)
+    assert models.shrunk is models.shrunk and models.masked is not models.dense
+    state = torch.random.get_rng_state()
+    assert all(parameter.count_nonzero() for name, parameter in models.dense.named_parameters() if "weight" in name)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("bert", 16), ("roberta", 15), ("llama", 16)])
+def test_the_longest_input_a_model_takes(kind: str, expected: int) -> None:
+    model = classifier(kind)
+    assert max_length(model) == expected
+    ids = torch.full((1, expected), 5)
+    assert model(input_ids=ids).logits.shape == (1, 3)

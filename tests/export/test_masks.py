@@ -1,0 +1,108 @@
+"""Masks of a run, packed and back; and what the weights do not tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from leap_dist.errors import UserError
+from leap_dist.export.masks import load_masks, save_masks
+from leap_dist.export.run_folder import read_run
+from tests.export.runs import DOWN, QUERY, UP, Masks, classifier, element_masks, make_run, structure_masks
+
+BIAS = UP.removesuffix("weight") + "bias"
+
+
+def export(tmp_path: Path, masks: Masks, granularity: str, zeros: dict[str, Any] | None = None) -> Path:
+    """Masks read from a run in which the weights `zeros` are kept and yet zero."""
+    model = classifier()
+    for name, place in (zeros or {}).items():
+        with torch.no_grad():
+            model.get_parameter(name)[place] = 0
+    run = make_run(tmp_path / "run", model, masks, granularity)
+    folder = tmp_path / "mask"
+    folder.mkdir()
+    assert save_masks(read_run(run), folder) == sum(mask.numel() for mask in masks.values())
+    return folder
+
+
+def check(folder: Path, masks: Masks) -> None:
+    found = load_masks(folder)
+    assert list(found) == sorted(masks)
+    for name, mask in masks.items():
+        assert found[name].dtype == torch.bool and torch.equal(found[name], mask), name
+
+
+def test_masks_come_back_as_they_were(tmp_path: Path) -> None:
+    masks = element_masks(classifier())
+    folder = export(tmp_path, masks, "element")
+    check(folder, masks)
+    packed = load_file(folder / "masks.safetensors")
+    assert np.array_equal(packed[QUERY].numpy(), np.packbits(masks[QUERY].flatten().numpy()))
+    certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
+    assert json.loads((folder / "masks.json").read_text())["masks_sha256"] == certificate["masks_sha256"]
+
+
+def test_a_size_that_is_no_multiple_of_eight(tmp_path: Path) -> None:
+    name = "classifier.bias"
+    masks = {name: torch.tensor([True, False, True]), QUERY: torch.rand(32, 32) < 0.5}
+    check(export(tmp_path, masks, "element"), masks)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "zeros"),
+    [
+        ("row", {UP: (1, 2), BIAS: (1,)}),
+        ("column", {DOWN: (3, 1)}),
+        ("head", {QUERY: (0, 5), DOWN: (0, 1)}),
+    ],
+)
+def test_kept_zeros_are_filled_up_to_whole_units(tmp_path: Path, granularity: str, zeros: dict[str, Any]) -> None:
+    masks = structure_masks(classifier())
+    check(export(tmp_path, masks, granularity, zeros), masks)
+
+
+def test_kept_zeros_are_filled_up_to_whole_blocks(tmp_path: Path) -> None:
+    blocks = torch.tensor([[True, False, True, True, False], [False, True, False, True, True]])
+    mask = blocks.repeat_interleave(20, 0).repeat_interleave(7, 1)[:32, :32]
+    check(export(tmp_path, {QUERY: mask}, "block:20x7", {QUERY: (0, 0)}), {QUERY: mask})
+
+
+def test_a_matrix_that_is_kept_whole(tmp_path: Path) -> None:
+    masks = {QUERY: torch.ones(32, 32, dtype=torch.bool)}
+    check(export(tmp_path, masks, "element", {QUERY: (slice(0, 8),)}), masks)
+
+
+def test_what_the_weights_do_not_tell_is_refused(tmp_path: Path) -> None:
+    masks = element_masks(classifier())
+    masks[QUERY][0, 0] = True
+    with pytest.raises(UserError, match=rf"{QUERY}: 1 of its \d+ kept weights are exactly zero.*export hf instead"):
+        export(tmp_path, masks, "element", {QUERY: (0, 0)})
+
+
+def test_a_fill_that_only_looks_right_is_refused(tmp_path: Path) -> None:
+    """The two weights left span a square of four, as many as are kept; but two others are kept."""
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[[0, 1, 0, 2], [0, 1, 1, 2]] = True
+    with pytest.raises(UserError, match=r"the masks read from the weights have sha256 .*: kept weights .* export hf"):
+        export(tmp_path, {QUERY: mask}, "element", {QUERY: ([0, 2], [1, 2])})
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    folder = export(tmp_path, element_masks(classifier()), "element")
+    packed = folder / "masks.safetensors"
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"the masks are not those of masks\.json"):
+        load_masks(folder)
+    packed.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="no masks can be read there"):
+        load_masks(folder)
+    with pytest.raises(UserError, match="no masks can be read there"):
+        load_masks(tmp_path)

@@ -1,0 +1,79 @@
+"""ONNX files, run by onnxruntime: any batch, any length, the same answers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leap_dist.errors import UserError
+from leap_dist.export import onnx
+from tests.export.runs import classifier
+
+pytestmark = pytest.mark.skipif(bool(onnx.missing_libraries()), reason="needs the onnx extra")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A BERT and its file."""
+    model, path = classifier(), tmp_path_factory.mktemp("onnx") / "model.onnx"
+    assert onnx.save_onnx(model, path, longest=16) <= onnx.TOLERANCE
+    return model, path
+
+
+def test_any_batch_and_length(exported: tuple[Any, Path]) -> None:
+    model, path = exported
+    run = onnx.onnx_runner(path, threads=1)
+    for batch, length in ((1, 1), (1, 16), (4, 3), (7, 11)):
+        inputs = onnx.model_inputs(model, batch, length)
+        inputs["token_type_ids"][:, length // 2 :] = 1
+        expected = model(**inputs).logits
+        assert (run(inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_inputs_are_the_models_own_and_free(exported: tuple[Any, Path]) -> None:
+    import onnxruntime
+
+    _, path = exported
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert all(isinstance(size, str) for i in session.get_inputs() for size in i.shape)
+    assert [o.name for o in session.get_outputs()] == ["logits"]
+
+
+def test_the_file_is_the_weights_and_no_paths_of_this_machine(exported: tuple[Any, Path]) -> None:
+    model, path = exported
+    content = path.read_bytes()
+    assert str(Path(torch.__file__).parent).encode() not in content
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert len(content) < weights + 60_000
+
+
+def test_experts(tmp_path: Path) -> None:
+    model = classifier("mixtral", num_local_experts=3, num_hidden_layers=1)
+    before = model.get_experts_implementation()
+    assert onnx.save_onnx(model, tmp_path / "model.onnx", longest=16) <= onnx.TOLERANCE
+    assert model.get_experts_implementation() == before
+
+
+def test_another_answer_is_refused(exported: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = exported
+    with torch.no_grad():
+        changed = classifier()
+        changed.classifier.bias += 1
+    assert onnx.onnx_difference(changed, path, 16) > onnx.TOLERANCE
+    monkeypatch.setattr(onnx, "onnx_difference", lambda *_: float("nan"))
+    with pytest.raises(RuntimeError, match=r"model\.onnx: the logits of onnxruntime differ from torch's by nan"):
+        onnx.save_onnx(model, tmp_path / "model.onnx", longest=16)
+
+
+def test_libraries_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx.require_libraries("--to onnx")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else found(name))
+    message = r'--to onnx: onnxscript not installed; install with pip install "leap_dist\[onnx\]"'
+    with pytest.raises(UserError, match=message):
+        onnx.require_libraries("--to onnx")

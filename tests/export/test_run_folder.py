@@ -1,0 +1,132 @@
+"""What is no finished run is refused with one message; an export folder is complete or not there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from leap_dist.errors import UserError
+from leap_dist.export.run_folder import load_exported, read_run, refuse_foreign, staged, weight_bytes
+from tests.export.runs import QUERY, classifier, element_masks, make_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = classifier()
+    return make_run(tmp_path_factory.mktemp("runs") / "run", model, element_masks(model))
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_finished_run_is_read(run: Path) -> None:
+    read = read_run(run)
+    assert read.granularities == ["element"] and read.family is None
+    assert read.certificate.kept == sum(tensor.kept for tensor in read.certificate.tensors.values())
+    model = load_exported(read.model)
+    assert type(model).__name__ == "BertForSequenceClassification" and not model.training
+    assert (model.get_parameter(QUERY) == 0).any()
+
+
+def test_the_jobs_family_is_the_runs(run: Path) -> None:
+    attention = {"module": "attn", "qkv": "attn.qkv", "output": "attn.out", "head_size": 8}
+    section = {"layers": "blocks.*", "attention": [attention]}
+    (run / "config.json").write_text(json.dumps({"leap": {}, "model": {}, "family": section}))
+    family = read_run(run).family
+    assert family is not None and family.attention[0].qkv == "attn.qkv"
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def change_one_weight(run: Path) -> None:
+    file = run / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights[QUERY][0, 0] += 1
+    save_file(weights, file, {"format": "pt"})
+
+
+def edit(run: Path, **changes: object) -> None:
+    file = run / "certificate.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: shutil.rmtree(run), "RUN: got .*run; there is no such folder"),
+        (lambda run: (run / "config.json").unlink(), "that folder is no run: it has no config.json of a job"),
+        (lambda run: (run / "config.json").write_text("{"), "that folder is no run"),
+        (lambda run: shutil.copy(run / "model" / "config.json", run), "that folder is no run"),
+        (
+            lambda run: (run / "certificate.json").unlink(),
+            r"the run is not finished, it has no certificate.json; finish it with .* --resume",
+        ),
+        (lambda run: truncate(run / "certificate.json"), r"certificate.json: damaged: the file: Invalid JSON"),
+        (lambda run: edit(run, gates=3), r"certificate.json: damaged: gates: "),
+        (lambda run: edit(run, masks_sha256="12"), r"certificate.json: damaged: masks_sha256: "),
+        (lambda run: edit(run, tensors={"a": {"shape": [1]}}), r"damaged: tensors\.a\.kept: Field required"),
+        (change_one_weight, r"the weights are not those of the certificate: their sha256 is [0-9a-f]{64}, "),
+        (lambda run: edit(run, weights_sha256="0" * 64), "certificate.json says 0{64}; restore the folder"),
+        (lambda run: truncate(run / "model" / "model.safetensors"), r"run/model: the weights cannot be read: "),
+        (
+            lambda run: (run / "model" / "model.safetensors").unlink(),
+            r"run/model: the weights cannot be read: neither model.safetensors nor",
+        ),
+    ],
+)
+def test_what_is_no_finished_run_is_refused(run: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(run)
+    with pytest.raises(UserError, match=message) as caught:
+        read_run(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_foreign_folders_are_refused(tmp_path: Path) -> None:
+    refuse_foreign(tmp_path / "not" / "there" / "yet")
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(UserError, match="thesis exists and is no export; remove it"):
+        refuse_foreign(tmp_path / "thesis")
+    (tmp_path / "note").touch()
+    with pytest.raises(UserError, match=re.escape(f"cannot be made: {tmp_path / 'note'} is no folder")):
+        refuse_foreign(tmp_path / "note" / "hf")
+    (tmp_path / "thesis" / "card.json").touch()
+    refuse_foreign(tmp_path / "thesis")
+
+
+def write(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "card.json").write_text(text)
+
+
+def test_an_older_export_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "export" / "hf"
+    with staged(target) as folder:
+        write(folder, "first")
+        assert not target.exists()
+    with pytest.raises(RuntimeError, match="no space"), staged(target) as folder:
+        write(folder, "second")
+        raise RuntimeError("no space")
+    assert (target / "card.json").read_text() == "first"
+    (tmp_path / "export" / ".hf.partial").mkdir()
+    with staged(target) as folder:
+        write(folder, "third")
+    assert (target / "card.json").read_text() == "third"
+    assert [path.name for path in target.parent.iterdir()] == ["hf"]
+
+
+def test_only_weight_files_are_weighed(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(10)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.onnx").write_bytes(b"12345")
+    (tmp_path / "card.json").write_text("{}")
+    assert weight_bytes(tmp_path) == (tmp_path / "model.safetensors").stat().st_size + 5

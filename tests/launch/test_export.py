@@ -1,0 +1,101 @@
+"""launch/export.py and launch/bench.py as a user starts them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from leap_dist.export import latency
+from tests.export.runs import classifier, make_run, structure_masks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = classifier()
+    return make_run(tmp_path_factory.mktemp("runs") / "run", model, structure_masks(model), "head")
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "MAX_ROUNDS", 1)
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> int:
+    """Run a launcher in this process; its exit code."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / "launch" / f"{script}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    code: int = module.main()
+    return code
+
+
+def test_an_export_ends_with_a_table(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["--to", "shrunk,mask", "--output", str(output), "--threads", "1"]
+    assert launch(monkeypatch, "export", str(run), *arguments) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["mask", "shrunk"]
+    shown = capsys.readouterr().out
+    assert f"shrunk: {output / 'shrunk'}" in shown and f"mask: {output / 'mask'}" in shown
+    assert "dense → exported, 1 thread" in shown and "MFLOPs/token" in shown and "ms at 32x16" in shown
+
+
+def test_exports_go_to_the_run_by_default(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch(monkeypatch, "export", str(run), "--to", "mask") == 0
+    assert (run / "export" / "mask" / "card.json").is_file()
+    assert launch(monkeypatch, "export", str(run), "--to", "mask") == 0  # an older export is replaced
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "msak"], 'error: --to: got "msak"; allowed: hf, shrunk, onnx, mask, semi_structured; did you mean'),
+        (["--to", "hf", "--threads", "0"], "error: --threads: got 0; allowed: an integer >= 1"),
+        (["--to", "semi_structured"], "error: --to semi_structured: the model is not 2:4 sparse"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert launch(monkeypatch, "export", str(run), *arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(message) and shown.err.count("\n") == 1 and shown.out == ""
+
+
+def test_no_traceback_from_a_fresh_process(tmp_path: Path) -> None:
+    for script, arguments in (("export.py", ["--to", "hf"]), ("bench.py", [])):
+        command = [sys.executable, str(ROOT / "launch" / script), *(["inference"] if script == "bench.py" else [])]
+        done = subprocess.run([*command, str(tmp_path), *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: RUN: got {tmp_path}; that folder is no run") and done.stdout == ""
+
+
+def test_bench_as_json_and_as_a_table(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from leap_dist.export import onnx
+
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    assert launch(monkeypatch, "bench", "inference", str(run), "--threads", "1", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [time["variant"] for time in result["times"][:3]] == ["dense", "hf", "shrunk"]
+    assert launch(monkeypatch, "bench", "inference", str(run), "--threads", "1") == 0
+    shown = capsys.readouterr().out
+    assert "cores" in shown and "torch 2." in shown and "commit " in shown and "flops_ratio" in shown
+    assert "without onnxruntime: onnx, onnxscript, onnxruntime not installed" in shown
+    assert launch(monkeypatch, "bench", "inference", str(run), "--threads", "1", "0") == 2
+    assert capsys.readouterr().err == "error: --threads: got 0; allowed: integers >= 1\n"
