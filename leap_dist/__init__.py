@@ -4,13 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from leap_dist.models.shrink import load_pruned
     from leap_dist.zero.engine import finalize, initialize
 
-__all__ = ["finalize", "initialize"]
+__all__ = ["finalize", "initialize", "load_pruned"]
+
+_HOMES = {
+    "finalize": "leap_dist.zero.engine",
+    "initialize": "leap_dist.zero.engine",
+    "load_pruned": "leap_dist.models.shrink",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import DeepSpeed only when a name that needs it is used."""
+    """Import DeepSpeed or transformers only when a name that needs it is used."""
     if name in __all__:
-        return getattr(import_module("leap_dist.zero.engine"), name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

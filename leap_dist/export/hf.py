@@ -7,7 +7,6 @@ The weights come tensor by tensor, as the ranks gather them, and go through tran
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from leap_dist.errors import UserError
+from leap_dist.files import staged
 from leap_dist.models.load import quiet_transformers
 
 if TYPE_CHECKING:
@@ -43,16 +43,13 @@ def save_model(
     _refuse_foreign(folder)
     state = _state_dict(model, weights)
     dtype = next(iter(state.values())).dtype
-    partial = folder.with_name(f".{folder.name}.partial")
-    _remove(partial)
-    partial.mkdir(parents=True)
-    with quiet_transformers():
-        # names in the file are the model's own, those of the gates: no conversion to an older layout
-        model.save_pretrained(partial, state_dict=state, save_original_format=False)
-    _save_config(model, dtype, partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    _move(partial, folder)
+    with staged(folder) as partial:
+        with quiet_transformers():
+            # names in the file are the model's own, those of the gates: no conversion to an older layout
+            model.save_pretrained(partial, state_dict=state, save_original_format=False)
+        _save_config(model, dtype, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
     return folder
 
 
@@ -82,18 +79,3 @@ def _save_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> No
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: exists and holds no exported model; remove it, or choose another folder")
-
-
-def _move(partial: Path, folder: Path) -> None:
-    """Rename, with an older export put out of the way first."""
-    old = folder.with_name(f".{folder.name}.old")
-    _remove(old)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

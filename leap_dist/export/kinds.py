@@ -20,12 +20,12 @@ from leap_dist.export.run_folder import (
     load_exported,
     load_exported_tokenizer,
     refuse_foreign,
-    staged,
     weight_bytes,
 )
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
 from leap_dist.export.shrunk import Models, difference
 from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
+from leap_dist.files import staged
 from leap_dist.models.shrink import example_inputs
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _shrunk(models: Models, folder: Path, threads: int) -> Exported:
     stock, model = models.save_shrunk(folder), models.shrunk
     also = "transformers alone loads it too" if stock else "stock AutoModel cannot: its layers differ in width"
     notes = [
-        f"Load with `leap_dist.models.shrink.load_pruned(folder)`; {also}.",
+        f"Load with `leap_dist.load_pruned(folder)`; {also}.",
         f"Its logits differ from the masked model's by {models.difference:.2g} of the largest (random inputs, fp32).",
         *_block_notes(models),
     ]

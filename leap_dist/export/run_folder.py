@@ -1,12 +1,9 @@
-"""A finished run folder, read and checked against its certificate; and export folders, complete or not there."""
+"""A finished run folder, read and checked against its certificate."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,24 +178,3 @@ def refuse_foreign(folder: Path) -> None:
     place = next(parent for parent in folder.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"--output: {folder} cannot be made: {place} is no folder that can be written to")
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """The path beside `folder` that the block makes a folder of; it gets its name when the block ends well.
-
-    An older export under that name is replaced.
-    """
-    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch import nn
 
 from leap_dist.errors import UserError
 from leap_dist.family import AttentionFamily, ExpertsFamily, FamilyConfig
+from leap_dist.files import staged
 from leap_dist.models.load import quiet_transformers
 from leap_dist.models.manifest import (
     NAME,
@@ -144,26 +144,23 @@ def save_shrunk(
             f"{folder}: {type(model).__name__} is not what its config describes less the units that left; "
             "give what shrink_ returned when it shrank the whole model"
         )
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with quiet_transformers():
-        model.save_pretrained(partial, save_original_format=False)
     stock = _stock_config(model, blocks, kept)
-    (stock or model.config).save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    manifest = Manifest(
-        model_class=type(model).__name__,
-        stock=stock is not None,
-        structures=tuple(_kept_units(block, kept) for block in blocks),
-        family=family,
-        files={path.name: describe_file(path) for path in sorted(partial.glob("*.safetensors"))},
-        per_layer_config={} if stock else _per_layer_config(model.config, blocks, kept),
-        extra=dict(extra or {}),
-    )
-    write_manifest(partial, manifest)
-    _move(partial, folder)
+    with staged(folder) as partial:
+        with quiet_transformers():
+            model.save_pretrained(partial, save_original_format=False)
+        (stock or model.config).save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        manifest = Manifest(
+            model_class=type(model).__name__,
+            stock=stock is not None,
+            structures=tuple(_kept_units(block, kept) for block in blocks),
+            family=family,
+            files={path.name: describe_file(path) for path in sorted(partial.glob("*.safetensors"))},
+            per_layer_config={} if stock else _per_layer_config(model.config, blocks, kept),
+            extra=dict(extra or {}),
+        )
+        write_manifest(partial, manifest)
     return manifest
 
 
@@ -172,16 +169,6 @@ def _kept_units(block: Block, kept: Kept) -> KeptUnits:
     units = tuple(kept[structure.name])
     assert structure.kind != "layer"
     return KeptUnits(name=structure.name, kind=structure.kind, num_units=structure.num_units, kept=units)
-
-
-def _move(partial: Path, folder: Path) -> None:
-    """Rename, with an older export put out of the way first."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------- configs

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from leap_dist.errors import UserError
-from leap_dist.export.run_folder import load_exported, read_run, refuse_foreign, staged, weight_bytes
+from leap_dist.export.run_folder import load_exported, read_run, refuse_foreign, weight_bytes
+from leap_dist.files import staged
 from tests.export.runs import QUERY, classifier, element_masks, make_run
 
 
