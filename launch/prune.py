@@ -1,4 +1,5 @@
 """Prune one model: deepspeed launch/prune.py --config ds_leap.json [--set leap.target=0.05] [--output DIR] [--resume]
+What it takes: python launch/prune.py --config ds_leap.json --plan 64
 
 Exit codes: 0 done; 2 a mistake in the config, the data or the call; 1 a fault of ours.
 """
@@ -28,6 +29,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: outputs/<config name>)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    parser.add_argument(
+        "--plan",
+        type=int,
+        nargs="?",
+        const=int(os.environ.get("WORLD_SIZE", 1)),
+        metavar="N",
+        help="print what the job takes on N ranks, of memory and of the network, and end",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -40,6 +49,12 @@ def main() -> int:
         from leap_dist.job_file import load_job
 
         config = load_job(arguments.config, arguments.set)
+        if arguments.plan is not None:
+            from leap_dist.bench.forecast import forecast, print_forecast
+
+            if first:
+                print_forecast(forecast(config, arguments.plan))
+            return 0
         from leap_dist.train.loop import run_job
         from leap_dist.zero.ranks import start_ranks, stop_ranks
 

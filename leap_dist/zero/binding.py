@@ -100,14 +100,16 @@ def gather(engine: Any, names: Iterable[str], key: str | None = None) -> Iterato
 
     `key` names an optimizer state; None gives the fp32 masters. Collective: every rank takes every item.
     """
-    fragments, communicator = find_fragments(engine), make_communicator(engine)
+    fragments: dict[str, list[Fragment]] = {}
+    for fragment in find_fragments(engine):
+        fragments.setdefault(fragment.tensor, []).append(fragment)
+    communicator = make_communicator(engine)
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in hosted_parameters(engine)}
     for name in names:
         dtype = torch.uint8 if key in (MASK, ELEMENT_MASK) else torch.float32
         full = torch.zeros(torch.Size(shapes[name]).numel(), dtype=dtype)
-        for f in fragments:
-            if f.tensor == name:
-                source = f.flat if key is None else engine.leap.state[f.flat][key]
-                full[f.start : f.start + f.length] = f.view(source).cpu()
+        for f in fragments.get(name, ()):
+            source = f.flat if key is None else engine.leap.state[f.flat][key]
+            full[f.start : f.start + f.length] = f.view(source).cpu()
         full = communicator.sum_(full).view(shapes[name])
         yield name, full.bool() if dtype == torch.uint8 else full.add_(0.0)  # +0.0 turns -0.0 into 0.0

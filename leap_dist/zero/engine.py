@@ -117,10 +117,9 @@ def finalize(engine: Any) -> dict[str, Any]:
     settle(engine)
     leap: LeapAdamW = engine.leap
     counter = Counter(describe_gates(leap))
-    masks = dict.fromkeys(leap.plan.covers)
+    masks = gather_masks(engine)
     for name, weight in gather_weights(engine):
-        mask = next(gather(engine, [name], MASK))[1] if name in masks else None
-        counter.add(name, weight, mask)
+        counter.add(name, weight, next(masks)[1] if name in leap.plan.covers else None)
     count = counter.result()
     check_exact(count["kept"], count["prunable"], leap.config.target, leap.plan.unit)
     return {"target": leap.config.target, "unit": leap.plan.unit, **count}
@@ -157,12 +156,13 @@ def gather_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
     The gates' own parameters are left out. Collective.
     """
-    trained = {name for name, _ in hosted_parameters(engine)}
+    trained = {name for name, _ in hosted_parameters(engine) if not name.startswith(f"{PREFIX}.")}
+    masters = gather(engine, sorted(trained))
     for name, parameter in sorted(engine.module.named_parameters(), key=lambda item: item[0]):
         if name.startswith(f"{PREFIX}."):
             continue
         if name in trained:
-            yield name, next(gather(engine, [name]))[1].to(parameter.dtype)
+            yield name, next(masters)[1].to(parameter.dtype)
         else:
             yield name, _whole_parameter(parameter)
 
