@@ -302,3 +302,70 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     file.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(UserError, match=r"not UTF-8 text: .* at byte 7"):
         load_job(file)
+
+
+# ------------------------------------------------------------------------------ gates with options, families
+
+
+def test_a_gate_with_options_is_an_object_and_one_without_a_string() -> None:
+    gates = ["head", {"granularity": "neuron", "multiple_of": 64, "uniform": True, "exclude": ["re:.*0"]}]
+    parsed = parse_job(job(leap={"target": 0.5, "gates": gates}))
+    assert parsed.leap.gates[1].multiple_of == 64
+    assert parsed.resolved()["leap"]["gates"] == gates
+    assert parse_job(parsed.resolved()) == parsed
+
+
+@pytest.mark.parametrize(
+    ("gates", "match"),
+    [
+        (["heads"], r'leap\.gates\[0\]: got "heads"; allowed: .*; did you mean head\?'),
+        (["4:2"], r'leap\.gates\[0\]: got "4:2"'),
+        ([{"multiple_of": 8}], r"leap\.gates\[0\]\.granularity: missing; allowed: one of element, row"),
+        ([{"granularity": "neurn"}], r'leap\.gates\[0\]\.granularity: got "neurn".*did you mean neuron\?'),
+        ([{"granularity": "head", "min_keep": 0}], r"leap\.gates\[0\]\.min_keep: got 0; allowed: an integer >= 1"),
+        (
+            [{"granularity": "head", "min_kept": 2}],
+            r"leap\.gates\[0\]\.min_kept: got 2, unknown key; .*mean min_keep\?",
+        ),
+        ([{"granularity": "2:4", "uniform": True}], r"leap\.gates\[0\]\.uniform: got true; an n:m pattern keeps n of"),
+        ([7], r"leap\.gates\[0\]: got 7; allowed: "),
+    ],
+)
+def test_refused_gates(gates: list[Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        parse_job(job(leap={"target": 0.5, "gates": gates}))
+
+
+FAMILY = {
+    "layers": "re:blocks.[0-9]+",
+    "attention": {"module": "attn", "qkv": "attn.qkv", "output": "attn.out", "head_size": 16},
+    "ffn": [{"up": "up", "down": "down"}],
+}
+
+
+def test_a_family_section_is_kept_and_none_is_needed() -> None:
+    parsed = parse_job(job(family=FAMILY))
+    assert parsed.family is not None and parsed.family.attention[0].head_size == 16
+    assert parse_job(parsed.resolved()) == parsed
+    assert parse_job(job()).family is None and "family" not in parse_job(job()).resolved()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"layers": []}, r"family\.layers: got \[\]; allowed: module paths"),
+        ({"ffn": [{"up": "up"}]}, r"family\.ffn\[0\]\.down: missing; allowed: the module that maps"),
+        (
+            {"attention": {**FAMILY["attention"], "key": "k"}},
+            r"family\.attention\[0\]\.qkv: got key and qkv; allowed: qkv",
+        ),
+        (
+            {"attention": {**FAMILY["attention"], "outptu": "o"}},
+            r"family\.attention\[0\]\.outptu: .*did you mean output\?",
+        ),
+        ({"mlp": {}}, r"family\.mlp: got {}, unknown key"),
+    ],
+)
+def test_refused_families(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        parse_job(job(family={**FAMILY, **changes}))

@@ -182,3 +182,99 @@ def test_a_vector_is_no_matrix(bert: nn.Module) -> None:
         UserError, match=r"^leap\.gates: 'element' needs matrices, but classifier\.bias has shape \(2,\)"
     ):
         plan(bert, include=["classifier.bias"])
+
+
+# ------------------------------------------------------------------------------ structured gates and options
+
+
+def units(found: GatePlan) -> dict[str, tuple[int, int]]:
+    """(number of units, weights in one) by gate."""
+    return {gate.name: (gate.num_units, gate.unit_size) for gate in found.gates}
+
+
+def test_heads_and_neurons_cover_rows_columns_and_biases(bert: nn.Module) -> None:
+    found = plan(bert, gates=["head", "neuron"])
+    layer = "bert.encoder.layer.0"
+    assert units(found)[f"{layer}.attention.self:head"] == (2, 4 * 16 * 8)
+    assert units(found)[f"{layer}.ffn:neuron"] == (24, 2 * 16)
+    assert found.prunable == plan(bert).prunable and found.closed_form
+    assert found.covers.keys() == plan(bert).covers.keys() | {
+        f"{path}.bias"
+        for number in range(2)
+        for path in (
+            *(f"bert.encoder.layer.{number}.attention.self.{part}" for part in ("query", "key", "value")),
+            f"bert.encoder.layer.{number}.intermediate.dense",
+        )
+    }
+
+
+def test_a_gate_for_layers_has_the_sublayers_of_one_role_as_units(bert: nn.Module) -> None:
+    assert units(plan(bert, gates=["layer"])) == {"attention:layer": (2, 4 * 16 * 16), "ffn:layer": (2, 2 * 16 * 24)}
+
+
+def test_the_papers_hybrid(bert: nn.Module) -> None:
+    found = plan(bert, gates=["head", "row", "block:4x4"])
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    assert [found.gates[cover.gate].granularity for cover in found.covers[query]] == ["head", "row", "block:4x4"]
+    assert not found.closed_form
+
+
+def test_options_belong_to_their_gate(bert: nn.Module) -> None:
+    gates = [
+        {"granularity": "head", "include": r"re:.*layer\.0"},
+        {"granularity": "neuron", "exclude": "bert.encoder.layer.0.ffn", "multiple_of": 8, "min_keep": 3},
+    ]
+    found = plan(bert, gates=gates)
+    assert [gate.name for gate in found.gates] == [
+        "bert.encoder.layer.0.attention.self:head",
+        "bert.encoder.layer.1.ffn:neuron",
+    ]
+    assert [(gate.min_keep, gate.multiple_of, gate.lowest) for gate in found.gates] == [(1, 1, 1), (3, 8, 8)]
+
+
+def test_uniform_gates_are_tied(bert: nn.Module) -> None:
+    found = plan(bert, gates=["head", {"granularity": "neuron", "uniform": True}])
+    assert found.tied == ((0,), (1,), (2, 3))
+
+
+def test_leap_include_and_exclude_choose_blocks_by_their_tensors(bert: nn.Module) -> None:
+    chosen = plan(bert, gates=["head"], exclude=r"re:.*layer\.1\.attention\.output").gates
+    assert [gate.name for gate in chosen] == ["bert.encoder.layer.0.attention.self:head"]
+    chosen = plan(bert, gates=["neuron"], include=r"re:.*layer\.1\.output").gates
+    assert [gate.name for gate in chosen] == ["bert.encoder.layer.1.ffn:neuron"]
+
+
+@pytest.mark.parametrize(
+    ("gates", "match"),
+    [
+        (["expert"], r"^leap\.gates\[0\]: got 'expert'; bert has none that is known here; allowed: element, .*family"),
+        (
+            [{"granularity": "neuron", "multiple_of": 64}],
+            r"^leap\.gates\[0\]\.multiple_of: got 64, more than the 24 units of bert\.encoder\.layer\.0\.ffn:neuron; "
+            r"allowed: at most 24, or leave the block out with leap\.gates\[0\]\.exclude$",
+        ),
+        ([{"granularity": "head", "min_keep": 3}], r"\.min_keep: got 3, more than the 2 units of"),
+        (
+            [{"granularity": "row", "uniform": True}],
+            r"^leap\.gates\[0\]\.uniform: got true, but the units differ in number: .* name blocks of one size in",
+        ),
+        (["element", "2:4"], r"^leap\.gates: two gates for single weights on .* \(the second is 2:4\); keep one"),
+        (
+            [{"granularity": "row", "min_keep": 1}, {"granularity": "row", "min_keep": 2}],
+            r"^leap\.gates: two gates for row on",
+        ),
+        (
+            [{"granularity": "head", "include": "encoder"}],
+            r"^leap\.gates\[0\]\.include: 'encoder' matches no block with",
+        ),
+        ([{"granularity": "head", "exclude": "re:.*"}], r"^leap\.gates\[0\]: leap\.include and leap\.exclude leave no"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(bert: nn.Module, gates: list[Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        plan(bert, gates=gates)
+
+
+def test_a_head_on_a_model_that_has_none_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^leap\.gates\[0\]: got 'head'; Sequential has none that is known here"):
+        plan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), gates=["head"])
