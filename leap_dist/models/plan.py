@@ -149,12 +149,11 @@ def _of_entry(key: str, entry: GateConfig, names: list[str], what: str) -> list[
 
 
 def _nothing_of(kind: str, key: str, model: nn.Module, family: FamilyConfig | None) -> str:
-    config = getattr(model, "config", None)
-    name = getattr(config, "model_type", None) or type(model).__name__
-    if family is not None:
-        return f"{key}: got {kind!r}; the family section describes no block with a {kind}; add it, or remove the gate"
+    name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    structures = (*find_structures(model), *find_sublayers(model))
+    allowed = ", ".join(("element", "row", "column", "block:RxC", "n:m", *dict.fromkeys(s.kind for s in structures)))
     return (
-        f"{key}: got {kind!r}; {name} has none that is known here; allowed: element, row, column, block:RxC, n:m, "
+        f"{key}: got {kind!r}; {name} has none that is known here; allowed: {allowed}, "
         "or say where its blocks are in a family section"
     )
 
@@ -179,7 +178,7 @@ def _with_options(key: str, gate: Gate, entry: GateConfig) -> Gate:
 def _check_uniform(key: str, gates: list[Gate]) -> None:
     sizes = {gate.num_units for gate in gates}
     if len(sizes) > 1:
-        listed = ", ".join(f"{gate.name} has {gate.num_units}" for gate in gates if gate.num_units in sizes)
+        listed = ", ".join(f"{gate.name} has {gate.num_units}" for gate in gates)
         raise UserError(
             f"{key}.uniform: got true, but the units differ in number: {listed[:200]}; "
             f"name blocks of one size in {key}.include, or set it to false"
