@@ -61,6 +61,7 @@ CASES = [
     ("hybrid", 1, 2, {}),
     ("hybrid", 3, 1, {}),
     ("row", 2, 1, {"rule": "magnitude"}),
+    ("head+2:4", 3, 2, {}),
 ]
 
 
