@@ -1,8 +1,8 @@
 """What a job file may say: every key of our sections, with its meaning, default and what is allowed.
 
 The top level of the file is a DeepSpeed config as DeepSpeed documents it; beside its keys stand our sections
-`model`, `data`, `train`, `leap`, `tracking` and, for an architecture that is in none of our tables, `family`.
-job_file.py reads and checks a whole file.
+`model`, `data`, `train`, `leap`, `tracking` and, if wanted, `distill` and (for an architecture that is in none of our
+tables) `family`. job_file.py reads and checks a whole file.
 """
 
 from __future__ import annotations
@@ -266,6 +266,29 @@ class TrainConfig(Section):
         return _exactly_one(raw, "epochs", "max_steps")
 
 
+def _as_layers(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class DistillConfig(Section):
+    """A teacher whose answers and inner states the model is also trained on."""
+
+    teacher: str = Field(default="self", min_length=1, description='a hub id, a local folder, or "self"')
+    """"self": the model as it starts, before anything is pruned; worth it if that is fine-tuned already."""
+    alpha: float = Field(default=0.9, ge=0, le=1, description="a number, 0 <= alpha <= 1")
+    """Weight of the distillation; the task's own loss has 1 - alpha."""
+    temperature: float = Field(default=2.0, gt=0, description="a number > 0")
+    """Softens the answers of both: KL(softmax(teacher / t), softmax(student / t)) t^2."""
+    hidden_weight: float = Field(default=1.0, ge=0, description="a number >= 0")
+    """Weight of the squared distance of hidden states; needs a teacher of the same width."""
+    attention_weight: float = Field(default=1.0, ge=0, description="a number >= 0")
+    """Weight of the squared distance of attention weights; above 0 attention runs unfused, for it has to be seen."""
+    layers: Annotated[tuple[int, ...] | Literal["auto"], BeforeValidator(_as_layers)] = Field(
+        default="auto", description='a list of integers, or "auto"'
+    )
+    """The teacher's layer for each of ours, counted from 0; "auto": spread evenly over the teacher's depth."""
+
+
 class TrackingConfig(Section):
     """Where MLflow writes."""
 
@@ -287,10 +310,11 @@ class JobConfig(Section):
     leap: LeapConfig
     tracking: TrackingConfig
     family: FamilyConfig | None = None
+    distill: DistillConfig | None = None
 
     def resolved(self) -> dict[str, Any]:
         """The file form again, every default filled in: `parse_job(config.resolved()) == config`."""
-        sections = self.model_dump(mode="json", exclude={"family"} if self.family is None else None)
+        sections = self.model_dump(mode="json", exclude={name for name in OPTIONAL if getattr(self, name) is None})
         return {**sections.pop("deepspeed"), **sections}
 
 
@@ -301,7 +325,8 @@ SECTIONS: dict[str, type[Section]] = {
     "leap": LeapConfig,
     "tracking": TrackingConfig,
     "family": FamilyConfig,
+    "distill": DistillConfig,
 }
 
-OPTIONAL = ("family",)
+OPTIONAL = ("family", "distill")
 """Sections without which a job is whole."""

@@ -51,6 +51,15 @@ def load_model(model: ModelConfig, task: Task) -> PreTrainedModel:
     return _pretrained_model(model.name, labels, task)
 
 
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of a trained model, as its folder or the hub has it."""
+    from transformers import AutoConfig
+
+    _check_folder(name)
+    with _hub_errors(name, "config"):
+        return AutoConfig.from_pretrained(name)
+
+
 # ---------------------------------------------------------------------------------------------- from a config
 
 

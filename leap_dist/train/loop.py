@@ -1,5 +1,6 @@
 """The main job: dense -> prune -> settle, evaluated dense and pruned, exported and certified."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,20 +11,22 @@ from typing import Any
 
 import torch
 
-from leap_dist.config import JobConfig
+from leap_dist.config import JobConfig, ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
-from leap_dist.models.load import load_model, load_tokenizer
+from leap_dist.models.load import load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.base import Task
 from leap_dist.tracking.mlflow import Tracker, parameters
 from leap_dist.train.batches import Batches
+from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.progress import Progress, console, summary_table
 from leap_dist.zero.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, initialize, settle
 from leap_dist.zero.ranks import Ranks
+from leap_dist.zero.teacher import host_teacher
 
 RESOLVED, METRICS, CHECKPOINTS, MODEL, CERTIFICATE = (
     "config.json",
@@ -46,6 +49,7 @@ class Job:
     engine: Any
     batches: Batches
     total_steps: int
+    distiller: Distiller | None = None
     start: int = 0
     measured: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics by name: dense, pruned, ...
 
@@ -96,10 +100,38 @@ def build_job(config: JobConfig, ranks: Ranks) -> Job:
     config = config.model_copy(update={"leap": config.leap.model_copy(update={"total_steps": total})})
     torch.manual_seed(config.train.seed)
     model = load_model(config.model, task)
+    teacher = _load_teacher(config, task, model) if config.distill else None
     scheduler = None if "scheduler" in config.deepspeed else _linear_schedule(total, config.train.warmup_fraction)
     engine, *_ = initialize(model=model, config=config.resolved(), lr_scheduler=scheduler)
+    distiller = _distiller(config, task, engine, teacher) if config.distill else None
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
-    return Job(config, ranks, task, tokenizer, engine, batches, total)
+    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller)
+
+
+def _load_teacher(config: JobConfig, task: Task, model: Any) -> Any:
+    """The dense model that teaches; attention of both runs unfused where it is compared."""
+    assert config.distill is not None
+    name = config.distill.teacher
+    if name == "self":
+        teacher = copy.deepcopy(model)
+    else:
+        try:
+            check_teacher(name, model.config, load_config(name))
+            teacher = load_model(ModelConfig(name=name), task)
+        except UserError as error:  # of a model as such; here it is the teacher's
+            raise UserError(str(error).replace("model.name", "distill.teacher")) from error
+    if config.distill.attention_weight:
+        for either in (model, teacher):
+            either.set_attn_implementation("eager")
+    return teacher
+
+
+def _distiller(config: JobConfig, task: Task, engine: Any, teacher: Any) -> Distiller:
+    assert config.distill is not None
+    student = engine.module
+    layers = match_layers(config.distill, student.config, teacher.config)
+    heads = head_gates(student, engine.leap.plan, config.family, len(layers))
+    return Distiller(config.distill, host_teacher(teacher, engine), engine, task, layers, heads)
 
 
 def _accumulation(deepspeed: Mapping[str, Any], world_size: int) -> int:
@@ -136,7 +168,7 @@ def _train_step(job: Job, step: int) -> torch.Tensor:
     batches = job.batches.step(step)
     total = torch.zeros((), device=job.ranks.device)
     for batch in batches:
-        loss = job.engine(**batch).loss
+        loss = job.distiller.loss(batch) if job.distiller else job.engine(**batch).loss
         job.engine.backward(loss)
         job.engine.step()
         total += loss.detach().float()
@@ -149,6 +181,8 @@ def _log_step(
     """Gather and write the measures of a step; returns what the progress line shows."""
     report = job.engine.leap.report()
     values = {"loss": job.ranks.mean(loss).item(), "lr": job.engine.leap.param_groups[0]["lr"], **report}
+    if job.distiller:
+        values |= {name: job.ranks.mean(part).item() for name, part in job.distiller.parts.items()}
     if job.ranks.first and output is not None:
         with (output / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "phase": phase, **values}) + "\n")

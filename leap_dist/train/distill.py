@@ -1,0 +1,148 @@
+"""Distillation: a dense teacher's answers, hidden states and attention, beside the task's own loss.
+
+loss = alpha (KL t^2 + w_h MSE(hidden) + w_a MSE(attention)) + (1 - alpha) task, as the published runs of LEAP's first
+version combined them. Padding and pruned heads take no part in the squared distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leap_dist.config import DistillConfig
+from leap_dist.core.gates import GatePlan
+from leap_dist.errors import UserError
+from leap_dist.family import FamilyConfig
+from leap_dist.models.structures import find_structures
+from leap_dist.tasks.base import Task
+
+Batch = Mapping[str, Tensor]
+IGNORED = -100  # the label of a token that has none
+
+
+class Distiller:
+    """Computes the loss of a student, hosted by `engine`, beside a teacher in evaluation mode.
+
+    layers: the teacher's layer for each of the student's (`match_layers`); heads: their gates (`head_gates`).
+    `parts` holds the parts of the last loss, detached: "loss_task", "loss_kl", "loss_hidden", "loss_attention".
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        teacher: Callable[..., Any],
+        engine: Any,
+        task: Task,
+        layers: Sequence[int],
+        heads: Sequence[int | None],
+    ) -> None:
+        self.config, self.teacher, self.engine, self.task = config, teacher, engine, task
+        self.layers, self._heads = list(layers), list(heads)
+        self.parts: dict[str, Tensor] = {}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch with labels; a scalar."""
+        config = self.config
+        shown = {"output_hidden_states": config.hidden_weight > 0, "output_attentions": config.attention_weight > 0}
+        student = self.engine(**batch, **shown)
+        with torch.no_grad():
+            teacher = self.teacher(**{key: value for key, value in batch.items() if key != "labels"}, **shown)
+        parts = {"loss_task": student.loss, "loss_kl": self._divergence(student, teacher, batch)}
+        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+        if config.hidden_weight:
+            parts["loss_hidden"] = config.hidden_weight * self._hidden(student, teacher, mask)
+        if config.attention_weight:
+            parts["loss_attention"] = config.attention_weight * self._attention(student, teacher, mask)
+        self.parts = {name: part.detach().float() for name, part in parts.items()}
+        distilled = sum(part for name, part in parts.items() if name != "loss_task")
+        return config.alpha * distilled + (1.0 - config.alpha) * parts["loss_task"]
+
+    def _divergence(self, student: Any, teacher: Any, batch: Batch) -> Tensor:
+        """KL t^2 of the answers, a mean over examples or labelled tokens; squared distance where they are numbers."""
+        if self.task.problem == "regression":
+            return F.mse_loss(student.logits.float(), teacher.logits.float())
+        names = ("start_logits", "end_logits") if hasattr(student, "start_logits") else ("logits",)
+        pairs = [(getattr(student, name).float(), getattr(teacher, name).float()) for name in names]
+        if pairs[0][0].dim() == 3:  # a language model: only what has a label is asked for
+            asked = batch["labels"] != IGNORED
+            pairs = [(ours[asked], theirs[asked]) for ours, theirs in pairs]
+        t = self.config.temperature
+        values = [
+            F.kl_div((ours / t).log_softmax(-1), (theirs / t).log_softmax(-1), reduction="batchmean", log_target=True)
+            for ours, theirs in pairs
+        ]
+        return torch.stack(values).mean() * t * t
+
+    def _hidden(self, student: Any, teacher: Any, mask: Tensor) -> Tensor:
+        """Mean squared distance of the hidden states after each layer, over tokens that are no padding."""
+        tokens = mask.bool()
+        pairs = [(student.hidden_states[i + 1], teacher.hidden_states[j + 1]) for i, j in enumerate(self.layers)]
+        return torch.stack([F.mse_loss(a[tokens].float(), b[tokens].float()) for a, b in pairs]).mean()
+
+    def _attention(self, student: Any, teacher: Any, mask: Tensor) -> Tensor:
+        """Squared distance of the attention weights of a query, summed over keys; its mean over queries and heads left.
+
+        Attention weights have shape (batch, heads, queries, keys).
+        """
+        queries = mask.bool()
+        distances = []
+        for ours, theirs in enumerate(self.layers):
+            difference = student.attentions[ours].float() - teacher.attentions[theirs].float()
+            each = difference.square().sum(-1).transpose(1, 2)[queries]  # (queries, heads)
+            kept = self._kept_heads(ours, each.shape[1]).to(each.device)
+            distances.append(each[:, kept].mean() if kept.any() else each.sum() * 0.0)
+        return torch.stack(distances).mean()
+
+    def _kept_heads(self, layer: int, num_heads: int) -> Tensor:
+        """Which query heads of a layer are not pruned, bool (num_heads,)."""
+        gate = self._heads[layer]
+        if gate is None:
+            return torch.ones(num_heads, dtype=torch.bool)
+        leap = self.engine.leap
+        units = leap.gating.unit_mask[leap.plan.units(gate)].cpu()
+        return units.repeat_interleave(num_heads // len(units))
+
+
+def head_gates(model: nn.Module, plan: GatePlan, family: FamilyConfig | None, num_layers: int) -> list[int | None]:
+    """For each layer the gate of its attention heads, None where they have none."""
+    index = {gate.name: number for number, gate in enumerate(plan.gates)}
+    blocks = [s for s in find_structures(model, family) if s.kind == "head" and s.role == "attention"]
+    found = [index.get(f"{block.name}:head") for block in blocks]
+    return found if len(found) == num_layers else [None] * num_layers
+
+
+def match_layers(config: DistillConfig, ours: Any, theirs: Any) -> list[int]:
+    """The teacher's layer for each of ours, by the configs of both. Raises UserError where the two do not fit."""
+    ours, theirs = ours.get_text_config(), theirs.get_text_config()
+    depth, teacher_depth = ours.num_hidden_layers, theirs.num_hidden_layers
+    if config.layers == "auto":
+        layers = [round((layer + 1) * teacher_depth / depth) - 1 for layer in range(depth)]
+    else:
+        layers = list(config.layers)
+    if len(layers) != depth or not all(0 <= layer < teacher_depth for layer in layers):
+        raise UserError(
+            f"distill.layers: got {list(layers)}; allowed: {depth} integers, each 0 to {teacher_depth - 1}, one "
+            'for each layer of the model, or "auto"'
+        )
+    for key, size in (("hidden_weight", "hidden_size"), ("attention_weight", "num_attention_heads")):
+        if getattr(config, key) and getattr(ours, size) != getattr(theirs, size):
+            raise UserError(
+                f"distill.{key}: got {getattr(config, key)}, but the teacher has {size} {getattr(theirs, size)} and "
+                f"the model {getattr(ours, size)}; set it to 0, or choose another teacher"
+            )
+    return layers
+
+
+def check_teacher(name: str, ours: Any, theirs: Any) -> None:
+    """Raises UserError for a teacher that speaks of other words or other labels; by the configs of both models."""
+    for key, what in (("vocab_size", "words"), ("num_labels", "labels")):
+        here, there = (getattr(config.get_text_config(), key, None) for config in (ours, theirs))
+        if here != there:
+            raise UserError(
+                f'distill.teacher: got "{name}", which has {there} {what}; allowed: a teacher with the {here} {what} '
+                "of the model"
+            )

@@ -1,0 +1,165 @@
+"""Distillation: each part of the loss by hand; padding and pruned heads left out; teachers that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leap_dist.config import DistillConfig
+from leap_dist.errors import UserError
+from leap_dist.job_file import parse_job, parse_leap
+from leap_dist.models.plan import make_plan
+from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
+from tests.models.tiny import tiny
+from tests.ranks import RankPools
+
+HEAD = "AutoModelForSequenceClassification"
+
+
+def model_of(seed: int, **changes: Any) -> Any:
+    torch.manual_seed(seed)
+    model = tiny("bert", HEAD, attention="eager", **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    return model
+
+
+class Hosted(nn.Module):
+    """What a distiller uses of an engine: the model, its plan, and which units are left."""
+
+    def __init__(self, model: nn.Module, gates: list[str]) -> None:
+        super().__init__()
+        self.module = model
+        plan = make_plan(model, parse_leap({"target": 0.5, "gates": gates}))
+        mask = torch.ones(plan.num_structured_units, dtype=torch.bool)
+        self.leap = SimpleNamespace(plan=plan, gating=SimpleNamespace(unit_mask=mask))
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def distiller(student: nn.Module, teacher: Any, gates: list[str], **settings: Any) -> Distiller:
+    config, hosted = DistillConfig(**settings), Hosted(student, gates)
+    layers = match_layers(config, student.config, teacher.config)
+    heads = head_gates(student, hosted.leap.plan, None, len(layers))
+    task: Any = SimpleNamespace(problem="single_label_classification")
+    return Distiller(config, teacher, hosted, task, layers, heads)
+
+
+def batch_of(padding: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, 60, (3, 9), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[0, 9 - padding :] = 0 if padding else 1
+    return {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([0, 1, 1])}
+
+
+def test_every_part_by_hand() -> None:
+    student, teacher, batch = model_of(1), model_of(2), batch_of(padding=4)
+    found = distiller(student, teacher, ["head"], alpha=0.7, temperature=3.0, hidden_weight=0.5, attention_weight=2.0)
+    layer = found.engine.leap.plan.units(1)
+    found.engine.leap.gating.unit_mask[layer] = torch.tensor([True, False, True, False])
+    loss = found.loss(batch)
+    shown = {"output_hidden_states": True, "output_attentions": True}
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        ours, theirs = student(**inputs, **shown), teacher(**inputs, **shown)
+    p, q = (theirs.logits.double() / 3).softmax(-1), (ours.logits.double() / 3).softmax(-1)
+    divergence = 9 * (p * (p / q).log()).sum(-1).mean()
+    task = -ours.logits.double().log_softmax(-1)[torch.arange(3), batch["labels"]].mean()
+    tokens = [(row, place) for row in range(3) for place in range(9) if batch["attention_mask"][row, place]]
+    hidden, attention = 0.0, 0.0
+    for number in range(2):
+        a, b = ours.hidden_states[number + 1].double(), theirs.hidden_states[number + 1].double()
+        hidden += sum(float(((a[t] - b[t]) ** 2).mean()) for t in tokens) / len(tokens) / 2
+        heads = range(4) if number == 0 else (0, 2)
+        a, b = ours.attentions[number].double(), theirs.attentions[number].double()
+        each = [float(((a[row, h, place] - b[row, h, place]) ** 2).sum()) for row, place in tokens for h in heads]
+        attention += sum(each) / len(each) / 2
+    expected = 0.7 * (divergence + 0.5 * hidden + 2.0 * attention) + 0.3 * task
+    assert loss.item() == pytest.approx(float(expected), rel=1e-5)
+    assert found.parts["loss_hidden"].item() == pytest.approx(0.5 * hidden, rel=1e-5)
+
+
+def test_a_student_that_is_its_teacher_has_the_tasks_loss_alone() -> None:
+    model = model_of(1)
+    found = distiller(model, model, ["element"], alpha=0.5)
+    loss = found.loss(batch_of(padding=0))
+    assert loss.item() == pytest.approx(0.5 * found.parts["loss_task"].item(), rel=1e-5)
+
+
+def test_layers_are_spread_over_a_deeper_teacher() -> None:
+    student, teacher = model_of(1), model_of(2, num_hidden_layers=6)
+    assert match_layers(DistillConfig(), student.config, teacher.config) == [2, 5]
+    assert match_layers(DistillConfig(layers=(0, 3)), student.config, teacher.config) == [0, 3]
+    for layers in ((1,), (0, 6)):
+        with pytest.raises(
+            UserError, match=r"^distill\.layers: got .*; allowed: 2 integers, each 0 to 5, one for each"
+        ):
+            match_layers(DistillConfig(layers=layers), student.config, teacher.config)
+
+
+def test_teachers_that_do_not_fit_are_refused() -> None:
+    student = model_of(1)
+    for changes, match in (
+        (
+            {"hidden_size": 48},
+            r"^distill\.hidden_weight: got 1\.0, but the teacher has hidden_size 48 and the model 32",
+        ),
+        (
+            {"num_attention_heads": 2},
+            r"^distill\.attention_weight: got 1\.0, but the teacher has num_attention_heads 2",
+        ),
+    ):
+        with pytest.raises(UserError, match=match):
+            match_layers(DistillConfig(), student.config, model_of(2, **changes).config)
+    with pytest.raises(UserError, match=r'^distill\.teacher: got "big", which has 80 words; allowed: .* 64 words'):
+        check_teacher("big", student.config, model_of(2, vocab_size=80).config)
+    with pytest.raises(UserError, match=r'^distill\.teacher: got "big", which has 3 labels; allowed: .* 2 labels'):
+        check_teacher("big", student.config, model_of(2, num_labels=3).config)
+
+
+JOB: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "model": {
+        "from_config": {
+            "model_type": "bert",
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "vocab_size": 32,
+            "max_position_embeddings": 16,
+        }
+    },
+    "data": {"task": "builtin/clock"},
+    "train": {"max_steps": 12, "learning_rate": 1e-3, "log_every": 6, "eval_batch_size": 512},
+    "leap": {"target": 0.5, "gates": ["head", "neuron"]},
+    "distill": {"teacher": "self"},
+    "tracking": {"mlflow_uri": None},
+}
+
+
+def run(stage: int, folder: str) -> dict[str, Any]:
+    from leap_dist.train.loop import run_job
+    from tests.zero.test_checkpoint import this_rank
+
+    config = parse_job({**JOB, "zero_optimization": {"stage": stage}})
+    return run_job(config, Path(folder), False, this_rank())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_job_with_a_teacher_on_two_ranks(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    certificate = ranks(2).run(run, stage, str(tmp_path / "run"))[0]
+    assert abs(certificate["kept"] - 0.5 * certificate["prunable"]) <= certificate["unit"]
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss_hidden"] > 0 and last["loss_attention"] > 0 and last["loss_kl"] >= 0
+    parts = last["loss_kl"] + last["loss_hidden"] + last["loss_attention"]
+    assert last["loss"] == pytest.approx(0.9 * parts + 0.1 * last["loss_task"], rel=1e-4)
