@@ -29,7 +29,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     override after "=" is JSON, or else a plain string.
     """
     file = _find(Path(path))
-    raw = _read(file)
+    raw = read_json(file)
     problems = [problem for text in overrides if (problem := _override(raw, text))]
     return _parse_job(raw, str(file), problems)
 
@@ -71,11 +71,13 @@ def _find(path: Path) -> Path:
     raise UserError(f"config: no file {path}; looked for {places}; in configs/: {', '.join(known) or 'none'}{near}")
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`."""
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; UserError where there is none."""
     try:
         text = file.read_text("utf-8-sig")
         raw = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{file}: not JSON: {where}: {error.msg}") from error
@@ -171,7 +173,7 @@ def _field_lines(cls: type[Section], section: str, error: ValidationError) -> It
         if item["type"] == "conflict":
             yield f"{place}.{item['msg']}"
         elif item["type"] == "extra_forbidden":
-            own = owner is cls
+            own = owner is cls and section in SECTIONS
             yield _unknown_in_section(section, key, item["input"]) if own else _unknown(place, owner, item["input"])
         else:
             field = owner.model_fields[key]

@@ -1,0 +1,51 @@
+"""Run a study: python launch/study.py configs/study_clock.json [--output DIR] [--workers N]
+
+Exit codes: 0 done; 1 a cell failed, or a fault of ours; 2 a mistake in the study file or the call.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from leap_dist.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Run every combination of a study's settings, and show what came of them.",
+        epilog="Exit codes: 0 done; 1 a cell failed, or a fault of ours; 2 a mistake in the study file or the call.",
+    )
+    parser.add_argument("study", type=Path, metavar="STUDY", help="a study file")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the runs go (default: outputs/<study name>)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, run, report; the exit code."""
+    arguments = parse_arguments()
+    try:
+        from leap_dist.sweep.grid import expand
+        from leap_dist.sweep.study import draw, read_study, rows, run_study, summarize
+        from leap_dist.train.progress import console, summary_table
+
+        if arguments.workers < 1:
+            raise UserError(f"--workers: got {arguments.workers}; allowed: an integer >= 1")
+        study = read_study(arguments.study)
+        output = arguments.output or Path("outputs") / arguments.study.stem
+        script = Path(__file__).resolve().with_name("prune.py")
+        told = lambda text: console().print(text, markup=False, soft_wrap=True)  # noqa: E731
+        cells = run_study(study, output, script, arguments.workers, told)
+        if cells:
+            points = summarize(cells, study.metric)
+            summary_table(rows(points), title=f"{arguments.study.stem}: {study.metric or 'the main metric'}")
+            told(f"picture: {draw(points, study.metric or 'main metric', output)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if len(cells) == len(expand(study.vary)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

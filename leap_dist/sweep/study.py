@@ -1,0 +1,224 @@
+"""A study: one job with some keys varied, each cell a normal run; one table, one picture, mean and spread over seeds.
+
+Cells that are done are not run again; one that was stopped goes on from its last checkpoint, if it wrote any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from leap_dist.errors import UserError
+from leap_dist.job_file import load_job, parse_section, read_json
+from leap_dist.section import Section
+from leap_dist.sweep.grid import Settings, expand, name_of
+from leap_dist.tracking.plots import plot_trade_off
+
+SEED, TARGET = "train.seed", "leap.target"
+PANELS = ("data.task", "leap.gates")  # keys that part the picture into panels
+RESULT = "study.json"
+
+
+def _as_values(value: Any) -> Any:
+    """JSON lists as the tuples that a field stores."""
+    if not isinstance(value, dict):
+        return value
+    return {key: tuple(values) if isinstance(values, list) else values for key, values in value.items()}
+
+
+class StudyConfig(Section):
+    """A study file."""
+
+    config: str = Field(min_length=1, description="a job file, or the name of one in configs/")
+    """What all cells share."""
+    vary: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_as_values)] = Field(
+        min_length=1,
+        description='an object of dotted keys, each with a list of values, such as "leap.target": [0.5, 0.1]',
+    )
+    """Every combination is a cell; "train.seed" gives means and spreads."""
+    metric: str | None = Field(default=None, description="a metric of the task, or null for its main one")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its settings, and what its certificate says. `keep_ratios`: density of every gated tensor."""
+
+    settings: Settings
+    folder: str
+    density: float
+    metrics: dict[str, dict[str, float | None]]
+    keep_ratios: dict[str, float]
+
+
+def read_study(file: Path) -> StudyConfig:
+    """A study file whose cells all are valid jobs. Raises UserError with what is wrong."""
+    study = parse_section(StudyConfig, str(file), read_json(file))
+    empty = [key for key, values in study.vary.items() if not values]
+    if empty:
+        raise UserError(f"{file}: vary.{empty[0]}: got []; allowed: one or more values")
+    for settings in expand(study.vary):
+        load_job(study.config, overrides(settings))
+    return study
+
+
+def overrides(settings: Settings) -> list[str]:
+    """As `--set` takes them."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def run_study(study: StudyConfig, output: Path, script: Path, workers: int, told: Callable[[str], None]) -> list[Cell]:
+    """Run what is missing, `workers` cells at a time; `script` is launch/prune.py. The cells that came out, in order.
+
+    A cell that fails is told of, and does not stop the others; the next call tries it again.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    grid = expand(study.vary)
+    waiting = [settings for settings in grid if not _certificate(output, settings).is_file()]
+    told(f"{len(grid)} cells, {len(grid) - len(waiting)} done before, {workers} at a time")
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(_run_cell, study, settings, output, script, workers): settings for settings in waiting}
+        for number, future in enumerate(as_completed(futures), start=1):
+            name = name_of(futures[future])
+            code = future.result()
+            how = "done" if code == 0 else f"failed with exit code {code}: {_last_words(output / f'{name}.log')}"
+            told(f"{number}/{len(waiting)} {name}: {how}")
+    cells = [cell for settings in grid if (cell := _read_cell(output, settings)) is not None]
+    (output / RESULT).write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
+    return cells
+
+
+def _run_cell(study: StudyConfig, settings: Settings, output: Path, script: Path, workers: int) -> int:
+    """One cell as a process of its own; its output goes to a log beside its folder. The exit code."""
+    folder = output / name_of(settings)
+    command = [sys.executable, str(script), "--config", study.config, "--output", str(folder)]
+    command += [part for text in overrides(settings) for part in ("--set", text)]
+    if any((folder / "checkpoints").glob("step-*")):
+        command.append("--resume")
+    elif folder.exists():
+        folder.rename(folder.with_name(f"{folder.name}.stopped"))
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    with (output / f"{folder.name}.log").open("w", encoding="utf-8") as log:
+        return subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+
+
+def _certificate(output: Path, settings: Settings) -> Path:
+    return output / name_of(settings) / "certificate.json"
+
+
+def _read_cell(output: Path, settings: Settings) -> Cell | None:
+    path = _certificate(output, settings)
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    ratios = {name: tensor["density"] for name, tensor in found["tensors"].items() if tensor["counted"]}
+    return Cell(settings, path.parent.name, found["density"], found["metrics"], ratios)
+
+
+def _last_words(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it said nothing"
+
+
+# ---------------------------------------------------------------------------------------------- what came of it
+
+
+@dataclass(frozen=True)
+class Point:
+    """Cells that differ in their seed alone: the mean of a metric, and its standard deviation over `num` seeds."""
+
+    settings: Settings
+    density: float
+    dense: float
+    mean: float
+    spread: float
+    num: int
+    keep_ratio_min: float
+    keep_ratio_max: float
+
+
+def summarize(cells: Sequence[Cell], metric: str | None = None) -> list[Point]:
+    """One point for each combination of settings but the seed; `metric`: the first of the task if None."""
+    points = []
+    for settings, group in _by_settings(cells):
+        name = metric or next(iter(group[0].metrics["pruned"]))
+        values = [_value(cell, "pruned", name) for cell in group]
+        ratios = [ratio for cell in group for ratio in cell.keep_ratios.values()]
+        points.append(
+            Point(
+                settings,
+                statistics.mean(cell.density for cell in group),
+                statistics.mean(_value(cell, "dense", name) for cell in group),
+                statistics.mean(values),
+                statistics.stdev(values) if len(values) > 1 else 0.0,
+                len(values),
+                min(ratios),
+                max(ratios),
+            )
+        )
+    return points
+
+
+def _by_settings(cells: Sequence[Cell]) -> Iterator[tuple[Settings, list[Cell]]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        rest = {key: value for key, value in cell.settings.items() if key != SEED}
+        groups.setdefault(json.dumps(rest), []).append(cell)
+    for key, group in groups.items():
+        yield json.loads(key), group
+
+
+def _value(cell: Cell, model: str, metric: str) -> float:
+    metrics: Mapping[str, float | None] = cell.metrics[model]
+    value = metrics.get(metric)
+    if value is None:
+        raise UserError(f'metric: got "{metric}"; {cell.folder} has {", ".join(metrics)}; choose one of them')
+    return value
+
+
+def rows(points: Sequence[Point]) -> list[dict[str, str | float]]:
+    """The points as lines of a table."""
+    return [
+        {
+            **{key.rpartition(".")[2]: _short(value) for key, value in point.settings.items()},
+            "density": point.density,
+            "mean": point.mean,
+            "spread": point.spread,
+            "seeds": point.num,
+            "dense": point.dense,
+            "keep ratios": f"{point.keep_ratio_min:.3f} to {point.keep_ratio_max:.3f}",
+        }
+        for point in points
+    ]
+
+
+def _short(value: Any) -> str | float:
+    if isinstance(value, str | int | float):
+        return value
+    parts = value if isinstance(value, list) else [value]
+    return " + ".join(part["granularity"] if isinstance(part, dict) else str(part) for part in parts)
+
+
+def draw(points: Sequence[Point], metric: str, output: Path) -> Path:
+    """study.png and study.svg: a panel for each combination of gates and task, a line for each other setting."""
+    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    dense: dict[str, float] = {}
+    for point in points:
+        shown = {key: str(_short(value)) for key, value in point.settings.items() if key != TARGET}
+        title = ", ".join(value for key, value in shown.items() if key in PANELS) or "all"
+        line = ", ".join(value for key, value in shown.items() if key not in PANELS) or "leap"
+        panels.setdefault(title, {}).setdefault(line, []).append((point.density, point.mean, point.spread))
+        dense.setdefault(title, point.dense)
+    for suffix in ("svg", "png"):
+        plot_trade_off(panels, dense, metric, output / f"study.{suffix}")
+    return output / "study.png"

@@ -1,0 +1,129 @@
+"""Studies: cells by name, real runs that are not run twice, means and spreads, and a picture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leap_dist.errors import UserError
+from leap_dist.sweep.grid import expand, name_of
+from leap_dist.sweep.study import Cell, draw, read_study, rows, run_study, summarize
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "prune.py"
+JOB: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 8,
+    "model": {
+        "from_config": {
+            "model_type": "bert",
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "vocab_size": 32,
+            "max_position_embeddings": 16,
+        }
+    },
+    "data": {"task": "builtin/clock"},
+    "train": {"max_steps": 12, "eval_batch_size": 512},
+    "leap": {"target": 0.5},
+    "tracking": {"mlflow_uri": None},
+}
+
+
+def study_file(folder: Path, **vary: list[Any]) -> Path:
+    (folder / "job.json").write_text(json.dumps(JOB))
+    file = folder / "study.json"
+    keys = {key.replace("__", "."): values for key, values in vary.items()}
+    file.write_text(json.dumps({"config": str(folder / "job.json"), "vary": keys}))
+    return file
+
+
+def cell(target: float, seed: int, accuracy: float, rule: str = "leap") -> Cell:
+    settings = {"leap.rule": rule, "leap.target": target, "train.seed": seed}
+    metrics: dict[str, dict[str, float | None]] = {"dense": {"accuracy": 0.9, "loss": 0.1}}
+    return Cell(settings, "x", target, metrics | {"pruned": {"accuracy": accuracy, "loss": 1.0}}, {"w": target / 2})
+
+
+def test_every_combination_is_a_cell_with_a_name_of_its_own() -> None:
+    grid = expand({"leap.gates": [["head", "neuron"], "row", "block:4x4"], "leap.target": [0.5, 0.1]})
+    assert [settings["leap.target"] for settings in grid] == [0.5, 0.1] * 3
+    names = [name_of(settings) for settings in grid]
+    assert len(set(names)) == 6 and names[2] == "row_0.5"
+    assert all(name == Path(name).name and not name.startswith(".") for name in names)
+    assert name_of({"leap.gates": ["a b"]}) != name_of({"leap.gates": ["a:b"]})
+    assert len(name_of({"key": "x" * 500})) < 100
+
+
+def test_means_and_spreads_over_seeds(tmp_path: Path) -> None:
+    cells = [cell(0.5, 1, 0.8), cell(0.5, 2, 0.9), cell(0.1, 1, 0.6), cell(0.5, 1, 0.7, rule="movement")]
+    points = summarize(cells)
+    assert [(p.num, pytest.approx(p.mean), pytest.approx(p.spread)) for p in points] == [
+        (2, 0.85, 0.0707107),
+        (1, 0.6, 0.0),
+        (1, 0.7, 0.0),
+    ]
+    assert rows(points)[0] | {"spread": 0} == {
+        "rule": "leap",
+        "target": 0.5,
+        "density": 0.5,
+        "mean": pytest.approx(0.85),
+        "spread": 0,
+        "seeds": 2,
+        "dense": 0.9,
+        "keep ratios": "0.250 to 0.250",
+    }
+    picture = draw(points, "accuracy", tmp_path)
+    assert picture.read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "study.svg").read_text()
+    with pytest.raises(UserError, match=r'^metric: got "f1"; x has accuracy, loss; choose one'):
+        summarize(cells, "f1")
+
+
+def test_cells_are_real_runs_and_a_failure_stops_no_other(tmp_path: Path) -> None:
+    study = read_study(study_file(tmp_path, leap__target=[0.5, 0.001], leap__gates=["row"]))
+    told: list[str] = []
+    cells = run_study(study, tmp_path / "out", SCRIPT, 2, told.append)
+    assert [c.settings["leap.target"] for c in cells] == [0.5]
+    assert cells[0].density == pytest.approx(0.5, abs=0.02) and set(cells[0].metrics) == {"dense", "pruned"}
+    assert any("failed with exit code 2: " in line and "lowest possible" in line for line in told)
+    certificate = tmp_path / "out" / cells[0].folder / "certificate.json"
+    written = certificate.stat().st_mtime_ns
+    again = run_study(study, tmp_path / "out", SCRIPT, 2, told.append)
+    assert again == cells and certificate.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (
+            {"config": "ds_leap.json", "vary": {"leap.target": []}},
+            r"vary\.leap\.target: got \[\]; allowed: one or more",
+        ),
+        ({"config": "ds_leap.json", "vary": {"leap.targe": [0.5]}}, r"leap\.targe: got 0\.5, unknown key"),
+        ({"config": "ds_leap.json", "vary": {"leap.target": [1.5]}}, r"leap\.target: got 1\.5; allowed"),
+        ({"config": "ds_leap.json", "vary": {}}, r"\.vary: got {}; allowed: an object of dotted keys"),
+        ({"config": "nowhere.json", "vary": {"leap.target": [0.5]}}, r"config: no file nowhere\.json"),
+        ({"config": "ds_leap.json", "varry": {}}, r"varry: got {}, unknown key; .*did you mean .*vary"),
+    ],
+)
+def test_a_mistake_in_a_study_is_one_message(tmp_path: Path, content: dict[str, Any], match: str) -> None:
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=match):
+        read_study(file)
+
+
+def test_the_launcher_tells_of_a_missing_study(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "study.py"), str(tmp_path / "none.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_study_in_configs_is_valid() -> None:
+    for file in (ROOT / "configs" / "studies").glob("*.json"):
+        assert read_study(file).vary
