@@ -3,11 +3,14 @@
 import torch.distributed
 from torch import Tensor
 
+from leap_dist.core.stopwatch import Stopwatch
+
 
 class Communicator:
     """In-place sums over a process group; at one rank nothing is communicated.
 
-    `device` is where the group's backend wants its tensors (NCCL: the GPU); others are staged through it.
+    `device` is where the group's backend wants its tensors (NCCL: the GPU); others are staged through it. Counted are
+    the collectives and the bytes that this rank handed to them; `stopwatch` takes their time.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup | None = None, device: torch.device | None = None) -> None:
@@ -15,6 +18,7 @@ class Communicator:
         self._device = device
         self.num_collectives = 0
         self.num_bytes = 0
+        self.stopwatch = Stopwatch()
 
     def gather(self, value: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """The value of every rank, in rank order; for tables made once, not for the step."""
@@ -30,9 +34,10 @@ class Communicator:
             return tensor
         self.num_collectives += 1
         self.num_bytes += tensor.numel() * tensor.element_size()
-        if self._device is None or tensor.device == self._device:
-            torch.distributed.all_reduce(tensor, group=self._group)
-            return tensor
-        staged = tensor.to(self._device)
-        torch.distributed.all_reduce(staged, group=self._group)
-        return tensor.copy_(staged)
+        with self.stopwatch.measure("communication"):
+            if self._device is None or tensor.device == self._device:
+                torch.distributed.all_reduce(tensor, group=self._group)
+                return tensor
+            staged = tensor.to(self._device)
+            torch.distributed.all_reduce(staged, group=self._group)
+            return tensor.copy_(staged)

@@ -98,15 +98,19 @@ def expand_units(units: Tensor, out: Tensor, start: int, part: Slice) -> Tensor:
     grid = units[part.units].view(part.grid)
     for place, shape, row, col, rows, cols in _pieces(start, out.numel(), part):
         block = out[place].view(shape)[rows, cols]
-        down = _block_index(row, block.shape[0], part.block_rows, units)
-        across = _block_index(col, block.shape[1], part.block_cols, units)
-        block.copy_(grid.index_select(0, down).index_select(1, across))
+        wide = _repeat(grid, 1, col, block.shape[1], part.block_cols)
+        block.copy_(_repeat(wide, 0, row, block.shape[0], part.block_rows))
     return out
 
 
-def _block_index(first: int, num: int, block: int, like: Tensor) -> Tensor:
-    """Block numbers of the indices first .. first + num - 1."""
-    return like.new_ones(num).long().cumsum(0).add_(first - 1).div_(block, rounding_mode="floor")
+def _repeat(grid: Tensor, dim: int, first: int, num: int, block: int) -> Tensor:
+    """For the indices first .. first + num - 1 along `dim` their block's entry of grid; one entry if all share it."""
+    start, stop = first // block, (first + num - 1) // block + 1
+    part = grid.narrow(dim, start, stop - start)
+    if stop - start == 1:
+        return part
+    indices = torch.arange(first, first + num, device=grid.device)
+    return part.index_select(dim, indices.div_(block, rounding_mode="floor").sub_(start))
 
 
 def _block_sums(x: Tensor, dim: int, first: int, block: int) -> Tensor:

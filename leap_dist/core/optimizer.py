@@ -3,13 +3,13 @@
 The hosted weights are W * M; their gradient G = dL/d(W * M) arrives reduced over the ranks, clipped and sharded. One
 step over the fragments that this rank holds of the gated parameter group:
 
-1. gate gradients   dL/dS of every unit, dL/dsigma of every threshold; Adam on element scores. One all-reduce.
-2. weights          AdamW on the latent W with G * M. Local.
-3. gates            Adam on this rank's fragments of structured scores and thresholds. Local.
-4. level            thresholds are gathered (one all-reduce); the level is held by the regulariser ("paper") or
-                    by a shift common to all thresholds ("projected").
-5. masks            exact top-k over shards; a few all-reduces of counts (ops/select.py).
-6. write            the hosted partition becomes W * M. Local.
+1. update   dL/dS of every unit, dL/dsigma of every threshold; Adam on element scores; AdamW on the latent W with
+            G * M. One pass over the state, one all-reduce.
+2. gates    Adam on this rank's fragments of structured scores and thresholds. Local.
+3. level    thresholds are gathered (one all-reduce); the level is held by the regulariser ("paper") or by a shift
+            common to all thresholds ("projected").
+4. masks    exact top-k over shards; a few all-reduces of counts (ops/select.py).
+5. write    the hosted partition becomes W * M. Local.
 
 Latent weights, element scores, masks and moments have the flat partition's shape; thresholds and structured scores
 are two parameters of the hosted model, in the gated group. Fragments may be empty, uneven and cut anywhere.
@@ -28,8 +28,10 @@ from leap_dist.core.fragments import Fragment
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, Gating, state_keys
 from leap_dist.core.phases import Phase, Schedule
+from leap_dist.core.stopwatch import Stopwatch
 from leap_dist.errors import UserError
-from leap_dist.ops import reference as ops
+from leap_dist.ops import dispatch as ops
+from leap_dist.ops.reference import Adam
 
 GATED = "leap_gated"  # key of a parameter group: True for the one that holds gated tensors and gates
 
@@ -71,6 +73,8 @@ class LeapAdamW(torch.optim.Optimizer):
         self.task_size = th.TaskSize()
         self._remaining = th.Remaining(plan)
         self._gating: Gating | None = None
+        self._communicator = Communicator()
+        self._communicated = 0, 0  # collectives and bytes of the last step
         self._made: list[int] | None = None  # kept counts of the masks that are in place
 
     # Binding
@@ -87,7 +91,11 @@ class LeapAdamW(torch.optim.Optimizer):
             for key in state_keys(self.plan) if flat in gated else (EXP_AVG, EXP_AVG_SQ):
                 if key not in self.state[flat]:
                     self.state[flat][key] = _initial(key, flat)
-        self._gating = Gating(self.plan, fragments, self.state, communicator)
+        no_decay = {name for group in self.param_groups if group[GATED] for name in group["no_decay"]}
+        self._communicator = communicator
+        if fragments:
+            communicator.stopwatch = Stopwatch(fragments[0].flat.device)
+        self._gating = Gating(self.plan, fragments, self.state, communicator, no_decay)
         if not self.plan.gates:
             return
         self._gating.write_thresholds(torch.full((len(self.plan.gates),), th.START * self.config.temperature))
@@ -133,10 +141,10 @@ class LeapAdamW(torch.optim.Optimizer):
             elif group["params"]:
                 self._step_plain(group)
 
-    def _adam(self, group: dict[str, Any], step: int, **changes: float) -> ops.Adam:
+    def _adam(self, group: dict[str, Any], step: int, **changes: float) -> Adam:
         beta1, beta2 = group["betas"]
         values = {"lr": group["lr"], "eps": group["eps"], "weight_decay": 0.0, **changes}
-        return ops.Adam(beta1=beta1, beta2=beta2, step=step, **values)
+        return Adam(beta1=beta1, beta2=beta2, step=step, **values)
 
     def _step_plain(self, group: dict[str, Any]) -> None:
         for param in group["params"]:
@@ -149,28 +157,39 @@ class LeapAdamW(torch.optim.Optimizer):
             ops.adamw_(weight, grad, state[EXP_AVG].view(-1), state[EXP_AVG_SQ].view(-1), adam)
 
     def _step_gated(self, group: dict[str, Any]) -> None:
-        phase = self.phase
-        learned = self.config.rule != "magnitude" and not self.settled
-        if learned:
-            self._learn_scores(group, phase)
-        self._update_latent(group)
+        communicator = self._communicator
+        communicator.stopwatch.restart()
+        before, phase = (communicator.num_collectives, communicator.num_bytes), self.phase
+        with communicator.stopwatch.measure("update"):
+            self._update(group, phase)
         self.num_steps += 1
         if phase != "dense" and not self.settled:
-            self._hold_level()
-        self._write()
+            with communicator.stopwatch.measure("select"):
+                self._hold_level()
+        self.gating.write_()
+        self._communicated = communicator.num_collectives - before[0], communicator.num_bytes - before[1]
+
+    def _update(self, group: dict[str, Any], phase: Phase) -> None:
+        """Phases 1 and 2 of the step."""
+        adam = self._adam(group, self.num_steps + 1, weight_decay=group["weight_decay"])
+        if self.config.rule == "magnitude" or self.settled:
+            self.gating.update_(adam)
+        else:
+            rate = self.config.score_learning_rate * group["lr"] / group["base_lr"]
+            score_adam = self._adam(group, self.num_steps + 1, lr=rate)
+            self._update_gates(group, phase, score_adam, *self.gating.learn_(adam, score_adam))
 
     @property
     def phase(self) -> Phase:
         """The phase of the step that comes next."""
         return "settle" if self.settled else self.schedule.phase(self.num_steps)
 
-    def _learn_scores(self, group: dict[str, Any], phase: Phase) -> None:
-        """Phases 1 and 3 of the step: gradients and updates of scores and thresholds."""
-        rate = self.config.score_learning_rate * group["lr"] / group["base_lr"]
-        adam = self._adam(group, self.num_steps + 1, lr=rate)
-        sigma_grad, unit_grad = self.gating.score_gradients(adam)
+    def _update_gates(
+        self, group: dict[str, Any], phase: Phase, score_adam: Adam, sigma_grad: Tensor, unit_grad: Tensor
+    ) -> None:
+        """Phase 2 of the step: this rank's structured scores and thresholds."""
         for fragment in self.gating.hosted_scores:
-            self._adam_on(fragment, unit_grad, adam)
+            self._adam_on(fragment, unit_grad, score_adam)
         if phase != "prune" or self.config.rule != "leap":
             return
         moves = self.num_steps + 1 - self.schedule.dense_end
@@ -181,7 +200,7 @@ class LeapAdamW(torch.optim.Optimizer):
         for fragment in self.gating.hosted_thresholds:
             self._adam_on(fragment, sigma_grad, adam)
 
-    def _adam_on(self, fragment: Fragment, grad: Tensor, adam: ops.Adam) -> None:
+    def _adam_on(self, fragment: Fragment, grad: Tensor, adam: Adam) -> None:
         """Adam on this rank's fragment of a gate parameter whose whole gradient is `grad`."""
         local = grad[fragment.start : fragment.start + fragment.length].to(fragment.flat)
         moments = self.gating.state(fragment, EXP_AVG), self.gating.state(fragment, EXP_AVG_SQ)
@@ -193,46 +212,22 @@ class LeapAdamW(torch.optim.Optimizer):
         rate, projected = self.config.threshold_learning_rate, self.config.control == "projected"
         return self.schedule.threshold_rate(self.config.temperature, projected) if rate == "auto" else rate
 
-    def _regulariser_gradient(self, task: Tensor, adam: ops.Adam) -> Tensor:
+    def _regulariser_gradient(self, task: Tensor, adam: Adam) -> Tensor:
         """lambda dL_reg/dsigma, (G,), for the task's gradient `task`; lambda is adaptive and detached."""
         config, sigma = self.config, self.gating.gather_thresholds()
         _, loss, grad = self._remaining.penalty(sigma, config.temperature, config.target / self.calibration)
         if config.lambda_max == "auto":
-            size = self.task_size.follow(task, adam.beta2, adam.step)
+            size = self.task_size.follow(task, adam.beta2, int(adam.step))
             scale = th.balanced_lambda(loss, grad, size, adam.lr, adam.beta1)
         else:
             scale = th.adaptive_lambda(loss, config.target, config.lambda_max, config.lambda_min)
         self.regulariser = {"lambda": scale, "loss_reg": loss}
         return scale * grad
 
-    def _update_latent(self, group: dict[str, Any]) -> None:
-        """Phase 2: AdamW on the latent weights with G * M."""
-        dense = self._made is None
-        for fragment in self.gating.weights:
-            if fragment.flat.grad is None:
-                continue
-            decay = 0.0 if fragment.tensor in group["no_decay"] else group["weight_decay"]
-            adam = self._adam(group, self.num_steps + 1, weight_decay=decay)
-            latent, grad = self.gating.state(fragment, LATENT), fragment.gradient()
-            moments = self.gating.state(fragment, EXP_AVG), self.gating.state(fragment, EXP_AVG_SQ)
-            if dense:
-                ops.adamw_(latent, grad, *moments, adam)
-            else:
-                ops.masked_adamw_(latent, grad, self.gating.state(fragment, MASK), *moments, adam)
-
-    def _write(self) -> None:
-        """Phase 6: the hosted partition becomes W * M."""
-        for fragment in self.gating.weights:
-            latent, hosted = self.gating.state(fragment, LATENT), fragment.view(fragment.flat)
-            if self._made is None:
-                hosted.copy_(latent)
-            else:
-                ops.write_masked_(hosted, latent, self.gating.state(fragment, MASK))
-
     # The level
 
     def _hold_level(self) -> None:
-        """Phases 4 and 5: thresholds for the next forward pass, and its masks."""
+        """Phases 3 and 4: thresholds for the next forward pass, and its masks."""
         if self.config.rule == "magnitude":
             self.gating.magnitude_scores_(scaled=False)
         self._made = None  # scores have moved
@@ -258,7 +253,7 @@ class LeapAdamW(torch.optim.Optimizer):
         if not self.settled:
             self._made = None
             self._settle(self.gating.gather_thresholds())
-            self._write()
+            self.gating.write_()
 
     def _settle(self, sigma: Tensor) -> None:
         if self.plan.gates:
@@ -312,6 +307,7 @@ class LeapAdamW(torch.optim.Optimizer):
         self._made = list(self.kept_units) if saved["masked"] else None
         for state in self.state.values():
             state["step"] = self.num_steps
+        self.gating.forget_masks()
         if self._made is not None:
             self.gating.make_masks(self._made)
 
@@ -324,10 +320,14 @@ class LeapAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
-        """What to log of this step: density, scheduled level, R, keep ratios over gates, lambda.
+        """What to log of this step: density, scheduled level, R, keep ratios over gates, lambda; and its cost here.
 
-        Collective: every rank calls it.
+        The cost is this rank's, of the gated step: milliseconds by part (TIMINGS), collectives and the bytes handed to
+        them, bytes of state beyond dense AdamW's. Collective: every rank calls it.
         """
+        collectives, sent = self._communicated
+        cost = {**self._communicator.stopwatch.milliseconds(), "leap_collectives": float(collectives)}
+        cost |= {"leap_bytes_communicated": float(sent), "leap_extra_bytes": float(self.gating.extra_bytes)}
         sigma = self.gating.gather_thresholds()
         k = th.keep_ratio(sigma, self.config.temperature) if len(sigma) else torch.ones(1)
         remaining = self._remaining.ratio(k).item() if len(sigma) else 1.0
@@ -339,6 +339,7 @@ class LeapAdamW(torch.optim.Optimizer):
             "keep_ratio_std": k.std(unbiased=False).item(),
             "remaining": remaining,
             **self.regulariser,
+            **cost,
         }
 
 

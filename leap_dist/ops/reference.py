@@ -1,22 +1,28 @@
-"""The plain-torch definition of the optimizer's inner loops, over flat fp32 runs of elements.
+"""The plain-torch definition of the optimizer's inner loops, over runs of elements in flat partitions.
 
-On the CPU they work in blocks that stay in the cache; the arithmetic is elementwise, so results do not depend
-on how the elements are cut into blocks or fragments. AdamW is Loshchilov and Hutter, arXiv 1711.05101, with the
-operations of torch.optim.AdamW in their order, so that it gives the same bits.
+Optimizer state has the shape of the flat partition, so a run is a row (offset, length, gate, decays) of an int64 table.
+Rows are cut to a device's block size when the table is made: on the CPU a block of every operand stays in the cache,
+on a GPU a row is one program. The arithmetic is elementwise: its results do not depend on how elements are cut into
+rows or fragments; sums are taken row by row, in the order of the rows.
+
+AdamW is Loshchilov and Hutter, arXiv 1711.05101, with the operations of torch.optim.AdamW in their order, so that it
+gives the same bits. (torch's own fused CPU kernel takes other roots and contracts to FMAs: it does not.)
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 1 << 16  # 256 KiB in fp32: six such blocks fit the second-level cache of one core
+CPU_BLOCK = 1 << 18  # 1 MiB in fp32: five operands fit the third-level cache, and threads meet seldom
+OFFSET, LENGTH, GATE, DECAYS = range(4)  # columns of a table of runs
+PLACE = DECAYS  # in the tables of a selection
+DIGIT_BITS = 8  # of a key, chosen in one pass of a selection
 
 
-@dataclass(frozen=True)
-class Adam:
+class Adam(NamedTuple):
     """The scalars of one AdamW step; `step` counts from 1."""
 
     lr: float
@@ -24,7 +30,7 @@ class Adam:
     beta2: float
     eps: float
     weight_decay: float
-    step: int
+    step: float
 
 
 def blocks(numel: int, device: torch.device) -> Iterator[slice]:
@@ -34,10 +40,32 @@ def blocks(numel: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + size, numel))
 
 
-def adamw_block_(
+def run_table(runs: Sequence[tuple[int, int, int, int]], size: int) -> Tensor:
+    """The runs cut to rows of at most `size` elements, int64 of shape (rows, 4); an empty run has no row."""
+    rows = [
+        (offset + start, min(size, length - start), gate, last)
+        for offset, length, gate, last in runs
+        for start in range(0, length, size)
+    ]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+
+
+def runs_of(table: Tensor) -> Iterator[tuple[slice, int, bool]]:
+    """(place in the flat partition, gate, decays) of every row."""
+    for offset, length, gate, decays in table.tolist():
+        yield slice(offset, offset + length), gate, bool(decays)
+
+
+def _adamw_block_(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scratch: Tensor, adam: Adam
 ) -> None:
-    """One AdamW step on one block; every tensor has shape (n,); scratch is overwritten, grad is kept."""
+    """One AdamW step on one block, every tensor (n,); scratch is overwritten, grad is kept."""
+    if exp_avg.dtype != weight.dtype:
+        wide = exp_avg.to(weight.dtype), exp_avg_sq.to(weight.dtype)
+        _adamw_block_(weight, grad, *wide, scratch, adam)
+        exp_avg.copy_(wide[0])
+        exp_avg_sq.copy_(wide[1])
+        return
     if adam.weight_decay:
         weight.mul_(1 - adam.lr * adam.weight_decay)
     exp_avg.lerp_(grad, 1 - adam.beta1)
@@ -49,55 +77,145 @@ def adamw_block_(
     weight.addcdiv_(exp_avg, scratch, value=-(adam.lr / correction1))
 
 
-def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Adam) -> None:
+def _masked_block_(
+    latent: Tensor,
+    grad: Tensor,
+    mask: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    kept: Tensor,
+    scratch: Tensor,
+    adam: Adam,
+) -> None:
+    """AdamW on one block of latent weights with G * M; kept and scratch are overwritten."""
+    _adamw_block_(latent, kept.copy_(mask).mul_(grad), exp_avg, exp_avg_sq, scratch, adam)
+
+
+def _decayed(adam: Sequence[float], decays: bool) -> Adam:
+    """The scalars of a run, with weight decay or without."""
+    return Adam(*adam) if decays else Adam(*adam)._replace(weight_decay=0.0)
+
+
+def _buffers(table: Tensor, like: Tensor, num: int) -> list[Tensor]:
+    """Scratch for the longest row of a table, in the dtype of `like`."""
+    longest = int(table[:, LENGTH].max()) if len(table) else 0
+    return [torch.empty(longest, dtype=like.dtype, device=like.device) for _ in range(num)]
+
+
+def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Sequence[float]) -> None:
     """One AdamW step; every tensor has shape (n,)."""
     scratch = torch.empty_like(weight[:CPU_BLOCK] if weight.device.type == "cpu" else weight)
     for b in blocks(weight.numel(), weight.device):
         block = weight[b]
-        adamw_block_(block, grad[b], exp_avg[b], exp_avg_sq[b], scratch[: block.numel()], adam)
+        _adamw_block_(block, grad[b], exp_avg[b], exp_avg_sq[b], scratch[: block.numel()], Adam(*adam))
 
 
-def masked_adamw_(latent: Tensor, grad: Tensor, mask: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Adam) -> None:
-    """AdamW on the latent weights with dL/dW = G * M; mask is bool, every tensor has shape (n,)."""
-    size = CPU_BLOCK if latent.device.type == "cpu" else latent.numel()
-    kept, scratch = torch.empty_like(latent[:size]), torch.empty_like(latent[:size])
-    for b in blocks(latent.numel(), latent.device):
-        num = latent[b].numel()
-        masked = kept[:num].copy_(mask[b]).mul_(grad[b])
-        adamw_block_(latent[b], masked, exp_avg[b], exp_avg_sq[b], scratch[:num], adam)
-
-
-def element_scores_(
-    score: Tensor,
+def masked_adamw_(
+    table: Tensor,
     grad: Tensor,
-    latent: Tensor,
     mask: Tensor,
-    others: Tensor | None,
+    latent: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    adam: Adam,
-) -> Tensor:
-    """Adam on the scores of an element gate, with dL/dS = G * W * prod_{g' != g} M_g'.
+    adam: Sequence[float],
+) -> None:
+    """AdamW on the latent weights with dL/dW = G * M, for every run; mask is bool, every tensor flat."""
+    kept, scratch = _buffers(table, latent, 2)
+    for b, _, decays in runs_of(table):
+        num = b.stop - b.start
+        moments = exp_avg[b], exp_avg_sq[b]
+        _masked_block_(latent[b], grad[b], mask[b], *moments, kept[:num], scratch[:num], _decayed(adam, decays))
 
-    mask is the gate's own mask, `others` the product of the other gates' (None: all ones), both bool, before
-    this step; every tensor has shape (n,). Returns this run's part of dL/dsigma = sum M dL/dS, float64, shape ().
+
+def element_adamw_(
+    table: Tensor,
+    grad: Tensor,
+    hosted: Tensor,
+    mask: Tensor,
+    others: Tensor | None,
+    latent: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    score: Tensor,
+    score_exp_avg: Tensor,
+    score_exp_avg_sq: Tensor,
+    adam: Sequence[float],
+    score_adam: Sequence[float],
+) -> Tensor:
+    """One step of an element gate's scores and of its latent weights, for every run.
+
+        dL/dS = G * W * prod_{g' != g} M_g'    Adam on S
+        dL/dW = G * M                          AdamW on W
+        dL/dsigma = sum G * (W * M)            before both
+
+    hosted: W * M; others: the product of the other gates' masks (None: all ones); mask, others: bool; every tensor but
+    the table is flat. Returns every row's part of dL/dsigma, float64 of shape (rows,).
     """
-    size = CPU_BLOCK if score.device.type == "cpu" else score.numel()
-    buffers = [torch.empty_like(score[:size]) for _ in range(2)]
-    total = torch.zeros((), dtype=torch.float64, device=score.device)
-    for b in blocks(score.numel(), score.device):
-        gradient, scratch = (buffer[: score[b].numel()] for buffer in buffers)
+    sigma = torch.zeros(len(table), dtype=torch.float64, device=grad.device)
+    gradients, scratches = _buffers(table, latent, 2)
+    for row, (b, _, decays) in enumerate(runs_of(table)):
+        gradient, scratch = gradients[: b.stop - b.start], scratches[: b.stop - b.start]
+        sigma[row] = torch.dot(grad[b], hosted[b])
         torch.mul(grad[b], latent[b], out=gradient)
         if others is not None:
             gradient.mul_(scratch.copy_(others[b]))
-        total += torch.dot(gradient, scratch.copy_(mask[b]))
-        adamw_block_(score[b], gradient, exp_avg[b], exp_avg_sq[b], scratch, adam)
-    return total
+        _adamw_block_(score[b], gradient, score_exp_avg[b], score_exp_avg_sq[b], scratch, Adam(*score_adam))
+        moments = exp_avg[b], exp_avg_sq[b]
+        _masked_block_(latent[b], grad[b], mask[b], *moments, gradient, scratch, _decayed(adam, decays))
+    return sigma
 
 
-def write_masked_(weight: Tensor, latent: Tensor, mask: Tensor) -> None:
-    """weight = latent * mask, with mask bool; every tensor has shape (n,)."""
-    size = CPU_BLOCK if weight.device.type == "cpu" else weight.numel()
-    kept = torch.empty_like(latent[:size])
-    for b in blocks(weight.numel(), weight.device):
-        torch.mul(latent[b], kept[: latent[b].numel()].copy_(mask[b]), out=weight[b])
+def write_masked_(table: Tensor, latent: Tensor, mask: Tensor, hosted: Tensor) -> None:
+    """hosted = W * M for every run, rounded to hosted's dtype; mask is bool, every tensor flat."""
+    (kept,) = _buffers(table, latent, 1)
+    for b, _, _ in runs_of(table):
+        masked = kept[: b.stop - b.start].copy_(mask[b])
+        if hosted.dtype == latent.dtype:
+            torch.mul(latent[b], masked, out=hosted[b])
+        else:
+            hosted[b].copy_(masked.mul_(latent[b]))
+
+
+def collect_(table: Tensor, scores: Tensor, bracket: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Part the scores of every run by the bracket of its gate: mask = score >= low.
+
+    bracket: (2, G), low and high; scores fp32 and mask bool, flat. Returns how many scores of every row lie above high
+    and how many inside, int64 of shape (rows, 2), and where in the flat buffer those inside lie, row by row, ascending,
+    int64. NaN lies nowhere.
+    """
+    counts = torch.zeros(len(table), 2, dtype=torch.int64, device=scores.device)
+    found = [counts.new_empty(0)]
+    lows, highs = bracket.tolist()
+    for row, (run, gate, _) in enumerate(runs_of(table)):
+        for b in blocks(run.stop - run.start, scores.device):
+            here = slice(run.start + b.start, run.start + b.stop)
+            above = scores[here] > highs[gate]
+            counts[row, 0] += torch.count_nonzero(above)
+            places = _true_places(above.logical_xor_(torch.ge(scores[here], lows[gate], out=mask[here])))
+            counts[row, 1] += len(places)
+            found.append(places.add_(here.start))
+    return counts, torch.cat(found)
+
+
+def _true_places(flags: Tensor) -> Tensor:
+    """The indices of the true among bool flags (n,), ascending; eight at a time where they are rare."""
+    whole = flags.numel() // 8 * 8
+    words = flags[:whole].view(torch.int64).nonzero().squeeze(1)
+    if len(words) * 16 > whole:
+        return flags.nonzero().squeeze(1)
+    places = (words[:, None] * 8 + torch.arange(8, device=flags.device)).flatten()
+    return torch.cat([places[flags[places]], flags[whole:].nonzero().squeeze(1).add_(whole)])
+
+
+def histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> Tensor:
+    """How often each digit, bits [shift, shift + 8), stands in the keys whose higher bits are their gate's prefix.
+
+    keys: 32-bit keys, gates: the gate of each, (n,); prefix: (G,), all int64. Returns int64 of shape (G, 256).
+    """
+    bins = 1 << DIGIT_BITS
+    heads = keys >> shift
+    if shift + DIGIT_BITS < 32:
+        same = (heads >> DIGIT_BITS) == prefix[gates]
+        heads, gates = heads[same], gates[same]
+    digits = gates * bins + (heads & (bins - 1))
+    return torch.bincount(digits, minlength=len(prefix) * bins).view(-1, bins)

@@ -1,5 +1,6 @@
 """LeapAdamW on one rank without an engine: equal to the oracle, and reducing to what it must reduce to."""
 
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import LATENT, MASK, SCORES, THRESHOLDS
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.core.oracle import Oracle, top_k
+from leap_dist.core.stopwatch import TIMINGS, Stopwatch
 from leap_dist.errors import UserError
 from tests.peers.nets import GATES, LR, WEIGHT_DECAY, batches, leap, loss_of, net, plan_of, relative_error
 
@@ -131,6 +133,35 @@ def test_pruned_latent_weights_get_no_gradient_and_masks_freeze_when_settled() -
         if MASK in optimizer.state[parameter]:
             state = optimizer.state[parameter]
             assert torch.equal(parameter.detach(), (state[LATENT] * state[MASK]).detach())
+
+
+@pytest.mark.parametrize("kind", ["element", "hybrid"])
+def test_a_step_reports_what_it_costs(kind: str) -> None:
+    model = net(kind)
+    optimizer = build(model, leap(kind, STEPS), kind)
+    train(model, optimizer, STEPS // 2)
+    report = optimizer.report()
+    assert all(isinstance(value, float) for value in report.values())
+    spent = [report[key] for key in TIMINGS]
+    assert report["leap_ms_communication"] == 0.0 and all(0.0 < value < 1e4 for value in spent[:-1])
+    assert report["leap_collectives"] == report["leap_bytes_communicated"] == 0.0  # one rank
+    gated = [p for name, p in model.named_parameters() if name in optimizer.plan.covers]
+    masks = 2 if kind == "hybrid" else 1
+    assert report["leap_extra_bytes"] == sum(p.numel() for p in gated) * (4 * 4 + masks)
+
+
+def test_a_stopwatch_takes_an_inner_part_off_the_outer() -> None:
+    stopwatch = Stopwatch()
+    for _ in range(2):
+        stopwatch.restart()
+        with stopwatch.measure("update"):
+            time.sleep(0.02)
+            with stopwatch.measure("communication"):
+                time.sleep(0.06)
+        time.sleep(0.01)
+    spent = stopwatch.milliseconds()
+    assert spent.keys() == set(TIMINGS) and spent["leap_ms_select"] == spent["leap_ms_mask"] == 0.0
+    assert spent["leap_ms_update"] >= 20.0 and spent["leap_ms_communication"] >= 60.0
 
 
 def test_settle_can_be_called_early_and_twice() -> None:

@@ -1,15 +1,16 @@
-"""The inner loops against torch.optim.AdamW bit for bit, and against float64."""
+"""The inner loops against torch.optim.AdamW bit for bit, and against float64; the registered ops against opcheck."""
+
+from typing import Any
 
 import pytest
 import torch
 
-from leap_dist.ops import reference as ops
+from leap_dist.ops import dispatch as ops
+from leap_dist.ops import reference
+from leap_dist.ops.reference import CPU_BLOCK, Adam, run_table
+from tests.ops import runs
 
-SIZES = [0, 1, 7, 1000, ops.CPU_BLOCK, ops.CPU_BLOCK + 13]
-
-
-def adam(step: int = 3, weight_decay: float = 0.1) -> ops.Adam:
-    return ops.Adam(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, step=step)
+SIZES = [0, 1, 7, 1000, CPU_BLOCK, CPU_BLOCK + 13]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -19,46 +20,133 @@ def test_adamw_gives_the_bits_of_torch(size: int) -> None:
     parameter = torch.nn.Parameter(start.clone())
     theirs = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1)
     ours, exp_avg, exp_avg_sq = start.clone(), torch.zeros(size), torch.zeros(size)
+    masked, *moments = start.clone(), torch.zeros(size), torch.zeros(size)
+    table, ones = run_table([(0, size, 0, 1)], CPU_BLOCK), torch.ones(size, dtype=torch.bool)
     for step in range(1, 5):
         grad = torch.randn(size)
         parameter.grad = grad.clone()
         theirs.step()
-        ops.adamw_(ours, grad, exp_avg, exp_avg_sq, adam(step))
+        adam = Adam(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=step)
+        ops.adamw_(ours, grad, exp_avg, exp_avg_sq, adam)
+        ops.masked_adamw_(table, grad, ones, masked, *moments, adam)
     assert torch.equal(ours, parameter.detach())
+    assert torch.equal(masked, ours)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [1, 2, 64, 1 << 40])
 def test_any_cut_gives_the_same_bits(size: int) -> None:
-    torch.manual_seed(size)
-    whole = [torch.randn(size), torch.randn(size), torch.randn(size), torch.rand(size)]
-    parts = [t.clone() for t in whole]
-    mask = torch.rand(size) < 0.5
-    ops.masked_adamw_(whole[0], whole[1], mask, whole[2], whole[3], adam())
-    for start, stop in ((0, size // 3), (size // 3, size // 2), (size // 2, size)):
-        cut = [t[start:stop] for t in parts]
-        ops.masked_adamw_(cut[0], cut[1], mask[start:stop], cut[2], cut[3], adam())
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    whole, cut = runs.state(0), runs.state(0)
+    scalars = runs.ADAM, runs.SCORE_ADAM
+    one = ops.element_adamw_(runs.table(CPU_BLOCK), *whole.values(), *scalars)
+    parts = ops.element_adamw_(runs.table(size), *cut.values(), *scalars)
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    torch.testing.assert_close(parts.sum(), one.sum(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hybrid", [False, True])
-def test_element_scores_against_float64(size: int, hybrid: bool) -> None:
-    torch.manual_seed(size)
-    score, grad, latent, exp_avg = (torch.randn(size) for _ in range(4))
-    exp_avg_sq = torch.rand(size)
-    mask, others = torch.rand(size) < 0.4, torch.rand(size) < 0.7 if hybrid else None
-    s, g, w, m, v = (t.double() for t in (score, grad, latent, exp_avg, exp_avg_sq))
-    ds = g * w * (others.double() if others is not None else 1.0)
-    m, v = 0.9 * m + 0.1 * ds, 0.999 * v + 0.001 * ds**2
-    expected = s - 1e-2 * (m / (1 - 0.9**3)) / ((v / (1 - 0.999**3)).sqrt() + 1e-8)
-    sigma = ops.element_scores_(score, grad, latent, mask, others, exp_avg, exp_avg_sq, adam(weight_decay=0.0))
-    torch.testing.assert_close(score.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sigma, (ds * mask).sum(), rtol=1e-4, atol=1e-3)
+def test_element_update_against_float64(moments: torch.dtype, hybrid: bool) -> None:
+    arguments = runs.state(1, moments)
+    arguments["others"] = arguments["others"] if hybrid else None
+    exact, sigma = runs.expected(arguments)
+    table = runs.table()
+    partial = ops.element_adamw_(table, *arguments.values(), runs.ADAM, runs.SCORE_ADAM)
+    for key, value in exact.items():
+        tolerance = {"rtol": 1e-2, "atol": 1e-4} if arguments[key].dtype == torch.bfloat16 else {"rtol": 1e-5}
+        torch.testing.assert_close(arguments[key].double(), value, **({"atol": 1e-6} | tolerance), msg=key)
+    by_gate = torch.zeros_like(sigma).index_add_(0, table[:, reference.GATE], partial)
+    torch.testing.assert_close(by_gate, sigma, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_masked_write_fills_every_element(size: int) -> None:
-    latent, mask = torch.randn(size), torch.rand(size) < 0.5
-    weight = torch.full((size,), float("nan"))
-    ops.write_masked_(weight, latent, mask)
-    assert torch.equal(weight, latent * mask)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_write_fills_the_runs_and_nothing_else(dtype: torch.dtype) -> None:
+    latent, mask = torch.randn(runs.NUMEL), torch.rand(runs.NUMEL) < 0.5
+    hosted = torch.full((runs.NUMEL,), float("nan"), dtype=dtype)
+    ops.write_masked_(runs.table(), latent, mask, hosted)
+    inside = runs.covered()
+    assert torch.equal(hosted[inside], (latent * mask).to(dtype)[inside])
+    assert hosted[~inside].isnan().all()
+
+
+@pytest.mark.parametrize("width", [0.0, 0.01, 10.0, float("inf")])
+def test_collect_parts_scores_by_their_bracket(width: float) -> None:
+    scores = torch.randn(runs.NUMEL)
+    scores[[7, 1600, 2000]] = torch.tensor([float("nan"), float("inf"), 0.25])
+    low, high = 0.25 - width, 0.25 + width
+    bracket = torch.tensor([[low] * runs.NUM_GATES, [high] * runs.NUM_GATES])
+    mask = torch.ones(runs.NUMEL, dtype=torch.bool)
+    counts, places = ops.collect_(runs.table(), scores, bracket, mask)
+    inside = runs.covered() & (scores >= low) & (scores <= high)
+    assert torch.equal(places, inside.nonzero().flatten())
+    assert counts.sum(0).tolist() == [int((runs.covered() & (scores > high)).sum()), int(inside.sum())]
+    assert torch.equal(mask, torch.where(runs.covered(), scores >= low, torch.tensor(True)))
+
+
+@pytest.mark.parametrize("kind", runs.SLICES)
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_unit_sums_against_float64(kind: str, hybrid: bool) -> None:
+    grad, latent, others = torch.randn(2000), torch.randn(2000), torch.rand(2000) < 0.5
+    units = runs.unit_of(kind)
+    values = grad.double() * latent.double() * (others if hybrid else 1.0)
+    expected = torch.zeros(runs.num_units(kind), dtype=torch.float64)
+    expected.index_add_(0, units[units >= 0], values[units >= 0])
+    sums = ops.unit_sums(runs.patches(kind), grad, latent, others if hybrid else None, len(expected))
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", runs.SLICES)
+def test_units_are_spread_over_their_elements(kind: str) -> None:
+    units, of_element = torch.rand(runs.num_units(kind)) < 0.5, runs.unit_of(kind)
+    for before in (False, True):
+        mask = torch.full((2000,), before)
+        ops.expand_units_(runs.patches(kind), units, mask)
+        assert torch.equal(mask, torch.where(of_element >= 0, units[of_element.clamp(min=0)], torch.tensor(before)))
+
+
+def sample(name: str) -> tuple[Any, ...]:
+    """Arguments of one op."""
+    state = runs.state(2)
+    latent = state["latent"], state["exp_avg"], state["exp_avg_sq"]
+    keys, gates = torch.randint(2**32, (50,)), torch.randint(runs.NUM_GATES, (50,))
+    flags = torch.zeros(2000, dtype=torch.bool)
+    bracket = torch.tensor([[-0.1] * runs.NUM_GATES, [0.1] * runs.NUM_GATES])
+    samples: dict[str, tuple[Any, ...]] = {
+        "adamw_": (latent[0], state["grad"], *latent[1:], runs.ADAM),
+        "masked_adamw_": (runs.table(), state["grad"], state["mask"], *latent, runs.ADAM),
+        "element_adamw_": (runs.table(), *state.values(), runs.ADAM, runs.SCORE_ADAM),
+        "write_masked_": (runs.table(), latent[0], state["mask"], state["hosted"]),
+        "collect_": (runs.table(), state["score"], bracket, state["mask"]),
+        "histogram": (keys, gates, torch.zeros(runs.NUM_GATES, dtype=torch.int64), 24),
+        "unit_sums": (runs.patches("block"), state["grad"], latent[0], state["others"], runs.num_units("block")),
+        "expand_units_": (runs.patches("row"), torch.ones(runs.num_units("row"), dtype=torch.bool), flags),
+    }
+    return samples[name]
+
+
+NAMES = ["adamw_", "masked_adamw_", "element_adamw_", "write_masked_", "collect_", "histogram", "unit_sums"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "expand_units_"])
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(ops, name), sample(name))
+
+
+def test_a_backend_says_all_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = ops.reasons(torch.device("cuda", 0))
+    assert said == ["triton is not installed: pip install triton", "torch finds no CUDA device"]
+    ops.runs_on_triton.cache_clear()
+    with pytest.warns(UserWarning, match="without its fused kernels: triton is not installed.*; torch finds no CUDA"):
+        assert ops.row_size(torch.device("cuda", 0)) > 1 << 60
+    assert ops.row_size(torch.device("cpu")) == CPU_BLOCK
+    ops.runs_on_triton.cache_clear()
+
+
+def test_a_dtype_that_no_kernel_takes_is_a_reason() -> None:
+    said = ops.reasons(torch.device("cpu"), {torch.float32, torch.float16, torch.float64})
+    assert said[-3:] == [
+        "the tensors are on cpu, not on a CUDA device",
+        "torch.float16 is not supported",
+        "torch.float64 is not supported",
+    ]

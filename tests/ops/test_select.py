@@ -9,7 +9,8 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.oracle import top_k
-from leap_dist.ops.select import Run, Selector, _to_keys, _to_scores
+from leap_dist.ops.reference import run_table
+from leap_dist.ops.select import Runs, Selector, _to_keys, _to_scores
 from tests.ranks import RankPools
 
 SIZES = [1, 2, 1001, 5000]
@@ -43,6 +44,11 @@ def pieces(size: int, world: int, split: str) -> list[list[tuple[int, int]]]:
     return [[(edges[r], edges[r + 1])] if edges[r] < edges[r + 1] else [] for r in range(world)]
 
 
+def one_run(gate: int, scores: Tensor, place: int) -> Runs:
+    """One fragment as a buffer of its own, in rows of odd length."""
+    return Runs(scores, torch.ones_like(scores, dtype=torch.bool), run_table([(0, len(scores), gate, place)], 777))
+
+
 def select_everywhere(kind: str, split: str) -> bool:
     """On every rank: do the masks of its runs equal those of a full sort, at every step?"""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -54,9 +60,10 @@ def select_everywhere(kind: str, split: str) -> bool:
     for step in range(6):
         scores = scores_at(step, kind)
         local = [entry for entry in table if entry in mine]
-        runs = [Run(g, scores[g][a:b], table.index((g, a, b))) for g, a, b in local]
+        runs = [one_run(g, scores[g][a:b].clone(), table.index((g, a, b))) for g, a, b in local]
         keep = [max(1, int(n * (0.9 - 0.15 * step))) for n in SIZES]
-        masks = selector.masks(runs, keep)
+        selector.masks_(runs, keep)
+        masks = [run.mask for run in runs]
         expected = [top_k(s, k) for s, k in zip(scores, keep, strict=True)]
         if not all(torch.equal(m, expected[g][a:b]) for m, (g, a, b) in zip(masks, local, strict=True)):
             return False
@@ -70,6 +77,41 @@ def test_masks_equal_a_full_sort(ranks: RankPools, world: int, split: str, kind:
     assert ranks(world).run(select_everywhere, kind, split) == [True] * world
 
 
+@pytest.mark.parametrize("size", [1, 3, 100, 10**6])
+def test_one_buffer_of_many_gates_and_a_gap(size: int) -> None:
+    """Several gates in one buffer, two fragments of one gate in it, cut to rows of any size; the gap is left alone."""
+    scores = (torch.randn(900, generator=torch.Generator().manual_seed(3)) * 3).round()
+    parts = [(0, 300, 1, 1), (310, 290, 0, 0), (600, 300, 1, 2)]  # offset, length, gate, place
+    mask = torch.ones(900, dtype=torch.bool)
+    selector = Selector([290, 600], [0, 1, 1], Communicator())
+    for keep in ([10, 599], [200, 30], [290, 1]):
+        selector.masks_([Runs(scores, mask, run_table(parts, size))], keep)
+        second = torch.cat([scores[:300], scores[600:]])
+        assert torch.equal(mask[310:600], top_k(scores[310:600], keep[0]))
+        assert torch.equal(torch.cat([mask[:300], mask[600:]]), top_k(second, keep[1]))
+        assert mask[300:310].all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "infinite", "few values"])
+@pytest.mark.parametrize("keep", [1, 12_345, 99_999, 100_000])
+def test_a_large_gate_is_aimed_at_first(kind: str, keep: int) -> None:
+    scores = torch.randn(100_000, generator=torch.Generator().manual_seed(5))
+    kinds = {
+        "normal": scores,
+        "ties": scores.round(),
+        "zeros": torch.zeros_like(scores),
+        "infinite": torch.where(scores > 1, float("inf"), scores),
+        "few values": (torch.arange(100_000) % 64).float(),  # in step with the sample: it sees one value
+    }
+    run = one_run(0, kinds[kind].clone(), 0)
+    Selector([100_000], [0], Communicator()).masks_([run], [keep])
+    assert torch.equal(run.mask, top_k(kinds[kind], keep))
+
+
+def test_masks_equal_a_full_sort_on_five_ranks(ranks: RankPools) -> None:
+    assert ranks(5).run(select_everywhere, "ties", "cards") == [True] * 5
+
+
 def collectives_of_a_step(num_gates: int, num_units: int) -> int:
     """Collectives of a selection whose brackets hold."""
     communicator = Communicator(torch.distributed.group.WORLD)
@@ -81,7 +123,7 @@ def collectives_of_a_step(num_gates: int, num_units: int) -> int:
     before = 0
     for _ in range(3):
         before = communicator.num_collectives
-        selector.masks([Run(g, s, 2 * g + rank) for g, s in enumerate(scores)], [num_units] * num_gates)
+        selector.masks_([one_run(g, s, 2 * g + rank) for g, s in enumerate(scores)], [num_units] * num_gates)
     return communicator.num_collectives - before
 
 
@@ -95,7 +137,7 @@ def test_nan_scores_are_an_error() -> None:
     scores = torch.randn(10)
     scores[3] = float("nan")
     with pytest.raises(FloatingPointError, match=r"gates \[0\] hold NaN"):
-        Selector([10], [0], Communicator()).masks([Run(0, scores, 0)], [10])
+        Selector([10], [0], Communicator()).masks_([one_run(0, scores, 0)], [10])
 
 
 def test_keys_keep_the_order_of_scores() -> None:

@@ -1,0 +1,103 @@
+"""The ops by device: PyTorch custom ops of namespace `leap_dist`, plain torch everywhere, Triton where it can run.
+
+Each op has one plain-torch definition (reference.py, units.py); kernels.py and
+unit_kernels.py have the Triton versions, of the same signatures.
+"""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leap_dist.ops import reference, units
+
+NAMESPACE = "leap_dist"
+GPU_ROW = 4096  # elements of one Triton program
+DTYPES = {torch.float32, torch.bfloat16, torch.bool, torch.int64}  # of the tensors that the kernels take
+CAPABILITY = (7, 0)  # of the oldest GPUs that Triton compiles for
+
+
+def reasons(device: torch.device, dtypes: Set[torch.dtype] = frozenset()) -> list[str]:
+    """Every reason why the Triton kernels cannot run on tensors of a device and these dtypes; empty if they can."""
+    found = []
+    if importlib.util.find_spec("triton") is None:
+        found.append("triton is not installed: pip install triton")
+    if device.type != "cuda":
+        found.append(f"the tensors are on {device.type}, not on a CUDA device")
+    elif not torch.cuda.is_available():
+        found.append("torch finds no CUDA device")
+    elif (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        found.append(f"the GPU has compute capability {capability}, less than {CAPABILITY}")
+    return found + [f"{dtype} is not supported" for dtype in sorted(dtypes - DTYPES, key=str)]
+
+
+@functools.cache
+def runs_on_triton(device: torch.device, dtypes: frozenset[torch.dtype] = frozenset()) -> bool:
+    """Whether the Triton kernels can run; a GPU on which they cannot is told of once, with all reasons."""
+    found = reasons(device, dtypes)
+    if found and device.type == "cuda":
+        warnings.warn(f"LEAP runs on {device} without its fused kernels: {'; '.join(found)}", stacklevel=2)
+    return not found
+
+
+def row_size(device: torch.device) -> int:
+    """Elements of one row of a table of runs on a device."""
+    if device.type == "cpu":
+        return reference.CPU_BLOCK
+    return GPU_ROW if runs_on_triton(device) else 1 << 62
+
+
+def _register(plain: Callable[..., Any], mutates: Sequence[str], fake: Callable[..., Any]) -> Any:
+    """A custom op from its plain definition; on CUDA the function of the same name in (unit_)kernels.py."""
+    name = plain.__name__
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", plain, mutates_args=tuple(mutates))
+    op.register_fake(fake)
+
+    def on_cuda(*arguments: Any) -> Any:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        device = next(tensor.device for tensor in tensors if tensor.is_cuda)
+        if not runs_on_triton(device, frozenset(tensor.dtype for tensor in tensors)):
+            return plain(*arguments)
+        from leap_dist.ops import kernels, unit_kernels
+
+        return getattr(unit_kernels if plain.__module__ == units.__name__ else kernels, name)(*arguments)
+
+    op.register_kernel("cuda")(on_cuda)
+    return op
+
+
+def _nothing(*arguments: Any) -> None:
+    """In-place ops return nothing."""
+
+
+def _fake_element(table: Tensor, grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty(len(table), dtype=torch.float64)
+
+
+def _fake_collect(table: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return table.new_empty(len(table), 2), table.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+def _fake_histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> Tensor:
+    return keys.new_empty(len(prefix), 1 << reference.DIGIT_BITS)
+
+
+def _fake_sums(patches: Tensor, grad: Tensor, latent: Tensor, others: Tensor | None, num_units: int) -> Tensor:
+    return grad.new_empty(num_units, dtype=torch.float64)
+
+
+LATENT_STATE = ("latent", "exp_avg", "exp_avg_sq")
+SCORE_STATE = ("score", "score_exp_avg", "score_exp_avg_sq")
+
+adamw_ = _register(reference.adamw_, ("weight", "exp_avg", "exp_avg_sq"), _nothing)
+masked_adamw_ = _register(reference.masked_adamw_, LATENT_STATE, _nothing)
+element_adamw_ = _register(reference.element_adamw_, LATENT_STATE + SCORE_STATE, _fake_element)
+write_masked_ = _register(reference.write_masked_, ("hosted",), _nothing)
+collect_ = _register(reference.collect_, ("mask",), _fake_collect)
+histogram = _register(reference.histogram, (), _fake_histogram)
+unit_sums = _register(units.unit_sums, (), _fake_sums)
+expand_units_ = _register(units.expand_units_, ("mask",), _nothing)

@@ -1,0 +1,265 @@
+"""Triton versions of the ops, of the signatures of their plain definitions in reference.py and units.py.
+
+A program works on one row of a table (runs of at most dispatch.GPU_ROW elements), reads each operand once and writes
+it once; offsets are int64. Nothing depends on the order of programs: a row's sums go to a place of its own and are
+added up in the order of the rows, and only integers are added atomically. No GPU has run these kernels yet, so BLOCK
+and the tiles are not tuned: they are checked by Triton's interpreter on the CPU, against float64.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from leap_dist.ops.reference import DIGIT_BITS, Adam
+
+BLOCK = 1024
+EXACT = {"enable_fp_fusion": False}  # no FMAs: an update with a mask of ones has the bits of the plain one
+
+
+def _scalars(values: Sequence[float]) -> tuple[float, ...]:
+    """(decay, lerp, beta2, rest2, root2, eps, rate) of `_adamw`, rounded once, from double."""
+    adam = Adam(*values)
+    correction1, correction2 = 1 - adam.beta1**adam.step, 1 - adam.beta2**adam.step
+    decay = 1 - adam.lr * adam.weight_decay
+    rest = 1 - adam.beta1, adam.beta2, 1 - adam.beta2, math.sqrt(correction2), adam.eps, adam.lr / correction1
+    return decay, *rest
+
+
+@triton.jit
+def _adamw(weight, grad, exp_avg, exp_avg_sq, lerp, beta2, rest2, root2, eps, rate):  # type: ignore[no-untyped-def]
+    """m += (1 - b1) (g - m); v = b2 v + (1 - b2) g g; w -= rate m / (sqrt(v) / root2 + eps), fp32 of shape (BLOCK,)."""
+    exp_avg += lerp * (grad - exp_avg)
+    exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
+    denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), root2) + eps
+    return weight - tl.div_rn(rate * exp_avg, denominator), exp_avg, exp_avg_sq
+
+
+@triton.jit
+def _load(pointer, at, inside):  # type: ignore[no-untyped-def]
+    """fp32 values, 0 outside."""
+    return tl.load(pointer + at, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _plain_kernel(  # type: ignore[no-untyped-def]
+    weight, grad, exp_avg, exp_avg_sq, numel, decay, lerp, beta2, rest2, root2, eps, rate, BLOCK: tl.constexpr
+):
+    """AdamW on `numel` elements, BLOCK a program."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    w, m, v = _adamw(
+        _load(weight, at, inside) * decay, _load(grad, at, inside), _load(exp_avg, at, inside),
+        _load(exp_avg_sq, at, inside), lerp, beta2, rest2, root2, eps, rate
+    )  # fmt: skip
+    tl.store(weight + at, w, mask=inside)
+    tl.store(exp_avg + at, m, mask=inside)
+    tl.store(exp_avg_sq + at, v, mask=inside)
+
+
+@triton.jit
+def _update_kernel(  # type: ignore[no-untyped-def]
+    table, grad, hosted, mask, others, latent, exp_avg, exp_avg_sq, score, score_exp_avg, score_exp_avg_sq, sigma,
+    decay, lerp, beta2, rest2, root2, eps, rate, s_lerp, s_beta2, s_rest2, s_root2, s_eps, s_rate,
+    SCORES: tl.constexpr, OTHERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of latent weights, dL/dW = G * M; with SCORES also dL/dS = G * W * others and sum G * (W * M)."""
+    row = tl.program_id(0).to(tl.int64)
+    offset, length = tl.load(table + 4 * row), tl.load(table + 4 * row + 1)
+    decay = tl.where(tl.load(table + 4 * row + 3) != 0, decay, 1.0)
+    total = tl.zeros((1,), dtype=tl.float64)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < length
+        at += offset
+        g, w = _load(grad, at, inside), _load(latent, at, inside)
+        if SCORES:
+            total += tl.sum(g * _load(hosted, at, inside), 0).to(tl.float64)
+            gradient = g * w
+            if OTHERS:
+                gradient *= _load(others, at, inside)
+            s, sm, sv = _adamw(
+                _load(score, at, inside), gradient, _load(score_exp_avg, at, inside),
+                _load(score_exp_avg_sq, at, inside), s_lerp, s_beta2, s_rest2, s_root2, s_eps, s_rate
+            )  # fmt: skip
+            tl.store(score + at, s, mask=inside)
+            tl.store(score_exp_avg + at, sm, mask=inside)
+            tl.store(score_exp_avg_sq + at, sv, mask=inside)
+        w, m, v = _adamw(
+            w * decay, g * _load(mask, at, inside), _load(exp_avg, at, inside), _load(exp_avg_sq, at, inside),
+            lerp, beta2, rest2, root2, eps, rate
+        )  # fmt: skip
+        tl.store(latent + at, w, mask=inside)
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
+    if SCORES:
+        tl.store(sigma + row + tl.arange(0, 1), total)
+
+
+@triton.jit
+def _write_kernel(table, latent, mask, hosted, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """hosted = W * M on one row."""
+    row = tl.program_id(0).to(tl.int64)
+    offset, length = tl.load(table + 4 * row), tl.load(table + 4 * row + 1)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < length
+        at += offset
+        tl.store(hosted + at, _load(latent, at, inside) * _load(mask, at, inside), mask=inside)
+
+
+@triton.jit
+def _count_kernel(table, scores, bracket, counts, num_gates, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(above, inside) the bracket on one row."""
+    row = tl.program_id(0).to(tl.int64)
+    offset, length, gate = tl.load(table + 4 * row), tl.load(table + 4 * row + 1), tl.load(table + 4 * row + 2)
+    low, high = tl.load(bracket + gate), tl.load(bracket + num_gates + gate)
+    num_above, num_inside = tl.zeros((1,), dtype=tl.int64), tl.zeros((1,), dtype=tl.int64)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        within = at < length
+        s = tl.load(scores + offset + at, mask=within, other=float("nan"))
+        num_above += tl.sum((s > high).to(tl.int32), 0)
+        num_inside += tl.sum(((s >= low) & (s <= high)).to(tl.int32), 0)
+    tl.store(counts + 2 * row + tl.arange(0, 1), num_above)
+    tl.store(counts + 2 * row + 1 + tl.arange(0, 1), num_inside)
+
+
+@triton.jit
+def _collect_kernel(  # type: ignore[no-untyped-def]
+    table, scores, bracket, firsts, mask, places, num_gates, BLOCK: tl.constexpr
+):
+    """mask = score >= low on one row, and the places of the scores inside, from firsts[row] on."""
+    row = tl.program_id(0).to(tl.int64)
+    offset, length, gate = tl.load(table + 4 * row), tl.load(table + 4 * row + 1), tl.load(table + 4 * row + 2)
+    low, high = tl.load(bracket + gate), tl.load(bracket + num_gates + gate)
+    first = tl.load(firsts + row)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        within = at < length
+        at += offset
+        s = tl.load(scores + at, mask=within, other=float("nan"))
+        tl.store(mask + at, (s >= low).to(tl.int8), mask=within)
+        inside = (s >= low) & (s <= high)
+        number = tl.cumsum(inside.to(tl.int32), 0)
+        tl.store(places + first + number - 1, at, mask=inside)
+        first += tl.sum(inside.to(tl.int32), 0)
+
+
+@triton.jit
+def _histogram_kernel(  # type: ignore[no-untyped-def]
+    keys, gates, prefix, counts, numel, shift, DIGIT_BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Digits of BLOCK keys; only integers are added atomically, so that the order does not matter."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    heads = tl.load(keys + at, mask=inside, other=0) >> shift
+    gate = tl.load(gates + at, mask=inside, other=0)
+    inside &= (heads >> DIGIT_BITS) == tl.load(prefix + gate, mask=inside, other=-1)
+    digit = heads & ((1 << DIGIT_BITS) - 1)
+    tl.atomic_add(counts + (gate << DIGIT_BITS) + digit, tl.full((BLOCK,), 1, tl.int64), mask=inside)
+
+
+def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Sequence[float]) -> None:
+    """As reference.adamw_."""
+    if numel := weight.numel():
+        grid = (triton.cdiv(numel, BLOCK),)
+        _plain_kernel[grid](weight, grad, exp_avg, exp_avg_sq, numel, *_scalars(adam), BLOCK=BLOCK, **EXACT)
+
+
+def masked_adamw_(
+    table: Tensor,
+    grad: Tensor,
+    mask: Tensor,
+    latent: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    adam: Sequence[float],
+) -> None:
+    """As reference.masked_adamw_."""
+    states = (latent, exp_avg, exp_avg_sq)
+    _update(table, grad, grad, mask, None, states, states, grad, adam, adam, scores=False)
+
+
+def element_adamw_(
+    table: Tensor,
+    grad: Tensor,
+    hosted: Tensor,
+    mask: Tensor,
+    others: Tensor | None,
+    latent: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    score: Tensor,
+    score_exp_avg: Tensor,
+    score_exp_avg_sq: Tensor,
+    adam: Sequence[float],
+    score_adam: Sequence[float],
+) -> Tensor:
+    """As reference.element_adamw_."""
+    sigma = torch.empty(len(table), dtype=torch.float64, device=grad.device)
+    states, scores = (latent, exp_avg, exp_avg_sq), (score, score_exp_avg, score_exp_avg_sq)
+    _update(table, grad, hosted, mask, others, states, scores, sigma, adam, score_adam, scores=True)
+    return sigma
+
+
+def _update(
+    table: Tensor,
+    grad: Tensor,
+    hosted: Tensor,
+    mask: Tensor,
+    others: Tensor | None,
+    states: tuple[Tensor, ...],
+    score_states: tuple[Tensor, ...],
+    sigma: Tensor,
+    adam: Sequence[float],
+    score_adam: Sequence[float],
+    **flags: bool,
+) -> None:
+    if len(table):
+        known = _bytes(mask if others is None else others)
+        tensors: tuple[Any, ...] = (table, grad, hosted, _bytes(mask), known, *states, *score_states, sigma)
+        scalars = (*_scalars(adam), *_scalars(score_adam)[1:])
+        _update_kernel[(len(table),)](
+            *tensors, *scalars, SCORES=flags["scores"], OTHERS=others is not None, BLOCK=BLOCK, **EXACT
+        )
+
+
+def write_masked_(table: Tensor, latent: Tensor, mask: Tensor, hosted: Tensor) -> None:
+    """As reference.write_masked_."""
+    if len(table):
+        _write_kernel[(len(table),)](table, latent, _bytes(mask), hosted, BLOCK=BLOCK, **EXACT)
+
+
+def collect_(table: Tensor, scores: Tensor, bracket: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As reference.collect_. The number of candidates is read back: one host sync."""
+    counts = torch.empty(len(table), 2, dtype=torch.int64, device=scores.device)
+    if not len(table):
+        return counts, counts.new_empty(0)
+    num_gates = bracket.shape[1]
+    _count_kernel[(len(table),)](table, scores, bracket, counts, num_gates, BLOCK=BLOCK, **EXACT)
+    stops = counts[:, 1].cumsum(0)
+    places = counts.new_empty(int(stops[-1]))
+    firsts = stops - counts[:, 1]
+    _collect_kernel[(len(table),)](
+        table, scores, bracket, firsts, _bytes(mask), places, num_gates, BLOCK=BLOCK, **EXACT
+    )
+    return counts, places
+
+
+def histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> Tensor:
+    """As reference.histogram."""
+    counts = keys.new_zeros(len(prefix), 1 << DIGIT_BITS)
+    if numel := keys.numel():
+        grid = (triton.cdiv(numel, BLOCK),)
+        _histogram_kernel[grid](keys, gates, prefix, counts, numel, shift, DIGIT_BITS=DIGIT_BITS, BLOCK=BLOCK, **EXACT)
+    return counts
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    """A bool mask as bytes, which Triton loads and stores."""
+    return mask.view(torch.uint8)

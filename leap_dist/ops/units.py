@@ -1,0 +1,60 @@
+"""Structured gates over flat partitions: sums over units, and masks of units spread over their elements.
+
+A patch is the part of a fragment that one slice of a gate covers (core/gates.py): a run of elements of a tensor, seen
+as a matrix, and the region of that matrix that is cut into blocks, each of which belongs to one unit.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from leap_dist.core.fragments import Fragment, add_unit_sums_, expand_units
+from leap_dist.core.gates import Slice
+from leap_dist.ops.reference import blocks
+
+# Columns of a table of patches, int64: where the run starts in the flat partition and in its tensor, its length; the
+# matrix; the region; the blocks; the place of the first unit in the vector of all structured units.
+OFFSET, START, LENGTH, ROWS, COLS, TOP, NUM_ROWS, LEFT, NUM_COLS, BLOCK_ROWS, BLOCK_COLS, FIRST_UNIT = range(12)
+
+
+def patch_table(covered: Sequence[tuple[Fragment, Slice, int]]) -> Tensor:
+    """A row for every (fragment, slice, place of the gate's first unit), int64 of shape (patches, 12), on the CPU."""
+    rows = [
+        (f.offset, f.start, f.length, s.rows, s.cols, *s.bounds, s.block_rows, s.block_cols, first + s.first_unit)
+        for f, s, first in covered
+    ]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 12)
+
+
+def patches_of(patches: Tensor) -> Iterator[tuple[int, int, int, Slice]]:
+    """(offset, start, length, slice) of every row; the slice counts its units in the joint vector."""
+    for offset, start, length, rows, cols, top, num_rows, left, num_cols, height, width, first in patches.tolist():
+        part = Slice("", rows, cols, height, width, first_unit=first, region=(top, num_rows, left, num_cols))
+        yield offset, start, length, part
+
+
+def unit_sums(patches: Tensor, grad: Tensor, latent: Tensor, others: Tensor | None, num_units: int) -> Tensor:
+    """dL/dS_u = sum_{i in u} G_i W_i prod_{g' != g} M_g',i of all structured units, float64 of shape (num_units,).
+
+    others: the product of the other gates' masks, bool (None: all ones); grad, latent, others are flat.
+    """
+    sums = torch.zeros(num_units, dtype=torch.float64, device=grad.device)
+    for offset, start, length, part in patches_of(patches):
+        for b in blocks(length, grad.device):
+            run = slice(offset + b.start, offset + b.stop)
+            values = grad[run] * latent[run]
+            if others is not None:
+                values *= others[run]
+            add_unit_sums_(sums, values, start + b.start, part)
+    return sums
+
+
+def expand_units_(patches: Tensor, units: Tensor, mask: Tensor) -> None:
+    """mask_i = units_u for the unit u that covers element i.
+
+    units: bool, (num_units,), of all structured gates; mask: bool, flat.
+    """
+    for offset, start, length, part in patches_of(patches):
+        for b in blocks(length, mask.device):
+            expand_units(units, mask[offset + b.start : offset + b.stop], start + b.start, part)

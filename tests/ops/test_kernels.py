@@ -1,0 +1,212 @@
+"""The Triton kernels in Triton's interpreter on the CPU, against float64: no GPU is needed, and none has run them.
+
+The interpreter is chosen by an environment variable when triton is imported, so that the checks run in a process of
+their own; in this file `check_*` are run there, and every one is a test here.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leap_dist.ops import reference, units
+from leap_dist.ops.reference import Adam
+from tests.ops import runs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def check_plain_update() -> None:
+    from leap_dist.ops import kernels
+
+    for size in (0, 1, 1023, 1025):
+        weight, grad, exp_avg, exp_avg_sq = torch.randn(size), torch.randn(size), torch.randn(size), torch.rand(size)
+        exact = [tensor.double() for tensor in (weight, grad, exp_avg, exp_avg_sq)]
+        reference.adamw_(*exact, runs.ADAM)
+        kernels.adamw_(weight, grad, exp_avg, exp_avg_sq, runs.ADAM)
+        for got, expected in zip((weight, exp_avg, exp_avg_sq), (exact[0], *exact[2:]), strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def check_element_update() -> None:
+    from leap_dist.ops import kernels
+
+    for moments, hybrid in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
+        arguments = runs.state(1, moments)
+        arguments["others"] = arguments["others"] if hybrid else None
+        exact, sigma = runs.expected(arguments)
+        table = runs.table()
+        partial = kernels.element_adamw_(table, *arguments.values(), runs.ADAM, runs.SCORE_ADAM)
+        for key, value in exact.items():
+            rtol, atol = (1e-2, 1e-4) if arguments[key].dtype == torch.bfloat16 else (1e-5, 1e-6)
+            torch.testing.assert_close(arguments[key].double(), value, rtol=rtol, atol=atol)
+        by_gate = torch.zeros_like(sigma).index_add_(0, table[:, reference.GATE], partial)
+        torch.testing.assert_close(by_gate, sigma, rtol=1e-5, atol=1e-4)
+
+
+def check_any_cut_gives_the_same_bits() -> None:
+    from leap_dist.ops import kernels
+
+    whole, cut = runs.state(0), runs.state(0)
+    kernels.element_adamw_(runs.table(4096), *whole.values(), runs.ADAM, runs.SCORE_ADAM)
+    kernels.element_adamw_(runs.table(333), *cut.values(), runs.ADAM, runs.SCORE_ADAM)
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def check_the_masked_update_is_that_of_the_element_update() -> None:
+    from leap_dist.ops import kernels
+
+    whole, other = runs.state(0), runs.state(0)
+    kernels.element_adamw_(runs.table(), *whole.values(), runs.ADAM, runs.SCORE_ADAM)
+    latent = other["latent"], other["exp_avg"], other["exp_avg_sq"]
+    kernels.masked_adamw_(runs.table(), other["grad"], other["mask"], *latent, runs.ADAM)
+    assert all(torch.equal(whole[key], other[key]) for key in ("latent", "exp_avg", "exp_avg_sq"))
+
+
+def check_without_pruning_it_is_the_plain_update() -> None:
+    from leap_dist.ops import kernels
+
+    table = reference.run_table([(0, runs.NUMEL, 0, 1)], 700)
+    ones = torch.ones(runs.NUMEL, dtype=torch.bool)
+    masked, plain = runs.state(0), runs.state(0)
+    for step in range(1, 4):
+        adam = Adam(*runs.ADAM)._replace(step=step)
+        kernels.masked_adamw_(table, masked["grad"], ones, *_latent(masked), adam)
+        weight, *moments = _latent(plain)
+        kernels.adamw_(weight, plain["grad"], *moments, adam)
+    assert all(torch.equal(a, b) for a, b in zip(_latent(masked), _latent(plain), strict=True))
+
+
+def _latent(state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return state["latent"], state["exp_avg"], state["exp_avg_sq"]
+
+
+def check_masked_write() -> None:
+    from leap_dist.ops import kernels
+
+    for dtype in (torch.float32, torch.bfloat16):
+        latent, mask = torch.randn(runs.NUMEL), torch.rand(runs.NUMEL) < 0.5
+        hosted = torch.full((runs.NUMEL,), float("nan"), dtype=dtype)
+        kernels.write_masked_(runs.table(), latent, mask, hosted)
+        inside = runs.covered()
+        got, expected = hosted[inside].float(), (latent * mask)[inside]
+        # the interpreter cuts fp32 to bf16 where a GPU rounds: up to 2^-7 of the value instead of 2^-8
+        rtol = 2.0**-7 if dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=0.0)
+        assert hosted[~inside].isnan().all()
+
+
+def check_collect() -> None:
+    from leap_dist.ops import kernels
+
+    scores = torch.randn(runs.NUMEL)
+    scores[[7, 1600]] = torch.tensor([float("nan"), float("inf")])
+    for width in (0.0, 0.1, float("inf")):
+        bracket = torch.tensor([[0.2 - width] * runs.NUM_GATES, [0.2 + width] * runs.NUM_GATES])
+        mask, expected = torch.ones(runs.NUMEL, dtype=torch.bool), torch.ones(runs.NUMEL, dtype=torch.bool)
+        results = kernels.collect_(runs.table(), scores, bracket, mask)
+        plain = reference.collect_(runs.table(), scores, bracket, expected)
+        assert all(torch.equal(a, b) for a, b in zip((*results, mask), (*plain, expected), strict=True))
+    counts, places = kernels.collect_(torch.empty(0, 4, dtype=torch.int64), scores, bracket, mask)
+    assert counts.shape == (0, 2) and places.shape == (0,)
+
+
+def check_histogram() -> None:
+    from leap_dist.ops import kernels
+
+    for num in (0, 1, 2000):
+        keys, gates = torch.randint(2**32, (num,)), torch.randint(3, (num,))
+        for shift, prefix in ((24, [0, 0, 0]), (16, [0, 1, 255]), (0, [0, 2**23, 2**24 - 1])):
+            arguments = keys, gates, torch.tensor(prefix), shift
+            assert torch.equal(kernels.histogram(*arguments), reference.histogram(*arguments))
+
+
+def check_unit_sums() -> None:
+    from leap_dist.ops import unit_kernels
+
+    grad, latent, others = torch.randn(2000), torch.randn(2000), torch.rand(2000) < 0.5
+    for kind in runs.SLICES:
+        of_element = runs.unit_of(kind)
+        inside = of_element >= 0
+        for mask in (None, others):
+            values = grad.double() * latent.double() * (1.0 if mask is None else mask)
+            expected = torch.zeros(runs.num_units(kind), dtype=torch.float64)
+            expected.index_add_(0, of_element[inside], values[inside])
+            sums = unit_kernels.unit_sums(runs.patches(kind), grad, latent, mask, len(expected))
+            torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5, msg=kind)
+    together = torch.cat([runs.patches(kind) for kind in runs.SLICES])
+    num = max(runs.num_units(kind) for kind in runs.SLICES)
+    expected = units.unit_sums(together, grad, latent, None, num)
+    torch.testing.assert_close(
+        unit_kernels.unit_sums(together, grad, latent, None, num), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def check_expand_units() -> None:
+    from leap_dist.ops import unit_kernels
+
+    for kind in runs.SLICES:
+        flags, of_element = torch.rand(runs.num_units(kind)) < 0.5, runs.unit_of(kind)
+        for before in (False, True):
+            mask = torch.full((2000,), before)
+            unit_kernels.expand_units_(runs.patches(kind), flags, mask)
+            expected = torch.where(of_element >= 0, flags[of_element.clamp(min=0)], torch.tensor(before))
+            assert torch.equal(mask, expected)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    name: value for name, value in dict(globals()).items() if name.startswith("check_") and inspect.isfunction(value)
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_the_interpreter(name: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    code = f"import torch; torch.manual_seed(0); from tests.ops.test_kernels import CHECKS; CHECKS[{name!r}]()"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To machine code for compute capability 9.0; no GPU is needed for that."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    from leap_dist.ops import kernels, unit_kernels
+
+    fp32, bf16, byte, int64, fp64 = "*fp32", "*bf16", "*u8", "*i64", "*fp64"
+    update = [int64, fp32, fp32, byte, byte, fp32, bf16, bf16, fp32, bf16, bf16, fp64] + 13 * ["fp32"]
+    block, tile = {"BLOCK": kernels.BLOCK}, {"STEPS": 5, "OTHERS": True, "ROWS": 8, "COLS": 64}
+    sources: list[tuple[Any, list[str], dict[str, Any]]] = [
+        (kernels._plain_kernel, 4 * [fp32] + ["i64"] + 7 * ["fp32"], block),
+        (kernels._update_kernel, update, block | {"SCORES": True, "OTHERS": True}),
+        (kernels._update_kernel, update, block | {"SCORES": False, "OTHERS": False}),
+        (kernels._write_kernel, [int64, fp32, byte, bf16], block),
+        (kernels._count_kernel, [int64, fp32, fp32, int64, "i32"], block),
+        (kernels._collect_kernel, [int64, fp32, fp32, int64, byte, int64, "i32"], block),
+        (kernels._histogram_kernel, 4 * [int64] + ["i32", "i32"], block | {"DIGIT_BITS": 8}),
+        (unit_kernels._sum_kernel, [int64, int64, int64, fp32, fp32, byte, fp64], tile),
+        (unit_kernels._fold_kernel, [int64, int64, fp64, fp64, "i32", "i32"], {"FOLD": unit_kernels.FOLD}),
+        (unit_kernels._expand_kernel, [int64, int64, byte, byte], block | {"STEPS": 5}),
+    ]
+    for kernel, types, constants in sources:
+        signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        compiled = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=kernels.EXACT)
+        assert compiled.asm["cubin"]
+
+
+def test_importing_the_package_and_its_ops_does_not_import_triton() -> None:
+    code = "import leap_dist, leap_dist.core.optimizer, sys; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
