@@ -1,7 +1,4 @@
-"""Benchmarks: python launch/bench.py inference RUN [--threads 1 2] [--json]
-
-Exit codes: 0 done; 2 a mistake in the call, or a folder that is not right; 1 a fault of ours.
-"""
+"""Benchmarks: python launch/bench.py overhead [--model FOLDER] | select | scale | inference RUN, each with [--json]"""
 
 import argparse
 import json
@@ -11,53 +8,67 @@ from typing import Any
 
 from leap_dist.errors import UserError
 
+CODES = "Exit codes: 0 done; 2 a mistake in the call, or a folder that is not right; 1 a fault of ours."
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Measure; nothing is reported where a result is wrong.",
-        epilog="Exit codes: 0 done; 2 a mistake in the call, or a folder that is not right; 1 a fault of ours.",
-    )
+    parser = argparse.ArgumentParser(description="Measure; nothing is reported where a result is wrong.", epilog=CODES)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
+    overhead = commands.add_parser("overhead", help="a training step: dense, pruned, and masks in the forward pass")
+    overhead.add_argument("--model", metavar="FOLDER", help="folder or hub id of a model (default: a tiny one)")
+    for name, default, text in (
+        ("batch", 32, "sentences of a rank's batch"),
+        ("length", 64, "tokens of a sentence"),
+        ("stage", 2, "ZeRO stage"),
+        ("ranks", 1, "processes; several have one thread each"),
+        ("steps", 9, "timed steps of each variant"),
+    ):
+        overhead.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    commands.add_parser("select", help="an exact selection: ours against sort, topk and kthvalue")
+    commands.add_parser("scale", help="bytes held and sent against ranks and parameters")
     inference = commands.add_parser("inference", help="a run's model: dense, masked and shrunk; torch and onnxruntime")
     inference.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of launch/prune.py")
     inference.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
-    inference.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    inference.set_defaults(command=bench_inference)
+    for name, command in commands.choices.items():
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+        command.set_defaults(command=name)
     return parser.parse_args()
 
 
-def bench_inference(arguments: argparse.Namespace) -> None:
-    """Latency of a run's models beside their FLOPs."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the benchmark that was asked for."""
+    options = {key: value for key, value in vars(arguments).items() if key not in ("command", "json")}
+    if arguments.command == "overhead":
+        from leap_dist.bench import overhead
+
+        return overhead.bench_overhead(overhead.Setting(**options))
+    if arguments.command == "select":
+        from leap_dist.bench import select
+
+        return select.bench_select()
+    if arguments.command == "scale":
+        from leap_dist.bench import scale
+
+        return scale.bench_scale()
     from leap_dist.export import inference
     from leap_dist.export.run_folder import read_run
 
     if wrong := [count for count in arguments.threads if count < 1]:
         raise UserError(f"--threads: got {wrong[0]}; allowed: integers >= 1")
-    report(inference.bench_inference(read_run(arguments.run), arguments.threads), arguments.json)
-
-
-def report(result: dict[str, Any], as_json: bool) -> None:
-    """Print what was measured, and on which machine."""
-    from leap_dist.train.progress import console, summary_table
-
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    machine = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    cores = f"{machine['cores']} cores, load {machine['load']:.2g} before"
-    for line in (f"{machine['processor']}, {cores}, {machine['system']}", versions, *result["notes"]):
-        console().print(line, markup=False, soft_wrap=True)
-    console().print(f"commit {machine['commit'] or 'unknown'}", markup=False)
-    summary_table(result["times"], title="medians; ratios to dense in the same engine")
+    return inference.bench_inference(read_run(arguments.run), arguments.threads)
 
 
 def main() -> int:
-    """Parse and run; the exit code."""
+    """Parse, measure, report; the exit code."""
     arguments = parse_arguments()
     try:
-        arguments.command(arguments)
+        from leap_dist.bench.processes import stdout_to_stderr
+        from leap_dist.bench.report import print_report
+
+        with stdout_to_stderr():
+            result = measure(arguments)
+        print(json.dumps(result, indent=2)) if arguments.json else print_report(result)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

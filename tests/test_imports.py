@@ -16,7 +16,7 @@ LAYERS = [
     {"core", "ops"},
     {"zero", "models", "tasks"},
     {"train", "export", "tracking"},
-    {"sweep"},
+    {"sweep", "bench"},
 ]
 LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 ONLY_IN = {"deepspeed": "zero", "mlflow": "tracking", "ray": "sweep"}

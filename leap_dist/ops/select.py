@@ -86,6 +86,7 @@ class Selector:
         device: torch.device | None = None,
     ) -> None:
         self._num_units = torch.tensor(num_units, dtype=torch.int64)
+        self._counts = torch.int32 if max(num_units, default=0) < 2**31 else torch.int64  # half the bytes to send
         self._device = device or torch.device("cpu")
         self._fragment_gates = torch.tensor(fragment_gates, dtype=torch.int64, device=self._device)
         self._communicator = communicator
@@ -164,7 +165,7 @@ class Selector:
         """Per gate the need-th largest key, how many of its equals are needed, how many there are."""
         prefix = torch.zeros_like(need)
         for shift in range(32 - DIGIT_BITS, -1, -DIGIT_BITS):
-            histogram = self._communicator.sum_(dispatch.histogram(keys, gates, prefix, shift))
+            histogram = self._communicator.sum_(dispatch.histogram(keys, gates, prefix, shift).to(self._counts)).long()
             at_least = histogram.flip(1).cumsum(1).flip(1)  # keys with this digit or a larger one
             digit = (at_least >= need[:, None]).sum(1) - 1
             equal = histogram.gather(1, digit[:, None]).squeeze(1)

@@ -12,7 +12,7 @@ def host_teacher(model: nn.Module, engine: Any) -> Any:
     model.requires_grad_(False).eval()
     dtype = next(engine.module.parameters()).dtype
     if engine.zero_optimization_stage() < 3:
-        return model.to(device=engine.device, dtype=dtype)  # type: ignore[call-overload]  # dtype is one of torch's
+        return model.to(device=engine.device, dtype=dtype)
     import deepspeed
 
     config = {

@@ -1,0 +1,245 @@
+"""The forecast of a job: what it prunes, what it takes of every rank and of the network, and where it fits.
+
+The model is built on the meta device from its config alone, so that 70 billion parameters need no more than a laptop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from leap_dist.config import JobConfig, ModelConfig
+from leap_dist.core.gates import GatePlan
+from leap_dist.errors import UserError
+from leap_dist.models.load import auto_class, load_config, load_model
+from leap_dist.models.plan import make_plan
+from leap_dist.tasks import lm, needs_tokenizer, squad
+from leap_dist.tasks.base import Problem, Task
+from leap_dist.tasks.glue import GLUE
+from leap_dist.train.progress import console, summary_table
+from leap_dist.zero.budget import Hosting, Memory, Traffic, engine_traffic, leap_traffic, memory, total
+from leap_dist.zero.refusals import check_engine_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GPU = 80 * 10**9  # bytes of the GPU that the forecast counts in
+MOST_RANKS = 2**20
+TWO = ("0", "1")
+PROBLEMS: dict[str, Problem] = dict.fromkeys(squad.NAMES, "question_answering")
+PROBLEMS |= {lm.CAUSAL: "causal_lm", lm.MASKED: "masked_lm"}
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A job's model on the meta device, its gates and its hosting."""
+
+    config: JobConfig
+    model: PreTrainedModel
+    plan: GatePlan
+    hosting: Hosting
+
+    def at(self, ranks: int) -> Forecast:
+        """The same on another number of ranks."""
+        return replace(self, hosting=Hosting.of(self.config.deepspeed, ranks))
+
+    def memory(self, ranks: int, stage: int, dense: bool = False) -> Memory:
+        """Bytes on one rank, with other ranks or another stage."""
+        hosting = Hosting.of(self.config.deepspeed, ranks)
+        return memory(self.model, None if dense else self.plan, hosting.at(stage))
+
+    def gpus(self, stage: int, dense: bool = False) -> int | None:
+        """The fewest GPUs whose memory holds a rank each; None if no number does."""
+        offloads = self.hosting.offloads
+        return fewest(lambda ranks: self.memory(ranks, stage, dense).on_device(offloads) <= GPU)
+
+
+def forecast(config: JobConfig, ranks: int) -> Forecast:
+    """The forecast of a job on so many ranks. Raises UserError for what the job would be refused for."""
+    if ranks < 1:
+        raise UserError(f"--plan: got {ranks}; allowed: a number of ranks >= 1")
+    try:
+        hosting = Hosting.of(config.deepspeed, ranks)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"DeepSpeed's part of the config: a size or count is no number: {error}") from error
+    model = empty_model(config.model, config.data.task)
+    check_engine_config(config.resolved(), model, None, None, None, None)
+    return Forecast(config, model, make_plan(model, config.leap, config.family), hosting)
+
+
+def empty_model(model: ModelConfig, task_name: str) -> PreTrainedModel:
+    """The model that a job would load, on the meta device; of a hub id or folder only the config is read."""
+    task = empty_task(task_name)
+    with torch.device("meta"):
+        if model.from_config is not None:
+            return load_model(model, task)
+        assert model.name is not None
+        return _from_stored_config(model.name, task)
+
+
+def _from_stored_config(name: str, task: Task) -> PreTrainedModel:
+    from huggingface_hub.errors import StrictDataclassError
+
+    config = load_config(name)
+    config.num_labels = task.num_labels
+    try:
+        model: PreTrainedModel = auto_class(task.problem).from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f'model.name: got "{name}"; transformers builds no model from its config: {first}') from error
+    return model
+
+
+def empty_task(name: str) -> Task:
+    """What a model's head depends on of a task; classes that only the data could tell are taken to be two."""
+    needs_tokenizer(name)  # a task that does not exist is an error
+    labels = GLUE[name].label_names if name in GLUE else TWO
+    problem = PROBLEMS.get(name, "single_label_classification" if labels else "regression")
+    labels = () if name in PROBLEMS else labels or ("score",)
+    nothing = cast(Any, None)  # what only a run would call
+    return Task(
+        name=name,
+        num_labels=len(labels) or 2,
+        train=(),
+        validation={},
+        collate=nothing,
+        evaluation=nothing,
+        primary="",
+        problem=problem,
+        label_names=labels,
+    )
+
+
+def fewest(fits: Callable[[int], bool]) -> int | None:
+    """The smallest number of ranks that fits; None beyond MOST_RANKS. What a rank holds falls with their number."""
+    high = 1
+    while not fits(high):
+        high *= 2
+        if high > MOST_RANKS:
+            return None
+    low = high // 2  # does not fit, or is 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+# ---------------------------------------------------------------------------------------------- this machine
+
+
+def machine_memory() -> tuple[str, int, int]:
+    """(what, how many, bytes of each): this machine's GPUs, or its memory as one."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+        return torch.cuda.get_device_name(0), count, smallest
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return "memory", 1, min(physical, int(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no control group, or no limit in it
+        return "memory", 1, physical
+
+
+def fit_line(job: Forecast) -> str:
+    """Whether all ranks fit this machine."""
+    what, count, each = machine_memory()
+    own, ranks = job.memory(job.hosting.ranks, job.hosting.stage), job.hosting.ranks
+    if what == "memory":
+        verdict = "fits" if ranks * own.total <= each else "does not fit"
+        return f"this machine: {verdict}: {as_bytes(ranks * own.total)} for {_ranks(ranks)}, memory {as_bytes(each)}"
+    needed = own.on_device(job.hosting.offloads)
+    verdict = "fits" if needed <= each and ranks <= count else "does not fit"
+    return (
+        f"this machine: {verdict}: {as_bytes(needed)} a rank for {_ranks(ranks)}, {count} x {what} of {as_bytes(each)}"
+    )
+
+
+def gpu_line(job: Forecast) -> str:
+    """How many GPUs the job takes, and at stage 3 where the configured one is another."""
+    stages = dict.fromkeys((job.hosting.stage, 3))
+    counts = [
+        f"stage {stage}: {_count(job.gpus(stage))}, dense {_count(job.gpus(stage, dense=True))}" for stage in stages
+    ]
+    return f"GPUs of {as_bytes(GPU)}, at {'; '.join(counts)}"
+
+
+def _count(gpus: int | None) -> str:
+    return "no number is enough" if gpus is None else str(gpus)
+
+
+# ---------------------------------------------------------------------------------------------- printing
+
+
+def print_forecast(job: Forecast) -> None:
+    """The tables and the verdict."""
+    hosting = job.hosting
+    parameters = sum(p.numel() for p in job.model.parameters())
+    name = job.config.model.name or job.model.config.model_type
+    host = f"ZeRO stage {hosting.stage}, {8 * hosting.width}-bit, {_ranks(hosting.ranks)}"
+    console().print(f"{name}: {parameters:,} parameters, {job.plan.prunable:,} prunable; {host}", markup=False)
+    summary_table(gate_rows(job.plan), title="gates")
+    summary_table(memory_rows(job), title="a rank holds")
+    summary_table(traffic_rows(job), title="a rank sends to collectives in a step")
+    for line in (fit_line(job), gpu_line(job), "activations and communication buffers are not counted"):
+        console().print(line, markup=False, soft_wrap=True)
+
+
+def gate_rows(plan: GatePlan) -> list[Mapping[str, str | float]]:
+    """Gates, units and weights by granularity."""
+    rows: list[Mapping[str, str | float]] = []
+    for kind in dict.fromkeys(gate.granularity for gate in plan.gates):
+        gates = [gate for gate in plan.gates if gate.granularity == kind]
+        units, weights = sum(gate.num_units for gate in gates), sum(gate.num_weights for gate in gates)
+        rows.append({"granularity": kind, "gates": len(gates), "units": f"{units:,}", "weights": f"{weights:,}"})
+    return rows
+
+
+def memory_rows(job: Forecast) -> list[Mapping[str, str | float]]:
+    """Bytes by purpose, dense and with LEAP."""
+    ranks, stage, offloads = job.hosting.ranks, job.hosting.stage, job.hosting.offloads
+    dense, leap = job.memory(ranks, stage, dense=True), job.memory(ranks, stage)
+    own = leap.total - dense.total
+    lines = {
+        "weights": (dense.weights, dense.weights),
+        "gradients": (dense.gradients, dense.gradients),
+        "optimizer state": (dense.state, dense.state),
+        "LEAP's own": (0, own),
+        "total": (dense.total, leap.total),
+    }
+    if offloads:
+        lines["of it on the GPU"] = (dense.on_device(offloads), leap.on_device(offloads))
+    return [{"": name, "dense": as_bytes(a), "LEAP": as_bytes(b)} for name, (a, b) in lines.items()]
+
+
+def traffic_rows(job: Forecast) -> list[Mapping[str, str | float]]:
+    """Collectives and bytes by purpose: DeepSpeed's, then LEAP's with their sum."""
+    engine = engine_traffic(job.model, job.hosting)
+    leap = leap_traffic(job.plan, job.config.leap, job.hosting)
+    own = total(leap, "LEAP in all")
+    rows = [_traffic_row(line) for line in (*engine, *leap, own)]
+    if engine:
+        rows[-1] |= {"bytes": f"{as_bytes(own.bytes)}, {own.bytes / engine[0].bytes:.3%} of the reduction"}
+    return list(rows)
+
+
+def _traffic_row(traffic: Traffic) -> dict[str, str | float]:
+    return {"": traffic.purpose, "collectives": traffic.collectives, "bytes": as_bytes(traffic.bytes)}
+
+
+def as_bytes(count: float) -> str:
+    """Decimal units: 1.23 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"

@@ -1,0 +1,195 @@
+"""Budget: what a job takes of every rank, in memory and in traffic, with and without LEAP.
+
+From shapes alone, so that a model on the meta device will do. Follows DeepSpeed 0.19.8 and the state that LeapAdamW
+makes; activations and the buffers of communication are not counted.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from leap_dist.config import LeapConfig
+from leap_dist.core.gates import GatePlan
+from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, MASK, state_keys
+from leap_dist.ops.select import DIGIT_BITS
+
+FP32, INT32, INT64 = 4, 4, 8  # bytes
+BUCKET = 5 * 10**8  # DeepSpeed's default for both bucket sizes, in elements
+PERSISTENT = 10**5  # parameters of so many elements or fewer are held whole under stage 3, by default
+ALIGNMENT = 2  # stages 1 and 2 pad a group to a multiple of this times the ranks
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """How DeepSpeed hosts a model: stage, ranks, bytes of a hosted number, micro-batches in a step; sizes in elements.
+
+    `offloads` names what is kept in CPU memory: "weights", "state".
+    """
+
+    stage: int
+    ranks: int
+    width: int = FP32
+    accumulation: int = 1
+    reduce_bucket: int = BUCKET
+    gather_bucket: int = BUCKET
+    persistent: int = PERSISTENT
+    offloads: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, deepspeed: Mapping[str, Any], ranks: int) -> "Hosting":
+        """As a job's DeepSpeed keys say."""
+        zero = deepspeed.get("zero_optimization") or {}
+        half = any((deepspeed.get(name) or {}).get("enabled") for name in ("bf16", "fp16"))
+        filled = deepspeed.get("train_batch_size", 1) // (deepspeed["train_micro_batch_size_per_gpu"] * ranks)
+        places = {"weights": "offload_param", "state": "offload_optimizer"}
+        return cls(
+            stage=zero.get("stage", 0),
+            ranks=ranks,
+            width=2 if half else FP32,
+            accumulation=deepspeed.get("gradient_accumulation_steps", max(1, filled)),
+            reduce_bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+            gather_bucket=int(zero.get("allgather_bucket_size", BUCKET)),
+            persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
+            offloads=frozenset(name for name, key in places.items() if (zero.get(key) or {}).get("device") == "cpu"),
+        )
+
+    def at(self, stage: int) -> "Hosting":
+        """The same under another stage."""
+        return replace(self, stage=stage)
+
+    def shard(self, sizes: Iterable[int]) -> int:
+        """Elements that a rank holds of one parameter group, padding included."""
+        if self.stage == 3:
+            return sum(-(-size // self.ranks) for size in sizes)
+        total = sum(sizes)
+        return total if self.stage == 0 else -(-total // (ALIGNMENT * self.ranks)) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. gradients: at the step; state: fp32 masters and Adam's moments; extra: LEAP's own state."""
+
+    weights: int
+    gradients: int
+    state: int
+    extra: int = 0
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.weights + self.gradients + self.state + self.extra
+
+    def on_device(self, offloads: frozenset[str]) -> int:
+        """What is left on the device where some of it is kept in CPU memory."""
+        weights = 0 if "weights" in offloads else self.weights
+        return weights + (self.gradients if "state" in offloads else self.total - self.weights)
+
+
+def parameter_groups(model: nn.Module, plan: GatePlan | None) -> list[list[int]]:
+    """Sizes of the trained parameters, in the engine's groups: gated with the gates' own, matrices, vectors."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    covers = plan.covers if plan else {}
+    gated = [p.numel() for name, p in trained if name in covers]
+    rest = [p for name, p in trained if name not in covers]
+    own = [size for size in (len(plan.gates), plan.num_structured_units) if size] if plan else []
+    groups = [gated + own, [p.numel() for p in rest if p.dim() >= 2], [p.numel() for p in rest if p.dim() < 2]]
+    return [group for group in groups if group]
+
+
+def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting) -> Memory:
+    """Bytes that one rank holds; without a plan, of the same job with dense AdamW."""
+    groups = parameter_groups(model, plan)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    numel, shard = sum(map(sum, groups)), sum(map(hosting.shard, groups))
+    if hosting.stage == 3:
+        whole = sum(size for group in groups for size in group if size <= hosting.persistent)
+        weights = (shard + whole + -(-frozen // hosting.ranks)) * hosting.width
+    else:
+        weights = (numel + frozen) * hosting.width
+    if hosting.stage == 0:
+        gradients, state = numel * FP32, 2 * numel * FP32
+    else:
+        held = numel if hosting.stage == 1 else shard
+        gradients = held * hosting.width + max(map(hosting.shard, groups)) * FP32  # fp32 for the group that steps
+        state = 3 * shard * FP32
+    return Memory(weights, gradients, state, _extra(groups[0], plan, hosting) if plan and plan.gates else 0)
+
+
+def _extra(gated: list[int], plan: GatePlan, hosting: Hosting) -> int:
+    """Bytes of the state that LEAP adds to Adam's, on the flat partition of the gated group."""
+    own = len(plan.gates) + plan.num_structured_units  # without partitions these are buffers of their own
+    elements = sum(gated) - own if hosting.stage == 0 else hosting.shard(gated)
+    keys = [key for key in state_keys(plan) if key not in (EXP_AVG, EXP_AVG_SQ)]
+    return elements * sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
+
+
+# ---------------------------------------------------------------------------------------------- traffic
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one optimizer step for one purpose, and the bytes that a rank hands to them."""
+
+    purpose: str
+    collectives: int
+    bytes: int
+
+
+def engine_traffic(model: nn.Module, hosting: Hosting) -> list[Traffic]:
+    """DeepSpeed's own, with dense AdamW: gradients reduced, weights gathered. Counts are of full buckets."""
+    if hosting.ranks == 1:
+        return []
+    sizes = [size for group in parameter_groups(model, None) for size in group]
+    numel, accumulation = sum(sizes), hosting.accumulation if hosting.stage >= 2 else 1
+    reduced = Traffic(
+        "gradients reduced", accumulation * -(-numel // hosting.reduce_bucket), accumulation * numel * hosting.width
+    )
+    if hosting.stage == 0:
+        return [reduced]
+    if hosting.stage < 3:
+        return [reduced, Traffic("weights gathered", -(-numel // hosting.gather_bucket), numel * hosting.width)]
+    passed = 2 * accumulation  # for the forward and for the backward pass
+    split = [size for size in sizes if size > hosting.persistent]
+    kept = numel - sum(split)
+    gathered = Traffic("weights gathered", passed * len(split) + 1, (passed * sum(split) + kept) * hosting.width)
+    return [reduced, gathered]
+
+
+def leap_traffic(plan: GatePlan, config: LeapConfig, hosting: Hosting) -> list[Traffic]:
+    """LEAP's own in a step of the prune phase, where every bracket holds the cut and no cut parts equal scores.
+
+    A cut outside its bracket counts its candidates again, and equal scores at a cut are counted once by fragment;
+    both are rare. Where kept weights do not follow from kept counts (hybrids) a step may select up to four times.
+    """
+    if hosting.ranks == 1 or hosting.stage == 0 or not plan.gates:
+        return []
+    gates, units = len(plan.gates), plan.num_structured_units
+    ranked = sum(gate.pattern is None for gate in plan.gates)
+    regularised = config.rule == "leap" and config.control == "paper"
+    passes = 32 // DIGIT_BITS
+    found = [
+        Traffic("gate gradients", 1, (gates + units) * 8),
+        Traffic("thresholds", 1 + regularised, (1 + regularised) * gates * FP32),
+        Traffic("selection", 1 + passes, 2 * ranked * INT64 + passes * (ranked << DIGIT_BITS) * INT32),
+        Traffic("masks of units", 1, units),
+    ]
+    if len(plan.gates) > ranked:
+        found.append(Traffic("n:m groups cut by ranks", 1, _cut_groups(plan, hosting)))
+    if not plan.closed_form:
+        found.append(Traffic("kept weights", 2, 2 * INT64))
+    return [traffic for traffic in found if traffic.bytes]
+
+
+def _cut_groups(plan: GatePlan, hosting: Hosting) -> int:
+    """Bytes of the table of scores that ranks share, at most: every border between two ranks cuts a group."""
+    patterned = [gate.pattern[1] for gate in plan.gates if gate.pattern]
+    borders = (hosting.ranks - 1) * (len(patterned) if hosting.stage == 3 else 1)
+    return borders * max(patterned) * FP32
+
+
+def total(traffic: Iterable[Traffic], purpose: str) -> Traffic:
+    """The sum of several, under one name."""
+    parts = list(traffic)
+    return Traffic(purpose, sum(t.collectives for t in parts), sum(t.bytes for t in parts))

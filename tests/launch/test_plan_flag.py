@@ -1,0 +1,222 @@
+"""launch/prune.py --plan: the forecast of a job, with nothing loaded and nothing written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leap_dist.bench import forecast as forecasts
+from leap_dist.bench.forecast import (
+    Forecast,
+    as_bytes,
+    empty_model,
+    fewest,
+    fit_line,
+    forecast,
+    gpu_line,
+    memory_rows,
+)
+from leap_dist.config import ModelConfig
+from leap_dist.errors import UserError
+from leap_dist.job_file import load_job
+from tests.launch.test_prune import JOB, MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA_70B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+Plan = Callable[..., int]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Runs launch/prune.py in an empty folder on a job file beside it; the exit code."""
+
+    def run(*arguments: str, **changes: Any) -> int:
+        file = tmp_path / "job.json"
+        file.write_text(json.dumps(JOB | changes), "utf-8")
+        spec = importlib.util.spec_from_file_location("prune", ROOT / "launch" / "prune.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        folder = tmp_path / "empty"
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["prune", "--config", str(file), *arguments])
+        code: int = module.main()
+        assert not list(folder.iterdir())
+        return code
+
+    return run
+
+
+def job_of(tmp_path: Path, ranks: int, **changes: Any) -> Forecast:
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(JOB | changes), "utf-8")
+    return forecast(load_job(file), ranks)
+
+
+def test_a_forecast_is_printed_and_nothing_written(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    zero = {"stage": 2}
+    assert plan("--plan", "4", zero_optimization=zero, leap={"target": 0.3, "gates": ["head", "neuron"]}) == 0
+    shown = capsys.readouterr().out
+    for words in ("bert: ", " prunable; ZeRO stage 2, 32-bit, 4 ranks", "head ", "neuron ", "LEAP's own"):
+        assert words in shown
+    for words in ("gradients reduced", "weights gathered", "masks of units", "of the reduction", "this machine: fits"):
+        assert words in shown
+    assert "GPUs of 80 GB, at stage 2: 1, dense 1; stage 3: 1, dense 1" in shown
+
+
+def test_the_launcher_gives_the_number_of_ranks(
+    plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plan("--plan") == 0
+    assert "32-bit, 1 rank\n" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert plan("--plan") == 0
+    assert "32-bit, 3 ranks\n" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert plan("--plan") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_seventy_billion_parameters_take_seconds(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    zero, half = {"stage": 3}, {"enabled": True}
+    started = time.process_time()
+    assert plan("--plan", "64", model={"from_config": LLAMA_70B}, zero_optimization=zero, bf16=half) == 0
+    assert time.process_time() - started < 30
+    shown = capsys.readouterr().out
+    assert "llama: 69,503,049,728 parameters, 68,451,041,280 prunable; ZeRO stage 3, 16-bit, 64 ranks" in shown
+    assert "this machine: does not fit" in shown
+
+
+def test_a_folder_without_weights_will_do(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL), "utf-8")
+    data = {"task": "glue/mnli"}
+    assert plan("--plan", model={"name": str(folder)}, data=data) == 0
+    three = capsys.readouterr().out
+    assert plan("--plan", model={"from_config": MODEL}) == 0
+    two = capsys.readouterr().out
+    more = MODEL["hidden_size"] + 1  # a class more in the head
+    assert _parameters(three) == _parameters(two) + more
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "head"),
+    [
+        ("glue/stsb", MODEL, "BertForSequenceClassification"),
+        ("squad", MODEL, "BertForQuestionAnswering"),
+        ("lm", LLAMA_70B, "LlamaForCausalLM"),
+        ("mlm", MODEL, "BertForMaskedLM"),
+    ],
+)
+def test_the_head_is_the_tasks(tmp_path: Path, task: str, config: dict[str, Any], head: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    for model in (ModelConfig(name=str(tmp_path)), ModelConfig(from_config=config)):
+        built = empty_model(model, task)
+        assert type(built).__name__ == head and built.device.type == "meta"
+
+
+def test_a_broken_config_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | {"num_attention_heads": 3}), "utf-8")
+    with pytest.raises(UserError, match="transformers builds no model from its config: "):
+        empty_model(ModelConfig(name=str(tmp_path)), "squad")
+
+
+def _parameters(shown: str) -> int:
+    return int(shown.split(" parameters")[0].split()[-1].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "message"),
+    [
+        (["--plan", "0"], {}, "--plan: got 0; allowed: a number of ranks >= 1"),
+        (["--plan"], {"data": {"task": "glue/sst3"}}, 'data.task: got "glue/sst3"; allowed: '),
+        (["--plan"], {"model": {"name": "/no/such"}}, 'model.name: got "/no/such"; there is no such folder'),
+        (["--plan"], {"leap": {"target": 0.3, "gates": ["expert"]}}, "leap.gates[0]: got 'expert'; bert has none"),
+        (
+            ["--plan"],
+            {"zero_optimization": {"reduce_bucket_size": "auto"}},
+            "DeepSpeed's part of the config: a size or count is no number: ",
+        ),
+        (["--plan"], {"bf16": {"enabled": True}}, "bf16.enabled: under zero_optimization.stage 0"),
+    ],
+)
+def test_what_the_job_would_be_refused_for(
+    plan: Plan, capsys: pytest.CaptureFixture[str], arguments: list[str], changes: dict[str, Any], message: str
+) -> None:
+    assert plan(*arguments, **changes) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: {message}") and shown.out == ""
+
+
+def test_memory_falls_with_ranks_and_stage(tmp_path: Path) -> None:
+    job = job_of(tmp_path, 2, zero_optimization={"stage3_param_persistence_threshold": 0})
+    for stage in (1, 2, 3):
+        held = [job.memory(ranks, stage).total for ranks in (1, 2, 4, 1024)]
+        assert held == sorted(held, reverse=True)
+        assert job.memory(2, stage, dense=True).total < job.memory(2, stage).total
+    assert job.memory(8, 3).total < job.memory(8, 2).total < job.memory(8, 1).total
+
+
+def test_gpus_are_the_fewest_that_hold_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fewest(lambda ranks: ranks >= 1) == 1
+    assert fewest(lambda ranks: ranks >= 37) == 37
+    assert fewest(lambda ranks: False) is None
+    job = job_of(tmp_path, 1, zero_optimization={"stage": 1})
+    monkeypatch.setattr(forecasts, "GPU", job.memory(5, 1).total)
+    assert job.gpus(1) == 5
+    monkeypatch.setattr(forecasts, "GPU", 1000)
+    assert gpu_line(job) == "GPUs of 1 kB, at stage 1: no number is enough, dense no number is enough; stage 3: no " + (
+        "number is enough, dense no number is enough"
+    )
+
+
+def test_offloaded_state_is_not_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    job = job_of(tmp_path, 2, zero_optimization=zero)
+    assert memory_rows(job)[-1][""] == "of it on the GPU"
+    needed = job.memory(2, 2).on_device(frozenset({"state"}))
+    monkeypatch.setattr(forecasts, "machine_memory", lambda: ("GPU Z", 2, needed))
+    assert fit_line(job).startswith("this machine: fits: ")
+    monkeypatch.setattr(forecasts, "machine_memory", lambda: ("GPU Z", 1, needed))
+    assert fit_line(job).startswith("this machine: does not fit: ")
+
+
+def test_this_machines_memory_heeds_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(forecasts, "CGROUP_LIMIT", limit)
+    for text, expected in ((None, physical), ("max\n", physical), ("12345\n", 12345)):
+        if text is not None:
+            limit.write_text(text)
+        assert forecasts.machine_memory() == ("memory", 1, expected)
+
+
+def test_bytes_are_decimal() -> None:
+    assert [as_bytes(n) for n in (0, 999, 1500, 80 * 10**9, 2_550_000_000_000)] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "80 GB",
+        "2.55 TB",
+    ]

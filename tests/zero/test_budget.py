@@ -1,0 +1,175 @@
+"""The budget of a job against what real engines hold and hand to collectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from leap_dist.bench.forecast import empty_model, empty_task
+from leap_dist.bench.overhead import engine_step
+from leap_dist.bench.scale import held_state, sent_by
+from leap_dist.config import ModelConfig
+from leap_dist.job_file import parse_leap
+from leap_dist.models.load import load_model
+from leap_dist.models.plan import make_plan
+from leap_dist.zero.budget import Hosting, Memory, engine_traffic, leap_traffic, memory, parameter_groups, total
+from tests.ranks import RankPools
+
+MODEL = ModelConfig(
+    from_config={
+        "model_type": "bert",
+        "vocab_size": 101,
+        "hidden_size": 36,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 52,
+        "max_position_embeddings": 40,
+    }
+)
+GATES: dict[str, list[Any]] = {
+    "element": ["element"],
+    "head+neuron": ["head", "neuron"],
+    "hybrid": ["element", "row"],
+    "2:4": ["2:4"],
+}
+BATCH = 4
+SKIPPED, STEPS = 4, 4
+EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+
+
+def config_of(stage: int, gates: str, **more: Any) -> dict[str, Any]:
+    leap = {"target": 0.5, "gates": GATES[gates], "total_steps": 1000, "dense_fraction": 0.0}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 100}
+    return {"train_micro_batch_size_per_gpu": BATCH, "zero_optimization": zero, "leap": leap, "train": {}, **more}
+
+
+def hold(stage: int, gates: str, frozen: bool = False, **more: Any) -> dict[str, Any]:
+    """What a rank of a real engine holds after its first steps, and the least that a step hands to collectives."""
+    import leap_dist
+
+    model = load_model(MODEL, empty_task("builtin/clock")).eval()
+    model.get_parameter(EMBEDDINGS).requires_grad_(not frozen)
+    engine, *_ = leap_dist.initialize(model=model, config=config_of(stage, gates, **more))
+    batch = {"input_ids": torch.randint(3, 101, (BATCH, 9)), "labels": torch.zeros(BATCH, dtype=torch.long)}
+    seen = []
+    for _ in range(SKIPPED + STEPS):
+        engine_step(engine, batch)
+        seen.append(sent_by(engine))
+    held = {"weights": sum(map(_held, engine.module.parameters())), "state": held_state(engine)}
+    held["extra"] = int(engine.leap.report()["leap_extra_bytes"])
+    engine.destroy()
+    return held | {"sent": min(seen[SKIPPED:])}
+
+
+def _held(parameter: Any) -> int:
+    """Bytes of a parameter on this rank: under stage 3 its part, and the whole where that persists."""
+    if not hasattr(parameter, "ds_tensor"):
+        return int(parameter.nbytes)
+    return int(parameter.ds_tensor.nbytes + (parameter.nbytes if parameter.ds_persist else 0))
+
+
+def modelled(stage: int, gates: str, ranks: int, frozen: bool = False, **more: Any) -> dict[str, Any]:
+    """The same by arithmetic, on the meta device."""
+    model, config = empty_model(MODEL, "builtin/clock"), config_of(stage, gates, **more)
+    model.get_parameter(EMBEDDINGS).requires_grad_(not frozen)
+    leap = parse_leap(config["leap"])
+    plan, hosting = make_plan(model, leap), Hosting.of(config, ranks)
+    held, sent = memory(model, plan, hosting), total(leap_traffic(plan, leap, hosting), "")
+    expected = {"weights": held.weights, "state": held.state + held.extra, "extra": held.extra}
+    return expected | {"sent": (sent.collectives, sent.bytes)}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("gates", ["element", "head+neuron"])
+def test_real_engines_hold_and_send_what_was_forecast(ranks: RankPools, world: int, stage: int, gates: str) -> None:
+    expected = modelled(stage, gates, world)
+    for found in ranks(world).run(hold, stage, gates):
+        for key in ("state", "extra", "weights"):
+            assert found[key] == pytest.approx(expected[key], rel=0.01)
+        assert found["sent"] == expected["sent"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "gates", "more"),
+    [
+        (2, "element", {"bf16": {"enabled": True}}),
+        (3, "element", {"bf16": {"enabled": True}}),
+        (2, "hybrid", {}),
+        (3, "2:4", {}),
+        (2, "element", {"frozen": True}),
+        (3, "head+neuron", {"frozen": True}),
+    ],
+)
+def test_odd_jobs_too(ranks: RankPools, stage: int, gates: str, more: dict[str, Any]) -> None:
+    expected = modelled(stage, gates, 2, **more)
+    for found in ranks(2).run(_hold_with, stage, gates, more):
+        for key in ("state", "extra", "weights"):
+            assert found[key] == pytest.approx(expected[key], rel=0.01)
+        assert found["sent"] <= expected["sent"] if gates == "2:4" else found["sent"] >= expected["sent"]
+
+
+def _hold_with(stage: int, gates: str, more: dict[str, Any]) -> dict[str, Any]:
+    return hold(stage, gates, **more)
+
+
+def test_hosting_reads_deepspeeds_keys() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": 1e6, "offload_optimizer": {"device": "cpu"}, "offload_param": None}
+    deepspeed = {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 24, "fp16": {"enabled": True}}
+    hosting = Hosting.of({**deepspeed, "zero_optimization": zero}, ranks=4)
+    assert (hosting.stage, hosting.width, hosting.accumulation, hosting.reduce_bucket) == (3, 2, 3, 10**6)
+    assert hosting.offloads == {"state"}
+    assert Hosting.of({"train_micro_batch_size_per_gpu": 2}, ranks=4) == Hosting(stage=0, ranks=4)
+
+
+def test_shards_are_padded_as_deepspeed_pads() -> None:
+    assert Hosting(stage=0, ranks=3).shard([7, 1]) == 8
+    assert Hosting(stage=2, ranks=3).shard([7, 1]) == 4  # 8 -> 12, a multiple of 2 x 3
+    assert Hosting(stage=3, ranks=3).shard([7, 1]) == 3 + 1
+
+
+def test_what_is_offloaded_is_not_on_the_device() -> None:
+    held = Memory(weights=8, gradients=4, state=2, extra=1)
+    assert held.total == 15
+    assert held.on_device(frozenset()) == 15
+    assert held.on_device(frozenset({"state"})) == 12
+    assert held.on_device(frozenset({"weights"})) == 7
+    assert held.on_device(frozenset({"weights", "state"})) == 4
+
+
+def test_dense_jobs_have_no_gates() -> None:
+    model = empty_model(MODEL, "builtin/clock")
+    plan = make_plan(model, parse_leap({"target": 0.5, "gates": ["head", "neuron"]}))
+    groups = parameter_groups(model, plan)
+    own = len(plan.gates) + plan.num_structured_units
+    assert sum(map(sum, groups)) == sum(p.numel() for p in model.parameters()) + own
+    assert sum(map(sum, parameter_groups(model, None))) == sum(p.numel() for p in model.parameters())
+    assert memory(model, None, Hosting(2, 2)).extra == 0
+
+
+def test_deepspeeds_traffic_by_stage() -> None:
+    model = empty_model(MODEL, "builtin/clock")
+    size = sum(p.numel() for p in model.parameters()) * 2
+    sent = {
+        stage: {t.purpose: t.bytes for t in engine_traffic(model, Hosting(stage, 2, 2, 3, persistent=0))}
+        for stage in range(4)
+    }
+    assert sent[0] == {"gradients reduced": size}
+    assert sent[1] == {"gradients reduced": size, "weights gathered": size}
+    assert sent[2] == {"gradients reduced": 3 * size, "weights gathered": size}
+    assert sent[3] == {"gradients reduced": 3 * size, "weights gathered": 6 * size}
+    assert engine_traffic(model, Hosting(2, 1)) == []
+
+
+def test_leaps_traffic_does_not_grow_with_ranks_or_weights() -> None:
+    model = empty_model(MODEL, "builtin/clock")
+    leap = parse_leap({"target": 0.5})
+    plan = make_plan(model, leap)
+    sent = [leap_traffic(plan, leap, Hosting(2, ranks)) for ranks in (2, 1024)]
+    assert sent[0] == sent[1]
+    assert leap_traffic(plan, leap, Hosting(2, 1)) == leap_traffic(plan, leap, Hosting(0, 2)) == []
+    paper = leap.model_copy(update={"control": "paper"})
+    more = total(leap_traffic(plan, paper, Hosting(2, 2)), "").collectives
+    assert more == total(sent[0], "").collectives + 1
