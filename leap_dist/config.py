@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_serializer
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from leap_dist.family import FamilyConfig
-from leap_dist.section import Conflict, Names, Patterns, PositiveFloat, Section, as_tuple, is_number, show
+from leap_dist.section import Conflict, Names, Patterns, PositiveFloat, Section, as_tuple, is_int, is_number, show
 
 DEEPSPEED_KEYS = (
     "activation_checkpointing",
@@ -213,32 +213,92 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Which task, and optionally local files for it."""
+    """Which task, and optionally local files or another dataset for it."""
 
-    task: str = Field(min_length=1, description='a task name, such as "glue/sst2" or "builtin/clock"')
-    train: str | None = Field(default=None, min_length=1, description="a TSV, CSV or JSONL file")
-    validation: str | None = Field(default=None, min_length=1, description="a TSV, CSV or JSONL file")
+    task: str = Field(min_length=1, description='a task name, such as "glue/sst2", "squad", "lm" or "builtin/clock"')
+    dataset: str | None = Field(default=None, min_length=1, description="a hub id, or a folder that datasets can load")
+    """In place of local files and of the task's own dataset."""
+    subset: str | None = Field(default=None, min_length=1, description="the name of one of the dataset's subsets")
+    train: str | None = Field(default=None, min_length=1, description="a file; with dataset, the name of a split")
+    """TSV, CSV or JSONL; for squad official JSON; for lm and mlm plain text too."""
+    validation: str | None = Field(default=None, min_length=1, description="a file; with dataset, the name of a split")
     text: Names | None = Field(default=None, min_length=1, max_length=2, description="one or two column names")
-    """Names of the local files that hold the sentence, or the two sentences of a pair."""
+    """The columns that hold the sentence, or the two sentences of a pair; for lm and mlm the one with the text."""
     label: str | None = Field(default=None, min_length=1, description="a column name")
+    tokenizer: str | None = Field(default=None, min_length=1, description="a hub id or a local folder, not empty")
+    """null: the one that comes with model.name."""
     max_length: int = Field(default=128, ge=8, description="an integer >= 8")
-    """Tokens an example is cut to, special tokens included."""
+    """Tokens an example is cut to, special tokens included; 384 for squad, 512 for lm where it is not given."""
+    doc_stride: int | None = Field(default=None, ge=0, description="an integer >= 0, at most max_length / 2, or null")
+    """squad: tokens that two neighbouring windows of a text share; null: a third of max_length."""
+    max_answer_length: int = Field(default=30, ge=1, description="an integer >= 1")
+    """squad: tokens of the longest answer that is given."""
+    n_best: int = Field(default=20, ge=1, description="an integer >= 1")
+    """squad: spans of each window, and answers of each question, that are weighed."""
+    null_score_threshold: float = Field(default=0.0, description="a number")
+    """squad_v2: by how much "no answer" has to score above the best span to be given."""
+    mask_probability: float = Field(default=0.15, gt=0, lt=1, description="a number, 0 < p < 1")
+    """mlm: part of the words that are left out."""
     seed: int = Field(default=0, ge=0, description="an integer >= 0")
-    """Decides what a builtin task generates."""
+    """Decides what a builtin task generates, and which words mlm leaves out in validation."""
+
+    @property
+    def shared_tokens(self) -> int:
+        """doc_stride, its default filled in."""
+        return self.max_length // 3 if self.doc_stride is None else self.doc_stride
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length_of_task(cls, raw: Any) -> Any:
+        length = MAX_LENGTHS.get(str(raw.get("task"))) if isinstance(raw, Mapping) else None
+        return {"max_length": length, **raw} if length else raw
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
-        given = [key for key in ("train", "validation", "text", "label") if raw.get(key) is not None]
-        if str(raw.get("task")).startswith("builtin/"):
+        given = [key for key in DATA_SOURCES if raw.get(key) is not None]
+        task = str(raw.get("task"))
+        found = _options_of_other_tasks(raw, task)
+        if task.startswith("builtin/"):
             why = "a builtin task generates its data, remove it"
-            return [(key, f"got {show(raw[key])}; {why}") for key in given]
+            return found + [(key, f"got {show(raw[key])}; {why}") for key in given]
+        stride, length = raw.get("doc_stride"), raw.get("max_length", MAX_LENGTHS.get(task))
+        if task in QA_TASKS and is_int(length) and length < 32:
+            found.append(("max_length", f"got {length}; allowed: at least 32, for a question and a part of the text"))
+        elif task in QA_TASKS and is_int(stride) and is_int(length) and stride > length // 2:
+            found.append(("doc_stride", f"got {stride}; allowed: at most half of max_length, which is {length}"))
+        if raw.get("dataset") is not None:
+            return found
+        if "subset" in given:
+            found.append(("subset", f"got {show(raw['subset'])}; a subset is of a dataset: give dataset, or remove it"))
         if ("train" in given) != ("validation" in given):
             missing = "validation" if "train" in given else "train"
-            return [(missing, "missing; local files come in pairs, train and validation")]
-        if given and "train" not in given:
-            why = "columns are for local files: give train and validation, or remove it"
-            return [(key, f"got {show(raw[key])}; {why}") for key in given]
-        return []
+            found.append((missing, "missing; local files come in pairs, train and validation"))
+        elif "train" not in given:
+            why = "columns are for local files: give train and validation, or dataset, or remove it"
+            found += [(key, f"got {show(raw[key])}; {why}") for key in given if key in ("text", "label")]
+        return found
+
+
+DATA_SOURCES = ("dataset", "subset", "train", "validation", "text", "label", "tokenizer")
+MAX_LENGTHS = {"squad": 384, "squad_v2": 384, "lm": 512}
+"""Where max_length is not given; other tasks have the field's default."""
+QA_TASKS = ("squad", "squad_v2")
+TASK_OPTIONS: dict[str, tuple[str, ...]] = dict.fromkeys(("doc_stride", "max_answer_length", "n_best"), QA_TASKS)
+TASK_OPTIONS |= {"null_score_threshold": ("squad_v2",), "mask_probability": ("mlm",)}
+"""Options of DataConfig that only some tasks read."""
+
+
+def _options_of_other_tasks(raw: Mapping[str, Any], task: str) -> list[Conflict]:
+    """Settings that the task would ignore."""
+    off = {key: DataConfig.model_fields[key].default for key in TASK_OPTIONS}
+    found = [
+        (key, f"got {show(raw[key])}; an option of {' and '.join(tasks)}: remove it")
+        for key, tasks in TASK_OPTIONS.items()
+        if task not in tasks and raw.get(key, off[key]) != off[key]
+    ]
+    unread = ("label", "text") if task in QA_TASKS else ("label",) if task in ("lm", "mlm") else ()
+    why = f"{task} has no such column: remove it"
+    return found + [(key, f"got {show(raw[key])}; {why}") for key in unread if raw.get(key) is not None]
 
 
 class TrainConfig(Section):

@@ -18,8 +18,8 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
 from leap_dist.models.load import auto_class, load_config, load_model
 from leap_dist.models.plan import make_plan
-from leap_dist.tasks import lm, needs_tokenizer, squad
-from leap_dist.tasks.base import Problem, Task
+from leap_dist.tasks import problem_of
+from leap_dist.tasks.base import Task
 from leap_dist.tasks.glue import GLUE
 from leap_dist.train.progress import console, summary_table
 from leap_dist.zero.budget import Hosting, Memory, Traffic, engine_traffic, leap_traffic, memory, total
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 GPU = 80 * 10**9  # bytes of the GPU that the forecast counts in
 MOST_RANKS = 2**20
 TWO = ("0", "1")
-PROBLEMS: dict[str, Problem] = dict.fromkeys(squad.NAMES, "question_answering")
-PROBLEMS |= {lm.CAUSAL: "causal_lm", lm.MASKED: "masked_lm"}
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -98,10 +96,9 @@ def _from_stored_config(name: str, task: Task) -> PreTrainedModel:
 
 def empty_task(name: str) -> Task:
     """What a model's head depends on of a task; classes that only the data could tell are taken to be two."""
-    needs_tokenizer(name)  # a task that does not exist is an error
-    labels = GLUE[name].label_names if name in GLUE else TWO
-    problem = PROBLEMS.get(name, "single_label_classification" if labels else "regression")
-    labels = () if name in PROBLEMS else labels or ("score",)
+    problem = problem_of(name)
+    classes = (GLUE[name].label_names if name in GLUE else None) or TWO
+    labels = {"single_label_classification": classes, "regression": ("score",)}.get(problem, ())
     nothing = cast(Any, None)  # what only a run would call
     return Task(
         name=name,

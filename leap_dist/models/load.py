@@ -16,39 +16,69 @@ from leap_dist.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from leap_dist.tasks.base import Task
+    from leap_dist.tasks.base import Problem, Task
 
+HEADS: dict[Problem, str] = {
+    "single_label_classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+}
+POSITIONS_FROM_PADDING = ("camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta")
+"""Architectures whose first token has the position after that of padding: they take that many tokens less."""
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that comes with `model.name`."""
+def load_tokenizer(model: ModelConfig, other: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that `other` (data.tokenizer) names, or else the one that comes with `model.name`."""
     from transformers import AutoTokenizer
 
-    if model.name is None:
-        raise UserError("model.from_config: has no tokenizer; give model.name, or a data.task that is builtin")
-    _check_folder(model.name)
-    with _hub_errors(model.name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model.name)
-    _check_vocabulary(model.name, tokenizer)
+    if (name := other or model.name) is None:
+        raise UserError(
+            "model.from_config: has no tokenizer; give data.tokenizer, or model.name, or a data.task that is builtin"
+        )
+    key = "data.tokenizer" if other else "model.name"
+    _check_folder(name, key)
+    with _hub_errors(name, "tokenizer", key):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    _check_vocabulary(name, tokenizer, key)
     return tokenizer
 
 
 def load_model(model: ModelConfig, task: Task) -> PreTrainedModel:
-    """A sequence classifier in fp32 on the CPU, with `task`'s labels.
+    """A model in fp32 on the CPU, with the head for `task`'s problem and its labels.
 
     Weights that no file holds (the head; everything, for `from_config`) come from torch's global generator.
     """
-    labels = {
+    labels = _labels(task)
+    if model.from_config is not None:
+        loaded = _random_model({**model.from_config, **labels}, task)
+    else:
+        assert model.name is not None
+        loaded = _pretrained_model(model.name, labels, task)
+    if task.label_names and getattr(loaded.config, "pad_token_id", None) is None:
+        loaded.config.pad_token_id = task.pad_id
+    return loaded
+
+
+def auto_class(problem: Problem) -> Any:
+    """transformers' class that loads models with the head for a problem."""
+    import transformers
+
+    return getattr(transformers, HEADS[problem])
+
+
+def _labels(task: Task) -> dict[str, Any]:
+    """What a model's config is told of the task."""
+    if not task.label_names:
+        return {"num_labels": task.num_labels} if task.problem == "question_answering" else {}
+    return {
         "num_labels": task.num_labels,
         "id2label": dict(enumerate(task.label_names)),
         "label2id": {name: i for i, name in enumerate(task.label_names)},
         "problem_type": task.problem,
     }
-    if model.from_config is not None:
-        return _random_model({**model.from_config, **labels}, task)
-    assert model.name is not None
-    return _pretrained_model(model.name, labels, task)
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -66,12 +96,11 @@ def load_config(name: str) -> PreTrainedConfig:
 def _random_model(settings: dict[str, Any], task: Task) -> PreTrainedModel:
     """A model with random weights from a transformers config object."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForSequenceClassification
 
     config = _config_from(settings)
     _check_size(config, task)
     try:
-        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        return auto_class(task.problem).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(f"model.from_config: transformers refuses it: {_first_line(error)}") from error
 
@@ -103,7 +132,7 @@ def _config_from(settings: dict[str, Any]) -> PreTrainedConfig:
 
 def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrainedModel:
     """A model with weights from a folder or the hub; a head for another number of labels is made anew."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     _check_folder(name)
     with _hub_errors(name, "model"):
@@ -112,11 +141,11 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
     _check_size(config, task)
     _check_weights(name)
     with _hub_errors(name, "model"), quiet_transformers():
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = auto_class(task.problem).from_pretrained(
             name,
             config=config,
             dtype=torch.float32,
-            ignore_mismatched_sizes=stored.num_labels != task.num_labels,
+            ignore_mismatched_sizes=stored.num_labels != config.num_labels,
             output_loading_info=True,
         )
     _check_loaded(name, model, set(report["missing_keys"]))
@@ -140,24 +169,25 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _hub_errors(name: str, what: str) -> Iterator[None]:
+def _hub_errors(name: str, what: str, key: str = "model.name") -> Iterator[None]:
     """transformers' refusals as the user's mistake: a wrong name, no network, a broken folder."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
+        content = "a tokenizer" if what == "tokenizer" else "config.json and weights"
         raise UserError(
-            f'model.name: got "{name}"; its {what} cannot be loaded: {_first_line(error)}; '
-            "allowed: a local folder with config.json and weights, or a hub id (needs network, or its cache)"
+            f'{key}: got "{name}"; its {what} cannot be loaded: {_first_line(error)}; '
+            f"allowed: a local folder with {content}, or a hub id (needs network, or its cache)"
         ) from error
 
 
-def _check_folder(name: str) -> None:
-    """A name that can only be a path must be a folder that holds a config.json."""
+def _check_folder(name: str, key: str = "model.name") -> None:
+    """A name that can only be a path must be a folder; a model's holds a config.json."""
     folder = Path(name).expanduser()
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
     if is_path and not folder.is_dir():
-        raise UserError(f'model.name: got "{name}"; there is no such folder')
-    if is_path and not (folder / "config.json").is_file():
+        raise UserError(f'{key}: got "{name}"; there is no such folder')
+    if is_path and key == "model.name" and not (folder / "config.json").is_file():
         raise UserError(f'model.name: got "{name}"; that folder has no config.json')
 
 
@@ -168,12 +198,12 @@ def _check_weights(name: str) -> None:
         raise UserError(f'model.name: got "{name}"; that folder has no weights ({" or ".join(WEIGHT_FILES)})')
 
 
-def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     """A local folder must hold the words: transformers would make a tokenizer of special tokens alone."""
     files = sorted(set(tokenizer.vocab_files_names.values()))
     folder = Path(name).expanduser()
     if files and folder.is_dir() and not any((folder / file).is_file() for file in files):
-        raise UserError(f'model.name: got "{name}"; that folder has no tokenizer ({" or ".join(files)})')
+        raise UserError(f'{key}: got "{name}"; that folder has no tokenizer ({" or ".join(files)})')
 
 
 def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
@@ -186,16 +216,31 @@ def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
 
 
 def _check_size(config: PreTrainedConfig, task: Task) -> None:
-    """The model must have a row for every token id and a position for every token of the task."""
+    """The model must have a row for every token id and a position for every token, and read as the task asks."""
     text = config.get_text_config()
-    for key, needed, what in (
-        ("vocab_size", task.vocab_size, "token ids"),
-        ("max_position_embeddings", task.max_length, "tokens in its longest example"),
+    places = getattr(text, "max_position_embeddings", None)
+    if places is not None and config.model_type in POSITIONS_FROM_PADDING:
+        places -= (text.pad_token_id or 0) + 1
+    hint = "; or set data.max_length to what the model has"
+    for key, size, needed, what in (
+        ("vocab_size", getattr(text, "vocab_size", None), task.vocab_size, "token ids"),
+        ("max_position_embeddings", places, task.max_length, f"tokens in its longest example{hint}"),
     ):
-        size = getattr(text, key, None)
         if size is not None and needed is not None and size < needed:
-            problem = f"{task.name} has {needed} {what}"
-            raise UserError(f"model: {key} is {size}; allowed: at least {needed}, {problem}")
+            raise UserError(f"model: {key} is {size}; allowed: at least {needed}, {task.name} has {needed} {what}")
+    _check_direction(config, task)
+
+
+def _check_direction(config: PreTrainedConfig, task: Task) -> None:
+    """A model that sees the words after a token is no causal language model: it would copy the answer."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if task.problem == "causal_lm" and both_ways:
+        raise UserError(
+            f'data.task: got "{task.name}", but a {config.model_type} model reads both ways; allowed: a decoder, '
+            'or "task": "mlm"'
+        )
 
 
 def _nearest(value: str, names: Any) -> str:

@@ -1,4 +1,4 @@
-"""Tasks by name: `load_task(data, tokenizer)` gives tokenised examples, collation and metrics."""
+"""Tasks by name: `load_task(data, tokenizer)` gives tokenised examples, collation and evaluation."""
 
 from __future__ import annotations
 
@@ -7,35 +7,49 @@ from typing import TYPE_CHECKING
 
 from leap_dist.config import DataConfig
 from leap_dist.errors import UserError
-from leap_dist.tasks import builtin, glue
-from leap_dist.tasks.base import Collator, Task
+from leap_dist.tasks import builtin, glue, lm, squad
+from leap_dist.tasks.base import Collator, Problem, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Collator", "Task", "load_task", "needs_tokenizer", "task_names"]
+__all__ = ["Collator", "Task", "load_task", "needs_tokenizer", "problem_of", "task_names"]
+
+TEXT_TASKS = {**dict.fromkeys(glue.NAMES, glue.load), **dict.fromkeys(squad.NAMES, squad.load)}
+TEXT_TASKS |= dict.fromkeys(lm.NAMES, lm.load)
 
 
 def task_names() -> tuple[str, ...]:
     """Every name that `data.task` takes."""
-    return (*builtin.NAMES, *glue.NAMES)
+    return (*builtin.NAMES, *TEXT_TASKS)
 
 
 def needs_tokenizer(task_name: str) -> bool:
     """Whether the task is made of text; `UserError` for a task that does not exist."""
     if task_name in builtin.NAMES:
         return False
-    if task_name in glue.NAMES:
+    if task_name in TEXT_TASKS:
         return True
     near = get_close_matches(task_name, task_names(), n=3, cutoff=0.4)
     suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
     raise UserError(f'data.task: got "{task_name}"; allowed: {", ".join(task_names())}{suggestion}')
 
 
+def problem_of(task_name: str) -> Problem:
+    """What a model is asked for in the task; `UserError` for a task that does not exist."""
+    needs_tokenizer(task_name)
+    if task_name in squad.NAMES:
+        return "question_answering"
+    if task_name in lm.NAMES:
+        return "masked_lm" if task_name == lm.MASKED else "causal_lm"
+    known = glue.GLUE.get(task_name)
+    return "regression" if known is not None and not known.label_names else "single_label_classification"
+
+
 def load_task(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Task:
-    """The task that `data` names. Text tasks need the model's tokenizer; builtin ones take None."""
+    """The task that `data` names. Text tasks need a tokenizer, the model's; builtin ones take None."""
     if not needs_tokenizer(data.task):
         return builtin.load(data)
     if tokenizer is None:
         raise UserError(f'data.task: got "{data.task}", a text task; it needs a model with a tokenizer (model.name)')
-    return glue.load(data, tokenizer)
+    return TEXT_TASKS[data.task](data, tokenizer)

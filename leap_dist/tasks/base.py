@@ -5,35 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from leap_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from torchmetrics import MetricCollection
+    from transformers import PreTrainedTokenizerBase
 
 Example = dict[str, Any]
-"""A tokenised example: lists of int input_ids, attention_mask, perhaps token_type_ids; labels, a number."""
+"""A tokenised example: lists of int (input_ids, attention_mask, ...) and single numbers (labels, ...)."""
 
-Problem = Literal["single_label_classification", "regression"]
+Batch = dict[str, Tensor]
+
+Problem = Literal["single_label_classification", "regression", "question_answering", "causal_lm", "masked_lm"]
+"""What a model is asked for; models/load.py gives it the head for it."""
+
+IGNORED = -100
+"""The label of a token that has none, as transformers' losses know it."""
+
+
+class Evaluation(Protocol):
+    """How a task predicts and judges; what lies between, ranks and order, is train/evaluate.py's."""
+
+    def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
+        """What is kept of a collated batch: tensors (batch, ...), behind the batch of one shape for a whole split."""
+
+    def score(self, split: str, kept: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics by name, and the mean "loss"; `kept` holds all examples of the split in their order."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset with its metrics, ready for a training loop.
+    """A dataset with its evaluation, ready for a training loop.
 
-    `validation` maps a split's name to its examples; the first split is the main one. `metrics()` makes a
-    fresh collection whose `update(preds, target)` takes the argmax ids, or the raw values where `problem` is
-    "regression"; `primary` is the metric that tables show.
+    `validation` maps a split's name to its examples; the first split is the main one. `primary` is the metric
+    that tables show. `label_names` are empty where the problem has no classes.
     """
 
     name: str
     num_labels: int
     train: Sequence[Example]
     validation: Mapping[str, Sequence[Example]]
-    collate: Callable[[Sequence[Example]], dict[str, torch.Tensor]]
-    metrics: Callable[[], MetricCollection]
+    collate: Callable[[Sequence[Example]], Batch]
+    evaluation: Evaluation
     primary: str
     problem: Problem
     label_names: tuple[str, ...]
@@ -41,30 +59,37 @@ class Task:
     """Token ids are below this: a model's embedding needs at least as many rows. None: not known."""
     max_length: int | None = None
     """Longest example in tokens: a model needs at least as many positions. None: not known."""
+    pad_id: int | None = None
+    """The token that pads: a classifier that takes the last word that is none has to know it."""
+    augment: Callable[[Batch, torch.Generator], Batch] | None = None
+    """Applied to collated training batches, all chance from the generator. None: they are left as they are."""
 
 
 class TokenTable(Sequence[Example]):
     """Tokenised examples in flat int32 arrays: some bytes a token, where a list of dicts takes some dozens.
 
-    Every column of `columns` (input_ids, attention_mask, ...) holds one list of ids for each label.
+    columns: (tokens of all examples,) by name; those of example i lie at starts[i] to starts[i + 1].
+    numbers: (examples,) by name, one number for an example.
     """
 
-    def __init__(self, columns: Mapping[str, Sequence[Sequence[int]] | np.ndarray], labels: Sequence[float]) -> None:
-        lengths = [len(ids) for ids in next(iter(columns.values()))]
-        self.starts = np.cumsum([0, *lengths])
-        self.columns = {
-            key: np.fromiter(chain.from_iterable(rows), np.int32, count=self.starts[-1])
-            for key, rows in columns.items()
-        }
-        self.labels = list(labels)
+    def __init__(self, arrays: Mapping[str, np.ndarray], **numbers: Sequence[float] | np.ndarray) -> None:
+        """`arrays`: the columns and "starts", as `flat` makes them."""
+        self.starts = arrays["starts"]
+        self.columns = {key: ids for key, ids in arrays.items() if key != "starts"}
+        self.numbers = {key: np.asarray(values) for key, values in numbers.items()}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example."""
+        return np.diff(self.starts)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return int(np.diff(self.starts).max(initial=0))
+        return int(self.lengths.max(initial=0))
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.starts) - 1
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -75,45 +100,59 @@ class TokenTable(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = range(len(self))[index]
         part = slice(self.starts[row], self.starts[row + 1])
-        return {**{key: ids[part].tolist() for key, ids in self.columns.items()}, "labels": self.labels[row]}
+        tokens = {key: ids[part].tolist() for key, ids in self.columns.items()}
+        return tokens | {key: values[row].item() for key, values in self.numbers.items()}
+
+
+def flat(columns: Mapping[str, Sequence[Sequence[int] | np.ndarray] | np.ndarray]) -> dict[str, np.ndarray]:
+    """Lists of ids, one a row, as the arrays of a TokenTable."""
+    lengths = [len(ids) for ids in next(iter(columns.values()))]
+    starts = np.cumsum([0, *lengths])
+    arrays = {key: np.fromiter(chain.from_iterable(rows), np.int32, count=starts[-1]) for key, rows in columns.items()}
+    return {**arrays, "starts": starts}
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of tables with the same columns, one after the other, as those of one table."""
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0] if key != "starts"}
+    lengths = np.concatenate([np.diff(part["starts"]) for part in parts])
+    return {**arrays, "starts": np.cumsum([0, *lengths])}
+
+
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """Tokens of each example, (examples,)."""
+    if isinstance(examples, TokenTable):
+        return examples.lengths
+    return np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or, as decoders have none, the one that ends a text."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError("model.name: its tokenizer has no padding token; set one in its tokenizer_config.json")
 
 
 class Collator:
     """Pads a list of examples to the longest of them, on the right.
 
-    input_ids are padded with `pad_id`, attention_mask and token_type_ids with 0: int64 (batch, longest).
-    labels: (batch,), int64 for class ids, float32 for regression.
+    Lists of ids become int64 (batch, longest): input_ids padded with `pad_id`, labels with IGNORED, attention_mask
+    and token_type_ids with 0. The keys of `numbers` become (batch,) of that dtype. Other keys are left out.
     """
 
-    def __init__(self, pad_id: int, label_dtype: torch.dtype = torch.int64) -> None:
-        self.padding = {"input_ids": pad_id, "attention_mask": 0, "token_type_ids": 0}
-        self.label_dtype = label_dtype
+    def __init__(self, pad_id: int, numbers: Mapping[str, torch.dtype]) -> None:
+        self.padding = {"input_ids": pad_id, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
+        self.numbers = dict(numbers)
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         longest = max(len(example["input_ids"]) for example in examples)
-        batch = {
-            key: torch.tensor([_padded(example[key], longest, fill) for example in examples])
-            for key, fill in self.padding.items()
-            if key in examples[0]
-        }
-        batch["labels"] = torch.tensor([example["labels"] for example in examples], dtype=self.label_dtype)
+        batch: Batch = {}
+        for key in examples[0]:
+            values = [example[key] for example in examples]
+            if key in self.numbers:
+                batch[key] = torch.tensor(values, dtype=self.numbers[key])
+            elif key in self.padding:
+                fill = self.padding[key]
+                batch[key] = torch.tensor([[*ids, *[fill] * (longest - len(ids))] for ids in values])
         return batch
-
-
-def _padded(values: Sequence[int], length: int, fill: int) -> list[int]:
-    return [*values, *[fill] * (length - len(values))]
-
-
-def make_metrics(names: Sequence[str], num_labels: int) -> MetricCollection:
-    """The named metrics; `update(preds, target)` takes class ids, or raw scores for the correlations."""
-    from torchmetrics import MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
-    from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
-
-    make: dict[str, Callable[[], Any]] = {
-        "accuracy": lambda: MulticlassAccuracy(num_labels, average="micro"),
-        "f1": BinaryF1Score,
-        "matthews": lambda: MulticlassMatthewsCorrCoef(num_labels),
-        "pearson": PearsonCorrCoef,
-        "spearman": SpearmanCorrCoef,
-    }
-    return MetricCollection({name: make[name]() for name in names})

@@ -17,9 +17,11 @@ Times that are equal or exactly opposite are left out. What follows by construct
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from leap_dist.config import DataConfig
-from leap_dist.tasks.base import Collator, Task, TokenTable, make_metrics
+from leap_dist.tasks.base import Collator, Task, TokenTable, flat
+from leap_dist.tasks.metrics import LabelEvaluation
 
 CLOCK = "builtin/clock"
 NAMES = (CLOCK,)
@@ -49,13 +51,14 @@ def load(data: DataConfig) -> Task:
         num_labels=2,
         train=_table(tokens[~held_out], labels[~held_out]),
         validation={"validation": _table(tokens[held_out], labels[held_out])},
-        collate=Collator(PAD),
-        metrics=lambda: make_metrics(("accuracy",), 2),
+        collate=Collator(PAD, {"labels": torch.int64}),
+        evaluation=LabelEvaluation(("accuracy",), 2),
         primary="accuracy",
         problem="single_label_classification",
         label_names=("before", "after"),
         vocab_size=VOCAB_SIZE,
         max_length=LENGTH,
+        pad_id=PAD,
     )
 
 
@@ -90,4 +93,4 @@ def _time_words(time: np.ndarray, words: np.ndarray) -> list[np.ndarray]:
 
 
 def _table(tokens: np.ndarray, labels: np.ndarray) -> TokenTable:
-    return TokenTable({"input_ids": tokens, "attention_mask": np.ones_like(tokens)}, labels.tolist())
+    return TokenTable(flat({"input_ids": tokens, "attention_mask": np.ones_like(tokens)}), labels=labels)

@@ -18,10 +18,10 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
 from leap_dist.family import FamilyConfig
 from leap_dist.models.structures import find_structures
-from leap_dist.tasks.base import Task
+from leap_dist.tasks.base import IGNORED, Task
 
 Batch = Mapping[str, Tensor]
-IGNORED = -100  # the label of a token that has none
+ANSWERS = ("labels", "start_positions", "end_positions")  # of a batch; a teacher is not asked for its loss
 
 
 class Distiller:
@@ -50,7 +50,7 @@ class Distiller:
         shown = {"output_hidden_states": config.hidden_weight > 0, "output_attentions": config.attention_weight > 0}
         student = self.engine(**batch, **shown)
         with torch.no_grad():
-            teacher = self.teacher(**{key: value for key, value in batch.items() if key != "labels"}, **shown)
+            teacher = self.teacher(**{key: value for key, value in batch.items() if key not in ANSWERS}, **shown)
         parts = {"loss_task": student.loss, "loss_kl": self._divergence(student, teacher, batch)}
         mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
         if config.hidden_weight:

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from leap_dist.tasks.base import Example, Task
+from leap_dist.tasks.base import Example, Task, lengths_of
 from leap_dist.zero.ranks import Ranks
 
 
@@ -14,48 +15,41 @@ from leap_dist.zero.ranks import Ranks
 def evaluate(engine: Any, task: Task, batch_size: int, ranks: Ranks) -> dict[str, float]:
     """The task's metrics and the mean loss on every validation split; the first split's names have no prefix.
 
-    Rank r takes examples r, r + world, ...; where the last ranks have one example less they run another again,
-    so that all make the same forward passes (ZeRO-3 gathers in step), and its result is dropped. Collective.
+    Examples go through in the order of their lengths. Rank r takes the r-th of every `world_size` of them; where the
+    last ranks have one less they run another again, so that all make the same forward passes (ZeRO-3 gathers in
+    step), and its result is dropped. Collective.
     """
     engine.eval()
     results: dict[str, float] = {}
     for number, (split, examples) in enumerate(task.validation.items()):
         prefix = "" if number == 0 else f"{split}_"
-        predictions, labels, losses = _run_split(engine, task, examples, batch_size, ranks)
-        metrics = task.metrics()
-        metrics.update(predictions, labels)
-        results |= {f"{prefix}{name}": float(value) for name, value in metrics.compute().items()}
-        results[f"{prefix}loss"] = losses.mean().item()
+        kept = _run_split(engine, task, examples, batch_size, ranks)
+        results |= {f"{prefix}{name}": value for name, value in task.evaluation.score(split, kept).items()}
     engine.train()
     return results
 
 
 def _run_split(
     engine: Any, task: Task, examples: Sequence[Example], batch_size: int, ranks: Ranks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(predictions, labels, losses) of all examples in their order, on every rank."""
-    parts = [_run_batch(engine, task, batch, ranks) for batch in _rank_batches(examples, batch_size, ranks)]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    merged = [torch.stack(ranks.gather(column), dim=1).flatten()[: len(examples)] for column in columns]
-    predictions, labels, losses = merged
-    return predictions, labels, losses
+) -> dict[str, Tensor]:
+    """What the task keeps of all examples, in their order, on every rank."""
+    order = np.argsort(lengths_of(examples), kind="stable")
+    parts = []
+    for rows in _rank_rows(order, batch_size, ranks):
+        batch = task.collate([examples[row] for row in rows])
+        parts.append(task.evaluation.predict(engine, {key: value.to(ranks.device) for key, value in batch.items()}))
+    back = torch.from_numpy(np.argsort(order, kind="stable"))
+    return {key: _merged([part[key] for part in parts], ranks)[back] for key in parts[0]}
 
 
-def _rank_batches(examples: Sequence[Example], batch_size: int, ranks: Ranks) -> Iterator[list[Example]]:
-    """This rank's examples, equally many on every rank."""
-    num_each = -(-len(examples) // ranks.world_size)
-    mine = [min(i * ranks.world_size + ranks.rank, len(examples) - 1) for i in range(num_each)]
+def _rank_rows(order: np.ndarray, batch_size: int, ranks: Ranks) -> Iterator[list[int]]:
+    """The rows of this rank's batches, equally many on every rank."""
+    num_each = -(-len(order) // ranks.world_size)
+    places = np.minimum(np.arange(num_each) * ranks.world_size + ranks.rank, len(order) - 1)
     for start in range(0, num_each, batch_size):
-        yield [examples[i] for i in mine[start : start + batch_size]]
+        yield order[places[start : start + batch_size]].tolist()
 
 
-def _run_batch(engine: Any, task: Task, batch: list[Example], ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """(predictions, labels, losses), each (batch,)."""
-    inputs = {key: value.to(ranks.device) for key, value in task.collate(batch).items()}
-    labels = inputs.pop("labels")
-    logits = engine(**inputs).logits.float()
-    if task.problem == "regression":
-        predictions = logits.squeeze(-1)
-        return predictions, labels, (predictions - labels) ** 2
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    return logits.argmax(-1), labels, losses
+def _merged(parts: list[Tensor], ranks: Ranks) -> Tensor:
+    """The parts of all ranks, (num_each * world_size, ...), in the order that they were dealt out in."""
+    return torch.stack(ranks.gather(torch.cat(parts)), dim=1).flatten(0, 1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from leap_dist.config import JobConfig, ModelConfig
+from leap_dist.core.stopwatch import TIMINGS
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
@@ -52,6 +53,7 @@ class Job:
     distiller: Distiller | None = None
     start: int = 0
     measured: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics by name: dense, pruned, ...
+    costs: list[dict[str, float]] = field(default_factory=list)  # of the prune phase's steps that were logged
 
     @property
     def phases(self) -> Any:
@@ -89,7 +91,7 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks) -> dict
 
 def build_job(config: JobConfig, ranks: Ranks) -> Job:
     """Load data, tokenizer and model, and let DeepSpeed host the model."""
-    tokenizer = load_tokenizer(config.model) if needs_tokenizer(config.data.task) else None
+    tokenizer = load_tokenizer(config.model, config.data.tokenizer) if needs_tokenizer(config.data.task) else None
     task = ranks.first_then_rest(lambda: load_task(config.data, tokenizer))
     micro = config.deepspeed["train_micro_batch_size_per_gpu"]
     accumulation = _accumulation(config.deepspeed, ranks.world_size)
@@ -181,6 +183,8 @@ def _log_step(
     """Gather and write the measures of a step; returns what the progress line shows."""
     report = job.engine.leap.report()
     values = {"loss": job.ranks.mean(loss).item(), "lr": job.engine.leap.param_groups[0]["lr"], **report}
+    if phase == "prune":
+        job.costs.append({key: value for key, value in report.items() if key.startswith("leap_")})
     if job.distiller:
         values |= {name: job.ranks.mean(part).item() for name, part in job.distiller.parts.items()}
     if job.ranks.first and output is not None:
@@ -303,4 +307,14 @@ def _report(job: Job, certificate: Mapping[str, Any], output: Path) -> None:
         kept = certificate["kept"] if name == "pruned" else certificate["prunable"]
         rows.append({"model": name, "density": density, "weights": kept, primary: metrics[primary]})
     summary_table(rows, title=f"{job.task.name}, target density {certificate['target']}")
+    if job.costs:
+        console().print(_cost_line(job.costs), markup=False, soft_wrap=True)
     console().print(f"certificate and model: {output}", markup=False)
+
+
+def _cost_line(costs: list[dict[str, float]]) -> str:
+    """What LEAP cost in a step of the prune phase, a mean over those that were logged."""
+    mean = {key: sum(cost[key] for cost in costs) / len(costs) for key in costs[0]}
+    parts = ", ".join(f"{name.removeprefix('leap_ms_')} {mean[name]:.3g}" for name in TIMINGS)
+    sent = f"{mean['leap_collectives']:.3g} collectives of {mean['leap_bytes_communicated'] / 1e3:.3g} kB"
+    return f"LEAP's step: ms {parts}; {sent}; {mean['leap_extra_bytes'] / 1e6:.3g} MB more state on a rank than AdamW"

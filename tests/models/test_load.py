@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel
 
 from leap_dist.config import ModelConfig
 from leap_dist.errors import UserError
-from leap_dist.models.load import load_model, load_tokenizer
-from leap_dist.tasks.base import Collator, Problem, Task, make_metrics
+from leap_dist.models.load import auto_class, load_model, load_tokenizer
+from leap_dist.tasks.base import Collator, Problem, Task
+from leap_dist.tasks.metrics import LabelEvaluation
 
 TINY: dict[str, Any] = {
     "vocab_size": 20,
@@ -23,12 +25,13 @@ TINY: dict[str, Any] = {
     "intermediate_size": 16,
     "max_position_embeddings": 12,
 }
+GPT2 = {key: value for key, value in TINY.items() if key != "intermediate_size"}
 
 
 def make_task(num_labels: int = 3, problem: Problem = "single_label_classification") -> Task:
     names = tuple(f"class {i}" for i in range(num_labels))
-    metrics = lambda: make_metrics(("accuracy",), 2)  # noqa: E731
-    return Task("tiny", num_labels, [], {}, Collator(0), metrics, "accuracy", problem, names, 20, 12)
+    evaluation = LabelEvaluation(("accuracy",), num_labels)
+    return Task("tiny", num_labels, [], {}, Collator(0, {}), evaluation, "accuracy", problem, names, 20, 12)
 
 
 def from_config(**changes: Any) -> ModelConfig:
@@ -94,6 +97,40 @@ def test_a_fitting_head_is_kept_and_another_is_made_anew(folder: Path, tmp_path:
     assert torch.equal(other["bert.pooler.dense.weight"], stored["bert.pooler.dense.weight"])
 
 
+@pytest.mark.parametrize(
+    ("problem", "kind", "shape"),
+    [
+        ("question_answering", "bert", (1, 2)),
+        ("masked_lm", "bert", (1, 2, 20)),
+        ("causal_lm", "gpt2", (1, 2, 20)),
+        ("causal_lm", "llama", (1, 2, 20)),
+    ],
+)
+def test_the_head_fits_the_problem(problem: Problem, kind: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """From a config, and from the folder of a classifier with another number of labels."""
+    task = dataclasses.replace(make_task(2, problem), label_names=())
+    sizes = GPT2 if kind == "gpt2" else TINY
+    torch.manual_seed(1)
+    made = load_model(ModelConfig(from_config={"model_type": kind, **sizes}), task)
+    AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **sizes, num_labels=5)).save_pretrained(
+        tmp_path
+    )
+    for model in (made, load_model(ModelConfig(name=str(tmp_path)), task)):
+        output = model(torch.tensor([[1, 2]]))
+        logits = output.start_logits if problem == "question_answering" else output.logits
+        assert logits.shape == shape
+        assert isinstance(model, auto_class(problem)._model_mapping[type(model.config)])
+
+
+def test_a_decoder_that_classifies_learns_which_token_pads() -> None:
+    task = dataclasses.replace(make_task(), pad_id=7)
+    model = load_model(ModelConfig(from_config={"model_type": "gpt2", **GPT2}), task).eval()
+    assert model.config.pad_token_id == 7
+    padded = model(torch.tensor([[1, 2], [3, 7]]), attention_mask=torch.tensor([[1, 1], [1, 0]])).logits
+    assert torch.allclose(padded[1], model(torch.tensor([[3]])).logits[0], atol=1e-6)
+    assert load_model(from_config(pad_token_id=2), task).config.pad_token_id == 2
+
+
 # ------------------------------------------------------------------------------ refused
 
 REFUSED = {
@@ -128,6 +165,30 @@ REFUSED = {
 def test_refused(model: ModelConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_model(model, make_task())
+
+
+def test_a_longer_example_than_the_model_takes() -> None:
+    hint = "tiny has 12 tokens in its longest example; or set data.max_length to what the model has"
+    with pytest.raises(UserError, match=f"model: max_position_embeddings is 11; allowed: at least 12, {hint}"):
+        load_model(from_config(max_position_embeddings=11), make_task())
+    roberta = {"model_type": "roberta", **TINY, "pad_token_id": 1}
+    with pytest.raises(UserError, match="model: max_position_embeddings is 11; allowed: at least 12"):
+        load_model(ModelConfig(from_config={**roberta, "max_position_embeddings": 13}), make_task())
+    model = load_model(ModelConfig(from_config={**roberta, "max_position_embeddings": 14}), make_task())
+    assert model(torch.full((1, 12), 5)).logits.shape == (1, 3)
+
+
+def test_a_model_that_reads_both_ways_is_no_causal_one() -> None:
+    task = dataclasses.replace(make_task(2, "causal_lm"), label_names=())
+    with pytest.raises(UserError, match=r'data\.task: got "tiny", but a bert model reads both ways; .*"task": "mlm"'):
+        load_model(from_config(), task)
+    load_model(from_config(is_decoder=True), task)
+
+
+def test_a_head_that_an_architecture_does_not_have() -> None:
+    task = dataclasses.replace(make_task(2, "masked_lm"), label_names=())
+    with pytest.raises(UserError, match=r"model\.from_config: transformers refuses it: .*AutoModelForMaskedLM"):
+        load_model(ModelConfig(from_config={"model_type": "gpt2", **GPT2}), task)
 
 
 def test_a_file_is_not_a_folder(folder: Path) -> None:
@@ -180,7 +241,7 @@ def test_a_hub_id_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_tokenizer_of_a_config() -> None:
-    with pytest.raises(UserError, match=r"model\.from_config: has no tokenizer; give model\.name"):
+    with pytest.raises(UserError, match=r"model\.from_config: has no tokenizer; give data\.tokenizer, or model\.name"):
         load_tokenizer(from_config())
 
 
@@ -206,6 +267,10 @@ def test_tokenizer_of_a_folder(folder: Path) -> None:
     made.save_pretrained(folder)
     tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
     assert (tokenizer("a")["input_ids"], tokenizer.pad_token_id) == ([2], 0)
+    (folder / "config.json").unlink()  # beside a model of its own, a tokenizer needs none
+    assert load_tokenizer(from_config(), str(folder))("a")["input_ids"] == [2]
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match=r"model\.name: .*there is no such folder"):
         load_tokenizer(ModelConfig(name=str(folder)))
+    with pytest.raises(UserError, match=r"data\.tokenizer: .*there is no such folder"):
+        load_tokenizer(from_config(), str(folder))

@@ -13,7 +13,7 @@ from leap_dist.errors import UserError
 from leap_dist.job_file import load_job
 from leap_dist.models.load import load_model
 from leap_dist.tasks import Task, load_task, needs_tokenizer
-from leap_dist.tasks.base import Collator, TokenTable
+from leap_dist.tasks.base import Collator, TokenTable, flat
 from leap_dist.tasks.builtin import BASE, DIGITS, LENGTH, NUM_SPECIAL, TICKS, VOCAB_SIZE
 
 
@@ -23,7 +23,7 @@ def clock(seed: int = 0) -> Task:
 
 def arrays(table: TokenTable) -> tuple[np.ndarray, np.ndarray]:
     """Token ids (examples, LENGTH) and labels (examples,)."""
-    return table.columns["input_ids"].reshape(-1, LENGTH), np.array(table.labels)
+    return table.columns["input_ids"].reshape(-1, LENGTH), table.numbers["labels"]
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,8 @@ def test_a_batch_and_its_metric(task: Task) -> None:
         "attention_mask": (5, LENGTH),
         "labels": (5,),
     }
-    metrics = task.metrics()
-    metrics.update(torch.tensor([1, 0, 1, 1]), torch.tensor([1, 0, 0, 1]))
-    assert metrics.compute() == {task.primary: torch.tensor(0.75)}
+    kept = {"prediction": torch.tensor([1, 0, 1, 1]), "label": torch.tensor([1, 0, 0, 1]), "loss": torch.arange(4.0)}
+    assert task.evaluation.score("validation", kept) == {task.primary: 0.75, "loss": 1.5}
 
 
 def test_the_embedded_job_fits_the_task(task: Task) -> None:
@@ -133,14 +132,14 @@ def test_a_model_that_is_too_small(task: Task, key: str, needed: int) -> None:
 def test_collator_pads_on_the_right() -> None:
     examples = [{"input_ids": [5], "attention_mask": [1], "labels": 0.5},
                 {"input_ids": [6, 7], "attention_mask": [1, 1], "labels": 1.0}]  # fmt: skip
-    batch = Collator(9, torch.float32)(examples)
+    batch = Collator(9, {"labels": torch.float32})(examples)
     assert batch["input_ids"].tolist() == [[5, 9], [6, 7]]
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
     assert batch["labels"].dtype == torch.float32
 
 
 def test_token_table_is_a_sequence() -> None:
-    table = TokenTable({"input_ids": [[1, 2], [], [3]]}, [0, 1, 2])
+    table = TokenTable(flat({"input_ids": [[1, 2], [], [3]]}), labels=[0, 1, 2])
     assert table[-1] == {"input_ids": [3], "labels": 2}
     assert table[1:] == [{"input_ids": [], "labels": 1}, {"input_ids": [3], "labels": 2}]
     assert [example["labels"] for example in table] == [0, 1, 2]

@@ -17,28 +17,7 @@ from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.glue import GLUE, LOCAL
 
 DATA = Path(os.environ.get("LEAP_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
-WORDS = ["a", "b", "c", "d", "good", "bad", "film", "plot"]
 GOOD = "sentence\tlabel\na good film\t1\na bad plot\t0\n"
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """A word-level BERT tokenizer over a few words: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, words from 4."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-    )
 
 
 @pytest.fixture
@@ -64,7 +43,7 @@ def test_tsv_is_unquoted_and_may_start_with_a_bom(files: Any, tokenizer: Any) ->
     assert [example["labels"] for example in task.train] == [1, 0]
     assert task.train[0]["input_ids"] == [2, 1, 4, 8, 10, 3]
     assert (task.num_labels, task.label_names, task.primary) == (2, ("negative", "positive"), "accuracy")
-    assert (task.vocab_size, task.max_length) == (12, 7)
+    assert (task.vocab_size, task.max_length) == (13, 7)
 
 
 def test_csv_is_quoted(files: Any, tokenizer: Any) -> None:
@@ -118,10 +97,10 @@ def test_stsb_is_a_regression(files: Any, tokenizer: Any) -> None:
     assert (task.problem, task.num_labels, task.primary) == ("regression", 1, "spearman")
     batch = task.collate(task.train[:3])
     assert batch["labels"].dtype == torch.float32
-    metrics = task.metrics()
-    metrics.update(torch.tensor([3.0, 0.1, 4.0]), batch["labels"])
-    assert metrics.compute()["spearman"] == pytest.approx(1.0, abs=1e-5)
-    assert metrics.compute()["pearson"] == pytest.approx(0.99985, abs=1e-5)
+    kept = {"prediction": torch.tensor([3.0, 0.1, 4.0]), "label": batch["labels"], "loss": torch.zeros(3)}
+    values = task.evaluation.score("validation", kept)
+    assert values["spearman"] == pytest.approx(1.0, abs=1e-5)
+    assert values["pearson"] == pytest.approx(0.99985, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------ the hub's layout
@@ -173,10 +152,9 @@ def test_metric_values(files: Any, tokenizer: Any) -> None:
     values: dict[str, float] = {}
     for name, text in (("glue/cola", "sentence"), ("glue/mrpc", ("sentence1", "sentence2"))):
         data = files("sentence\tsentence1\tsentence2\tlabel\na\ta\ta\t0\nb\tb\tb\t1\n", task=name, text=text)
-        metrics = load_task(data, tokenizer).metrics()
-        metrics.update(preds, target)
-        values |= {key: float(value) for key, value in metrics.compute().items()}
-    assert values == pytest.approx({"matthews": 1 / 6, "accuracy": 0.6, "f1": 2 / 3}, abs=1e-6)
+        kept = {"prediction": preds, "label": target, "loss": torch.ones(5)}
+        values |= load_task(data, tokenizer).evaluation.score("validation", kept)
+    assert values == pytest.approx({"matthews": 1 / 6, "accuracy": 0.6, "f1": 2 / 3, "loss": 1.0}, abs=1e-6)
 
 
 def test_hub_out_of_reach(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +164,7 @@ def test_hub_out_of_reach(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r'data\.task: "glue/rte" could not be loaded .*no route.*give local files'):
+    with pytest.raises(UserError, match=r'data\.task: .*"rte" could not be loaded .*no route.*local files'):
         load_task(DataConfig(task="glue/rte"), tokenizer)
 
 
@@ -273,7 +251,7 @@ def test_text_without_a_tokenizer() -> None:
 
 
 def test_local_task_without_files(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"data\.train: missing; text/classification reads local files"):
+    with pytest.raises(UserError, match=r"data\.train: missing; text/classification needs local files"):
         load_task(DataConfig(task=LOCAL), tokenizer)
 
 
