@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, m
 from pydantic_core import PydanticCustomError
 
 from leap_dist.family import FamilyConfig
-from leap_dist.section import Conflict, Names, Patterns, PositiveFloat, Section, as_tuple, is_int, is_number, show
+from leap_dist.section import Conflict, Names, Patterns, PositiveFloat, Section, as_objects, is_int, is_number, show
 
 DEEPSPEED_KEYS = (
     "activation_checkpointing",
@@ -123,11 +123,7 @@ def _as_gate(value: Any) -> Any:
     return {"granularity": _granularity(value)} if isinstance(value, str) else value
 
 
-def _as_gates(value: Any) -> Any:
-    return (value,) if isinstance(value, Mapping) else as_tuple(value)
-
-
-Gates = Annotated[tuple[Annotated[GateConfig, BeforeValidator(_as_gate)], ...], BeforeValidator(_as_gates)]
+Gates = Annotated[tuple[Annotated[GateConfig, BeforeValidator(_as_gate)], ...], BeforeValidator(as_objects)]
 
 
 class LeapConfig(Section):
@@ -184,7 +180,7 @@ class LeapConfig(Section):
         if is_number(dense) and is_number(settle) and dense + settle >= 1:
             problem = f"got {dense}; allowed: dense_fraction + settle_fraction < 1, and settle_fraction is {settle}"
             found.append(("dense_fraction", problem))
-        gates = _as_gates(raw.get("gates", ()))
+        gates = as_objects(raw.get("gates", ()))
         if isinstance(gates, tuple) and len(set(map(str, gates))) < len(gates):
             found.append(("gates", f"got {show(gates)}; each gate may stand once"))
         low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", 160.0)
@@ -326,10 +322,6 @@ class TrainConfig(Section):
         return _exactly_one(raw, "epochs", "max_steps")
 
 
-def _as_layers(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class DistillConfig(Section):
     """A teacher whose answers and inner states the model is also trained on."""
 
@@ -343,9 +335,10 @@ class DistillConfig(Section):
     """Weight of the squared distance of hidden states; needs a teacher of the same width."""
     attention_weight: float = Field(default=1.0, ge=0, description="a number >= 0")
     """Weight of the squared distance of attention weights; above 0 attention runs unfused, for it has to be seen."""
-    layers: Annotated[tuple[int, ...] | Literal["auto"], BeforeValidator(_as_layers)] = Field(
-        default="auto", description='a list of integers, or "auto"'
-    )
+    layers: Annotated[
+        tuple[int, ...] | Literal["auto"],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    ] = Field(default="auto", description='a list of integers, or "auto"')
     """The teacher's layer for each of ours, counted from 0; "auto": spread evenly over the teacher's depth."""
 
 

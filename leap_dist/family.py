@@ -11,14 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from leap_dist.section import Conflict, Names, Patterns, Section
-
-
-def _as_blocks(value: Any) -> Any:
-    """A JSON list of blocks, or one plain block, as the tuple that a field stores."""
-    if isinstance(value, Mapping):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+from leap_dist.section import Conflict, Names, Patterns, Section, as_objects
 
 
 class AttentionFamily(Section):
@@ -99,13 +92,13 @@ class FamilyConfig(Section):
     """Where the blocks of an architecture are. Paths are relative to a layer, except `layers` itself."""
 
     layers: Patterns = Field(min_length=1, description='module paths, or "re:<pattern>" for whole paths of layers')
-    attention: Annotated[tuple[AttentionFamily, ...], BeforeValidator(_as_blocks)] = Field(
+    attention: Annotated[tuple[AttentionFamily, ...], BeforeValidator(as_objects)] = Field(
         default=(), description="an attention block, or a list of them"
     )
-    ffn: Annotated[tuple[FfnFamily, ...], BeforeValidator(_as_blocks)] = Field(
+    ffn: Annotated[tuple[FfnFamily, ...], BeforeValidator(as_objects)] = Field(
         default=(), description="a feed-forward block, or a list of them"
     )
-    experts: Annotated[tuple[ExpertsFamily, ...], BeforeValidator(_as_blocks)] = Field(
+    experts: Annotated[tuple[ExpertsFamily, ...], BeforeValidator(as_objects)] = Field(
         default=(), description="a mixture-of-experts block, or a list of them"
     )
     shared: bool = Field(default=False, description="true or false")

@@ -44,6 +44,11 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_objects(value: Any) -> Any:
+    """The same where an item may be a JSON object."""
+    return (value,) if isinstance(value, Mapping) else as_tuple(value)
+
+
 def _tensor_pattern(value: str) -> str:
     """A tensor name, or "re:" and a pattern that compiles."""
     if value.startswith("re:"):

@@ -1,5 +1,6 @@
 """From a model and `leap.gates` to a plan: the list of gates."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None 
 
 
 class _Maker:
-    """Makes the gates of one model; `chosen` are the tensors that leap.include and leap.exclude leave."""
+    """Makes the gates of one model, of the tensors that are trained and that leap.include and leap.exclude leave."""
 
     def __init__(self, model: nn.Module, config: LeapConfig, family: FamilyConfig | None) -> None:
         self.model, self.family = model, family
@@ -80,8 +81,8 @@ class _Maker:
 
     def _matrix(self, name: str, granularity: str) -> Gate:
         bias = name.removesuffix("weight") + "bias"
-        bias_shape = self.shapes.get(bias)
-        return matrix_gate(name, self.shapes[name], granularity, bias if bias_shape else None, name in self.transposed)
+        follows = bias if bias in self.shapes else None
+        return matrix_gate(name, self.shapes[name], granularity, follows, name in self.transposed)
 
     def structured(self, key: str, entry: GateConfig) -> list[Gate]:
         """Gates whose units cover runs of several tensors."""
@@ -128,10 +129,7 @@ class _Maker:
 
 def part_slice(part: Part, shape: Shape, num_units: int) -> Slice:
     """The slice that a part is: its tensor seen as a matrix whose rows (axis 0) or columns (axis 1) units run along."""
-    rows = shape[0]
-    cols = 1
-    for size in shape[1:]:
-        cols *= size
+    rows, cols = shape[0], math.prod(shape[1:])
     length = part.size * num_units
     if part.axis == 0:
         region, block = (part.start, length, 0, cols), (part.size, cols)

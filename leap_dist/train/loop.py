@@ -16,6 +16,7 @@ from leap_dist.core.stopwatch import TIMINGS
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
+from leap_dist.export.run_folder import CERTIFICATE, MODEL, RESOLVED
 from leap_dist.models.load import load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.base import Task
@@ -29,13 +30,7 @@ from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, 
 from leap_dist.zero.ranks import Ranks
 from leap_dist.zero.teacher import host_teacher
 
-RESOLVED, METRICS, CHECKPOINTS, MODEL, CERTIFICATE = (
-    "config.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "model",
-    "certificate.json",
-)
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 FREE_TO_CHANGE = ("tracking.", "train.checkpoint_every", "train.log_every", "leap.total_steps")
 
 
