@@ -56,20 +56,24 @@ def main() -> int:
                 print_forecast(forecast(config, arguments.plan))
             return 0
         from leap_dist.train.loop import run_job
-        from leap_dist.zero.ranks import start_ranks, stop_ranks
+        from leap_dist.zero.ranks import leave, start_ranks
 
         output = arguments.output or Path("outputs") / Path(arguments.config).stem
-        ranks = start_ranks()
         try:
-            run_job(config, output, arguments.resume, ranks)
-        finally:
-            stop_ranks()
+            run_job(config, output, arguments.resume, start_ranks())
+        except UserError as error:
+            leave(complain(error, first))
+        leave(0)
     except UserError as error:
-        if not first:
-            time.sleep(PATIENCE)
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return complain(error, first)
+
+
+def complain(error: UserError, first: bool) -> int:
+    """Tell of a mistake, on rank 0 first; the exit code."""
+    if not first:
+        time.sleep(PATIENCE)
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing
 
 from leap_dist.errors import UserError
-from leap_dist.zero.ranks import start_ranks, stop_ranks
+from leap_dist.zero.ranks import leave, start_ranks
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., Any],
     except UserError as error:
         outcome = error
     (folder / str(rank)).write_bytes(pickle.dumps(outcome))
-    stop_ranks()
+    leave(0)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The ranks of a job: start them, agree on outcomes, sum and gather small things."""
 
+import atexit
 import contextlib
 import io
 import os
@@ -8,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -117,10 +118,15 @@ def errors_only() -> Iterator[None]:
         deepspeed.utils.logger.setLevel(level)
 
 
-def stop_ranks() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave(code: int) -> NoReturn:
+    """End this process, exit handlers included, without taking the interpreter apart.
+
+    A communication thread that lets go of its last tensor while Python finalizes aborts a rank whose work is done.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _free_port() -> int:
