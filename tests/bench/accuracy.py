@@ -96,11 +96,11 @@ def prepare(task: str, out: Path, steps: int) -> Path:
     return out / "job.json"
 
 
-def start(task: str, job: Path) -> Path:
-    """The dense start, trained once; its model folder."""
+def start(job: Path, steps: int) -> Path:
+    """The dense start of a job, trained once; its model folder."""
     folder = job.parent / "start"
     if not (folder / "certificate.json").is_file():
-        changes = ("leap.target=1.0", f"train.max_steps={SOURCES[task].start_steps}")
+        changes = ("leap.target=1.0", f"train.max_steps={steps}")
         command = [sys.executable, str(ROOT / "launch" / "prune.py"), "--config", str(job), "--output", str(folder)]
         command += [part for change in changes for part in ("--set", change)]
         with (job.parent / "start.log").open("w") as log:
@@ -122,7 +122,7 @@ def run_task(task: str, out: Path, steps: int, workers: int) -> dict[str, Any]:
     """All cells of a task: by grid, its cells, and the start's metrics."""
     out.mkdir(parents=True, exist_ok=True)
     job = prepare(task, out, steps)
-    model = start(task, job)
+    model = start(job, SOURCES[task].start_steps)
     certificate = json.loads((model.parent / "certificate.json").read_text())
     cells: dict[str, list[dict[str, Any]]] = {}
     for gates, targets in SOURCES[task].targets.items():
