@@ -22,7 +22,7 @@ from leap_dist.tasks import problem_of
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.glue import GLUE
 from leap_dist.train.progress import console, summary_table
-from leap_dist.zero.budget import Hosting, Memory, Traffic, engine_traffic, leap_traffic, memory, total
+from leap_dist.zero.budget import FP32, Hosting, Memory, Traffic, engine_traffic, leap_traffic, memory, total
 from leap_dist.zero.refusals import check_engine_config
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GPU = 80 * 10**9  # bytes of the GPU that the forecast counts in
 MOST_RANKS = 2**20
+MUCH = 0.01  # of the gradients' bytes: where those of units take more, coarser gates are advised
 TWO = ("0", "1")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -183,7 +184,7 @@ def print_forecast(job: Forecast) -> None:
     summary_table(gate_rows(job.plan), title="gates")
     summary_table(memory_rows(job), title="a rank holds")
     summary_table(traffic_rows(job), title="a rank sends to collectives in a step")
-    for line in (fit_line(job), gpu_line(job), "activations and communication buffers are not counted"):
+    for line in (*advice(job), fit_line(job), gpu_line(job), "activations and communication buffers are not counted"):
         console().print(line, markup=False, soft_wrap=True)
 
 
@@ -223,6 +224,16 @@ def traffic_rows(job: Forecast) -> list[Mapping[str, str | float]]:
     if engine:
         rows[-1] |= {"bytes": f"{as_bytes(own.bytes)}, {own.bytes / engine[0].bytes:.3%} of the reduction"}
     return list(rows)
+
+
+def advice(job: Forecast) -> list[str]:
+    """What would make LEAP's traffic small, where there are so many units that it is not."""
+    reduced, units = engine_traffic(job.model, job.hosting), job.plan.num_structured_units
+    sent = leap_traffic(job.plan, job.config.leap, job.hosting)
+    if not reduced or not sent or units * FP32 <= MUCH * reduced[0].bytes:
+        return []
+    share = total(sent, "").bytes / reduced[0].bytes
+    return [f"LEAP sends {share:.1%} of the gradients' bytes, for {units:,} units; larger blocks send less"]
 
 
 def _traffic_row(traffic: Traffic) -> dict[str, str | float]:

@@ -11,7 +11,7 @@ TITLES = {
     "variants": "seconds of a step, medians; ratios to dense",
     "sizes": "milliseconds of a selection, medians",
     "counted": "a step on real ranks of a tiny model, LEAP's bytes beside the model of them",
-    "ranks": "BERT-base with element gates, bytes of one rank in a step, modelled",
+    "ranks": "BERT-base in bf16 with element gates, bytes of one rank in a step, modelled",
     "models": "what LEAP adds on two ranks, modelled",
     "times": "medians; ratios to dense in the same engine",
 }

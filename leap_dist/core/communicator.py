@@ -41,3 +41,15 @@ class Communicator:
             staged = tensor.to(self._device)
             torch.distributed.all_reduce(staged, group=self._group)
             return tensor.copy_(staged)
+
+    def union(self, flags: Tensor) -> Tensor:
+        """The flags of all ranks together, bool of shape (n,), a new tensor; one rank at most sets a flag.
+
+        Sent as bits: every flag stands in a bit of its own, so that the sum of the bytes carries nothing over.
+        """
+        if self._group is None:
+            return flags.clone()
+        places = torch.arange(8, dtype=torch.uint8, device=flags.device)
+        padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -len(flags) % 8)).view(-1, 8)
+        packed = self.sum_((padded << places).sum(1, dtype=torch.uint8))
+        return (packed[:, None] >> places & 1).bool().flatten()[: len(flags)]

@@ -98,8 +98,10 @@ def expand_units(units: Tensor, out: Tensor, start: int, part: Slice) -> Tensor:
     grid = units[part.units].view(part.grid)
     for place, shape, row, col, rows, cols in _pieces(start, out.numel(), part):
         block = out[place].view(shape)[rows, cols]
-        wide = _repeat(grid, 1, col, block.shape[1], part.block_cols)
-        block.copy_(_repeat(wide, 0, row, block.shape[0], part.block_rows))
+        down = row // part.block_rows
+        band = grid[down : (row + block.shape[0] - 1) // part.block_rows + 1]  # what the run meets; widened next
+        wide = _repeat(band, 1, col, block.shape[1], part.block_cols)
+        block.copy_(_repeat(wide, 0, row - down * part.block_rows, block.shape[0], part.block_rows))
     return out
 
 

@@ -6,6 +6,7 @@ first_unit + i * grid_cols + j. An element gate has blocks of 1 x 1, a row gate 
 head_dim x cols in Q, K and V and of rows x head_dim in O.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -55,14 +56,24 @@ class Slice:
         down, across = self.grid
         return slice(self.first_unit, self.first_unit + down * across)
 
+    @property
+    def _last(self) -> tuple[int, int]:
+        """Rows and columns of the last block."""
+        (down, across), (_, num_rows, _, num_cols) = self.grid, self.bounds
+        return num_rows - (down - 1) * self.block_rows, num_cols - (across - 1) * self.block_cols
+
     def unit_sizes(self) -> torch.Tensor:
         """Elements of every unit that it covers, int64 of shape (down * across,)."""
-        (down, across), (_, num_rows, _, num_cols) = self.grid, self.bounds
-        heights = torch.full((down,), self.block_rows)
-        widths = torch.full((across,), self.block_cols)
-        heights[-1] = num_rows - (down - 1) * self.block_rows
-        widths[-1] = num_cols - (across - 1) * self.block_cols
+        heights, widths = torch.full(self.grid[:1], self.block_rows), torch.full(self.grid[1:], self.block_cols)
+        heights[-1], widths[-1] = self._last
         return torch.outer(heights, widths).flatten()
+
+    def distinct_sizes(self) -> set[int]:
+        """The sizes that occur among its units: four at most."""
+        (down, across), (height, width) = self.grid, self._last
+        heights = {height} | ({self.block_rows} if down > 1 else set())
+        widths = {width} | ({self.block_cols} if across > 1 else set())
+        return {rows * cols for rows in heights for cols in widths}
 
 
 @dataclass(frozen=True)
@@ -96,9 +107,12 @@ class Gate:
         """True if a unit is one weight: such scores live beside the weights, sharded like them."""
         return self.granularity == "element" or self.pattern is not None
 
-    @cached_property
+    @property
     def unit_sizes(self) -> torch.Tensor:
-        """Prunable weights of every unit, int64 of shape (num_units,); of one shape (1,) where a unit is one weight."""
+        """Prunable weights of every unit, int64 of shape (num_units,); of shape (1,) where a unit is one weight.
+
+        Made anew at every call: a large model has hundreds of millions of blocks.
+        """
         if self.elementwise:
             return torch.ones(1, dtype=torch.int64)
         sizes = torch.zeros(self.num_units, dtype=torch.int64)
@@ -108,14 +122,29 @@ class Gate:
         return sizes
 
     @cached_property
+    def distinct_sizes(self) -> frozenset[int]:
+        """The numbers of prunable weights that occur among its units; from shapes alone for every gate of a model."""
+        if self.elementwise:
+            return frozenset({1})
+        runs: dict[tuple[int, int], list[set[int]]] = {}  # the slices of every run of units
+        for part in self.slices:
+            if part.counted:
+                runs.setdefault((part.units.start, part.units.stop), []).append(part.distinct_sizes())
+        edges = [edge for run in sorted(runs) for edge in run]
+        cover_all = edges == sorted(edges) and sum(stop - start for start, stop in runs) == self.num_units
+        if not cover_all or any(sum(len(sizes) > 1 for sizes in slices) > 1 for slices in runs.values()):
+            return frozenset(self.unit_sizes.unique().tolist())  # runs that overlap, or edges in several tensors
+        return frozenset(sum(sizes) for slices in runs.values() for sizes in itertools.product(*slices))
+
+    @property
     def unit_size(self) -> int:
         """Prunable weights in the largest unit."""
-        return int(self.unit_sizes.max())
+        return max(self.distinct_sizes)
 
     @property
     def uniform(self) -> bool:
         """True if all units hold the same number of prunable weights."""
-        return bool((self.unit_sizes == self.unit_size).all())
+        return len(self.distinct_sizes) == 1
 
     @property
     def num_weights(self) -> int:

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
-from leap_dist.core.fragments import Fragment, add_unit_sums_, expand_units
+from leap_dist.core.fragments import Fragment, add_unit_sums_
 from leap_dist.core.gates import Cover, GatePlan
 from leap_dist.core.parts import Part
 from leap_dist.ops import dispatch as ops
 from leap_dist.ops.pattern import PatternRun, PatternSelector
-from leap_dist.ops.reference import GATE, Adam, run_table
+from leap_dist.ops.reference import Adam, run_table
 from leap_dist.ops.select import Runs, Selector
 
 # Keys of the optimizer state; every tensor has the shape of its flat partition.
 EXP_AVG, EXP_AVG_SQ, LATENT, MASK = "exp_avg", "exp_avg_sq", "latent", "mask"
 SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ = "score", "score_exp_avg", "score_exp_avg_sq"
-ELEMENT_MASK = "element_mask"  # an element gate's own mask, where other gates cover the same tensor
+ELEMENT_MASK = "element_mask"  # the element gates' own masks, in a plan where some tensor has several gates
 # Names under which a model hosts the gates' own parameters.
 THRESHOLDS, SCORES = "leap.thresholds", "leap.scores"
 
@@ -32,8 +32,8 @@ def state_keys(plan: GatePlan) -> tuple[str, ...]:
     keys = [EXP_AVG, EXP_AVG_SQ, LATENT, MASK]
     if any(gate.elementwise for gate in plan.gates):
         keys += [SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ]
-    if any(plan.hybrid(gate.slices[0].tensor) for gate in plan.gates if gate.elementwise):
-        keys.append(ELEMENT_MASK)
+        if any(map(plan.hybrid, plan.covers)):
+            keys.append(ELEMENT_MASK)
     return tuple(keys)
 
 
@@ -42,7 +42,7 @@ class Gating:
 
     fragments: this rank's fragments of the gated group, gate parameters included; state: the optimizer's, made
     before; no_decay: tensors without weight decay. `unit_mask` is the mask of all structured units, shape
-    (num_structured_units,), the same on every rank.
+    (num_structured_units,), on this rank's device, the same on every rank.
     """
 
     def __init__(
@@ -63,16 +63,19 @@ class Gating:
         owned = {key: [f for f in self.weights if id(f.flat) == key] for key in flats}
         self._parts = [Part(plan, flat, owned[key], no_decay) for key, flat in flats.items()]
         self._device = fragments[0].flat.device if fragments else torch.device("cpu")
-        self.unit_mask = torch.ones(plan.num_structured_units, dtype=torch.bool)
+        self._hybrid = any(map(plan.hybrid, plan.covers))
+        self._element_key = ELEMENT_MASK if ELEMENT_MASK in state_keys(plan) else MASK
+        self.unit_mask = torch.ones(plan.num_structured_units, dtype=torch.bool, device=self._device)
         self._spread: Tensor | None = None  # the unit masks that MASK holds now
-        self._own_units = torch.zeros_like(self.unit_mask, device=self._device)  # those whose scores are here
+        self._own_units = torch.zeros_like(self.unit_mask)  # those whose scores are here
+        structured = [0 if gate.elementwise else gate.num_units for gate in plan.gates]
+        self._structured_units = torch.tensor(structured, dtype=torch.int64, device=self._device)  # of every gate
         self._ranked = [index for index, gate in enumerate(plan.gates) if gate.pattern is None]
         self._runs, fragment_gates = self._selection()
         num_units = [plan.gates[i].num_units for i in self._ranked]
         self._selector = Selector(num_units, fragment_gates, communicator, self._device)
-        self._patterned = self._pattern_fragments()
         widest = max((gate.pattern[1] for gate in plan.gates if gate.pattern), default=1)
-        self._pattern_selector = PatternSelector([run for run, _ in self._patterned], widest, communicator)
+        self._pattern_selector = PatternSelector(list(self._pattern_runs()), widest, communicator, self._device)
 
     @property
     def extra_bytes(self) -> int:
@@ -99,7 +102,7 @@ class Gating:
     def learn_(self, adam: Adam, score_adam: Adam) -> tuple[Tensor, Tensor]:
         """The same, and Adam on element scores.
 
-        Returns (dL/dsigma, dL/dS of structured units), float64, summed over ranks, on the CPU. With G = dL/d(W * M):
+        Returns (dL/dsigma on the CPU, dL/dS of structured units), float64, summed over ranks. With G = dL/d(W * M):
         dL/dS_u = sum_{i in u} G_i W_i prod_{g' != g} M_g',i and dL/dsigma = sum_u M_u dL/dS_u
         (algorithm.md, section 2).
         """
@@ -110,12 +113,10 @@ class Gating:
                 self._add_unit_sums(sums[num_gates:], part, part.grad)
                 self._update_elements_(sums[:num_gates], part, part.grad, adam, score_adam)
                 self._update_weights_(part.structured, part, part.grad, adam)
-        sums = self._communicator.sum_(sums).cpu()
+        sums = self._communicator.sum_(sums.float()).double()  # fp32, as the weights' gradients are reduced
         sigma, units = sums[:num_gates], sums[num_gates:]
-        for index in self.plan.structured:
-            where = self.plan.units(index)
-            sigma[index] = units[where][self.unit_mask[where]].sum()
-        return sigma, units
+        sigma += _segment_sums(units * self.unit_mask, self._structured_units)
+        return sigma.cpu(), units
 
     def _update_weights_(self, table: Tensor, part: Part, grad: Tensor, adam: Adam) -> None:
         if len(table):
@@ -124,37 +125,33 @@ class Gating:
     def _add_unit_sums(self, sums: Tensor, part: Part, grad: Tensor) -> None:
         """Add a part's share of the gradients of structured units to `sums`."""
         (latent,) = self._flat_states(part, LATENT)
-        if part.patches:
-            sums += ops.unit_sums(torch.cat(list(part.patches.values())), grad, latent, None, len(sums))
-        depth = max((len(self.plan.covers[f.tensor]) for f in part.hybrid), default=0)
-        for number in range(depth):
-            structured = [
-                f for f in part.hybrid if number < len(self.plan.covers[f.tensor]) and number != part.element_cover(f)
-            ]
-            others = self._others(part, [(f, number) for f in structured])
-            sums += ops.unit_sums(part.patch_table(structured, number), grad, latent, others, len(sums))
+        if len(part.alone):
+            sums += ops.unit_sums(part.alone, grad, latent, None, len(sums))
+        for patches, rest in part.joint:
+            others = self._times_units(self._element_masks(part), rest)
+            sums += ops.unit_sums(patches, grad, latent, others, len(sums))
 
     def _update_elements_(self, sums: Tensor, part: Part, grad: Tensor, adam: Adam, score_adam: Adam) -> None:
         """One step of element scores and the latent weights under them; adds to dL/dsigma in `sums`."""
-        weights = LATENT, EXP_AVG, EXP_AVG_SQ
-        keys = MASK, *weights, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
-        for table in (part.elements, part.hybrids):
-            if not len(table):
-                continue
-            mask, *states = self._flat_states(part, *keys)
-            shared = [(f, number) for f in part.hybrid if (number := part.element_cover(f)) is not None]
-            others = self._others(part, shared) if table is part.hybrids else None
-            sigma = ops.element_adamw_(table, grad, part.hosted, mask, others, *states, adam, score_adam)
-            num_rows = torch.zeros(len(sums), dtype=torch.int64, device=part.device)
-            num_rows.index_add_(0, table[:, GATE], torch.ones_like(table[:, GATE]))
-            sums += torch.segment_reduce(sigma, "sum", lengths=num_rows, initial=0.0, unsafe=True)  # no host sync
+        if not len(part.elements):
+            return
+        keys = MASK, LATENT, EXP_AVG, EXP_AVG_SQ, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
+        mask, *states = self._flat_states(part, *keys)
+        others = self._times_units(torch.ones_like(mask), part.patches) if part.joint else None
+        sigma = ops.element_adamw_(part.elements, grad, part.hosted, mask, others, *states, adam, score_adam)
+        sums += _segment_sums(sigma, part.num_rows)
 
-    def _others(self, part: Part, covers: Sequence[tuple[Fragment, int]]) -> Tensor:
-        """For every (fragment, cover) the product of the masks of its other gates, in a flat bool buffer."""
-        others = torch.empty(part.hosted.shape, dtype=torch.bool, device=part.device)
-        for fragment, number in covers:
-            fragment.view(others).copy_(self._product(fragment, number))
-        return others
+    def _element_masks(self, part: Part) -> Tensor:
+        """A copy of the element gates' own masks in a plan with hybrids, ones where there are none; bool, flat."""
+        state = self._state[part.flat]
+        if ELEMENT_MASK in state:
+            return state[ELEMENT_MASK].view(-1).clone()
+        return torch.ones(part.hosted.shape, dtype=torch.bool, device=part.device)
+
+    def _times_units(self, mask: Tensor, patches: Tensor) -> Tensor:
+        """The mask, flat, times those of the structured units on patches; in place."""
+        ops.expand_units_(patches, self.unit_mask, None, mask)
+        return mask
 
     def write_(self) -> None:
         """The hosted partition becomes W * M."""
@@ -170,7 +167,7 @@ class Gating:
         Biases follow their unit without a say. Used to start learned scores, and by the magnitude rule.
         """
         num_gates = len(self.plan.gates)
-        sums = torch.zeros(num_gates + self.plan.num_structured_units, dtype=torch.float64)
+        sums = torch.zeros(num_gates + self.plan.num_structured_units, dtype=torch.float64, device=self._device)
         for fragment in self.weights:
             if not self.plan.counted(fragment.tensor):
                 continue
@@ -181,22 +178,24 @@ class Gating:
                 else:
                     units = sums[num_gates:][self.plan.units(cover.gate)]
                     self._add_sums_(units, size, fragment, cover)
-                sums[cover.gate] += size.sum(dtype=torch.float64).cpu() if scaled else 0.0
+                if scaled:
+                    sums[cover.gate] += size.sum(dtype=torch.float64)
         self._communicator.sum_(sums)
         self._write_magnitudes(sums[:num_gates], sums[num_gates:], scaled)
 
     def _add_sums_(self, units: Tensor, values: Tensor, fragment: Fragment, cover: Cover) -> None:
-        local = torch.zeros(units.shape, dtype=torch.float64, device=values.device)
+        local = torch.zeros_like(units)
         for part in cover.slices:
             add_unit_sums_(local, values, fragment.start, part)
-        units += local.to(units.device)
+        units += local
 
     def _write_magnitudes(self, totals: Tensor, units: Tensor, scaled: bool) -> None:
         """Turn sums of |W| over gates and units into scores."""
         gates = self.plan.gates
         means = [(t / g.num_weights).clamp(min=1e-30) for t, g in zip(totals, gates, strict=True)] if scaled else []
         for index in self.plan.structured:
-            units[self.plan.units(index)] /= gates[index].unit_sizes * (means[index] if scaled else 1.0)
+            sizes = gates[index].unit_sizes.to(units.device, non_blocking=True)
+            units[self.plan.units(index)] /= sizes * (means[index] if scaled else 1.0)
         for fragment in self.hosted_scores:
             run = units[fragment.start : fragment.start + fragment.length]
             fragment.view(fragment.flat).copy_(run)
@@ -209,15 +208,16 @@ class Gating:
 
     def gather_thresholds(self) -> Tensor:
         """All thresholds, fp32 of shape (G,), from the fragments on all ranks."""
-        sigma = torch.zeros(len(self.plan.gates))
+        sigma = torch.zeros(len(self.plan.gates), device=self._device)
         for fragment in self.hosted_thresholds:
-            sigma[fragment.start : fragment.start + fragment.length] = fragment.view(fragment.flat).cpu()
-        return self._communicator.sum_(sigma)
+            sigma[fragment.start : fragment.start + fragment.length] = fragment.view(fragment.flat)
+        return self._communicator.sum_(sigma).cpu()
 
     def write_thresholds(self, sigma: Tensor) -> None:
         """Put new thresholds (G,) into the fragments that this rank holds."""
         for fragment in self.hosted_thresholds:
-            fragment.view(fragment.flat).copy_(sigma[fragment.start : fragment.start + fragment.length])
+            own = sigma[fragment.start : fragment.start + fragment.length]
+            fragment.view(fragment.flat).copy_(own, non_blocking=True)
 
     # Masks
 
@@ -226,8 +226,7 @@ class Gating:
         with self._communicator.stopwatch.measure("select"):
             self._selector.masks_(self._runs, [keep[index] for index in self._ranked])
             self._make_patterns(keep)
-            units = self._own_units.to(torch.uint8)
-            self.unit_mask = self._communicator.sum_(units).bool().cpu()
+            self.unit_mask = self._communicator.union(self._own_units)
         with self._communicator.stopwatch.measure("mask"):
             self.spread_masks()
 
@@ -238,24 +237,18 @@ class Gating:
                 num * gate.pattern[1] // gate.num_units if gate.pattern else 0
                 for num, gate in zip(keep, self.plan.gates, strict=True)
             ]
-            masks = self._pattern_selector.masks(kept)
-            for (_, fragment), mask in zip(self._patterned, masks, strict=True):
-                self._element_mask(fragment).copy_(mask)
+            self._pattern_selector.masks_(kept)
 
     def spread_masks(self) -> None:
-        """MASK = product of the masks of all gates that cover an element, where it is not made in place.
-
-        Tensors that one structured gate covers alone are written where their gate's mask has changed.
-        """
-        old, new = self._spread, self.unit_mask
-        where = {gate: self.plan.units(gate) for gate in self.plan.structured}
-        changed = [gate for gate, at in where.items() if old is None or not torch.equal(old[at], new[at])]
+        """MASK = product of the masks of all gates that cover an element, where it is not made in place."""
+        new = self.unit_mask
+        old = ~new if self._spread is None else self._spread
         for part in self._parts:
             (mask,) = self._flat_states(part, MASK)
-            if patches := [part.patches[gate] for gate in changed if gate in part.patches]:
-                ops.expand_units_(torch.cat(patches), new.to(part.device), mask)
-            for fragment in part.hybrid:
-                fragment.view(mask).copy_(self._product(fragment))
+            if self._hybrid:
+                self._times_units(mask.copy_(self._element_masks(part)), part.patches)
+            else:
+                ops.expand_units_(part.patches, new, old, mask)
         self._spread = new
 
     def forget_masks(self) -> None:
@@ -264,32 +257,12 @@ class Gating:
 
     def count_kept(self) -> int:
         """Prunable weights that MASK keeps, on all ranks."""
-        counted = [f for f in self.weights if self.plan.counted(f.tensor)]
-        kept = [torch.count_nonzero(self.state(f, MASK)) for f in counted]
-        total = torch.stack(kept).sum() if kept else torch.zeros((), dtype=torch.int64)
+        total = torch.zeros((), dtype=torch.int64, device=self._device)
+        for part in self._parts:
+            (mask,) = self._flat_states(part, MASK)
+            for run in part.counted:
+                total += torch.count_nonzero(mask[run])
         return int(self._communicator.sum_(total).item())
-
-    def _element_mask(self, fragment: Fragment) -> Tensor:
-        """Where the mask of the element gate on a fragment lies."""
-        return self.state(fragment, ELEMENT_MASK if self.plan.hybrid(fragment.tensor) else MASK)
-
-    def _own_mask(self, fragment: Fragment, cover: Cover) -> Tensor:
-        """One gate's mask on a fragment, bool of shape (length,)."""
-        if self.plan.gates[cover.gate].elementwise:
-            return self._element_mask(fragment)
-        out = torch.empty(fragment.length, dtype=torch.bool, device=fragment.flat.device)
-        units = self.unit_mask[self.plan.units(cover.gate)].to(out.device)
-        for part in cover.slices:
-            expand_units(units, out, fragment.start, part)
-        return out
-
-    def _product(self, fragment: Fragment, without: int | None = None) -> Tensor:
-        """The product of the masks of the gates on a fragment, `without` one of its covers."""
-        product = torch.ones(fragment.length, dtype=torch.bool, device=fragment.flat.device)
-        for number, cover in enumerate(self.plan.covers[fragment.tensor]):
-            if number != without:
-                product &= self._own_mask(fragment, cover)
-        return product
 
     # Runs of scores, for the selection
 
@@ -318,7 +291,7 @@ class Gating:
             for cover in self.plan.covers[fragment.tensor]:
                 gate, states = self.plan.gates[cover.gate], self._state[fragment.flat]
                 if gate.elementwise and gate.pattern is None:
-                    mask = states[ELEMENT_MASK if self.plan.hybrid(fragment.tensor) else MASK]
+                    mask = states[self._element_key]
                     yield states[SCORE], mask, fragment.offset, fragment.length, cover.gate, fragment.start
 
     def _unit_runs(self) -> Iterator[tuple[Tensor, Tensor, int, int, int, int]]:
@@ -333,12 +306,16 @@ class Gating:
                 if first < last:
                     yield scores, mask, first - fragment.start, last - first, index, first - units.start
 
-    def _pattern_fragments(self) -> list[tuple[PatternRun, Fragment]]:
-        """The runs of scores under n:m gates on this rank, and whose they are."""
-        found = []
-        for fragment in self.weights:
-            for cover in self.plan.covers[fragment.tensor]:
+    def _pattern_runs(self) -> Iterator[PatternRun]:
+        """The runs of scores under n:m gates on this rank."""
+        for f in self.weights:
+            states = self._state[f.flat]
+            for cover in self.plan.covers[f.tensor]:
                 if pattern := self.plan.gates[cover.gate].pattern:
-                    scores = self.state(fragment, SCORE)
-                    found.append((PatternRun(cover.gate, fragment.start, scores, pattern[1]), fragment))
-        return found
+                    scores, mask = states[SCORE], states[self._element_key]
+                    yield PatternRun(cover.gate, f.start, f.length, pattern[1], scores, mask, f.offset)
+
+
+def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """The sums of runs of values that follow each other, shape of their lengths; no host sync."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)

@@ -202,7 +202,7 @@ class LeapAdamW(torch.optim.Optimizer):
 
     def _adam_on(self, fragment: Fragment, grad: Tensor, adam: Adam) -> None:
         """Adam on this rank's fragment of a gate parameter whose whole gradient is `grad`."""
-        local = grad[fragment.start : fragment.start + fragment.length].to(fragment.flat)
+        local = grad[fragment.start : fragment.start + fragment.length].to(fragment.flat, non_blocking=True)
         moments = self.gating.state(fragment, EXP_AVG), self.gating.state(fragment, EXP_AVG_SQ)
         ops.adamw_(fragment.view(fragment.flat), local, *moments, adam)
 

@@ -86,6 +86,10 @@ def _fake_histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> 
     return keys.new_empty(len(prefix), 1 << reference.DIGIT_BITS)
 
 
+def _fake_best_of(table: Tensor, scores: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+    return mask.new_empty(len(table))
+
+
 def _fake_sums(patches: Tensor, grad: Tensor, latent: Tensor, others: Tensor | None, num_units: int) -> Tensor:
     return grad.new_empty(num_units, dtype=torch.float64)
 
@@ -99,5 +103,6 @@ element_adamw_ = _register(reference.element_adamw_, LATENT_STATE + SCORE_STATE,
 write_masked_ = _register(reference.write_masked_, ("hosted",), _nothing)
 collect_ = _register(reference.collect_, ("mask",), _fake_collect)
 histogram = _register(reference.histogram, (), _fake_histogram)
+best_of_ = _register(reference.best_of_, ("mask",), _fake_best_of)
 unit_sums = _register(units.unit_sums, (), _fake_sums)
 expand_units_ = _register(units.expand_units_, ("mask",), _nothing)

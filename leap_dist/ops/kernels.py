@@ -164,6 +164,27 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
     tl.atomic_add(counts + (gate << DIGIT_BITS) + digit, tl.full((BLOCK,), 1, tl.int64), mask=inside)
 
 
+@triton.jit
+def _best_of_kernel(table, scores, kept, mask, broken, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The n:m mask of one row; counts how many of its group go before an element, by m loads that meet in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    offset, length, gate = tl.load(table + 4 * row), tl.load(table + 4 * row + 1), tl.load(table + 4 * row + 2)
+    of, num = tl.load(table + 4 * row + 3), tl.load(kept + gate)
+    num_nan = tl.zeros((1,), dtype=tl.int32)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < length
+        s = tl.load(scores + offset + at, mask=inside, other=0)
+        num_nan += tl.sum((s != s).to(tl.int32), 0)
+        rank = tl.zeros((BLOCK,), dtype=tl.int32)
+        for i in range(of):
+            place = at - at % of + i
+            other = tl.load(scores + offset + place, mask=inside, other=0)
+            rank += ((other > s) | ((other == s) & (place < at))).to(tl.int32)
+        tl.store(mask + offset + at, (rank < num).to(tl.int8), mask=inside)
+    tl.store(broken + row + tl.arange(0, 1), (num_nan > 0).to(tl.int8))
+
+
 def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Sequence[float]) -> None:
     """As reference.adamw_."""
     if numel := weight.numel():
@@ -258,6 +279,14 @@ def histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> Tensor
         grid = (triton.cdiv(numel, BLOCK),)
         _histogram_kernel[grid](keys, gates, prefix, counts, numel, shift, DIGIT_BITS=DIGIT_BITS, BLOCK=BLOCK, **EXACT)
     return counts
+
+
+def best_of_(table: Tensor, scores: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+    """As reference.best_of_."""
+    broken = torch.empty(len(table), dtype=torch.bool, device=scores.device)
+    if len(table):
+        _best_of_kernel[(len(table),)](table, scores, kept, _bytes(mask), _bytes(broken), BLOCK=BLOCK, **EXACT)
+    return broken
 
 
 def _bytes(mask: Tensor) -> Tensor:

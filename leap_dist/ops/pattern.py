@@ -4,91 +4,105 @@ Groups are aligned to multiples of m elements of their tensor, and a rank's run 
 one. Such a group is shared by several ranks: its scores are summed into one small table, the same on every rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
-from leap_dist.ops.reference import blocks
+from leap_dist.ops import dispatch as ops
+from leap_dist.ops.reference import run_table
 
 
 @dataclass(frozen=True)
 class PatternRun:
-    """Elements [start, start + n) of the tensor of gate `gate`, with their scores (n,), in groups of `of`."""
+    """Elements [start, start + length) of the tensor of gate `gate`, in groups of `of`.
+
+    They lie at `offset` of the flat partition, of whose shape are their scores, fp32, and their mask, bool.
+    """
 
     gate: int
     start: int
-    scores: Tensor
+    length: int
     of: int
+    scores: Tensor
+    mask: Tensor
+    offset: int
 
     @property
-    def body(self) -> slice:
-        """The part of the run that is made of whole groups; empty where there is none."""
-        first = min(-self.start % self.of, len(self.scores))
-        return slice(first, max(first, len(self.scores) - (self.start + len(self.scores)) % self.of))
+    def body(self) -> tuple[int, int]:
+        """(first, length) of the part of the run that is made of whole groups; empty where there is none."""
+        first = min(-self.start % self.of, self.length)
+        return first, max(0, self.length - first - (self.start + self.length) % self.of)
 
-    def ends(self) -> list[tuple[int, slice]]:
-        """(group, part of the run) of the cut groups at either end."""
-        stop = len(self.scores)
-        parts = [slice(0, self.body.start), slice(self.body.stop, stop)]
-        return [((self.start + part.start) // self.of, part) for part in parts if part.start < part.stop]
+    def ends(self) -> Iterator[tuple[int, int]]:
+        """(element of the tensor, its place in the flat buffers) for those in groups that the run cuts."""
+        first, length = self.body
+        for i in (*range(first), *range(first + length, self.length)):
+            yield self.start + i, self.offset + i
+
+
+class _Buffer(NamedTuple):
+    """What one pair of flat buffers holds: the rows of whole groups; the elements of cut ones, and their slots."""
+
+    scores: Tensor
+    mask: Tensor
+    table: Tensor
+    places: Tensor
+    slots: Tensor
 
 
 class PatternSelector:
     """Selects for a fixed set of runs; collective, also at the start. widest: the largest m of any gate on any rank."""
 
-    def __init__(self, runs: Sequence[PatternRun], widest: int, communicator: Communicator) -> None:
-        self._runs, self._communicator = list(runs), communicator
-        cut = [(run.gate, group) for run in self._runs for group, _ in run.ends()]
-        everywhere = communicator.gather(cut)
+    def __init__(
+        self, runs: Sequence[PatternRun], widest: int, communicator: Communicator, device: torch.device
+    ) -> None:
+        self._communicator, self._device = communicator, device
+        cut = {(run.gate, element // run.of): run.of for run in runs for element, _ in run.ends()}
+        everywhere = communicator.gather(list(cut))
         groups = sorted({place for rank in everywhere for place in rank})
-        self._slot = {place: slot for slot, place in enumerate(groups)}
-        self._widest = widest
+        slot = {place: number * widest for number, place in enumerate(groups)}
+        self._num_shared = len(groups) * widest
+        self._table = run_table([(slot[place], of, place[0], of) for place, of in cut.items()], widest).to(device)
+        buffers = {id(run.scores): (run.scores, run.mask) for run in runs}
+        self._buffers = []
+        for key, (scores, mask) in buffers.items():
+            mine = [run for run in runs if id(run.scores) == key]
+            ends = [
+                (place, slot[run.gate, element // run.of] + element % run.of)
+                for run in mine
+                for element, place in run.ends()
+            ]
+            places, slots = torch.tensor(ends, dtype=torch.int64).view(-1, 2).to(device).unbind(1)
+            self._buffers.append(_Buffer(scores.view(-1), mask.view(-1), _whole_groups(mine, device), places, slots))
 
-    def masks(self, kept: Sequence[int]) -> list[Tensor]:
-        """The bool mask of every run, shape of its scores; `kept`: n of every gate, for now.
+    def masks_(self, kept: Sequence[int]) -> None:
+        """Write the mask of every run; `kept`: n of every gate, for now. One host sync on a GPU.
 
         Raises FloatingPointError if a score is NaN.
         """
-        table = self._shared_scores()
-        masks = []
-        for run in self._runs:
-            mask, num = torch.empty_like(run.scores, dtype=torch.bool), kept[run.gate]
-            whole = run.scores[run.body]
-            for b in blocks(whole.numel() // run.of, whole.device):
-                part = slice(b.start * run.of, b.stop * run.of)
-                mask[run.body][part] = best_of(whole[part].view(-1, run.of), num).flatten()
-            for group, part in run.ends():
-                best = best_of(table[self._slot[run.gate, group], : run.of][None], num)[0]
-                offset = (run.start + part.start) % run.of
-                mask[part] = best[offset : offset + part.stop - part.start].to(mask.device)
-            masks.append(mask)
-        return masks
-
-    def _shared_scores(self) -> Tensor:
-        """(cut groups, m): the scores of all groups that ranks share, fp32 on the CPU."""
-        table = torch.zeros(len(self._slot), self._widest)
-        for run in self._runs:
-            for group, part in run.ends():
-                offset = (run.start + part.start) % run.of
-                row = table[self._slot[run.gate, group]]
-                row[offset : offset + part.stop - part.start] = run.scores[part].cpu()
-        return self._communicator.sum_(table)
+        num = torch.tensor(kept, dtype=torch.int64).to(self._device, non_blocking=True)
+        shared = torch.zeros(self._num_shared, device=self._device)
+        for buffer in self._buffers:
+            shared[buffer.slots] = buffer.scores[buffer.places]
+        self._communicator.sum_(shared)
+        best = torch.empty_like(shared, dtype=torch.bool)
+        broken = [ops.best_of_(self._table, shared, num, best)]
+        for buffer in self._buffers:
+            broken.append(ops.best_of_(buffer.table, buffer.scores, num, buffer.mask))
+            buffer.mask[buffer.places] = best[buffer.slots]
+        if torch.cat(broken).any():
+            raise FloatingPointError("the scores of an n:m gate hold NaN")
 
 
-def best_of(scores: Tensor, num: int) -> Tensor:
-    """The mask of the `num` largest of every row, ties to the lowest index; scores: (groups, m), bool of its shape.
-
-    An element's rank is the number of those in its row that go before it: m comparisons, and no sort.
-    """
-    rank = torch.zeros_like(scores, dtype=torch.int16)
-    for i in range(scores.shape[1]):
-        one = scores[:, i : i + 1]
-        rank[:, :i] += one > scores[:, :i]
-        rank[:, i + 1 :] += one >= scores[:, i + 1 :]
-    mask = rank < num
-    if scores.isnan().any():
-        raise FloatingPointError("the scores of an n:m gate hold NaN")
-    return mask
+def _whole_groups(runs: Sequence[PatternRun], device: torch.device) -> Tensor:
+    """The rows of the whole groups of runs in one buffer, on its device."""
+    size = ops.row_size(device)
+    tables = [
+        run_table([(run.offset + run.body[0], run.body[1], run.gate, run.of)], max(size // run.of, 1) * run.of)
+        for run in runs
+    ]
+    return torch.cat(tables).to(device)

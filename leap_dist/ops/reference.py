@@ -19,7 +19,8 @@ from torch import Tensor
 CPU_BLOCK = 1 << 18  # 1 MiB in fp32: five operands fit the third-level cache, and threads meet seldom
 OFFSET, LENGTH, GATE, DECAYS = range(4)  # columns of a table of runs
 PLACE = DECAYS  # in the tables of a selection
-DIGIT_BITS = 8  # of a key, chosen in one pass of a selection
+DIGIT_BITS = 7  # of a key, chosen in one pass of a selection
+KEY_BITS = 5 * DIGIT_BITS  # of an aligned key: 32 at least
 
 
 class Adam(NamedTuple):
@@ -208,14 +209,38 @@ def _true_places(flags: Tensor) -> Tensor:
 
 
 def histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> Tensor:
-    """How often each digit, bits [shift, shift + 8), stands in the keys whose higher bits are their gate's prefix.
+    """How often each digit, bits [shift, shift + 7), stands in the keys whose higher bits are their gate's prefix.
 
-    keys: 32-bit keys, gates: the gate of each, (n,); prefix: (G,), all int64. Returns int64 of shape (G, 256).
+    keys: of 35 bits, gates: the gate of each, (n,); prefix: (G,), all int64. Returns int64 of shape (G, 128).
     """
     bins = 1 << DIGIT_BITS
     heads = keys >> shift
-    if shift + DIGIT_BITS < 32:
+    if shift + DIGIT_BITS < KEY_BITS:
         same = (heads >> DIGIT_BITS) == prefix[gates]
         heads, gates = heads[same], gates[same]
     digits = gates * bins + (heads & (bins - 1))
     return torch.bincount(digits, minlength=len(prefix) * bins).view(-1, bins)
+
+
+def best_of_(table: Tensor, scores: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+    """The n:m masks of every run, whose rows are (offset, length, gate, m): of every m neighbours the best are kept.
+
+    kept: how many of a gate's neighbours, int64 of shape (G,); scores fp32 and mask bool, flat; a length is a multiple
+    of its m. Ties go to the lowest index. Returns of every row whether its scores hold NaN, bool of shape (rows,).
+    """
+    broken = torch.zeros(len(table), dtype=torch.bool, device=scores.device)
+    for row, (offset, length, gate, of) in enumerate(table.tolist()):
+        groups = scores[offset : offset + length].view(-1, of)
+        mask[offset : offset + length] = (_ranks(groups) < kept[gate]).flatten()
+        broken[row] = groups.isnan().any()
+    return broken
+
+
+def _ranks(groups: Tensor) -> Tensor:
+    """How many of its row go before an element, int16 of the shape (groups, m): m comparisons, and no sort."""
+    rank = torch.zeros_like(groups, dtype=torch.int16)
+    for i in range(groups.shape[1]):
+        one = groups[:, i : i + 1]
+        rank[:, :i] += one > groups[:, :i]
+        rank[:, i + 1 :] += one >= groups[:, i + 1 :]
+    return rank

@@ -3,14 +3,19 @@
 For each gate the cut is the keep-th largest score of all ranks. Scores move little from step to step, so a bracket
 around the expected cut decides nearly all of them in one pass: what lies above is kept, what lies below is not, and
 the candidates between are collected. A gate whose cut has left its bracket is searched again among all its scores.
-Ranks map the candidates' fp32 scores to uint32 keys of the same order and narrow the cut digit by digit: local
-histograms for all gates at once, one all-reduce, choose the digit. Scores equal to the cut are kept by lowest index:
-every fragment reports how many it holds, and takes its share after the fragments before it. The result depends only
-on the scores, bit for bit, whatever the number of ranks and the split.
+Ranks map the candidates' fp32 scores to integer keys of the same order, measured from the low end of their bracket and
+aligned at the top, and narrow the cut digit by digit: local histograms for all gates at once, one all-reduce, choose
+the digit; the first brings the counts above the brackets along. The first NUM_PASSES digits tell any two scores in a
+bracket of +-1/16 of its cut apart, and are nearly always enough in wider ones: a cut need not be known any better once
+all scores that share its digits are kept. Scores equal to the cut are kept by lowest index: every fragment reports how
+many it holds, and takes its share after the fragments before it. The result depends only on the scores, bit for bit,
+whatever the number of ranks and the split.
+
+On a GPU the host waits once for each buffer of scores (how many candidates are to be stored) and once at the end.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,11 +24,16 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.ops import dispatch
-from leap_dist.ops.reference import DIGIT_BITS, GATE, PLACE
+from leap_dist.ops.reference import DIGIT_BITS, GATE, KEY_BITS, PLACE
 
 MANY, STRIDE = 1 << 16, 64  # gates of so many units are first aimed at with every 64th score
 AIM_SHIFT = 18  # such an aim is as coarse as a key without so many bits: 1/32 of a power of two
 WIDEN = 6.0  # a bracket reaches this many times the last error of its prediction to either side
+ANYWHERE = -math.inf, math.inf  # the edges of a bracket that is not known
+SHIFTS = tuple(range(KEY_BITS - DIGIT_BITS, -1, -DIGIT_BITS))  # of the digits of a key
+REST = 2  # the last digits, looked at only where a cut parts scores that share the ones before
+NUM_PASSES = len(SHIFTS) - REST  # all-reduces of nearly every selection
+COUNTS = 1 + (NUM_PASSES << DIGIT_BITS)  # that these sum for every gate: above its bracket, and by digit in each pass
 
 
 @dataclass(frozen=True)
@@ -47,20 +57,38 @@ class Bracket:
     width: float = float("inf")
     cut: float = float("nan")
 
+    @property
+    def edges(self) -> tuple[float, float]:
+        """(low, high); all scores lie between infinite ones, and NaN counts as not known."""
+        low, high = self.middle - self.width, self.middle + self.width
+        return (low, high) if low <= high else ANYWHERE
+
     def follow(self, cut: float) -> None:
         """Expect the cut to move on as it has moved; the width follows the error of the last expectation."""
         error = abs(cut - self.middle)
-        known = not math.isnan(self.cut)
+        known = math.isfinite(error) and not math.isnan(self.cut)
         self.width = max(WIDEN * error, 0.8 * self.width, 1e-7) if known else abs(cut) / 16 + 1e-6
         self.middle = 2 * cut - self.cut if known else cut
         self.cut = cut
 
 
-class Candidates(NamedTuple):
-    """The scores inside the brackets on this rank, (n,) each: key, gate, place; and how they were found.
+class Plan(NamedTuple):
+    """What one search is asked, on the device, (G,) each but the edges of the brackets: (2, G), fp32.
 
-    first: for every place the number of candidates before its own; num_above, num_inside: (G,), of all ranks, on the
-    CPU; positions: of every Runs, those of its candidates.
+    base: the key of the lower edge; room: how many low bits of an aligned key are 0; wanted: the kept counts.
+    """
+
+    edges: Tensor
+    base: Tensor
+    room: Tensor
+    wanted: Tensor
+
+
+class Candidates(NamedTuple):
+    """The scores inside the brackets on this rank, (n,) each: aligned key, gate, place; and how they were found.
+
+    first: for every place the number of candidates before its own; num_above: (G,), of this rank; positions: of every
+    Runs, those of its candidates.
     """
 
     keys: Tensor
@@ -68,8 +96,32 @@ class Candidates(NamedTuple):
     places: Tensor
     first: Tensor
     num_above: Tensor
-    num_inside: Tensor
     positions: list[Tensor]
+
+
+class Cuts(NamedTuple):
+    """How far the cuts are known, the same on every rank, on the device, (G,) each.
+
+    keys: aligned, with 0 for the digits that are not known; need: how many are kept of those that share the known
+    digits; equal: how many share them.
+    """
+
+    keys: Tensor
+    need: Tensor
+    equal: Tensor
+
+
+class Told(NamedTuple):
+    """What the host has to know of every gate after a search.
+
+    scores: the cuts; parted: of the scores that share a cut's known digits some are kept and some not; missed: the cut
+    is not inside the bracket; num_inside: scores inside it, of all ranks.
+    """
+
+    scores: list[float]
+    parted: list[float]
+    missed: list[float]
+    num_inside: list[float]
 
 
 class Selector:
@@ -85,7 +137,7 @@ class Selector:
         communicator: Communicator,
         device: torch.device | None = None,
     ) -> None:
-        self._num_units = torch.tensor(num_units, dtype=torch.int64)
+        self._num_units = list(num_units)
         self._counts = torch.int32 if max(num_units, default=0) < 2**31 else torch.int64  # half the bytes to send
         self._device = device or torch.device("cpu")
         self._fragment_gates = torch.tensor(fragment_gates, dtype=torch.int64, device=self._device)
@@ -97,32 +149,28 @@ class Selector:
 
         Raises FloatingPointError if a gate's scores hold NaN.
         """
-        wanted = torch.tensor(keep, dtype=torch.int64)
-        self._aim(runs, wanted)
-        found = self._candidates(runs, self._brackets)
-        missed = _missed(found, wanted)
-        if missed.any():
-            pairs = zip(self._brackets, missed.tolist(), strict=True)
-            found = self._candidates(runs, [Bracket() if again else bracket for bracket, again in pairs])
-            if (lost := missed & (found.num_inside < self._num_units)).any():
-                raise FloatingPointError(f"the scores of gates {lost.nonzero().flatten().tolist()} hold NaN")
-        need = (wanted - found.num_above).to(self._device)
-        cuts, need, equal = self._radix_select(found.keys, found.gates, need)
-        scores, ties = _to_scores(cuts).double(), (need < equal).double()
-        new_cuts, tied = torch.stack([scores, ties]).tolist()
-        for bracket, cut in zip(self._brackets, new_cuts, strict=True):
-            bracket.follow(cut)
-        kept = found.keys >= cuts[found.gates]
-        if any(tied):  # a cut goes through equal scores
-            kept &= self._lowest(found, cuts, need, need < equal)
+        self._aim(runs, keep)
+        edges = [bracket.edges for bracket in self._brackets]
+        found, cuts, told = self._search(runs, edges, keep)
+        if any(missed := told.missed):
+            edges = [ANYWHERE if again else known for known, again in zip(edges, missed, strict=True)]
+            found, cuts, told = self._search(runs, edges, keep)
+            counts = zip(missed, told.num_inside, self._num_units, strict=True)
+            if lost := [gate for gate, (again, inside, num) in enumerate(counts) if again and inside < num]:
+                raise FloatingPointError(f"the scores of gates {lost} hold NaN")
+        for bracket, score in zip(self._brackets, told.scores, strict=True):
+            bracket.follow(score)
+        kept = found.keys >= cuts.keys[found.gates]
+        if any(told.parted):  # a cut goes through equal scores
+            kept &= self._lowest(found, cuts)
         parts = kept.split([len(positions) for positions in found.positions])
         for run, positions, part in zip(runs, found.positions, parts, strict=True):
             run.mask[positions] = part
 
-    def _aim(self, runs: Sequence[Runs], wanted: Tensor) -> None:
+    def _aim(self, runs: Sequence[Runs], keep: Sequence[int]) -> None:
         """Brackets for large gates that have none yet, from a sample of their scores. One all-reduce if there are."""
-        unknown = torch.tensor([bracket.width == float("inf") for bracket in self._brackets], dtype=torch.bool)
-        cold = (unknown & (self._num_units >= MANY)).nonzero().squeeze(1).tolist()
+        known = zip(self._brackets, self._num_units, strict=True)
+        cold = [gate for gate, (bracket, num) in enumerate(known) if bracket.edges == ANYWHERE and num >= MANY]
         if not cold:
             return
         number, bins = {gate: i for i, gate in enumerate(cold)}, 1 << (32 - AIM_SHIFT)
@@ -134,7 +182,7 @@ class Selector:
                     histogram[number[gate]] += torch.bincount(sampled, minlength=bins)
         at_least = self._communicator.sum_(histogram).cpu().flip(1).cumsum(1).flip(1)
         for gate, counts in zip(cold, at_least, strict=True):
-            rank = counts[0].item() * wanted[gate].item() / self._num_units[gate].item()
+            rank = counts[0].item() * keep[gate] / self._num_units[gate]
             error = 3.0 * counts[0].item() ** 0.5  # of the rank: six standard deviations at most
             last = [int((counts >= max(edge, 1.0)).sum()) - 1 for edge in (rank + error, rank - error)]
             keys = torch.tensor([max(last[0], 0) << AIM_SHIFT, ((last[1] + 1) << AIM_SHIFT) - 1])
@@ -142,52 +190,88 @@ class Selector:
             if math.isfinite(high - low):
                 self._brackets[gate] = Bracket(0.5 * (low + high), 0.5 * (high - low), float("nan"))
 
-    def _candidates(self, runs: Sequence[Runs], brackets: Sequence[Bracket]) -> Candidates:
-        """Collect the scores inside the brackets; masks become "not below the bracket"."""
-        edges = [[b.middle - b.width for b in brackets], [b.middle + b.width for b in brackets]]
-        bracket = torch.tensor(edges, dtype=torch.float32, device=self._device)
-        results = [dispatch.collect_(run.table, run.scores, bracket, run.mask) for run in runs]
+    def _search(
+        self, runs: Sequence[Runs], edges: Sequence[tuple[float, float]], keep: Sequence[int]
+    ) -> tuple[Candidates, Cuts, Told]:
+        """Part the scores by the edges, and find the cuts between them."""
+        plan, wide = _plan(edges, keep, self._device)
+        collected = [dispatch.collect_(run.table, run.scores, plan.edges, run.mask) for run in runs]
+        found = self._candidates(runs, collected, plan)
+        start = torch.zeros_like(plan.wanted)
+        first = dispatch.histogram(found.keys, found.gates, start, SHIFTS[0])
+        counts = self._sum(torch.cat([first, found.num_above[:, None]], 1))
+        histogram, need = counts[:, :-1], plan.wanted - counts[:, -1]
+        inside = histogram.sum(1)
+        missed = (need < 1) | (need > inside)
+        cuts = self._narrow(found, _choose(histogram, Cuts(start, need, inside), SHIFTS[0]), SHIFTS[1:-REST])
+        told = _tell(plan, cuts, missed, inside)
+        if not any(told.missed) and any(apart and more for apart, more in zip(told.parted, wide, strict=True)):
+            cuts = self._narrow(found, cuts, SHIFTS[-REST:])
+            told = _tell(plan, cuts, missed, inside)
+        return found, cuts, told
+
+    def _candidates(self, runs: Sequence[Runs], collected: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> Candidates:
+        """The scores that `collected` gives, by runs: what collect_ returns for them and the plan's edges."""
         empty = torch.empty(0, dtype=torch.int64, device=self._device)
         table = torch.cat([empty.view(0, 4), *(run.table for run in runs)])
-        counts = torch.cat([empty.view(0, 2), *(count for count, _ in results)])
-        totals = torch.zeros(len(brackets), 2, dtype=torch.int64, device=self._device)
-        totals.index_add_(0, table[:, GATE], counts)
-        above, inside = self._communicator.sum_(totals).cpu().unbind(1)
-        keys = [_to_keys(run.scores[positions]) for run, (_, positions) in zip(runs, results, strict=True)]
-        num = sum(len(k) for k in keys)
-        rows = torch.repeat_interleave(table[:, [GATE, PLACE]], counts[:, 1], dim=0, output_size=num)
+        above, inside = torch.cat([empty.view(0, 2), *(counts for counts, _ in collected)]).unbind(1)
+        positions = [positions for _, positions in collected]
+        num = sum(map(len, positions))
+        gates, places = torch.repeat_interleave(table[:, [GATE, PLACE]], inside, dim=0, output_size=num).unbind(1)
+        keys = torch.cat([empty, *(_to_keys(run.scores[at]) for run, at in zip(runs, positions, strict=True))])
+        keys = (keys - plan.base[gates]) << plan.room[gates]
         first = torch.full_like(self._fragment_gates, num)
-        first.scatter_reduce_(0, table[:, PLACE], counts[:, 1].cumsum(0) - counts[:, 1], "amin")
-        positions = [positions for _, positions in results]
-        return Candidates(torch.cat([empty, *keys]), rows[:, 0], rows[:, 1], first, above, inside, positions)
+        first.scatter_reduce_(0, table[:, PLACE], inside.cumsum(0) - inside, "amin")
+        num_above = torch.zeros_like(plan.wanted).index_add_(0, table[:, GATE], above)
+        return Candidates(keys, gates, places, first, num_above, positions)
 
-    def _radix_select(self, keys: Tensor, gates: Tensor, need: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per gate the need-th largest key, how many of its equals are needed, how many there are."""
-        prefix = torch.zeros_like(need)
-        for shift in range(32 - DIGIT_BITS, -1, -DIGIT_BITS):
-            histogram = self._communicator.sum_(dispatch.histogram(keys, gates, prefix, shift).to(self._counts)).long()
-            at_least = histogram.flip(1).cumsum(1).flip(1)  # keys with this digit or a larger one
-            digit = (at_least >= need[:, None]).sum(1) - 1
-            equal = histogram.gather(1, digit[:, None]).squeeze(1)
-            need = need - (at_least.gather(1, digit[:, None]).squeeze(1) - equal)
-            prefix = (prefix << DIGIT_BITS) | digit
-        return prefix, need, equal
+    def _narrow(self, found: Candidates, cuts: Cuts, shifts: Iterable[int]) -> Cuts:
+        """The cuts with the digits at these shifts. One all-reduce for each."""
+        for shift in shifts:
+            histogram = dispatch.histogram(found.keys, found.gates, cuts.keys >> (shift + DIGIT_BITS), shift)
+            cuts = _choose(self._sum(histogram), cuts, shift)
+        return cuts
 
-    def _lowest(self, found: Candidates, cuts: Tensor, need: Tensor, split: Tensor) -> Tensor:
-        """False for the candidates that equal the cut of a gate in `split` and are not among the `need` lowest."""
-        tie = (found.keys == cuts[found.gates]) & split[found.gates]
+    def _sum(self, counts: Tensor) -> Tensor:
+        """Counts of units, summed over the ranks."""
+        return self._communicator.sum_(counts.to(self._counts)).long()
+
+    def _lowest(self, found: Candidates, cuts: Cuts) -> Tensor:
+        """False for the candidates that equal the cut of their gate and are not among the `need` lowest."""
+        tie = found.keys == cuts.keys[found.gates]
         ties = torch.zeros_like(self._fragment_gates).index_add_(0, found.places, tie.long())
         self._communicator.sum_(ties)
-        of_gate = torch.zeros_like(need).index_add_(0, self._fragment_gates, ties)
+        of_gate = torch.zeros_like(cuts.need).index_add_(0, self._fragment_gates, ties)
         earlier = (of_gate.cumsum(0) - of_gate)[self._fragment_gates]  # ties of all gates before a fragment's own
-        share = need[self._fragment_gates] - (ties.cumsum(0) - ties - earlier)
+        share = cuts.need[self._fragment_gates] - (ties.cumsum(0) - ties - earlier)
         number = torch.cat([tie.new_zeros(1), tie]).cumsum(0)
         return ~tie | (number[1:] - number[found.first[found.places]] <= share[found.places])
 
 
-def _missed(found: Candidates, keep: Tensor) -> Tensor:
-    """True for the gates whose cut is not inside the bracket."""
-    return (keep <= found.num_above) | (keep > found.num_above + found.num_inside)
+def _plan(edges: Sequence[tuple[float, float]], keep: Sequence[int], device: torch.device) -> tuple[Plan, list[bool]]:
+    """A search on the device, in one transfer; and for which gates the first digits of a key are not all of it."""
+    rounded = torch.tensor(edges, dtype=torch.float32).view(-1, 2).T
+    low, high = _to_keys(rounded)
+    _, bits = torch.frexp((high - low).double())  # the bits of the largest key
+    room = KEY_BITS - bits
+    rows = torch.stack([*rounded.double(), low, room, torch.tensor(keep)]).to(device, non_blocking=True)
+    return Plan(rows[:2].float(), *rows[2:].long()), (room < REST * DIGIT_BITS).tolist()
+
+
+def _choose(histogram: Tensor, cuts: Cuts, shift: int) -> Cuts:
+    """The cuts with the digit that holds the need-th largest key; histogram: (G, digits)."""
+    at_least = histogram.flip(1).cumsum(1).flip(1)  # keys with this digit or a larger one
+    digit = ((at_least >= cuts.need[:, None]).sum(1) - 1).clamp(min=0)  # none if the cut has left the bracket
+    equal = histogram.gather(1, digit[:, None]).squeeze(1)
+    need = cuts.need - (at_least.gather(1, digit[:, None]).squeeze(1) - equal)
+    return Cuts(cuts.keys | (digit << shift), need, equal)
+
+
+def _tell(plan: Plan, cuts: Cuts, missed: Tensor, inside: Tensor) -> Told:
+    """One transfer from the device."""
+    scores = _to_scores(plan.base + (cuts.keys >> plan.room)).double()
+    rows: list[list[float]] = torch.stack([scores, cuts.need < cuts.equal, missed, inside]).tolist()
+    return Told(*rows)
 
 
 def _to_keys(scores: Tensor) -> Tensor:

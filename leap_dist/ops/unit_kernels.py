@@ -6,13 +6,16 @@ result does not depend on the order of programs. No GPU has run these kernels ye
 interpreter on the CPU, against float64, and the tiles are not tuned.
 """
 
+import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from leap_dist.ops.kernels import BLOCK, EXACT
 from leap_dist.ops.units import BLOCK_ROWS, LENGTH, patches_of
@@ -90,9 +93,9 @@ def _fold_kernel(patches, bases, partial, sums, num_patches, num_units, FOLD: tl
 
 @triton.jit
 def _expand_kernel(  # type: ignore[no-untyped-def]
-    patches, firsts, units, mask, STEPS: tl.constexpr, BLOCK: tl.constexpr
+    patches, firsts, units, before, mask, STEPS: tl.constexpr, PRODUCT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """mask_i = units_u on BLOCK elements of a patch."""
+    """mask_i = units_u on BLOCK elements of a patch, where units_u is not before_u; PRODUCT: not 1."""
     patch, piece, _ = _patch(patches, firsts, tl.program_id(0).to(tl.int64), STEPS)
     offset, start, length = tl.load(patch), tl.load(patch + 1), tl.load(patch + 2)
     cols, top, num_rows, left, num_cols, height, width, first = _geometry(patch)
@@ -100,43 +103,66 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     row, col = (start + at) // cols - top, (start + at) % cols - left
     inside = (at < length) & (row >= 0) & (row < num_rows) & (col >= 0) & (col < num_cols)
     unit = first + (row // height) * ((num_cols + width - 1) // width) + col // width
-    tl.store(mask + offset + at, tl.load(units + unit, mask=inside, other=0), mask=inside)
+    new = tl.load(units + unit, mask=inside, other=1)
+    old = tl.full((BLOCK,), 1, tl.uint8) if PRODUCT else tl.load(before + unit, mask=inside, other=1)
+    tl.store(mask + offset + at, new, mask=new != old)
 
 
-def unit_sums(patches: Tensor, grad: Tensor, latent: Tensor, others: Tensor | None, num_units: int) -> Tensor:
-    """As units.unit_sums."""
-    device = grad.device
-    sums = torch.zeros(num_units, dtype=torch.float64, device=device)
+class _Grid(NamedTuple):
+    """A launch over patches: their table and the number of programs before each, on the GPU; the programs in all."""
+
+    patches: Tensor
+    firsts: Tensor
+    num_programs: int
+    steps: int
+
+
+class _SumGrid(NamedTuple):
+    """A launch over the units of patches, in tiles of one shape; bases: the number of units before each patch's."""
+
+    grid: _Grid
+    tile: tuple[int, int]
+    bases: Tensor
+    num_partial: int
+
+
+Made = TypeVar("Made")
+
+
+def _once(make: Callable[[Tensor, torch.device], Made]) -> Callable[[Tensor, torch.device], Made]:
+    """Remember what was made for a table of patches: tables are made once (core/parts.py) and never change."""
+    made = WeakTensorKeyDictionary()
+
+    @functools.wraps(make)
+    def known(patches: Tensor, device: torch.device) -> Made:
+        if patches not in made:
+            made[patches] = make(patches, device)
+        found: Made = made[patches]
+        return found
+
+    return known
+
+
+@_once
+def _sum_grids(patches: Tensor, device: torch.device) -> list[_SumGrid]:
+    """The launches of unit_sums: one for tall units, one for others, where there are any."""
     tall = patches[:, BLOCK_ROWS] >= TALL
-    for shape, chosen in ((TILES[True], patches[tall]), (TILES[False], patches[~tall])):
-        if not len(chosen):
-            continue
-        grids = [part.grid for *_, part in patches_of(chosen)]
-        groups = [max(shape[1] // part.block_cols, 1) for *_, part in patches_of(chosen)]
-        firsts, programs, steps = _programs(
-            (down * -(-across // group) for (down, across), group in zip(grids, groups, strict=True)), device
-        )
-        bases, num_partial, _ = _programs((down * across for down, across in grids), device)
-        partial = torch.empty(num_partial, dtype=torch.float64, device=device)
-        tables, known = chosen.to(device, non_blocking=True), latent if others is None else others.view(torch.uint8)
-        _sum_kernel[(programs,)](
-            tables, firsts, bases, grad, latent, known, partial,
-            STEPS=steps, OTHERS=others is not None, ROWS=shape[0], COLS=shape[1], **EXACT,
-        )  # fmt: skip
-        part_sums = torch.empty_like(sums)
-        fold = (triton.cdiv(num_units, FOLD),)
-        _fold_kernel[fold](tables, bases, partial, part_sums, len(chosen), num_units, FOLD=FOLD, **EXACT)
-        sums += part_sums
-    return sums
+    found = []
+    for tile, chosen in ((TILES[True], patches[tall]), (TILES[False], patches[~tall])):
+        parts = [part for *_, part in patches_of(chosen)]
+        if parts:
+            groups = [max(tile[1] // part.block_cols, 1) for part in parts]
+            pieces = [part.grid[0] * -(-part.grid[1] // group) for part, group in zip(parts, groups, strict=True)]
+            bases, num_partial, _ = _programs((down * across for down, across in (p.grid for p in parts)), device)
+            found.append(_SumGrid(_Grid(chosen.to(device), *_programs(pieces, device)), tile, bases, num_partial))
+    return found
 
 
-def expand_units_(patches: Tensor, units: Tensor, mask: Tensor) -> None:
-    """As units.expand_units_."""
-    firsts, programs, steps = _programs((-(-num // BLOCK) for num in patches[:, LENGTH].tolist()), mask.device)
-    if programs:
-        tables = patches.to(mask.device, non_blocking=True)
-        flags = units.view(torch.uint8), mask.view(torch.uint8)
-        _expand_kernel[(programs,)](tables, firsts, *flags, STEPS=steps, BLOCK=BLOCK, **EXACT)
+@_once
+def _element_grid(patches: Tensor, device: torch.device) -> _Grid:
+    """The launch of expand_units_: BLOCK elements a program."""
+    pieces = (-(-num // BLOCK) for num in patches[:, LENGTH].tolist())
+    return _Grid(patches.to(device), *_programs(pieces, device))
 
 
 def _programs(counts: Iterable[int], device: torch.device) -> tuple[Tensor, int, int]:
@@ -144,4 +170,31 @@ def _programs(counts: Iterable[int], device: torch.device) -> tuple[Tensor, int,
     firsts = [0, *itertools.accumulate(counts)]
     steps = max(len(firsts) - 2, 1).bit_length()
     padded = firsts + [firsts[-1]] * ((1 << steps) + 1 - len(firsts))
-    return torch.tensor(padded, dtype=torch.int64).to(device, non_blocking=True), firsts[-1], steps
+    return torch.tensor(padded, dtype=torch.int64).to(device), firsts[-1], steps
+
+
+def unit_sums(patches: Tensor, grad: Tensor, latent: Tensor, others: Tensor | None, num_units: int) -> Tensor:
+    """As units.unit_sums."""
+    sums = torch.zeros(num_units, dtype=torch.float64, device=grad.device)
+    known = latent if others is None else others.view(torch.uint8)
+    for (table, firsts, num_programs, steps), (rows, cols), bases, num_partial in _sum_grids(patches, grad.device):
+        partial = sums.new_empty(num_partial)
+        _sum_kernel[(num_programs,)](
+            table, firsts, bases, grad, latent, known, partial,
+            STEPS=steps, OTHERS=others is not None, ROWS=rows, COLS=cols, **EXACT,
+        )  # fmt: skip
+        part_sums = torch.empty_like(sums)
+        fold = (triton.cdiv(num_units, FOLD),)
+        _fold_kernel[fold](table, bases, partial, part_sums, len(table), num_units, FOLD=FOLD, **EXACT)
+        sums += part_sums
+    return sums
+
+
+def expand_units_(patches: Tensor, units: Tensor, before: Tensor | None, mask: Tensor) -> None:
+    """As units.expand_units_."""
+    table, firsts, num_programs, steps = _element_grid(patches, mask.device)
+    if num_programs:
+        flags = [flag.view(torch.uint8) for flag in (units, units if before is None else before, mask)]
+        _expand_kernel[(num_programs,)](
+            table, firsts, *flags, STEPS=steps, PRODUCT=before is None, BLOCK=BLOCK, **EXACT
+        )  # fmt: skip

@@ -50,11 +50,19 @@ def unit_sums(patches: Tensor, grad: Tensor, latent: Tensor, others: Tensor | No
     return sums
 
 
-def expand_units_(patches: Tensor, units: Tensor, mask: Tensor) -> None:
-    """mask_i = units_u for the unit u that covers element i.
+def expand_units_(patches: Tensor, units: Tensor, before: Tensor | None, mask: Tensor) -> None:
+    """mask_i = units_u for the unit u that covers element i; with before = None mask_i *= units_u.
 
-    units: bool, (num_units,), of all structured gates; mask: bool, flat.
+    before: the units that the mask holds now, so that only what changes is written. Patches may overlap where they
+    multiply. units, before: bool, (num_units,), of all structured gates; mask: bool, flat.
     """
     for offset, start, length, part in patches_of(patches):
+        mine = units[part.units]
+        if mine.all() if before is None else mine.equal(before[part.units]):
+            continue
         for b in blocks(length, mask.device):
-            expand_units(units, mask[offset + b.start : offset + b.stop], start + b.start, part)
+            run, first = mask[offset + b.start : offset + b.stop], start + b.start
+            if before is None:
+                run &= expand_units(units, torch.ones_like(run), first, part)
+            else:
+                expand_units(units, run, first, part)

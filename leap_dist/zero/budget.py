@@ -13,7 +13,7 @@ from torch import nn
 from leap_dist.config import LeapConfig
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, MASK, state_keys
-from leap_dist.ops.select import DIGIT_BITS
+from leap_dist.ops.select import COUNTS, NUM_PASSES
 
 FP32, INT32, INT64 = 4, 4, 8  # bytes
 BUCKET = 5 * 10**8  # DeepSpeed's default for both bucket sizes, in elements
@@ -158,22 +158,22 @@ def engine_traffic(model: nn.Module, hosting: Hosting) -> list[Traffic]:
 
 
 def leap_traffic(plan: GatePlan, config: LeapConfig, hosting: Hosting) -> list[Traffic]:
-    """LEAP's own in a step of the prune phase, where every bracket holds the cut and no cut parts equal scores.
+    """LEAP's own in a step of the prune phase, where brackets hold the cuts and no cut parts equal scores.
 
-    A cut outside its bracket counts its candidates again, and equal scores at a cut are counted once by fragment;
-    both are rare. Where kept weights do not follow from kept counts (hybrids) a step may select up to four times.
+    A cut that parts scores which share its first digits takes two sums more, one that parts equal scores a count by
+    fragment, and one outside its bracket a second search: all are few, and most of them come in the first steps. Where
+    kept weights do not follow from kept counts (hybrids) a step may select up to four times.
     """
     if hosting.ranks == 1 or hosting.stage == 0 or not plan.gates:
         return []
     gates, units = len(plan.gates), plan.num_structured_units
     ranked = sum(gate.pattern is None for gate in plan.gates)
     regularised = config.rule == "leap" and config.control == "paper"
-    passes = 32 // DIGIT_BITS
     found = [
-        Traffic("gate gradients", 1, (gates + units) * 8),
+        Traffic("gate gradients", 1, (gates + units) * FP32),
         Traffic("thresholds", 1 + regularised, (1 + regularised) * gates * FP32),
-        Traffic("selection", 1 + passes, 2 * ranked * INT64 + passes * (ranked << DIGIT_BITS) * INT32),
-        Traffic("masks of units", 1, units),
+        Traffic("selection", NUM_PASSES, ranked * COUNTS * INT32),
+        Traffic("masks of units", 1, -(-units // 8)),
     ]
     if len(plan.gates) > ranked:
         found.append(Traffic("n:m groups cut by ranks", 1, _cut_groups(plan, hosting)))

@@ -33,6 +33,7 @@ def test_every_element_belongs_to_one_unit(shape: tuple[int, int], granularity: 
     index = unit_index(gate.slices).flatten()
     assert sorted(set(index.tolist())) == list(range(gate.num_units))
     assert torch.equal(torch.bincount(index), gate.unit_sizes.expand(gate.num_units))
+    assert gate.distinct_sizes == set(torch.bincount(index).tolist())
     assert gate.unit_size == torch.bincount(index).max()
     assert gate.uniform == (torch.bincount(index).unique().numel() == 1)
 
@@ -107,6 +108,33 @@ def test_a_transposed_matrix_has_output_rows_in_its_columns() -> None:
     assert row.slices[1].rows == 6
     block = matrix_gate("w", (4, 6), "block:3x2", transposed=True)  # 3 outputs x 2 inputs
     assert (block.slices[0].block_rows, block.slices[0].block_cols) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "slices",
+    [
+        (Slice("a", 5, 7, 2, 3), Slice("b", 9, 1, 1, 1)),  # edge blocks in one of two
+        (Slice("a", 5, 7, 2, 3), Slice("b", 5, 7, 2, 3)),  # in both
+        (Slice("a", 4, 6, 2, 6), Slice("b", 3, 5, 1, 5, first_unit=1)),  # units that overlap
+        (Slice("a", 4, 6, 2, 6), Slice("b", 2, 1, 1, 1, counted=False, first_unit=2)),  # units without weights
+        (Slice("a", 5, 7, 2, 3, first_unit=9), Slice("b", 9, 1, 1, 1)),  # the later units first
+    ],
+)
+def test_sizes_that_occur_follow_from_shapes(slices: tuple[Slice, ...]) -> None:
+    gate = Gate("g", "head", slices)
+    sizes = torch.zeros(gate.num_units, dtype=torch.int64)
+    for part in slices:
+        if part.counted:
+            sizes.index_add_(0, unit_index([part]).flatten(), torch.ones(part.numel, dtype=torch.int64))
+    assert torch.equal(gate.unit_sizes, sizes)
+    assert gate.distinct_sizes == set(sizes.tolist())
+    assert (gate.unit_size, gate.uniform) == (sizes.max(), len(sizes.unique()) == 1)
+
+
+def test_hundreds_of_millions_of_units_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slice, "unit_sizes", None)
+    gate = matrix_gate("w", (300_001, 200_003), "block:16x16")
+    assert gate.num_units == 18751 * 12501 and gate.distinct_sizes == {256, 16, 48, 3}
 
 
 def test_units_that_cover_runs_of_several_tensors() -> None:

@@ -11,9 +11,9 @@ from leap_dist.config import LeapConfig
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import whole
 from leap_dist.core.gates import GatePlan
-from leap_dist.core.gating import LATENT, MASK, SCORES, THRESHOLDS
+from leap_dist.core.gating import LATENT, MASK, SCORE, SCORES, THRESHOLDS
 from leap_dist.core.optimizer import GATED, LeapAdamW
-from leap_dist.core.oracle import Oracle, top_k
+from leap_dist.core.oracle import Oracle, best_units, top_k, unit_index
 from leap_dist.core.stopwatch import TIMINGS, Stopwatch
 from leap_dist.errors import UserError
 from tests.peers.nets import GATES, LR, WEIGHT_DECAY, batches, leap, loss_of, net, plan_of, relative_error
@@ -118,6 +118,27 @@ def test_fixed_thresholds_keep_the_top_scores() -> None:
         assert torch.equal(state[flat][MASK].flatten(), expected)
         ratio = optimizer.kept_units[index] / gate.num_units
         assert abs(ratio - optimizer.schedule.level(optimizer.num_steps)) <= 1 / gate.num_units + 1e-2
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "layer+element", "head+2:4"])
+def test_a_mask_is_the_product_of_its_gates_masks(kind: str) -> None:
+    model = net(kind)
+    optimizer = build(model, leap(kind, STEPS), kind)
+    train(model, optimizer, STEPS // 2)
+    plan, gating, kept = optimizer.plan, optimizer.gating, 0
+    for name, parameter in model.named_parameters():
+        product = torch.ones(parameter.numel(), dtype=torch.bool)
+        for cover in plan.covers.get(name, ()):
+            gate = plan.gates[cover.gate]
+            if gate.elementwise:
+                units = best_units(gate, optimizer.state[parameter][SCORE].flatten(), optimizer.kept_units[cover.gate])
+            else:
+                units = gating.unit_mask[plan.units(cover.gate)]
+            product &= units[unit_index(cover.slices).flatten()]
+        if name in plan.covers:
+            assert torch.equal(optimizer.state[parameter][MASK].flatten(), product), name
+            kept += int(product.sum()) if plan.counted(name) else 0
+    assert 0 < gating.count_kept() == kept == optimizer.kept_weights < plan.prunable
 
 
 def test_pruned_latent_weights_get_no_gradient_and_masks_freeze_when_settled() -> None:

@@ -96,14 +96,17 @@ def test_the_launcher_gives_the_number_of_ranks(
     assert capsys.readouterr().out == ""
 
 
-def test_seventy_billion_parameters_take_seconds(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    zero, half = {"stage": 3}, {"enabled": True}
+@pytest.mark.parametrize("gates", ["element", "block:8x8"])
+def test_seventy_billion_parameters_take_seconds(plan: Plan, capsys: pytest.CaptureFixture[str], gates: str) -> None:
+    zero, half, leap = {"stage": 3}, {"enabled": True}, {"target": 0.3, "gates": [gates]}
     started = time.process_time()
-    assert plan("--plan", "64", model={"from_config": LLAMA_70B}, zero_optimization=zero, bf16=half) == 0
+    assert plan("--plan", "64", model={"from_config": LLAMA_70B}, zero_optimization=zero, bf16=half, leap=leap) == 0
     assert time.process_time() - started < 30
     shown = capsys.readouterr().out
     assert "llama: 69,503,049,728 parameters, 68,451,041,280 prunable; ZeRO stage 3, 16-bit, 64 ranks" in shown
     assert "this machine: does not fit" in shown
+    advised = "LEAP sends 3.2% of the gradients' bytes, for 1,069,547,520 units; larger blocks send less"
+    assert (advised in shown) == (gates == "block:8x8")
 
 
 def test_a_folder_without_weights_will_do(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,8 +121,8 @@ def check_histogram() -> None:
     from leap_dist.ops import kernels
 
     for num in (0, 1, 2000):
-        keys, gates = torch.randint(2**32, (num,)), torch.randint(3, (num,))
-        for shift, prefix in ((24, [0, 0, 0]), (16, [0, 1, 255]), (0, [0, 2**23, 2**24 - 1])):
+        keys, gates = torch.randint(2**35, (num,)), torch.randint(3, (num,))
+        for shift, prefix in ((28, [0, 0, 0]), (21, [0, 1, 127]), (0, [0, 2**27, 2**28 - 1])):
             arguments = keys, gates, torch.tensor(prefix), shift
             assert torch.equal(kernels.histogram(*arguments), reference.histogram(*arguments))
 
@@ -153,11 +153,30 @@ def check_expand_units() -> None:
 
     for kind in runs.SLICES:
         flags, of_element = torch.rand(runs.num_units(kind)) < 0.5, runs.unit_of(kind)
+        patches = runs.patches(kind)
         for before in (False, True):
             mask = torch.full((2000,), before)
-            unit_kernels.expand_units_(runs.patches(kind), flags, mask)
+            unit_kernels.expand_units_(patches, flags, torch.full_like(flags, before), mask)
             expected = torch.where(of_element >= 0, flags[of_element.clamp(min=0)], torch.tensor(before))
             assert torch.equal(mask, expected)
+        mask = torch.rand(2000) < 0.5
+        expected = mask & torch.where(of_element >= 0, flags[of_element.clamp(min=0)], torch.tensor(True))
+        unit_kernels.expand_units_(patches, flags, None, mask)
+        assert torch.equal(mask, expected)
+
+
+def check_best_of() -> None:
+    from leap_dist.ops import kernels
+
+    table, scores, kept = runs.groups()
+    for nan in (False, True):
+        scores[1304] = float("nan") if nan else 0.0
+        mask, expected = torch.ones(runs.NUMEL, dtype=torch.bool), torch.ones(runs.NUMEL, dtype=torch.bool)
+        broken = kernels.best_of_(table, scores, kept, mask)
+        assert torch.equal(broken, reference.best_of_(table, scores, kept, expected))
+        assert broken.sum() == nan and torch.equal(mask[1400:], expected[1400:])
+        assert nan or torch.equal(mask, expected)
+    assert kernels.best_of_(table[:0], scores, kept, mask).shape == (0,)
 
 
 CHECKS: dict[str, Callable[[], None]] = {
@@ -194,10 +213,12 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (kernels._write_kernel, [int64, fp32, byte, bf16], block),
         (kernels._count_kernel, [int64, fp32, fp32, int64, "i32"], block),
         (kernels._collect_kernel, [int64, fp32, fp32, int64, byte, int64, "i32"], block),
-        (kernels._histogram_kernel, 4 * [int64] + ["i32", "i32"], block | {"DIGIT_BITS": 8}),
+        (kernels._histogram_kernel, 4 * [int64] + ["i32", "i32"], block | {"DIGIT_BITS": 7}),
+        (kernels._best_of_kernel, [int64, fp32, int64, byte, byte], block),
         (unit_kernels._sum_kernel, [int64, int64, int64, fp32, fp32, byte, fp64], tile),
         (unit_kernels._fold_kernel, [int64, int64, fp64, fp64, "i32", "i32"], {"FOLD": unit_kernels.FOLD}),
-        (unit_kernels._expand_kernel, [int64, int64, byte, byte], block | {"STEPS": 5}),
+        (unit_kernels._expand_kernel, [int64, int64, byte, byte, byte], block | {"STEPS": 5, "PRODUCT": True}),
+        (unit_kernels._expand_kernel, [int64, int64, byte, byte, byte], block | {"STEPS": 5, "PRODUCT": False}),
     ]
     for kernel, types, constants in sources:
         signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")

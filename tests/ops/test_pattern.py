@@ -6,7 +6,7 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.oracle import top_k
-from leap_dist.ops.pattern import PatternRun, PatternSelector, best_of
+from leap_dist.ops.pattern import PatternRun, PatternSelector
 from tests.ranks import RankPools
 
 NUMEL = {0: 24, 1: 96, 2: 8}  # elements of the tensor of every gate; divisible by its m
@@ -24,13 +24,24 @@ def expected(gate: int) -> Tensor:
 
 
 def masks_of_rank(cuts: list[list[int]]) -> list[tuple[int, int, Tensor]]:
-    """(gate, start, mask) of the runs [cuts[gate][rank], cuts[gate][rank + 1]) of this rank."""
+    """(gate, start, mask) of the runs [cuts[gate][rank], cuts[gate][rank + 1]) of this rank; gate 0 has its own buffer.
+
+    Runs lie three elements apart, and what lies between keeps its mask.
+    """
     rank = torch.distributed.get_rank()
     places = [(gate, edges[rank], edges[rank + 1]) for gate, edges in enumerate(cuts)]
-    runs = [PatternRun(g, a, scores_of(g)[a:b].clone(), OF[g]) for g, a, b in places if a < b]
-    selector = PatternSelector(runs, max(OF.values()), Communicator(torch.distributed.group.WORLD))
-    masks = selector.masks(KEPT)
-    return [(run.gate, run.start, mask) for run, mask in zip(runs, masks, strict=True)]
+    buffers = [(torch.full((300,), float("nan")), torch.ones(300, dtype=torch.bool)) for _ in range(2)]
+    runs, offset = [], 3
+    for gate, first, last in places:
+        if first < last:
+            scores, mask = buffers[gate > 0]
+            scores[offset : offset + last - first] = scores_of(gate)[first:last]
+            runs.append(PatternRun(gate, first, last - first, OF[gate], scores, mask, offset))
+            offset += last - first + 3
+    communicator = Communicator(torch.distributed.group.WORLD)
+    PatternSelector(runs, max(OF.values()), communicator, torch.device("cpu")).masks_(KEPT)
+    assert all(mask[scores.isnan()].all() for scores, mask in buffers)
+    return [(run.gate, run.start, run.mask[run.offset : run.offset + run.length].clone()) for run in runs]
 
 
 @pytest.mark.parametrize(
@@ -50,12 +61,9 @@ def test_masks_equal_those_of_whole_rows(ranks: RankPools, cuts: list[list[int]]
     assert all(torch.equal(whole[gate], expected(gate).long()) for gate in NUMEL)
 
 
-@pytest.mark.parametrize("num", [0, 1, 3, 5])
-def test_ties_go_to_the_lowest_index(num: int) -> None:
-    scores = torch.tensor([[1.0, 2.0, 2.0, -0.0, 0.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
-    assert torch.equal(best_of(scores, num), torch.stack([top_k(row, num) for row in scores]))
-
-
 def test_nan_scores_are_an_error() -> None:
-    with pytest.raises(FloatingPointError, match="NaN"):
-        best_of(torch.tensor([[1.0, float("nan")]]), 1)
+    scores, mask = torch.tensor([1.0, 0.0, 2.0, float("nan")]), torch.zeros(4, dtype=torch.bool)
+    for of in (2, 8):  # in a whole group, in one that the run cuts
+        selector = PatternSelector([PatternRun(0, 0, 4, of, scores, mask, 0)], of, Communicator(), torch.device("cpu"))
+        with pytest.raises(FloatingPointError, match="NaN"):
+            selector.masks_([1])

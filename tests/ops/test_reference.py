@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from leap_dist.core.oracle import top_k
 from leap_dist.ops import dispatch as ops
 from leap_dist.ops import reference
 from leap_dist.ops.reference import CPU_BLOCK, Adam, run_table
@@ -99,8 +100,36 @@ def test_units_are_spread_over_their_elements(kind: str) -> None:
     units, of_element = torch.rand(runs.num_units(kind)) < 0.5, runs.unit_of(kind)
     for before in (False, True):
         mask = torch.full((2000,), before)
-        ops.expand_units_(runs.patches(kind), units, mask)
+        ops.expand_units_(runs.patches(kind), units, torch.full_like(units, before), mask)
         assert torch.equal(mask, torch.where(of_element >= 0, units[of_element.clamp(min=0)], torch.tensor(before)))
+
+
+@pytest.mark.parametrize("kind", runs.SLICES)
+def test_a_mask_is_multiplied_by_units(kind: str) -> None:
+    units, of_element = torch.rand(runs.num_units(kind)) < 0.5, runs.unit_of(kind)
+    mask = torch.rand(2000) < 0.5
+    expected = mask & torch.where(of_element >= 0, units[of_element.clamp(min=0)], torch.tensor(True))
+    ops.expand_units_(runs.patches(kind), units, None, mask)
+    assert torch.equal(mask, expected)
+
+
+def test_the_best_of_groups_are_those_of_every_group_alone() -> None:
+    table, scores, kept = runs.groups()
+    for before in (False, True):
+        mask = torch.full_like(scores, before, dtype=torch.bool)
+        expected = mask.clone()
+        for offset, length, gate, of in table.tolist():
+            for start in range(offset, offset + length, of):
+                expected[start : start + of] = top_k(scores[start : start + of], int(kept[gate]))
+        assert not ops.best_of_(table, scores, kept, mask).any()
+        assert torch.equal(mask, expected)
+
+
+def test_rows_with_nan_are_told() -> None:
+    table, scores, kept = runs.groups()
+    scores[[1304, 4]] = float("nan")  # in the row of groups of three; outside all rows
+    broken = ops.best_of_(table, scores, kept, torch.ones_like(scores, dtype=torch.bool))
+    assert table[broken].tolist() == [[1301, 9, 1, 3]]
 
 
 def sample(name: str) -> tuple[Any, ...]:
@@ -108,7 +137,7 @@ def sample(name: str) -> tuple[Any, ...]:
     state = runs.state(2)
     latent = state["latent"], state["exp_avg"], state["exp_avg_sq"]
     keys, gates = torch.randint(2**32, (50,)), torch.randint(runs.NUM_GATES, (50,))
-    flags = torch.zeros(2000, dtype=torch.bool)
+    flags, units = torch.zeros(2000, dtype=torch.bool), torch.ones(runs.num_units("row"), dtype=torch.bool)
     bracket = torch.tensor([[-0.1] * runs.NUM_GATES, [0.1] * runs.NUM_GATES])
     samples: dict[str, tuple[Any, ...]] = {
         "adamw_": (latent[0], state["grad"], *latent[1:], runs.ADAM),
@@ -118,7 +147,8 @@ def sample(name: str) -> tuple[Any, ...]:
         "collect_": (runs.table(), state["score"], bracket, state["mask"]),
         "histogram": (keys, gates, torch.zeros(runs.NUM_GATES, dtype=torch.int64), 24),
         "unit_sums": (runs.patches("block"), state["grad"], latent[0], state["others"], runs.num_units("block")),
-        "expand_units_": (runs.patches("row"), torch.ones(runs.num_units("row"), dtype=torch.bool), flags),
+        "expand_units_": (runs.patches("row"), units, ~units, flags),
+        "best_of_": (*runs.groups(), state["mask"]),
     }
     return samples[name]
 
@@ -126,7 +156,7 @@ def sample(name: str) -> tuple[Any, ...]:
 NAMES = ["adamw_", "masked_adamw_", "element_adamw_", "write_masked_", "collect_", "histogram", "unit_sums"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "expand_units_"])
+@pytest.mark.parametrize("name", [*NAMES, "expand_units_", "best_of_"])
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(ops, name), sample(name))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.oracle import top_k
 from leap_dist.ops.reference import run_table
-from leap_dist.ops.select import Runs, Selector, _to_keys, _to_scores
+from leap_dist.ops.select import ANYWHERE, NUM_PASSES, Bracket, Runs, Selector, _to_keys, _to_scores
 from tests.ranks import RankPools
 
 SIZES = [1, 2, 1001, 5000]
@@ -27,6 +27,8 @@ def scores_at(step: int, kind: str) -> list[Tensor]:
         "zeros": lambda s: torch.where(s > 0, 0.0, -0.0),
         "jumps": lambda s: s * 10 ** (step % 5),
         "infinite": lambda s: torch.where(s > 1, float("inf"), s),
+        "equal": lambda s: torch.full_like(s, -0.25),
+        "close": lambda s: 1 + (s * 4000).round() * 2.0**-23,  # told apart by their last bits, if at all
     }
     return [kinds[kind](s + step * d) for s, d in zip(start, drift, strict=True)]
 
@@ -72,7 +74,7 @@ def select_everywhere(kind: str, split: str) -> bool:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("split", ["even", "last", "cards"])
-@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "jumps", "infinite"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "jumps", "infinite", "equal", "close"])
 def test_masks_equal_a_full_sort(ranks: RankPools, world: int, split: str, kind: str) -> None:
     assert ranks(world).run(select_everywhere, kind, split) == [True] * world
 
@@ -130,7 +132,7 @@ def collectives_of_a_step(num_gates: int, num_units: int) -> int:
 def test_the_number_of_collectives_depends_on_nothing(ranks: RankPools) -> None:
     small = ranks(2).run(collectives_of_a_step, 1, 100)
     large = ranks(2).run(collectives_of_a_step, 40, 1000)
-    assert small == large == [5, 5]
+    assert small == large == [NUM_PASSES, NUM_PASSES]
 
 
 def test_nan_scores_are_an_error() -> None:
@@ -138,6 +140,19 @@ def test_nan_scores_are_an_error() -> None:
     scores[3] = float("nan")
     with pytest.raises(FloatingPointError, match=r"gates \[0\] hold NaN"):
         Selector([10], [0], Communicator()).masks_([one_run(0, scores, 0)], [10])
+
+
+def test_a_bracket_follows_its_cut_and_recovers() -> None:
+    bracket = Bracket()
+    assert bracket.edges == ANYWHERE
+    for cut in (1.0, 1.25, 1.5, 1.75):
+        bracket.follow(cut)
+    low, high = bracket.edges
+    assert low < 2.0 < high and bracket.middle == 2.0
+    bracket.follow(float("inf"))
+    assert bracket.edges == ANYWHERE
+    bracket.follow(2.0)
+    assert bracket.edges[0] < 2.0 < bracket.edges[1] < 2.2
 
 
 def test_keys_keep_the_order_of_scores() -> None:
