@@ -147,7 +147,8 @@ class LeapConfig(Section):
     """T in the keep ratio sigmoid(sigma / T)."""
     score_init: Literal["magnitude", "zero"] = Field(default="magnitude", description='"magnitude" or "zero"')
     """Scores start at |W| / mean |W|, or at 0 as published."""
-    score_learning_rate: float = Field(default=1e-2, gt=0, description="a number > 0")
+    score_learning_rate: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
+    """"auto": 1e-3 / target, at most the published 1e-2."""
     threshold_learning_rate: PositiveFloat | Literal["auto"] = Field(
         default="auto", description='a number > 0, or "auto"'
     )
@@ -166,6 +167,16 @@ class LeapConfig(Section):
     """Tensors to leave dense; taken from what `include` selects."""
     total_steps: int | None = Field(default=None, ge=10, description="an integer >= 10, or null")
     """Optimizer steps of the whole run; launch/prune.py fills it in from `train`."""
+
+    @property
+    def score_rate(self) -> float:
+        """Peak learning rate of the scores.
+
+        Where much is kept, the order by magnitude that scores start with is nearly right, and what single batches say
+        of the many weights near the cut is mostly noise (MiniLM on SST-2, 240 steps: at density 0.5, 1e-2 cost 1.2
+        points of accuracy against 3e-3; at 0.1 it won 1.0).
+        """
+        return min(1e-2, 1e-3 / self.target) if self.score_learning_rate == "auto" else self.score_learning_rate
 
     @field_serializer("gates")
     def _short_gates(self, gates: tuple[GateConfig, ...]) -> list[Any]:
@@ -351,6 +362,8 @@ class TrackingConfig(Section):
     """null switches tracking off."""
     experiment: str = Field(default="leap", min_length=1, description="a name, not empty")
     run_name: str | None = Field(default=None, min_length=1, description="a name, or null")
+    parent_run: str | None = Field(default=None, min_length=1, description="the id of an MLflow run, or null")
+    """The run that this one is shown below; a sweep fills it in."""
 
 
 class JobConfig(Section):

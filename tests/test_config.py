@@ -14,7 +14,7 @@ from leap_dist.config import GateConfig, JobConfig, LeapConfig
 from leap_dist.errors import UserError
 from leap_dist.job_file import load_job, parse_job, parse_leap
 
-CONFIGS = sorted(job_file.CONFIG_FOLDER.glob("*.json"))
+CONFIGS = sorted(file for file in job_file.CONFIG_FOLDER.glob("*.json") if not file.stem.startswith("sweep_"))
 
 
 def job(**changes: Any) -> dict[str, Any]:
@@ -53,6 +53,13 @@ def test_defaults_of_leap_are_pinned() -> None:
         "threshold_learning_rate", "lambda_max", "lambda_min", "dense_fraction", "settle_fraction",
         "include", "exclude", "total_steps",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "target", "rate"), [("auto", 0.5, 2e-3), ("auto", 0.1, 1e-2), ("auto", 0.03, 1e-2), (5e-3, 0.5, 5e-3)]
+)
+def test_the_rate_of_scores_follows_from_the_target(given: float | str, target: float, rate: float) -> None:
+    assert parse_leap({"target": target, "score_learning_rate": given}).score_rate == pytest.approx(rate)
 
 
 def test_resolved_is_json_and_parses_to_the_same_job() -> None:

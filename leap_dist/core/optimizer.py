@@ -175,7 +175,7 @@ class LeapAdamW(torch.optim.Optimizer):
         if self.config.rule == "magnitude" or self.settled:
             self.gating.update_(adam)
         else:
-            rate = self.config.score_learning_rate * group["lr"] / group["base_lr"]
+            rate = self.config.score_rate * group["lr"] / group["base_lr"]
             score_adam = self._adam(group, self.num_steps + 1, lr=rate)
             self._update_gates(group, phase, score_adam, *self.gating.learn_(adam, score_adam))
 

@@ -89,7 +89,7 @@ class Oracle:
         plain = [p for name, p in self.latent.items() if name in set(no_decay)]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         self.weight_optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
-        self.score_optimizer = torch.optim.Adam(self.scores, lr=config.score_learning_rate)
+        self.score_optimizer = torch.optim.Adam(self.scores, lr=config.score_rate)
         rate, projected = config.threshold_learning_rate, config.control == "projected"
         rate = self.schedule.threshold_rate(config.temperature, projected) if rate == "auto" else rate
         self.threshold_optimizer = torch.optim.Adam([self.sigma], lr=rate)
@@ -100,7 +100,7 @@ class Oracle:
         for group in self.weight_optimizer.param_groups:
             group["lr"] = self.lr * scale
         for group in self.score_optimizer.param_groups:
-            group["lr"] = self.config.score_learning_rate * scale
+            group["lr"] = self.config.score_rate * scale
 
     # The forward pass
 
