@@ -59,7 +59,9 @@ def test_defaults_of_leap_are_pinned() -> None:
     ("given", "target", "rate"), [("auto", 0.5, 2e-3), ("auto", 0.1, 1e-2), ("auto", 0.03, 1e-2), (5e-3, 0.5, 5e-3)]
 )
 def test_the_rate_of_scores_follows_from_the_target(given: float | str, target: float, rate: float) -> None:
-    assert parse_leap({"target": target, "score_learning_rate": given}).score_rate == pytest.approx(rate)
+    leap = parse_leap({"target": target, "score_learning_rate": given})
+    assert leap.score_rate(elementwise=True) == pytest.approx(rate)
+    assert leap.score_rate(elementwise=False) == (1e-2 if given == "auto" else given)
 
 
 def test_resolved_is_json_and_parses_to_the_same_job() -> None:

@@ -175,9 +175,13 @@ class LeapAdamW(torch.optim.Optimizer):
         if self.config.rule == "magnitude" or self.settled:
             self.gating.update_(adam)
         else:
-            rate = self.config.score_rate * group["lr"] / group["base_lr"]
-            score_adam = self._adam(group, self.num_steps + 1, lr=rate)
-            self._update_gates(group, phase, score_adam, *self.gating.learn_(adam, score_adam))
+            element_adam, unit_adam = (self._score_adam(group, elementwise) for elementwise in (True, False))
+            self._update_gates(group, phase, unit_adam, *self.gating.learn_(adam, element_adam))
+
+    def _score_adam(self, group: dict[str, Any], elementwise: bool) -> Adam:
+        """For scores, whose rate a scheduler scales with the group's."""
+        rate = self.config.score_rate(elementwise) * group["lr"] / group["base_lr"]
+        return self._adam(group, self.num_steps + 1, lr=rate)
 
     @property
     def phase(self) -> Phase:
@@ -185,11 +189,11 @@ class LeapAdamW(torch.optim.Optimizer):
         return "settle" if self.settled else self.schedule.phase(self.num_steps)
 
     def _update_gates(
-        self, group: dict[str, Any], phase: Phase, score_adam: Adam, sigma_grad: Tensor, unit_grad: Tensor
+        self, group: dict[str, Any], phase: Phase, unit_adam: Adam, sigma_grad: Tensor, unit_grad: Tensor
     ) -> None:
         """Phase 2 of the step: this rank's structured scores and thresholds."""
         for fragment in self.gating.hosted_scores:
-            self._adam_on(fragment, unit_grad, score_adam)
+            self._adam_on(fragment, unit_grad, unit_adam)
         if phase != "prune" or self.config.rule != "leap":
             return
         moves = self.num_steps + 1 - self.schedule.dense_end

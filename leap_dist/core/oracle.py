@@ -89,7 +89,9 @@ class Oracle:
         plain = [p for name, p in self.latent.items() if name in set(no_decay)]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         self.weight_optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
-        self.score_optimizer = torch.optim.Adam(self.scores, lr=config.score_rate)
+        self.score_rates = [config.score_rate(gate.elementwise) for gate in plan.gates]
+        own = zip(self.scores, self.score_rates, strict=True)
+        self.score_optimizer = torch.optim.Adam([{"params": [scores], "lr": peak} for scores, peak in own])
         rate, projected = config.threshold_learning_rate, config.control == "projected"
         rate = self.schedule.threshold_rate(config.temperature, projected) if rate == "auto" else rate
         self.threshold_optimizer = torch.optim.Adam([self.sigma], lr=rate)
@@ -99,8 +101,8 @@ class Oracle:
         """What a learning-rate scheduler does: the rates of weights and scores are `scale` times their base."""
         for group in self.weight_optimizer.param_groups:
             group["lr"] = self.lr * scale
-        for group in self.score_optimizer.param_groups:
-            group["lr"] = self.config.score_rate * scale
+        for group, peak in zip(self.score_optimizer.param_groups, self.score_rates, strict=True):
+            group["lr"] = peak * scale
 
     # The forward pass
 

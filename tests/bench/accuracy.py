@@ -164,11 +164,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    found = {}
+    file = RESULTS / "accuracy.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
     for task in arguments.tasks:
         found[task] = run_task(task, (arguments.out / task).resolve(), arguments.steps, arguments.workers)
         show(task, found[task])
-    (RESULTS / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
