@@ -22,9 +22,26 @@ def expand(vary: Mapping[str, Sequence[Any]]) -> list[Settings]:
 
 def name_of(settings: Settings) -> str:
     """A folder name from the values, the same for the same settings; long or odd ones end in a hash."""
-    text = json.dumps(settings, sort_keys=True)
-    words = [value if isinstance(value, str) else json.dumps(value) for value in settings.values()]
-    name = re.sub(r"[^\w.]+", "-", "_".join(words)).strip("-_")
-    if len(name) <= MAX_NAME and all(re.fullmatch(r"[\w.:/]+", word) for word in words):
+    values = [_words(value) for value in settings.values()]
+    name = re.sub(r"[^\w.]+", "-", "_".join("-".join(words) for words in values)).strip("-_")
+    if len(name) <= MAX_NAME and all(re.fullmatch(r"[\w.:/]+", word) for words in values for word in words):
         return name
+    text = json.dumps(settings, sort_keys=True)
     return f"{name[:MAX_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _words(value: Any) -> list[str]:
+    """A value as words: strings, also those in a list, as they are."""
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        return value
+    return [value if isinstance(value, str) else json.dumps(value)]
+
+
+def short(value: Any) -> str | float:
+    """A setting as it stands in a table: gates by their granularity."""
+    if isinstance(value, str | int | float):
+        return value
+    parts = value if isinstance(value, list) else [value]
+    return " + ".join(
+        part["granularity"] if isinstance(part, dict) and "granularity" in part else str(part) for part in parts
+    )

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 from leap_dist.errors import UserError
 from leap_dist.job_file import load_job, parse_section, read_json
 from leap_dist.section import Section
-from leap_dist.sweep.grid import Settings, expand, name_of
+from leap_dist.sweep.grid import Settings, expand, name_of, short
 from leap_dist.tracking.plots import plot_trade_off
 
 SEED, TARGET = "train.seed", "leap.target"
@@ -190,7 +190,7 @@ def rows(points: Sequence[Point]) -> list[dict[str, str | float]]:
     """The points as lines of a table."""
     return [
         {
-            **{key.rpartition(".")[2]: _short(value) for key, value in point.settings.items()},
+            **{key.rpartition(".")[2]: short(value) for key, value in point.settings.items()},
             "density": point.density,
             "mean": point.mean,
             "spread": point.spread,
@@ -202,19 +202,12 @@ def rows(points: Sequence[Point]) -> list[dict[str, str | float]]:
     ]
 
 
-def _short(value: Any) -> str | float:
-    if isinstance(value, str | int | float):
-        return value
-    parts = value if isinstance(value, list) else [value]
-    return " + ".join(part["granularity"] if isinstance(part, dict) else str(part) for part in parts)
-
-
 def draw(points: Sequence[Point], metric: str, output: Path) -> Path:
     """study.png and study.svg: a panel for each combination of gates and task, a line for each other setting."""
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     dense: dict[str, float] = {}
     for point in points:
-        shown = {key: str(_short(value)) for key, value in point.settings.items() if key != TARGET}
+        shown = {key: str(short(value)) for key, value in point.settings.items() if key != TARGET}
         title = ", ".join(value for key, value in shown.items() if key in PANELS) or "all"
         line = ", ".join(value for key, value in shown.items() if key not in PANELS) or "leap"
         panels.setdefault(title, {}).setdefault(line, []).append((point.density, point.mean, point.spread))

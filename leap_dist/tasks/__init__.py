@@ -13,7 +13,7 @@ from leap_dist.tasks.base import Collator, Problem, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Collator", "Task", "load_task", "needs_tokenizer", "problem_of", "task_names"]
+__all__ = ["Collator", "Task", "load_task", "metric_names", "needs_tokenizer", "problem_of", "task_names"]
 
 TEXT_TASKS = {**dict.fromkeys(glue.NAMES, glue.load), **dict.fromkeys(squad.NAMES, squad.load)}
 TEXT_TASKS |= dict.fromkeys(lm.NAMES, lm.load)
@@ -44,6 +44,18 @@ def problem_of(task_name: str) -> Problem:
         return "masked_lm" if task_name == lm.MASKED else "causal_lm"
     known = glue.GLUE.get(task_name)
     return "regression" if known is not None and not known.label_names else "single_label_classification"
+
+
+def metric_names(task_name: str) -> tuple[str, ...]:
+    """What the task reports, the metric that tables show first; `UserError` for a task that does not exist."""
+    if not needs_tokenizer(task_name):
+        return "accuracy", "loss"
+    if task_name in squad.NAMES:
+        return "f1", "exact_match", "loss"
+    if task_name in lm.NAMES:
+        return "perplexity", "accuracy", "loss"
+    known = glue.GLUE.get(task_name)
+    return *(known.metrics if known else ("accuracy",)), "loss"
 
 
 def load_task(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Task:

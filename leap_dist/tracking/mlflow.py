@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 MAX_KEY = 250  # characters that MLflow takes in a parameter's name
 MAX_VALUE = 500  # characters of a parameter's value that every MLflow server since 1.0 takes
 MAX_BATCH = 100  # parameters in one request
@@ -107,7 +108,12 @@ class Tracker:
         from mlflow.entities import Param
 
         experiment = _experiment_id(client, uri, self._tracking.experiment)
-        run_id: str = client.create_run(experiment, run_name=self._tracking.run_name).info.run_id
+        name, parent = self._tracking.run_name, self._tracking.parent_run
+        if parent and (begun := _child(client, experiment, parent, name)):
+            client.update_run(begun, status="RUNNING")
+            return begun
+        tags = {PARENT: parent} if parent else None
+        run_id: str = client.create_run(experiment, run_name=name, tags=tags).info.run_id
         params = [Param(key, value) for key, value in parameters(self._config).items()]
         for start in range(0, len(params), MAX_BATCH):
             client.log_batch(run_id, params=params[start : start + MAX_BATCH])
@@ -145,6 +151,12 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     file = _sqlite_file(uri)
     location = None if file is None else (file.parent / "mlruns" / quote(name, safe="")).as_uri()
     return str(client.create_experiment(name, artifact_location=location))
+
+
+def _child(client: MlflowClient, experiment: str, parent: str, name: str | None) -> str | None:
+    """The parent's run of that name, if a try that was cut off has begun one: a trial has one run, not one a try."""
+    found = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}' and attributes.run_name = '{name}'")
+    return str(found[0].info.run_id) if found else None
 
 
 def _sqlite_file(uri: str) -> Path | None:

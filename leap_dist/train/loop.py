@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from leap_dist.train.batches import Batches
 from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.progress import Progress, console, summary_table
+from leap_dist.train.watch import NOTHING, Stopped, Watch
 from leap_dist.zero.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, initialize, settle
 from leap_dist.zero.ranks import Ranks
@@ -46,6 +47,7 @@ class Job:
     batches: Batches
     total_steps: int
     distiller: Distiller | None = None
+    watch: Watch = NOTHING
     start: int = 0
     measured: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics by name: dense, pruned, ...
     costs: list[dict[str, float]] = field(default_factory=list)  # of the prune phase's steps that were logged
@@ -56,15 +58,16 @@ class Job:
         return self.engine.leap.schedule
 
 
-def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks) -> dict[str, Any]:
+def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: Watch = NOTHING) -> dict[str, Any]:
     """Run a job into the folder `output`; returns the certificate (on rank 0; {} on the others).
 
-    Raises UserError, with nothing written, for what the user has to mend.
+    Raises UserError, with nothing written, for what the user has to mend; Stopped if `watch` says so.
     """
     checkpoint = ranks.on_first(lambda: _check_output(output, resume, config))
     torch.manual_seed(config.train.seed)
     reference = _dense_reference(config, ranks) if config.train.dense_reference else {}
     job = build_job(config, ranks)
+    job.watch = watch
     run_id = None
     job.measured |= reference
     if checkpoint is not None:
@@ -74,7 +77,11 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks) -> dict
     with Tracker(config.tracking, resolved, enabled=ranks.first, run_id=run_id) as tracker:
         if ranks.first:
             _prepare_output(output, resolved, job.start)
-        train(job, tracker, output)
+        try:
+            train(job, tracker, output)
+        except Stopped:
+            tracker.finish("KILLED")
+            raise
         certificate = _finish(job, output)
         if ranks.first:
             tracker.log(job.total_steps, _flat(job.measured))
@@ -144,20 +151,40 @@ def _accumulation(deepspeed: Mapping[str, Any], world_size: int) -> int:
 
 def train(job: Job, tracker: Tracker, output: Path | None) -> None:
     """All steps that are left. With an output folder, metrics and checkpoints go there."""
-    every, log_every = job.config.train.checkpoint_every, job.config.train.log_every
+    log_every = job.config.train.log_every
     with Progress(job.total_steps, enabled=job.ranks.first, start=job.start) as progress:
         for step in range(job.start, job.total_steps):
             if step == job.phases.dense_end and "dense" not in job.measured:
                 job.measured["dense"] = evaluate(job.engine, job.task, job.config.train.eval_batch_size, job.ranks)
+            if step == job.phases.settle_start and job.watch.goes_on is not None:
+                _ask(job, job.watch.goes_on)
             phase = job.engine.leap.phase
             loss = _train_step(job, step)
             done = step + 1
             if done % log_every == 0 or done == job.total_steps:
                 fields = _log_step(job, done, phase, loss, tracker, output)
                 progress.update(done, phase, fields)
-            if output is not None and every is not None and done % every == 0 and done < job.total_steps:
-                state = {"step": done, "measured": job.measured, "run_id": tracker.run_id}
-                save_checkpoint(job.engine, output / CHECKPOINTS, job.ranks, state)
+            if output is not None and done < job.total_steps:
+                _save(job, tracker.run_id, output, done)
+
+
+def _ask(job: Job, goes_on: Callable[[Mapping[str, float]], bool]) -> None:
+    """Raises Stopped on every rank if the answer is no."""
+    metrics = evaluate(job.engine, job.task, job.config.train.eval_batch_size, job.ranks)
+    if not job.ranks.on_first(lambda: goes_on(metrics)):
+        raise Stopped(metrics)
+
+
+def _save(job: Job, run_id: str | None, output: Path, done: int) -> None:
+    """The checkpoints that are due after `done` steps. Those that stay are no part of this MLflow run."""
+    state = {"step": done, "measured": job.measured}
+    if done in job.watch.snapshots:
+        save_checkpoint(job.engine, job.watch.snapshots[done], job.ranks, {**state, "run_id": None})
+    every = job.config.train.checkpoint_every
+    if every is None and job.watch.num_checkpoints is not None:
+        every = -(-job.total_steps // job.watch.num_checkpoints)
+    if every is not None and done % every == 0:
+        save_checkpoint(job.engine, output / CHECKPOINTS, job.ranks, {**state, "run_id": run_id})
 
 
 def _train_step(job: Job, step: int) -> torch.Tensor:
@@ -182,6 +209,8 @@ def _log_step(
         job.costs.append({key: value for key, value in report.items() if key.startswith("leap_")})
     if job.distiller:
         values |= {name: job.ranks.mean(part).item() for name, part in job.distiller.parts.items()}
+    if job.watch.told is not None:
+        job.watch.told(step, job.total_steps, values)
     if job.ranks.first and output is not None:
         with (output / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "phase": phase, **values}) + "\n")

@@ -68,7 +68,7 @@ class Progress:
         if last_step <= first_step or last_time <= first_time:
             return "- steps/s  ETA -"
         rate = (last_step - first_step) / (last_time - first_time)
-        return f"{rate:.3g} steps/s  ETA {_duration(max(0, self._total - step) / rate)}"
+        return f"{rate:.3g} steps/s  ETA {duration(max(0, self._total - step) / rate)}"
 
 
 def summary_table(rows: Sequence[Mapping[str, str | float]], title: str | None = None) -> None:
@@ -109,7 +109,7 @@ def _cell(value: str | float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Hours, minutes, seconds: "1:02:03", "2:03"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -125,12 +125,16 @@ def run_task(task: str, out: Path, steps: int, workers: int) -> dict[str, Any]:
     model = start(job, SOURCES[task].start_steps)
     certificate = json.loads((model.parent / "certificate.json").read_text())
     cells: dict[str, list[dict[str, Any]]] = {}
-    for gates, targets in SOURCES[task].targets.items():
-        own: dict[str, list[Any]] = {"model.name": [str(model)], "leap.gates": [GATES[gates]], "leap.target": targets}
-        name = gates.replace(":", "_").replace(" ", "")
-        cells[gates] = study(name, job, {**own, "leap.rule": RULES}, workers)
-        taught = study(f"{name}_taught", job, {**own, "distill": [{"teacher": "self"}]}, workers)
-        cells[gates] += taught
+    kinds: dict[str, dict[str, list[Any]]] = {"": {"leap.rule": RULES}, "_taught": {"distill": [{"teacher": "self"}]}}
+    for suffix, rules in kinds.items():
+        for gates, targets in SOURCES[task].targets.items():
+            own: dict[str, list[Any]] = {
+                "model.name": [str(model)],
+                "leap.gates": [GATES[gates]],
+                "leap.target": targets,
+            }
+            name = gates.replace(":", "_").replace(" ", "") + suffix
+            cells.setdefault(gates, []).extend(study(name, job, own | rules, workers))
     return {"start": certificate["metrics"]["pruned"], "steps": steps, "cells": cells}
 
 

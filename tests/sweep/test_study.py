@@ -56,6 +56,8 @@ def test_every_combination_is_a_cell_with_a_name_of_its_own() -> None:
     names = [name_of(settings) for settings in grid]
     assert len(set(names)) == 6 and names[2] == "row_0.5"
     assert all(name == Path(name).name and not name.startswith(".") for name in names)
+    assert name_of({"leap.gates": ["head", "neuron"], "leap.target": 0.5}) == "head-neuron_0.5"
+    assert name_of({"leap.gates": ["a", "b"]}) != name_of({"leap.gates": "a-b"})
     assert name_of({"leap.gates": ["a b"]}) != name_of({"leap.gates": ["a:b"]})
     assert len(name_of({"key": "x" * 500})) < 100
 

@@ -1,0 +1,49 @@
+"""Run many jobs on Ray: python launch/sweep.py --config configs/sweep_ratios.json [--address auto] [--output DIR]
+
+Exit codes: 0 all trials are done, or the budget is used up; 1 a trial failed, or a fault of ours; 2 a mistake in the
+sweep file or the call; 3 stopped by Ctrl-C: the same command goes on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from leap_dist.errors import UserError
+
+EXIT_CODES = "Exit codes: 0 done; 1 a trial failed, or a fault of ours; 2 a mistake; 3 stopped by Ctrl-C."
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Run a job with some keys varied, as trials on Ray: a table, a Pareto front, a picture.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="SWEEP", help="a sweep file")
+    parser.add_argument(
+        "--address", help='"auto", host:port or ray://host:port of a Ray cluster (default: Ray on this machine alone)'
+    )
+    parser.add_argument("--output", metavar="DIR", help="a folder, or a URI for fsspec (default: outputs/<name>)")
+    parser.add_argument("--resume", action="store_true", help="go on with a sweep, and refuse to start a new one")
+    parser.add_argument("--budget", metavar="KEY=N", help="end after trials=N, hours=N or gpu_hours=N")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, run, report; the exit code."""
+    arguments = parse_arguments()
+    try:
+        from leap_dist.sweep.run import run_sweep
+
+        results = run_sweep(arguments.config, arguments.output, arguments.address, arguments.resume, arguments.budget)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 3
+    return 1 if any(result.outcome == "failed" for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

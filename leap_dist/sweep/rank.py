@@ -1,0 +1,195 @@
+"""One rank of a slot: a process that joins its peers once, and then runs its part of one trial after another.
+
+Starting a process and importing torch, DeepSpeed and transformers takes far longer than many a trial; so ranks stay.
+torch and what needs it are imported when the threads of this process are decided.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from leap_dist.config import JobConfig
+from leap_dist.errors import UserError
+from leap_dist.train.watch import Stopped, Watch
+
+Kind = Literal["done", "failed", "stopped", "lost"]
+LOCKS = ".locks"  # folder of the sweep
+NUM_CHECKPOINTS = 10  # in a trial whose job does not say how often
+
+
+@dataclass(frozen=True)
+class Work:
+    """A trial, for the ranks that run it. `output`: its folder; `asked`: whether the sweep may stop it early."""
+
+    config: JobConfig
+    output: Path
+    asked: bool = False
+    snapshots: dict[int, Path] = field(default_factory=dict)
+    branch: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended. lost: not by its own fault, a rank or a node is gone; it can go on from its checkpoint."""
+
+    kind: Kind
+    seconds: float = 0.0
+    error: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """What a running trial shows. `metrics`: those on which it waits for a verdict."""
+
+    step: int = 0
+    total: int = 0
+    metrics: dict[str, float] | None = None
+
+
+class Rank:
+    """The process. `run` may take hours; meanwhile `state` and `decide` answer from other threads."""
+
+    def __init__(self, folder: Path, cpus: float, gpus: int) -> None:
+        """folder: where paths of the job file start from."""
+        threads = str(max(1, int(cpus)))
+        os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, DO_NOT_TRACK="1")
+        if not gpus:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        if not folder.is_dir():
+            raise UserError(f"{socket.gethostname()} has no folder {folder}: a sweep needs one that all nodes share")
+        os.chdir(folder)
+        self._threads = int(threads)
+        self._state, self._verdict, self._answered = State(), True, threading.Event()
+
+    def open_store(self) -> tuple[str, int]:
+        """Let the ranks find each other here. The store takes its port itself, so that no two ever collide."""
+        from ray.util import get_node_ip_address
+        from torch.distributed import TCPStore
+
+        host = get_node_ip_address()
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return host, self._store.port
+
+    def join(self, rank: int, world_size: int, host: str, port: int) -> None:
+        """Join the process group. Ray shows a rank its own GPUs alone, so it takes the first one it sees."""
+        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "MASTER_ADDR": host, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in place.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
+        from leap_dist.zero.ranks import start_ranks
+
+        self._ranks = start_ranks()
+
+    def run(self, work: Work) -> Outcome:
+        """This rank's part of a trial; all that goes wrong is in the outcome."""
+        began = time.monotonic()
+        self._state, self._verdict = State(), True
+        self._answered.clear()
+        try:
+            with _alone(work.output) if self._ranks.first else nullcontext():
+                self._run(work)
+            outcome = Outcome("done", time.monotonic() - began)
+        except Stopped as stopped:
+            outcome = Outcome("stopped", time.monotonic() - began, metrics=stopped.metrics)
+        except UserError as error:
+            outcome = Outcome("failed", time.monotonic() - began, str(error))
+        except Exception as error:
+            if _peer_is_gone(error):
+                outcome = Outcome("lost", time.monotonic() - began, "another rank is gone")
+            else:
+                outcome = Outcome("failed", time.monotonic() - began, _last_words(error))
+                _log(work.output).write_text(traceback.format_exc(), encoding="utf-8")
+        gc.collect()
+        return outcome
+
+    def state(self) -> State:
+        """How far the trial is."""
+        return self._state
+
+    def decide(self, goes_on: bool) -> None:
+        """The sweep's verdict on the metrics that `state` shows."""
+        self._verdict = goes_on
+        self._answered.set()
+
+    def _run(self, work: Work) -> None:
+        import torch
+
+        from leap_dist.train.loop import run_job
+
+        torch.set_num_threads(self._threads)  # counts for the thread that says it
+        how = self._ranks.on_first(lambda: _prepare(work))
+        if how == "finished":
+            return
+        goes_on = self._ask if work.asked else None
+        watch = Watch(self._told, goes_on, NUM_CHECKPOINTS, work.snapshots)
+        run_job(work.config, work.output, how == "resume", self._ranks, watch)
+
+    def _told(self, step: int, total: int, measures: Mapping[str, float]) -> None:
+        self._state = State(step, total)
+        if not abs(measures["loss"]) < float("inf"):
+            raise UserError(f"the loss is {measures['loss']} at step {step}; lower train.learning_rate")
+
+    def _ask(self, metrics: Mapping[str, float]) -> bool:
+        self._state = State(self._state.step, self._state.total, dict(metrics))
+        self._answered.wait()
+        return self._verdict
+
+
+def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
+    """Look at what an earlier try has left, and make the folder ready."""
+    from leap_dist.export.run_folder import CERTIFICATE
+    from leap_dist.sweep.ladder import branch_off
+    from leap_dist.train.loop import CHECKPOINTS
+    from leap_dist.zero.checkpoint import latest_checkpoint
+
+    _log(work.output).unlink(missing_ok=True)
+    if (work.output / CERTIFICATE).is_file():
+        return "finished"
+    if latest_checkpoint(work.output / CHECKPOINTS) is not None:
+        return "resume"
+    shutil.rmtree(work.output, ignore_errors=True)
+    if work.branch is None:
+        return "new"
+    branch_off(work.branch, work.output, work.config)
+    return "resume"
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Wait until no rank of a sweep that was cut off writes to the folder any more; its end frees the lock."""
+    import fcntl
+
+    locks = output.parent / LOCKS
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / output.name).open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _peer_is_gone(error: Exception) -> bool:
+    """Whether an error tells of another rank's end: what torch raises where a connection breaks."""
+    from torch import distributed as dist
+
+    broken = ("gloo", "connection closed", "connection reset", "broken pipe", "connection refused")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in broken)
+
+
+def _last_words(error: Exception) -> str:
+    text: list[Any] = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no more words'}"[:300]
+
+
+def _log(output: Path) -> Path:
+    """Where the traceback of a failed trial is, beside its folder."""
+    return output.with_name(f"{output.name}.log")

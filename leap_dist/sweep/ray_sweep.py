@@ -1,0 +1,194 @@
+"""A sweep on Ray: trials wait in line, slots take them, and what ends is written down before the next one begins.
+
+A slot is a thread here and some rank processes on the cluster. What is finished is known by the trials' own
+certificates; trials.jsonl tells how each one ended, so that a sweep that was cut off goes on with what is left.
+Ray places and watches the ranks; Ray Tune and Train are not used: they would start new processes for every trial, and
+say nothing that the run folders do not.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from threading import Condition, Thread
+
+from leap_dist.errors import UserError
+from leap_dist.export.run_folder import CERTIFICATE
+from leap_dist.sweep.cluster import room
+from leap_dist.sweep.early_stop import Halving
+from leap_dist.sweep.ladder import SNAPSHOTS, is_there
+from leap_dist.sweep.progress import Board
+from leap_dist.sweep.rank import Outcome, State, Work
+from leap_dist.sweep.results import higher_is_better
+from leap_dist.sweep.storage import Storage
+from leap_dist.sweep.sweep_file import SweepConfig, Trial
+
+ENDED = "trials.jsonl"
+NO_ROOM = 600.0  # seconds without room for one trial, after which the sweep ends
+LOOK, LOOK_ROOM = 0.5, 10.0  # seconds between two looks at the slots, and at the cluster
+
+
+class RaySweep:
+    """Runs the trials that have not ended. `waiting`: those; `ended`: how those ended that did, by name."""
+
+    def __init__(self, sweep: SweepConfig, trials: Sequence[Trial], storage: Storage, metric: str) -> None:
+        self._sweep, self._trials, self._storage, self._metric = sweep, trials, storage, metric
+        self.ended = _read_ended(storage.folder)
+        over = {name for name, outcome in self.ended.items() if outcome.kind == "stopped"}
+        self.waiting = [trial for trial in trials if not self._is_done(trial) and trial.name not in over]
+        self._halving = Halving(higher_is_better(metric)) if sweep.early_stop else None
+        for trial in trials if self._halving else ():
+            self._note(trial)
+        self._running: dict[str, State] = {}
+        self._turn = Condition()
+        self._stop = False
+        self._fault: BaseException | None = None
+        self._begun, self._gpu_hours, self._start = 0, 0.0, time.monotonic()
+
+    def run(self, places: int, parent: str | None) -> None:
+        """Run until nothing is left or the budget is used up, `places` trials at a time if the sweep does not say.
+
+        parent: the MLflow run that those of the trials are shown below.
+        """
+        if not self.waiting:
+            return
+        self._parent = parent
+        num = min(self._sweep.at_once or places, len(self.waiting))
+        with Board(len(self._trials), len(self._trials) - len(self.waiting)) as self._board:
+            self._board.tell(f"{len(self._trials)} trials, {len(self.waiting)} to run, up to {num} at a time")
+            threads = [Thread(target=self._serve, daemon=True) for _ in range(num)]
+            for thread in threads:
+                thread.start()
+            try:
+                self._watch(threads)
+            finally:
+                self._stop = True
+                for thread in threads:
+                    thread.join()
+        if self._fault is not None:
+            raise self._fault
+
+    def _watch(self, threads: Sequence[Thread]) -> None:
+        """Show how far the slots are, until they end or the cluster has no room for a trial any more."""
+        had_room = looked = time.monotonic()
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(LOOK)
+            with self._turn:
+                running = dict(self._running)
+            self._board.show(running)
+            if time.monotonic() - looked < LOOK_ROOM:
+                continue
+            looked = time.monotonic()
+            if room(self._sweep.resources) >= self._sweep.ranks:
+                had_room = looked
+            elif looked - had_room > NO_ROOM:
+                raise UserError("the cluster has no room for a trial any more; add nodes, and start the sweep again")
+            else:
+                self._board.tell("nodes are gone: waiting until the cluster has room for a trial again")
+
+    # Of a slot's thread
+
+    def _serve(self) -> None:
+        """Take trials from the line until there is none left for this slot."""
+        from leap_dist.sweep.slot import Interrupted, Slot  # and with it Ray, which a finished sweep does not need
+
+        slot = Slot(self._sweep, Path.cwd(), lambda: self._stop)
+        try:
+            while (trial := self._take()) is not None:
+                look, lost = partial(self._look, trial), partial(self._lost, trial)
+                self._end(trial, slot.run(self._work(trial), look, lost))
+        except Interrupted:
+            pass
+        except BaseException as error:
+            self._fault, self._stop = error, True
+        finally:
+            slot.release()
+
+    def _take(self) -> Trial | None:
+        """The next trial that can run now; waits where all that are left need a snapshot that may still come."""
+        with self._turn:
+            while not self._stop and self.waiting and not self._is_used_up():
+                ready = next((trial for trial in self.waiting if self._is_ready(trial)), None)
+                if ready is not None:
+                    self.waiting.remove(ready)
+                    self._running[ready.name] = State()
+                    self._begun += 1
+                    return ready
+                if not self._running:
+                    return None
+                self._turn.wait(timeout=1.0)
+        return None
+
+    def _is_used_up(self) -> bool:
+        budget = self._sweep.budget
+        hours = (time.monotonic() - self._start) / 3600.0
+        used = (budget.trials, self._begun), (budget.hours, hours), (budget.gpu_hours, self._gpu_hours)
+        return any(limit is not None and spent >= limit for limit, spent in used)
+
+    def _is_ready(self, trial: Trial) -> bool:
+        return trial.branch is None or is_there(self._storage.folder / trial.branch)
+
+    def _is_done(self, trial: Trial) -> bool:
+        return (self._storage.folder / trial.name / CERTIFICATE).is_file()
+
+    def _work(self, trial: Trial) -> Work:
+        folder = self._storage.folder
+        snapshots = {step: folder / place for step, place in trial.snapshots.items()}
+        branch = None if trial.branch is None else folder / trial.branch
+        update = {"run_name": trial.name, "parent_run": self._parent}
+        config = trial.config.model_copy(update={"tracking": trial.config.tracking.model_copy(update=update)})
+        return Work(config, folder / trial.name, self._halving is not None, snapshots, branch)
+
+    def _look(self, trial: Trial, state: State) -> bool | None:
+        """Keep a running trial's state; the verdict, if it waits for one."""
+        with self._turn:
+            self._running[trial.name] = state
+        if state.metrics is None or self._halving is None:
+            return None
+        return self._halving.goes_on(trial.name, trial.config.leap.target, state.metrics[self._metric])
+
+    def _lost(self, trial: Trial, error: str) -> None:
+        self._board.tell(f"{trial.name}: {error}; it goes on from its last checkpoint")
+
+    def _note(self, trial: Trial) -> None:
+        """What an earlier call of the sweep has seen of a trial counts in this one's verdicts."""
+        outcome = self.ended.get(trial.name)
+        if self._halving is not None and outcome is not None and self._metric in outcome.metrics:
+            self._halving.note(trial.name, trial.config.leap.target, outcome.metrics[self._metric])
+
+    def _end(self, trial: Trial, outcome: Outcome) -> None:
+        """Write down how a trial ended, and let those go on that wait for it."""
+        if outcome.kind == "done" and not self._is_done(trial):
+            where = self._storage.folder / trial.name
+            outcome = replace(outcome, kind="failed", error=f"{where} is not seen here: nodes have to share the output")
+        if outcome.kind == "done":
+            self._storage.publish(trial.name)
+        with self._turn:
+            self._running.pop(trial.name, None)
+            self.ended[trial.name] = outcome
+            self._gpu_hours += outcome.seconds * self._sweep.ranks * self._sweep.resources.gpus / 3600.0
+            with (self._storage.folder / ENDED).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"trial": trial.name, **asdict(outcome)}) + "\n")
+            self._board.ended(trial.name, outcome)
+            self._turn.notify_all()
+        if all(map(self._is_done, self._trials)):
+            shutil.rmtree(self._storage.folder / SNAPSHOTS, ignore_errors=True)
+
+
+def _read_ended(folder: Path) -> dict[str, Outcome]:
+    """The last outcome of each trial; a line that a kill cut short is left out."""
+    found: dict[str, Outcome] = {}
+    path = folder / ENDED
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            outcome = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        name = outcome.pop("trial")
+        found[name] = Outcome(**outcome)
+    return found

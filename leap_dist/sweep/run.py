@@ -1,0 +1,114 @@
+"""From a sweep file to its results: check everything, connect, run what is left, show what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from leap_dist.errors import UserError
+from leap_dist.job_file import parse_section
+from leap_dist.sweep.cluster import check_room, connected
+from leap_dist.sweep.ladder import ladder_of
+from leap_dist.sweep.ray_sweep import RaySweep
+from leap_dist.sweep.results import RESULTS, Result, collect, metric_of, rows, write
+from leap_dist.sweep.storage import Storage
+from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, identity, read_sweep, trials_of
+from leap_dist.tracking.mlflow import Tracker
+from leap_dist.train.progress import console, summary_table
+
+SWEEP, LOCK = "sweep.json", ".lock"
+MOST_SHOWN = 6  # differences from another sweep
+
+
+def run_sweep(file: Path, output: str | None, address: str | None, resume: bool, budget: str | None) -> list[Result]:
+    """Run a sweep file, or what is left of it, into `output`; returns the trials' results.
+
+    Raises UserError, before anything runs, for what the user has to mend.
+    """
+    sweep = read_sweep(file)
+    if budget is not None:
+        sweep = sweep.model_copy(update={"budget": parse_budget(budget)})
+    trials = ladder_of(sweep) if sweep.mode == "ladder" else trials_of(sweep)
+    metric = metric_of(sweep, trials)
+    default = Path("outputs") / file.stem
+    storage = Storage(output or str(default), default)
+    saved = _check_folder(storage.folder, identity(sweep, trials), resume)
+    line = RaySweep(sweep, trials, storage, metric)
+    with _only_one(storage.folder), connected(address) if line.waiting else nullcontext():
+        places = check_room(sweep.ranks, sweep.resources) if line.waiting else 0
+        tracking = trials[0].config.tracking.model_copy(update={"run_name": file.stem})
+        with Tracker(tracking, {"sweep": sweep.model_dump(mode="json")}, True, saved.get("parent_run")) as tracker:
+            saved |= {"identity": identity(sweep, trials), "parent_run": tracker.run_id}
+            (storage.folder / SWEEP).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+            line.run(places, tracker.run_id)
+            results = collect(sweep, trials, line.ended, storage.folder, metric)
+            num_done = sum(result.outcome == "done" for result in results)
+            tracker.log(0, {"trials": len(results), "done": num_done})
+            for name in _report(results, metric, sweep, storage, file.stem):
+                tracker.artifact(storage.folder / name)
+    return results
+
+
+def parse_budget(text: str) -> BudgetConfig:
+    """--budget: "trials=10", "hours=2.5" or "gpu_hours=8"; several with commas. Raises UserError for anything else."""
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        try:
+            given[key.strip()] = json.loads(value)
+        except ValueError:
+            given[key.strip()] = value
+    return parse_section(BudgetConfig, "--budget", given)
+
+
+def _check_folder(folder: Path, now: dict[str, str], resume: bool) -> dict[str, Any]:
+    """What an earlier call of the same sweep has saved. Raises UserError for a folder of something else."""
+    path = folder / SWEEP
+    if not path.is_file():
+        if resume:
+            raise UserError(f"--resume: there is no sweep in {folder}; start it without --resume")
+        if folder.exists() and (not folder.is_dir() or any(item.name != LOCK for item in folder.iterdir())):
+            raise UserError(f"--output: {folder} exists and holds no sweep; choose another folder")
+        return {}
+    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    before = saved["identity"]
+    changed = [
+        f"{key} is {now.get(key, 'missing')} now, and was {before.get(key, 'missing')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        more = [f"and {len(changed) - MOST_SHOWN} more"] if len(changed) > MOST_SHOWN else []
+        head = f"--output: {folder} holds another sweep's results; choose another folder, or set back what differs:"
+        raise UserError("\n  ".join([head, *changed[:MOST_SHOWN], *more]))
+    return saved
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep a second call of the same sweep out."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output: another process runs the sweep in {folder}; wait for it, or end it") from error
+        yield
+
+
+def _report(results: Sequence[Result], metric: str, sweep: SweepConfig, storage: Storage, title: str) -> list[str]:
+    """The table at the end; the names of the files that hold the results."""
+    summary_table(rows(results, metric, sweep.resources.gpus), title=f"{title}: {metric}; * on the Pareto front")
+    for result in results:
+        if result.outcome == "failed":
+            console().print(f"{result.name} failed: {result.error}", markup=False, soft_wrap=True)
+    names = write(results, metric, storage.folder)
+    for name in names:
+        storage.publish(name)
+    console().print(f"results: {storage.folder / RESULTS}", markup=False, soft_wrap=True)
+    return names

@@ -1,0 +1,33 @@
+"""Ray for tests: three nodes of one CPU on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+STORE_BYTES = 80 * 2**20
+
+
+@pytest.fixture
+def quiet_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sweep, and Ray itself, put into the environment where it is not there; so the test leaves it as it was."""
+    monkeypatch.setenv("PYTHONBREAKPOINT", "pdb.set_trace")
+    monkeypatch.setenv("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="module")
+def three_nodes() -> Iterator[str]:
+    """The address of a cluster of three nodes with one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(**node)
+        yield cluster.address
+    finally:
+        cluster.shutdown()

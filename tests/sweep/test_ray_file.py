@@ -1,0 +1,192 @@
+"""Sweep files, and what needs no cluster: combinations, ladders, verdicts, fronts, folders of other sweeps."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leap_dist.core.phases import Schedule
+from leap_dist.errors import UserError
+from leap_dist.sweep.cluster import connected
+from leap_dist.sweep.early_stop import Halving
+from leap_dist.sweep.ladder import ladder_of, rung_start
+from leap_dist.sweep.rank import Outcome
+from leap_dist.sweep.results import collect, metric_of, pareto, rows, write
+from leap_dist.sweep.run import parse_budget, run_sweep
+from leap_dist.sweep.storage import Storage
+from leap_dist.sweep.sweep_file import combinations, read_sweep, trials_of
+from tests.sweep.jobs import sweep_file
+
+ROOT = Path(__file__).resolve().parents[2]
+LADDER: dict[str, Any] = {"mode": "ladder", "vary": {"leap.target": [0.1, 0.7, 0.3]}}
+
+
+def test_lists_ranges_and_cases_are_combined(tmp_path: Path) -> None:
+    cases: list[dict[str, Any]] = [{"leap.gates": ["row"], "train.learning_rate": 1e-3}, {"leap.gates": ["head"]}]
+    vary: dict[str, Any] = {"leap.target": {"from": 0.1, "to": 0.9, "num": 5}, "train.seed": [1, 2]}
+    sweep = read_sweep(sweep_file(tmp_path, vary=vary, cases=cases))
+    found = combinations(sweep)
+    assert len(found) == 20 and found[0] == {**cases[0], "leap.target": 0.1, "train.seed": 1}
+    assert sorted({settings["leap.target"] for settings in found}) == [0.1, 0.3, 0.5, 0.7, 0.9]
+    trials = trials_of(sweep)
+    assert len({trial.name for trial in trials}) == 20
+    assert [trial.config.train.learning_rate for trial in trials] == [1e-3] * 10 + [3e-5] * 10
+
+
+def test_cases_with_the_same_values_of_other_keys_get_names_of_their_own(tmp_path: Path) -> None:
+    trials = trials_of(read_sweep(sweep_file(tmp_path, cases=[{"leap.target": 0.5}, {"train.weight_decay": 0.5}])))
+    assert len({trial.name for trial in trials}) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({}, r"vary: got null and no cases"),
+        ({"vary": {"leap.target": []}}, r"vary\.leap\.target: got \[\]; allowed: one or more values"),
+        ({"vary": {"leap.targe": [0.5]}}, r"leap\.targe: got 0\.5, unknown key; .*\n  in the trial {"),
+        ({"vary": {"leap.target": [0.5, 1.5]}}, r"leap\.target: got 1\.5; allowed"),
+        (
+            {"vary": {"leap.target": {"from": 0.1, "to": 0.5}}},
+            r"vary: got {\"from\": 0\.1.*allowed: an object of dotted",
+        ),
+        ({"vary": {"leap.target": {"from": 0.1, "to": 0.5, "num": 1}}}, r"num\": n >= 2"),
+        ({"vary": {"leap.target": [0.5, 0.5]}}, r"vary: the same combination comes twice: {\"leap\.target\": 0\.5}"),
+        ({"vary": {"leap.target": [0.5]}, "cases": [{"leap.target": 0.1}]}, r"cases: leap\.target stands in vary too"),
+        ({"vary": {"leap.target": [0.5]}, "rank": 2}, r"rank: got 2, unknown key; .*did you mean ranks"),
+        (
+            {"vary": {"leap.target": [0.5]}, "resources": {"gpus": 0.5}},
+            r"resources\.gpus: got 0\.5; allowed: an integer",
+        ),
+        ({"vary": {"leap.target": [0.5]}, "metric": "f1"}, r"metric: got \"f1\"; allowed: what builtin/clock reports"),
+        ({"vary": {"leap.target": [0.5]}, "mode": "ladder"}, r"a ladder needs two targets or more"),
+        ({"vary": {"train.seed": [1, 2]}, "mode": "ladder"}, r"vary: leap\.target is missing; a ladder walks down"),
+        ({**LADDER, "early_stop": "asha"}, r"early_stop: got \"asha\"; a ladder needs every rung"),
+        ({**LADDER, "cases": [{"train.max_steps": None, "train.epochs": 1}]}, r"train\.max_steps: missing; a ladder"),
+    ],
+)
+def test_a_mistake_is_one_message_before_anything_runs(tmp_path: Path, content: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        run_sweep(sweep_file(tmp_path, **content), str(tmp_path / "out"), None, False, None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["trials", "trials=0", "days=1", "hours=-1", "gpu_hours=many"])
+def test_a_budget_is_a_number_of_something(text: str) -> None:
+    with pytest.raises(UserError, match=r"--budget\.\w+: "):
+        parse_budget(text)
+
+
+def test_budgets_are_read() -> None:
+    budget = parse_budget("trials=3, hours=0.5")
+    assert (budget.trials, budget.hours, budget.gpu_hours) == (3, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("address", "match"),
+    [
+        ("nowhere", 'got "nowhere"; allowed: "auto", host:port, or ray://host:port'),
+        ("http://127.0.0.1:80", "allowed: "),
+        ("ray://127.0.0.1:{free}", r"nothing answers at ray://127\.0\.0\.1:\d+ .*ray start --head"),
+        ("127.0.0.1:{free}", "nothing answers at"),
+    ],
+)
+def test_an_address_that_nothing_answers_at_is_told_at_once(address: str, match: str, quiet_ray: None) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # bound, but nothing listens
+        place = address.format(free=probe.getsockname()[1])
+        with pytest.raises(UserError, match=match), connected(place):
+            pass
+
+
+# ------------------------------------------------------------------------------ folders
+
+
+def test_a_folder_of_another_sweep_is_refused_with_the_difference(tmp_path: Path) -> None:
+    file, out = sweep_file(tmp_path, vary={"leap.target": [0.5]}), tmp_path / "out"
+    with pytest.raises(UserError, match=r"^--resume: there is no sweep in"):
+        run_sweep(file, str(out), None, True, None)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"exists and holds no sweep; choose another folder"):
+        run_sweep(file, str(out), None, False, None)
+    (out / "sweep.json").write_text(json.dumps({"identity": {"leap.target": "0.5", "ranks": "2"}}))
+    with pytest.raises(UserError, match=r"another sweep's results.*(?s:.*)ranks is 1 now, and was 2|and \d+ more"):
+        run_sweep(file, str(out), None, False, None)
+
+
+def test_finished_runs_are_copied_to_a_uri(tmp_path: Path) -> None:
+    storage = Storage((tmp_path / "far").as_uri(), tmp_path / "near")
+    (tmp_path / "near" / "0.5" / "model").mkdir(parents=True)
+    (tmp_path / "near" / "0.5" / "model" / "x").write_text("weights")
+    (tmp_path / "near" / "results.json").write_text("{}")
+    for name in ("0.5", "0.5", "results.json"):
+        storage.publish(name)
+    copied = sorted(str(path.relative_to(tmp_path / "far")) for path in (tmp_path / "far").rglob("*"))
+    assert copied == ["0.5", "0.5/model", "0.5/model/x", "results.json"]
+    with pytest.raises(UserError, match=r'^--output: got "nosuch://x", which cannot be written to'):
+        Storage("nosuch://x", tmp_path)
+
+
+# ------------------------------------------------------------------------------ ladders, verdicts, results
+
+
+def test_rungs_settle_exactly_where_the_walk_passes_their_target(tmp_path: Path) -> None:
+    trials = ladder_of(read_sweep(sweep_file(tmp_path, **LADDER)))
+    assert [trial.settings["leap.target"] for trial in trials] == [0.7, 0.3, 0.1]
+    *rungs, walk = trials
+    assert walk.config.train.max_steps == 40 and sorted(walk.snapshots.values()) == sorted(str(r.branch) for r in rungs)
+    schedule = Schedule(40, 0.05, 0.2, 0.1)
+    for rung in rungs:
+        target, total = rung.config.leap.target, rung.config.train.max_steps or 0
+        own = Schedule(total, rung.config.leap.dense_fraction, rung.config.leap.settle_fraction, target)
+        start = rung_start(schedule, target)
+        assert schedule.level(start) <= target < schedule.level(start - 1)
+        assert (own.dense_end, own.settle_start, total - start) == (schedule.dense_end, start, 8)
+        assert walk.snapshots[start - 1] == rung.branch
+
+
+def test_of_one_target_the_better_half_goes_on() -> None:
+    verdicts = Halving(higher_is_better=True)
+    assert verdicts.goes_on("a", 0.5, 0.8) and not verdicts.goes_on("b", 0.5, 0.7)
+    assert verdicts.goes_on("c", 0.1, 0.6) and verdicts.goes_on("d", 0.5, 0.9)
+    assert not verdicts.goes_on("e", 0.5, 0.75)
+    assert Halving(higher_is_better=False).goes_on("a", 0.5, 3.0)
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    points = [("", 0.5, 0.9), ("", 0.3, 0.9), ("", 0.3, 0.8), None, ("", 0.1, 0.5), ("other", 0.9, 0.1)]
+    assert pareto(points) == [False, True, False, False, True, True]
+
+
+def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, vary={"leap.target": [0.5, 0.3, 0.1]}, ranks=2))
+    trials = trials_of(sweep)
+    for name, accuracy in (("0.5", 0.8), ("0.3", 0.85)):
+        (tmp_path / name).mkdir()
+        metrics = {"dense": {"accuracy": 0.9, "loss": 1.0}, "pruned": {"accuracy": accuracy, "loss": 2.0}}
+        content = {"density": float(name), "kept": 7, "metrics": metrics, "masks_sha256": "m", "weights_sha256": "w"}
+        (tmp_path / name / "certificate.json").write_text(json.dumps(content))
+    ended = {"0.5": Outcome("done", 36.0), "0.1": Outcome("failed", 1.0, "no luck")}
+    assert metric_of(sweep, trials) == "accuracy"
+    results = collect(sweep, trials, ended, tmp_path, "accuracy")
+    assert [(result.outcome, result.front) for result in results] == [
+        ("done", False),
+        ("done", True),
+        ("failed", False),
+    ]
+    table = rows(results, "accuracy", gpus=0)
+    assert table[0]["CPU hours"] == pytest.approx(0.02) and table[0]["Δ dense"] == pytest.approx(-0.1)
+    assert table[1]["front"] == "*" and table[1]["seconds"] == "" and table[2]["accuracy"] == ""
+    names = write(results, "accuracy", tmp_path)
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG") and "results.svg" in names
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["trials"][2]["error"] == "no luck" and saved["trials"][1]["weights_sha256"] == "w"
+
+
+def test_the_sweeps_in_configs_are_valid() -> None:
+    for file in (ROOT / "configs").glob("sweep_*.json"):
+        assert trials_of(read_sweep(file))

@@ -1,0 +1,133 @@
+"""The order of a sweep's trials, with slots that only pretend: budgets, what is run again, who waits for whom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leap_dist.sweep import slot
+from leap_dist.sweep.ladder import ladder_of
+from leap_dist.sweep.rank import Outcome, Rank, State, Work
+from leap_dist.sweep.ray_sweep import RaySweep
+from leap_dist.sweep.storage import Storage
+from leap_dist.sweep.sweep_file import SweepConfig, read_sweep, trials_of
+from tests.sweep.jobs import sweep_file
+
+SEEN: list[str] = []
+
+
+class Pretender:
+    """Leaves what a slot would leave; a target below 0.05 fails, one below 0.1 is stopped."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def run(self, work: Work, watched: Callable[[State], bool | None], lost: Callable[[str], None]) -> Outcome:
+        SEEN.append(work.output.name)
+        lost("a rank is gone")
+        if work.config.leap.target < 0.05:
+            return Outcome("failed", 1.0, "no luck")
+        if work.asked and watched(State(1, 2, {"accuracy": work.config.leap.target})) is False:
+            return Outcome("stopped", 1.0, metrics={"accuracy": 0.1})
+        for step, folder in work.snapshots.items():
+            (folder / f"step-{step}").mkdir(parents=True)
+            (folder / f"step-{step}" / "state.json").touch()
+        assert work.branch is None or work.branch.is_dir()
+        assert (work.config.tracking.parent_run, work.config.tracking.run_name) == ("parent", work.output.name)
+        work.output.mkdir()
+        (work.output / "certificate.json").write_text("{}")
+        return Outcome("done", 3600.0)
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _pretend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "Slot", Pretender)
+    SEEN.clear()
+
+
+def run(folder: Path, sweep: SweepConfig) -> RaySweep:
+    trials = ladder_of(sweep) if sweep.mode == "ladder" else trials_of(sweep)
+    line = RaySweep(sweep, trials, Storage(str(folder / "out"), folder), "accuracy")
+    line.run(1, "parent")
+    return line
+
+
+def test_what_is_finished_is_not_run_again_and_what_failed_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    sweep = read_sweep(sweep_file(tmp_path, vary={"leap.target": [0.5, 0.01, 0.3]}))
+    line = run(tmp_path, sweep)
+    assert {name: outcome.kind for name, outcome in line.ended.items()} == {
+        "0.5": "done",
+        "0.01": "failed",
+        "0.3": "done",
+    }
+    with (tmp_path / "out" / "trials.jsonl").open("a") as file:
+        file.write('{"trial": "0.5", "ki')  # the driver was killed here
+    run(tmp_path, sweep)
+    assert SEEN == ["0.5", "0.01", "0.3", "0.01"]
+    printed = capsys.readouterr().out
+    assert "0.5: a rank is gone; it goes on from its last checkpoint" in printed
+    assert "2/3  0.01  FAILED: no luck  0:01" in printed and "3 trials, 1 to run, up to 1 at a time" in printed
+
+
+@pytest.mark.parametrize(
+    ("budget", "num"), [({"trials": 2}, 2), ({"gpu_hours": 5}, 2), ({"hours": 1e-9}, 0), ({"hours": 1.0}, 4)]
+)
+def test_a_budget_ends_a_call(tmp_path: Path, budget: dict[str, float], num: int) -> None:
+    (tmp_path / "out").mkdir()
+    resources = {"cpus": 1, "gpus": 2}
+    content: dict[str, Any] = {
+        "vary": {"leap.target": [0.9, 0.7, 0.5, 0.3]},
+        "resources": resources,
+        "ranks": 2,
+        "budget": budget,
+    }
+    run(tmp_path, read_sweep(sweep_file(tmp_path, **content)))
+    assert len(SEEN) == num  # a trial here takes 4 GPU hours
+
+
+def test_rungs_wait_for_their_walk(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    sweep = read_sweep(sweep_file(tmp_path, mode="ladder", vary={"leap.target": [0.2, 0.7, 0.4]}))
+    run(tmp_path, sweep)
+    assert SEEN == ["0.2", "0.7", "0.4"] and not (tmp_path / "out" / ".snapshots").exists()
+
+
+def test_rungs_of_a_walk_that_failed_are_not_run(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    run(tmp_path, read_sweep(sweep_file(tmp_path, mode="ladder", vary={"leap.target": [0.01, 0.7]})))
+    assert SEEN == ["0.01"]
+
+
+def test_a_stopped_trial_stays_stopped(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    cases = [{"leap.target": 0.5, "train.seed": seed} for seed in (1, 2, 3)]
+    sweep = read_sweep(sweep_file(tmp_path, cases=cases, early_stop="asha"))
+    (tmp_path / "out" / "trials.jsonl").write_text(
+        json.dumps({"trial": "0.5_1", "kind": "stopped", "seconds": 1.0, "error": "", "metrics": {"accuracy": 0.9}})
+        + "\n"
+    )
+    line = run(tmp_path, sweep)
+    assert SEEN == ["0.5_2", "0.5_3"] and {outcome.kind for outcome in line.ended.values()} == {"stopped"}
+
+
+def test_a_loss_that_is_no_number_ends_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "DO_NOT_TRACK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "1")
+    rank = Rank(tmp_path, 1.0, 0)
+    rank._told(5, 10, {"loss": 0.5})
+    assert (rank.state().step, rank.state().total) == (5, 10)
+    with pytest.raises(ValueError, match=r"^the loss is nan at step 6; lower train\.learning_rate"):
+        rank._told(6, 10, {"loss": float("nan")})
+    with pytest.raises(ValueError, match=r"has no folder .*nowhere: a sweep needs one that all nodes share"):
+        Rank(tmp_path / "nowhere", 1.0, 0)
