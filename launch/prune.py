@@ -1,5 +1,6 @@
 """Prune one model: deepspeed launch/prune.py --config ds_leap.json [--set leap.target=0.05] [--output DIR] [--resume]
 What it takes: python launch/prune.py --config ds_leap.json --plan 64
+From an old config: python launch/prune.py --import-compression old_ds_config.json [--output new_job.json]
 
 Exit codes: 0 done; 2 a mistake in the config, the data or the call; 1 a fault of ours.
 """
@@ -19,26 +20,21 @@ ended, so a rank that is still there has seen what the first one did not, and te
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; --local_rank is added by DeepSpeed's launcher."""
-    parser = argparse.ArgumentParser(
-        description="Prune a transformer while it trains, to an exact density.",
-        epilog="Exit codes: 0 done; 2 a mistake in the config, the data or the call; 1 a fault of ours.",
-    )
-    parser.add_argument("--config", required=True, help="job file, or the name of one in configs/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key; repeatable"
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: outputs/<config name>)")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
-    parser.add_argument(
-        "--plan",
-        type=int,
-        nargs="?",
-        const=int(os.environ.get("WORLD_SIZE", 1)),
-        metavar="N",
-        help="print what the job takes on N ranks, of memory and of the network, and end",
-    )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="job file, or the name of one in configs/")
+    source.add_argument("--import-compression", type=Path, metavar="FILE", help="make an old config a job file")
+    add = parser.add_argument
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key; repeatable")
+    add("--output", type=Path, help="run folder (default: outputs/<config name>), or the new job file")
+    add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    add("--plan", type=int, nargs="?", const=world, metavar="N", help="print what the job takes on N ranks, and end")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.import_compression and (arguments.set or arguments.resume or arguments.plan is not None):
+        parser.error("--import-compression goes with --output alone")
+    return arguments
 
 
 def main() -> int:
@@ -46,6 +42,10 @@ def main() -> int:
     arguments = parse_arguments()
     first = os.environ.get("RANK", "0") == "0"
     try:
+        if arguments.import_compression:
+            from leap_dist.migrate import import_file
+
+            return import_file(arguments.import_compression, arguments.output) if first else 0
         from leap_dist.job_file import load_job
 
         config = load_job(arguments.config, arguments.set)
