@@ -126,8 +126,13 @@ def build(
         "masks_sha256": counts["masks_sha256"],
         "weights_sha256": counts["weights_sha256"],
         "seed": seed,
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """What a run depends on, by name; None for a package that runs from a checkout without being installed."""
+    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 def write(path: Path, certificate: Mapping[str, Any]) -> None:
@@ -154,7 +159,6 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _version(package: str) -> str | None:
-    """The installed version; None for a package that runs from a checkout without being installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -24,9 +24,9 @@ from leap_dist.sweep.early_stop import Halving
 from leap_dist.sweep.ladder import SNAPSHOTS, is_there
 from leap_dist.sweep.progress import Board
 from leap_dist.sweep.rank import Outcome, State, Work
-from leap_dist.sweep.results import higher_is_better
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import SweepConfig, Trial
+from leap_dist.tracking.pareto import higher_is_better
 
 ENDED = "trials.jsonl"
 NO_ROOM = 600.0  # seconds without room for one trial, after which the sweep ends

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from leap_dist.errors import UserError
 from leap_dist.export.run_folder import CERTIFICATE
@@ -15,11 +14,10 @@ from leap_dist.sweep.grid import Settings, short
 from leap_dist.sweep.rank import Outcome
 from leap_dist.sweep.sweep_file import TARGET, SweepConfig, Trial
 from leap_dist.tasks import metric_names
-from leap_dist.tracking.plots import COLOURS, plot_trade_off
+from leap_dist.tracking.pareto import Point, draw, higher_is_better, pareto
 
 RESULTS, PICTURES = "results.json", ("results.png", "results.svg")
 TASK = "data.task"
-LOWER_IS_BETTER = ("loss", "perplexity")
 FRONT = "*"
 
 
@@ -53,11 +51,6 @@ def metric_of(sweep: SweepConfig, trials: Sequence[Trial]) -> str:
                 f"{', '.join(known)}, or null"
             )
     return sweep.metric or metric_names(trials[0].config.data.task)[0]
-
-
-def higher_is_better(metric: str) -> bool:
-    """False for a loss and a perplexity, of any split."""
-    return not metric.endswith(LOWER_IS_BETTER)
 
 
 def collect(
@@ -99,18 +92,6 @@ def _point(result: Result, metric: str) -> tuple[str, float, float] | None:
     return task, result.density, result.value if higher_is_better(metric) else -result.value
 
 
-def pareto(points: Sequence[tuple[str, float, float] | None]) -> list[bool]:
-    """Which points no other of their group beats: none is at most as dense and at least as good, and better in one."""
-    given = [point for point in points if point is not None]
-
-    def beaten(point: tuple[str, float, float]) -> bool:
-        group, density, value = point
-        rivals = [other for other in given if other[0] == group and other[1] <= density and other[2] >= value]
-        return any(other[1] < density or other[2] > value for other in rivals)
-
-    return [point is not None and not beaten(point) for point in points]
-
-
 def rows(results: Sequence[Result], metric: str, gpus: int) -> list[dict[str, str | float]]:
     """The results as lines of a table."""
     hours = "GPU hours" if gpus else "CPU hours"
@@ -144,30 +125,18 @@ def write(results: Sequence[Result], metric: str, folder: Path) -> list[str]:
     (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
     if not any(result.front for result in results):
         return [RESULTS]
-    panels, dense, fronts = _lines(results)
     for name in PICTURES:
-        plot_trade_off(panels, dense, metric, folder / name, fronts)
+        draw(_points(results), metric, folder / name)
     return [RESULTS, *PICTURES]
 
 
-def _lines(
-    results: Sequence[Result],
-) -> tuple[dict[str, dict[str, list[tuple[float, float, float]]]], dict[str, float], dict[str, list[Any]]]:
-    """(panels, dense, fronts) to draw: a panel a task, a line for each other setting; of many lines the front alone."""
-    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
-    dense: dict[str, float] = {}
-    fronts: dict[str, list[Any]] = {}
+def _points(results: Sequence[Result]) -> list[Point]:
+    """What there is to draw: a panel a task, a line for each other setting."""
+    points = []
     for result in results:
         if result.density is None or result.value is None:
             continue
         task = str(result.settings.get(TASK, "all trials"))
         line = ", ".join(str(short(v)) for key, v in result.settings.items() if key not in (TARGET, TASK)) or "pruned"
-        panels.setdefault(task, {}).setdefault(line, []).append((result.density, result.value, 0.0))
-        if result.dense is not None:
-            dense.setdefault(task, result.dense)
-        if result.front:
-            fronts.setdefault(task, []).append((result.density, result.value))
-    for task, lines in panels.items():
-        if len(lines) > len(COLOURS):
-            panels[task] = {"best of all trials": [(density, value, 0.0) for density, value in fronts[task]]}
-    return panels, dense, fronts
+        points.append(Point(task, line, result.density, result.value, result.dense, result.front))
+    return points

@@ -37,20 +37,27 @@ class Tracker:
     """An MLflow run as a context manager; without `enabled`, or with a null URI, it does nothing.
 
     config: the resolved job, logged as parameters with dotted keys. run_id: a run to go on with (a resumed
-    job); its parameters stay as they are. Leaving the context ends the run: FINISHED, KILLED on an interrupt,
-    FAILED on any other exception.
+    job); its parameters stay as they are. tags: what runs are found by later, such as the commit; those of a
+    resumed run are set anew. Leaving the context ends the run: FINISHED, KILLED on an interrupt, FAILED on any other
+    exception.
 
     Raises UserError on entering if the store cannot be reached or refuses the run.
     """
 
     def __init__(
-        self, tracking: TrackingConfig, config: Mapping[str, Any], enabled: bool, run_id: str | None = None
+        self,
+        tracking: TrackingConfig,
+        config: Mapping[str, Any],
+        enabled: bool,
+        run_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
         self._tracking = tracking
         self._config = config
         self._uri = tracking.mlflow_uri if enabled else None
         self._client: MlflowClient | None = None
         self._run_id = run_id or ""
+        self._tags = tags or {}
 
     @property
     def run_id(self) -> str | None:
@@ -60,11 +67,15 @@ class Tracker:
     def __enter__(self) -> Tracker:
         if self._uri is not None:
             with _quiet(), _user_errors(self._uri), _give_up_early():
+                from mlflow.entities import RunTag
+
                 client = _connect(self._uri)
                 if self._run_id:
                     client.update_run(self._run_id, status="RUNNING")
                 else:
                     self._run_id = self._create_run(client, self._uri)
+                if self._tags:
+                    client.log_batch(self._run_id, tags=[RunTag(key, text) for key, text in self._tags.items()])
                 self._client = client
         return self
 
@@ -168,7 +179,41 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def _user_errors(uri: str) -> Iterator[None]:
+def reading(uri: str) -> Iterator[MlflowClient]:
+    """A client for a store that is there already; nothing is written, and no database is made.
+
+    Raises UserError, also for what goes wrong inside the block, if the store cannot be reached or read.
+    """
+    words = f"--uri: MLflow at {hide_password(uri)} cannot be read", "name the store that the jobs wrote to"
+    with _quiet(), _user_errors(uri, *words), _give_up_early():
+        from mlflow import MlflowClient
+
+        _check_is_store(uri)
+        yield MlflowClient(tracking_uri=uri)
+
+
+def hide_password(text: str) -> str:
+    """A text with the user and password of every address in it left out."""
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def _check_is_store(uri: str) -> None:
+    """Raises UserError for a database file that is missing or not MLflow's: its client would fill it with tables."""
+    if not uri:
+        raise UserError("--uri: got nothing; allowed: an MLflow tracking URI, such as sqlite:///mlflow.db")
+    file = _sqlite_file(uri)
+    if file is None:
+        return
+    if not file.is_file():
+        raise UserError(f"--uri: there is no database {file}; name the store that the jobs wrote to")
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if not {"experiments", "runs", "alembic_version"} <= tables:
+        raise UserError(f"--uri: the database {file} is not MLflow's; name the store that the jobs wrote to")
+
+
+@contextlib.contextmanager
+def _user_errors(uri: str, problem: str = "", remedy: str = "") -> Iterator[None]:
     """A store that cannot be reached or refuses the run is the user's to mend."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -177,10 +222,9 @@ def _user_errors(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(
-            f"tracking: MLflow at {uri} does not take the run: {why}; "
-            "mend tracking.mlflow_uri or tracking.experiment, or set tracking.mlflow_uri to null"
-        ) from error
+        problem = problem or f"tracking: MLflow at {hide_password(uri)} does not take the run"
+        remedy = remedy or "mend tracking.mlflow_uri or tracking.experiment, or set tracking.mlflow_uri to null"
+        raise UserError(f"{problem}: {hide_password(why)}; {remedy}") from error
 
 
 @contextlib.contextmanager

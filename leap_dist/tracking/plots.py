@@ -21,6 +21,8 @@ def plot_trade_off(
 ) -> None:
     """A metric over density: a panel for each group of runs, a line for each rule, bars for the spread over seeds.
 
+    Where a line has several points at one density only the points are drawn.
+
     dense: the dense model's value by panel, drawn as a dashed line. fronts: (density, value) of the points to ring, by
     panel: those of the Pareto front. The suffix of `path` decides the format.
     """
@@ -34,6 +36,8 @@ def plot_trade_off(
         for number, (name, line) in enumerate(lines.items()):
             density, mean, spread = zip(*sorted(line), strict=True)
             style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            if len({round(point, 3) for point in density}) < len(density):
+                style["linestyle"] = "none"  # several runs at one density: a line through them would be a zigzag
             axis.errorbar(density, mean, yerr=spread, capsize=3, linewidth=1.5, markersize=5, label=name, **style)
         if front := sorted((fronts or {}).get(title, ())):
             ring = {"marker": "o", "s": 130, "facecolors": "none", "edgecolors": "0.3", "label": "Pareto front"}

@@ -16,6 +16,7 @@ from leap_dist.core.stopwatch import TIMINGS
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
+from leap_dist.export.latency import machine
 from leap_dist.export.run_folder import CERTIFICATE, MODEL, RESOLVED
 from leap_dist.models.load import load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
@@ -74,7 +75,8 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
         progress = load_checkpoint(job.engine, checkpoint, ranks)
         job.start, job.measured, run_id = progress["step"], progress["measured"], progress["run_id"]
     resolved = job.config.resolved()
-    with Tracker(config.tracking, resolved, enabled=ranks.first, run_id=run_id) as tracker:
+    tags = _tags(job, output) if ranks.first else {}
+    with Tracker(config.tracking, resolved, enabled=ranks.first, run_id=run_id, tags=tags) as tracker:
         if ranks.first:
             _prepare_output(output, resolved, job.start)
         try:
@@ -84,7 +86,7 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
             raise
         certificate = _finish(job, output)
         if ranks.first:
-            tracker.log(job.total_steps, _flat(job.measured))
+            tracker.log(job.total_steps, _flat(job.measured) | _ending(job, certificate))
             tracker.artifact(output / CERTIFICATE)
             tracker.artifact(output / RESOLVED)
             _report(job, certificate, output)
@@ -320,6 +322,35 @@ def _prepare_output(output: Path, resolved: Mapping[str, Any], start: int) -> No
 
 def _flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{name}_{metric}": value for name, values in measured.items() for metric, value in values.items()}
+
+
+def _tags(job: Job, output: Path) -> dict[str, str]:
+    """What runs are told apart by in MLflow, beside their parameters. The first rank's."""
+    here, device = machine(), job.ranks.device
+    found = {
+        "commit": here["commit"] or "unknown",
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else here["processor"],
+        "folder": str(output.resolve()),
+        "ranks": job.ranks.world_size,
+        "zero_stage": job.engine.zero_optimization_stage(),
+        "rule": job.config.leap.rule,
+        "gates": " + ".join(gate.granularity for gate in job.config.leap.gates),
+        "metric": job.task.primary,
+    }
+    found |= {f"version.{name}": version or "not installed" for name, version in cert.versions().items()}
+    return {f"leap.{name}": str(value) for name, value in found.items()}
+
+
+def _ending(job: Job, certificate: Mapping[str, Any]) -> dict[str, float]:
+    """What a finished run is compared by, beside its metrics: what is left, and what LEAP took of a pruning step."""
+    left = {
+        "pruned_density": certificate["density"],
+        "kept_weights": certificate["kept"],
+        "prunable_weights": certificate["prunable"],
+    }
+    if job.costs:
+        left["leap_ms"] = sum(cost[name] for cost in job.costs for name in TIMINGS) / len(job.costs)
+    return left
 
 
 def _report(job: Job, certificate: Mapping[str, Any], output: Path) -> None:

@@ -367,6 +367,12 @@ def check_tracked(uri: str, folder: Path) -> None:
     certificate = json.loads((folder / "certificate.json").read_text("utf-8"))
     for name in ("dense", "pruned"):
         assert run.data.metrics[f"{name}_accuracy"] == pytest.approx(certificate["metrics"][name]["accuracy"])
+    counted = {"pruned_density": "density", "kept_weights": "kept", "prunable_weights": "prunable"}
+    assert all(run.data.metrics[name] == certificate[key] for name, key in counted.items())
+    assert run.data.metrics["leap_ms"] > 0
+    tags = {"ranks": "1", "zero_stage": "0", "rule": "leap", "gates": "element", "folder": str(folder)}
+    assert {f"leap.{key}": value for key, value in tags.items()}.items() <= run.data.tags.items()
+    assert run.data.tags.keys() >= {"leap.commit", "leap.hardware", "leap.metric", "leap.version.deepspeed"}
     losses = client.get_metric_history(run.info.run_id, "loss")
     assert [(point.step, point.value) for point in losses] == [
         (line["step"], line["loss"]) for line in read_metrics(folder)

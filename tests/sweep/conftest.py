@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import ray  # noqa: F401  # its import sets variables in the environment, which a test would be blamed for
 
 STORE_BYTES = 80 * 2**20
 

@@ -15,10 +15,11 @@ from leap_dist.sweep.cluster import connected
 from leap_dist.sweep.early_stop import Halving
 from leap_dist.sweep.ladder import ladder_of, rung_start
 from leap_dist.sweep.rank import Outcome
-from leap_dist.sweep.results import collect, metric_of, pareto, rows, write
+from leap_dist.sweep.results import collect, metric_of, rows, write
 from leap_dist.sweep.run import parse_budget, run_sweep
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import combinations, read_sweep, trials_of
+from leap_dist.tracking.pareto import pareto
 from tests.sweep.jobs import sweep_file
 
 ROOT = Path(__file__).resolve().parents[2]

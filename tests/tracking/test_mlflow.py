@@ -17,7 +17,7 @@ import pytest
 
 from leap_dist.config import TrackingConfig
 from leap_dist.errors import UserError
-from leap_dist.tracking.mlflow import MAX_BATCH, Tracker, parameters
+from leap_dist.tracking.mlflow import MAX_BATCH, Tracker, hide_password, parameters
 
 JOB = {"train_batch_size": 4, "leap": {"target": 0.1, "gates": ["row", "block:4x4"]}, "empty": {}}
 
@@ -137,13 +137,20 @@ def test_resumed_run_goes_on(store: str) -> None:
     tracking = TrackingConfig(mlflow_uri=store)
     with Tracker(tracking, JOB, True) as first:
         first.log(1, {"loss": 1.0})
-    with Tracker(tracking, {"leap": {"target": 0.9}}, True, run_id=first.run_id) as second:
+    tags = {"leap.ranks": "2"}
+    with Tracker(tracking, {"leap": {"target": 0.9}}, True, run_id=first.run_id, tags=tags) as second:
         second.log(2, {"loss": 0.5})
         assert read_run(store, second.run_id).info.status == "RUNNING"
     run = read_run(store, first.run_id)
     assert second.run_id == first.run_id
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
-    assert run.data.params == parameters(JOB)
+    assert run.data.params == parameters(JOB) and run.data.tags["leap.ranks"] == "2"
+
+
+def test_an_address_is_shown_without_its_password() -> None:
+    text = "http://me:secret@host:80/x and postgresql://you:p%40ss@host/db?a=b"
+    assert hide_password(text) == "http://***@host:80/x and postgresql://***@host/db?a=b"
+    assert hide_password("sqlite:///a@b.db") == "sqlite:///a@b.db"
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])

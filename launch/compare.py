@@ -1,0 +1,66 @@
+"""Compare finished runs that MLflow has recorded: python launch/compare.py [--experiment NAME] [--pareto] ...
+
+Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake in the call.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from leap_dist.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="What finished runs have come to, side by side; without a choice all runs of the store.",
+        epilog="Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake in the call.",
+    )
+    add = parser.add_argument
+    add("--uri", default="sqlite:///mlflow.db", help="the MLflow store (default: %(default)s, where jobs write)")
+    add("--experiment", action="append", default=[], metavar="NAME", help="runs of an experiment; may come again")
+    add("--sweep", metavar="PARENT_RUN_ID", help="the trials of a sweep")
+    add("--tag", action="append", default=[], metavar="KEY=VALUE", help='such as "leap.rule=movement"; may come again')
+    add("--runs", nargs="+", default=[], metavar="ID", help="runs by id, by the beginning of an id, or by name")
+    add("--metric", metavar="NAME", help="such as accuracy (default: the first that all runs have)")
+    add("--pareto", action="store_true", help="only the runs that no other beats in both density and metric")
+    add("--best", metavar="CONDITION", help='the run of smallest density with, for example, "accuracy>=0.9"')
+    add("--masks", action="store_true", help="how much the runs' masks overlap (IoU), from their folders")
+    add("--diff", nargs=2, metavar=("A", "B"), help="the parameters that two runs differ in, and nothing else")
+    add("--plot", type=Path, metavar="FILE", help="the metric over density, .png or .svg")
+    add("--csv", type=Path, metavar="FILE", help="the table for programs")
+    add("--json", metavar="FILE", help="the same; - for standard output, without anything else on it")
+    return parser.parse_args()
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Read, show and write what was asked for; the exit code."""
+    from leap_dist.tracking import compare as c
+    from leap_dist.tracking.runs import Selection, read_runs
+    from leap_dist.train.progress import summary_table
+
+    request = c.Request(arguments.metric, arguments.best, arguments.pareto, arguments.masks, arguments.plot)
+    named = arguments.diff or arguments.runs
+    runs = read_runs(arguments.uri, Selection(arguments.experiment, arguments.sweep, arguments.tag, named))
+    answer = c.differences(*runs) if arguments.diff else c.compare(runs, request, all_named=bool(named))
+    for note in answer.notes:
+        print(note, file=sys.stderr)
+    if arguments.json != "-":
+        for title, lines in answer.tables.items():
+            summary_table(lines, title=title)
+    c.write(answer, arguments.json, arguments.csv)
+    return 1 if arguments.best and not answer.records else 0
+
+
+def main() -> int:
+    """Parse, compare; the exit code."""
+    arguments = parse_arguments()
+    try:
+        return compare(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

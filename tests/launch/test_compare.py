@@ -1,0 +1,93 @@
+"""launch/compare.py as a user starts it: its output streams and its exit codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from leap_dist.config import TrackingConfig
+from leap_dist.tracking.mlflow import Tracker
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "compare.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_script", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as jobs leave it, with two finished runs in its mlflow.db."""
+    made: Path = tmp_path_factory.mktemp("jobs")
+    shutil.copy(empty_store, made)
+    for name, target, accuracy in (("[thin]", 0.1, 0.8), ("thick", 0.5, 0.9)):
+        config = {"leap": {"target": target}, "data": {"task": "builtin/clock"}}
+        with Tracker(TrackingConfig(mlflow_uri=f"sqlite:///{made}/mlflow.db", run_name=name), config, True) as tracker:
+            tracker.log(10, {"pruned_accuracy": accuracy, "dense_accuracy": 0.9, "pruned_density": target})
+    return made
+
+
+def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    code: int = script.main()
+    return code
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import runpy, sys; sys.argv = ['compare', '--help']\n"
+    code += f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    code += "finally: print([name for name in ('mlflow', 'torch', 'rich', 'pydantic') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--best CONDITION" in done.stdout and done.stdout.endswith("[]\n")
+
+
+def test_answers_and_their_exit_codes(
+    script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(script, monkeypatch, folder) == 0
+    printed = capsys.readouterr()
+    assert "[thin]" in printed.out and "Pareto front" in printed.out and printed.err == ""
+    assert call(script, monkeypatch, folder, "--best", "accuracy>=0.85", "--json", "-") == 0
+    assert [line["run"] for line in json.loads(capsys.readouterr().out)] == ["thick"]
+    assert call(script, monkeypatch, folder, "--diff", "[thin]", "thick") == 0
+    assert "leap.target" in capsys.readouterr().out
+    assert call(script, monkeypatch, folder, "--diff", "thick", "thick", "--csv", "same.csv") == 0
+    assert "have the same parameters" in capsys.readouterr().err
+    assert call(script, monkeypatch, folder, "--best", "accuracy>=0.95") == 1
+    assert "no run has accuracy >= 0.95; the nearest is 0.9, thick (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--experiment", "laep"], "--experiment: there is no laep; known: leap, Default\n"),
+        (["--best", "accuracy~1"], '--best: got "accuracy~1"; allowed: a metric'),
+        (["--plot", "a.pdf"], "--plot: got a.pdf; allowed"),
+        (["--uri", "sqlite:///none.db"], "--uri: there is no database"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    arguments: list[str],
+    message: str,
+    script: ModuleType,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(script, monkeypatch, folder, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(f"error: {message}") and printed.err.count("error: ") == 1
