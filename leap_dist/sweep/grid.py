@@ -38,10 +38,13 @@ def _words(value: Any) -> list[str]:
 
 
 def short(value: Any) -> str | float:
-    """A setting as it stands in a table: gates by their granularity."""
+    """A setting as it stands in a table: gates by their granularity, a section by its keys and values."""
     if isinstance(value, str | int | float):
         return value
-    parts = value if isinstance(value, list) else [value]
-    return " + ".join(
-        part["granularity"] if isinstance(part, dict) and "granularity" in part else str(part) for part in parts
-    )
+    return " + ".join(map(_part, value if isinstance(value, list) else [value]))
+
+
+def _part(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return str(value.get("granularity")) if "granularity" in value else ", ".join(f"{k} {v}" for k, v in value.items())

@@ -187,10 +187,13 @@ def _value(cell: Cell, model: str, metric: str) -> float:
 
 
 def rows(points: Sequence[Point]) -> list[dict[str, str | float]]:
-    """The points as lines of a table."""
+    """The points as lines of a table, with the settings in which they differ."""
+    differing = {
+        key for point in points for key in point.settings if point.settings[key] != points[0].settings.get(key)
+    }
     return [
         {
-            **{key.rpartition(".")[2]: short(value) for key, value in point.settings.items()},
+            **{key.rpartition(".")[2]: short(value) for key, value in point.settings.items() if key in differing},
             "density": point.density,
             "mean": point.mean,
             "spread": point.spread,

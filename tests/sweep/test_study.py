@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from leap_dist.errors import UserError
-from leap_dist.sweep.grid import expand, name_of
+from leap_dist.sweep.grid import expand, name_of, short
 from leap_dist.sweep.study import Cell, draw, read_study, rows, run_study, summarize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +60,13 @@ def test_every_combination_is_a_cell_with_a_name_of_its_own() -> None:
     assert name_of({"leap.gates": ["a", "b"]}) != name_of({"leap.gates": "a-b"})
     assert name_of({"leap.gates": ["a b"]}) != name_of({"leap.gates": ["a:b"]})
     assert len(name_of({"key": "x" * 500})) < 100
+
+
+def test_settings_in_a_table() -> None:
+    gates = ["head", {"granularity": "neuron", "multiple_of": 64}]
+    assert [short(0.5), short(gates), short({"teacher": "self", "alpha": 0.5}), short(None)] == [
+        0.5, "head + neuron", "teacher self, alpha 0.5", "None",
+    ]  # fmt: skip
 
 
 def test_means_and_spreads_over_seeds(tmp_path: Path) -> None:
