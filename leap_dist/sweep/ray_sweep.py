@@ -103,7 +103,7 @@ class RaySweep:
                 look, lost = partial(self._look, trial), partial(self._lost, trial)
                 self._end(trial, slot.run(self._work(trial), look, lost))
         except Interrupted:
-            pass
+            pass  # by `run`, which ends all slots: their trials go on with the next call
         except BaseException as error:
             self._fault, self._stop = error, True
         finally:

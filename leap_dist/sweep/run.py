@@ -16,7 +16,7 @@ from leap_dist.sweep.ray_sweep import RaySweep
 from leap_dist.sweep.results import RESULTS, Result, collect, metric_of, rows, write
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, identity, read_sweep, trials_of
-from leap_dist.tracking.mlflow import Tracker
+from leap_dist.tracking.mlflow import Tracker, differing
 from leap_dist.train.progress import console, summary_table
 
 SWEEP, LOCK = "sweep.json", ".lock"
@@ -77,8 +77,7 @@ def _check_folder(folder: Path, now: dict[str, str], resume: bool) -> dict[str, 
     before = saved["identity"]
     changed = [
         f"{key} is {now.get(key, 'missing')} now, and was {before.get(key, 'missing')}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        for key in differing(before, now)
     ]
     if changed:
         more = [f"and {len(changed) - MOST_SHOWN} more"] if len(changed) > MOST_SHOWN else []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.errors import UserError
+from leap_dist.tracking.mlflow import differing
 from leap_dist.tracking.pareto import LOWER_IS_BETTER, Point, draw, higher_is_better, pareto
 from leap_dist.tracking.runs import StoredRun
 
@@ -271,8 +272,7 @@ def differences(one: StoredRun, other: StoredRun) -> Answer:
     names = (one.name, other.name) if one.name != other.name else (one.id, other.id)
     lines: list[dict[str, str | float]] = [
         {"parameter": key, names[0]: one.params.get(key, NOT_SET), names[1]: other.params.get(key, NOT_SET)}
-        for key in sorted(one.params.keys() | other.params.keys())
-        if one.params.get(key) != other.params.get(key)
+        for key in differing(one.params, other.params)
     ]
     if not lines:
         return Answer({}, [], [f"{one.label} and {other.label} have the same parameters"])

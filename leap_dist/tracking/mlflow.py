@@ -143,6 +143,11 @@ def parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """The parameters that are not the same in both, sorted."""
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+
 def _connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 

@@ -21,7 +21,7 @@ from leap_dist.export.run_folder import CERTIFICATE, MODEL, RESOLVED
 from leap_dist.models.load import load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.base import Task
-from leap_dist.tracking.mlflow import Tracker, parameters
+from leap_dist.tracking.mlflow import Tracker, differing, parameters
 from leap_dist.train.batches import Batches
 from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
 from leap_dist.train.evaluate import evaluate
@@ -29,7 +29,7 @@ from leap_dist.train.progress import Progress, console, summary_table
 from leap_dist.train.watch import NOTHING, Stopped, Watch
 from leap_dist.zero.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, initialize, settle
-from leap_dist.zero.ranks import Ranks
+from leap_dist.zero.ranks import Ranks, torch_linear_put_back
 from leap_dist.zero.teacher import host_teacher
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
@@ -59,6 +59,7 @@ class Job:
         return self.engine.leap.schedule
 
 
+@torch_linear_put_back()  # the next job in this process may have another stage
 def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: Watch = NOTHING) -> dict[str, Any]:
     """Run a job into the folder `output`; returns the certificate (on rank 0; {} on the others).
 
@@ -302,8 +303,8 @@ def _check_same_job(output: Path, config: JobConfig) -> None:
     changed = [
         f"--resume: {key} is {now.get(key, 'missing')}, but was {before.get(key, 'missing')} when the run in {output} "
         "was started; set it back, or start a new run"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+        for key in differing(before, now)
+        if not key.startswith(FREE_TO_CHANGE)
     ]
     if changed:
         raise UserError("\n  ".join(changed))

@@ -118,6 +118,16 @@ def errors_only() -> Iterator[None]:
         deepspeed.utils.logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def torch_linear_put_back() -> Iterator[None]:
+    """Undo what DeepSpeed does to a process under stage 3: its own nn.functional.linear, which rounds otherwise."""
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
 def leave(code: int) -> NoReturn:
     """End this process, exit handlers included, without taking the interpreter apart.
 
