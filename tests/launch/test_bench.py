@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,18 +16,15 @@ from leap_dist.bench.overhead import DENSE, DENSE_FUSED, GATES, ORACLE, Setting,
 from leap_dist.bench.processes import on_ranks
 from leap_dist.bench.report import print_report
 from leap_dist.errors import UserError
+from tests.launch.scripts import load_script
 from tests.ranks import RankPools
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK: dict[str, int] = {"batch": 2, "length": 8, "steps": 1}
 
 
 def launch(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run the launcher in this process; its exit code."""
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "launch" / "bench.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("bench")
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     code: int = module.main()
     return code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,17 +13,14 @@ import pytest
 
 from leap_dist.config import TrackingConfig
 from leap_dist.tracking.mlflow import Tracker
+from tests.launch.scripts import load_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "compare.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compare")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from leap_dist.export import latency
 from tests.export.runs import classifier, make_run, structure_masks
+from tests.launch.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,10 +29,7 @@ def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launch(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> int:
     """Run a launcher in this process; its exit code."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / "launch" / f"{script}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     code: int = module.main()
     return code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -28,9 +27,9 @@ from leap_dist.bench.forecast import (
 from leap_dist.config import ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.job_file import load_job
+from tests.launch.scripts import load_script
 from tests.launch.test_prune import JOB, MODEL
 
-ROOT = Path(__file__).resolve().parents[2]
 LLAMA_70B: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 8192,
@@ -51,10 +50,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     def run(*arguments: str, **changes: Any) -> int:
         file = tmp_path / "job.json"
         file.write_text(json.dumps(JOB | changes), "utf-8")
-        spec = importlib.util.spec_from_file_location("prune", ROOT / "launch" / "prune.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_script("prune")
         folder = tmp_path / "empty"
         folder.mkdir(exist_ok=True)
         monkeypatch.chdir(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.launch.scripts import load_script
 from tests.ranks import RankPools
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,11 +117,7 @@ def test_without_a_job_file_the_usage_is_shown(tmp_path: Path) -> None:
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prune_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("prune")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -13,27 +13,11 @@ import pytest
 from leap_dist.errors import UserError
 from leap_dist.sweep.grid import expand, name_of, short
 from leap_dist.sweep.study import Cell, draw, read_study, rows, run_study, summarize
+from tests.sweep import jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "prune.py"
-JOB: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": 8,
-    "model": {
-        "from_config": {
-            "model_type": "bert",
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 16,
-            "vocab_size": 32,
-            "max_position_embeddings": 16,
-        }
-    },
-    "data": {"task": "builtin/clock"},
-    "train": {"max_steps": 12, "eval_batch_size": 512},
-    "leap": {"target": 0.5},
-    "tracking": {"mlflow_uri": None},
-}
+JOB = jobs.JOB | {"train": {"max_steps": 12, "eval_batch_size": 512}}
 
 
 def study_file(folder: Path, **vary: list[Any]) -> Path:
