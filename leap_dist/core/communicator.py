@@ -1,9 +1,13 @@
 """Sums over the ranks that share a model; one class for one rank and for many."""
 
+from typing import TypeVar
+
 import torch.distributed
 from torch import Tensor
 
 from leap_dist.core.stopwatch import Stopwatch
+
+T = TypeVar("T")
 
 
 class Communicator:
@@ -20,11 +24,11 @@ class Communicator:
         self.num_bytes = 0
         self.stopwatch = Stopwatch()
 
-    def gather(self, value: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order; for tables made once, not for the step."""
         if self._group is None:
             return [value]
-        gathered: list[list[tuple[int, int]]] = [[] for _ in range(torch.distributed.get_world_size(self._group))]
+        gathered = [value] * torch.distributed.get_world_size(self._group)
         torch.distributed.all_gather_object(gathered, value, group=self._group)
         return gathered
 

@@ -1,144 +1,182 @@
-"""Checkpoints: every rank writes the fragments it holds, tensor by tensor, as safetensors.
+"""Checkpoints: written in the background by all ranks, read at any number of ranks and any ZeRO stage.
 
-A folder `step-00000120` holds `rank-00000.safetensors` of each rank, with keys "tensor/state/start", and `state.json`
-of rank 0, written last. No pickle. Loading looks up, for every fragment that a rank holds, the stored runs that
-overlap it, so that nothing depends on how the flat buffers are laid out.
+Saving copies a rank's state to host memory; a thread writes it while training goes on. Loading looks up, for every
+fragment that a rank holds now, the stored runs that overlap it, and opens only the files that hold them.
 """
 
-import json
-import os
+import copy
+import functools
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from leap_dist.core.fragments import Fragment
 from leap_dist.errors import UserError
-from leap_dist.zero.binding import find_fragments, refresh_hosted
+from leap_dist.zero import elastic, store
+from leap_dist.zero.agreement import agreement
+from leap_dist.zero.engine_state import (
+    engine_state,
+    fragment_states,
+    gate_table,
+    random_states,
+    restore_engine,
+    restore_random,
+    tensor_table,
+    written_by,
+)
+from leap_dist.zero.manifest import Damaged, Manifest
 from leap_dist.zero.ranks import Ranks
-
-HOSTED = "hosted"  # the state key under which the fp32 masters themselves are stored
-STATE_FILE = "state.json"
+from leap_dist.zero.store import CheckpointError, checkpoints_in
 
 
-def save_checkpoint(engine: Any, folder: Path, ranks: Ranks, progress: Mapping[str, Any]) -> Path:
-    """Write step-<n> below `folder`, and remove older ones once it is complete; `progress` is JSON-able.
+class Checkpoints:
+    """The checkpoints of a run below `folder`: the `keep` latest, and the one with the highest score.
 
-    Collective. The step's folder appears under its name only when every rank has written its part.
+    Every method is collective. One save is written at a time; its host memory is kept for the next one.
     """
-    final = folder / f"step-{engine.leap.num_steps:08d}"
-    partial = folder / f".{final.name}.partial"
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    save_file(_rank_tensors(engine), partial / f"rank-{ranks.rank:05d}.safetensors")
-    ranks.barrier()
-    if ranks.first:
-        state = {"progress": dict(progress), "engine": _engine_state(engine), "world_size": ranks.world_size}
-        (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        for older in sorted(folder.glob("step-*")):
-            if older != final:
-                shutil.rmtree(older)
-    ranks.barrier()
-    return final
 
+    def __init__(self, folder: Path, ranks: Ranks, keep: int = 2) -> None:
+        self._folder, self._ranks, self._keep = folder, ranks, keep
+        self._host: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._final: Path | None = None  # the checkpoint that is being written
+        self._error: Exception | None = None  # of the thread, or of the start of the save
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint below `folder`."""
-    found = sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).is_file())
-    return found[-1] if found else None
+    def save(self, engine: Any, progress: Mapping[str, Any], score: float | None = None) -> None:
+        """Begin to write `step-<n>`; `progress` is JSON-able, of a score higher is better.
 
+        Waits for the save before this one. If that one failed, CheckpointError tells so once this one has begun: a
+        caller that goes on misses nothing. What goes wrong with this one is told by the next `save` or `wait`.
+        """
+        failure = self._finish()
+        agreement(engine, self._ranks)
+        rank, fragments = self._ranks.rank, written_by(engine, self._ranks.rank)
+        tensors = {f"{f.tensor}/{key}": view for f in fragments for key, view in fragment_states(engine, f)}
+        tensors = self._copied(tensors | random_states())
+        runs = {f.tensor: (f.start, f.length) for f in fragments}
+        self._final = self._folder / f"step-{engine.leap.num_steps:08d}"
+        write = functools.partial(store.write_part, self._final, rank, tensors, runs)
+        self._start(functools.partial(self._write, self._final, write, self._manifest(engine, progress, score)))
+        if failure is not None:
+            raise failure
 
-def load_checkpoint(engine: Any, checkpoint: Path, ranks: Ranks) -> dict[str, Any]:
-    """Put a checkpoint into an engine that was built from the same config; returns what was given as `progress`.
+    def wait(self) -> None:
+        """Return when the save that was begun is complete on disk; raises CheckpointError if it failed."""
+        failure = self._finish()
+        if failure is not None:
+            raise failure
 
-    Raises UserError if it was written by another number of ranks.
-    """
-    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    if state["world_size"] != ranks.world_size:
-        raise UserError(
-            f"--resume: {checkpoint} was written by {state['world_size']} ranks, this run has {ranks.world_size}; "
-            "start as many ranks as before"
+    def load(self, engine: Any) -> dict[str, Any] | None:
+        """Put the newest intact checkpoint into an engine built from the same model and gates; returns its `progress`.
+
+        None if there is no checkpoint. A damaged one is passed over with a line of warning. Random states are taken
+        over if the number of ranks is the same. Raises UserError if none is intact, or if it is of another model, of
+        other gates or of another version.
+        """
+        names = self._ranks.on_first(lambda: [path.name for path in checkpoints_in(self._folder)])
+        damage = ""
+        for name in names:
+            plan, damage = self._agreed_plan(self._folder / name, engine)
+            if plan is not None:
+                plan.fill()
+                restore_engine(engine, plan.manifest.engine)
+                restore_random(plan.random)
+                agreement(engine, self._ranks)
+                return dict(plan.manifest.progress)
+            if self._ranks.first:
+                print(f"warning: {self._folder / name} is damaged and not used: {damage}", flush=True)
+        if names:
+            raise UserError(
+                f"--resume: no checkpoint in {self._folder} is intact; the oldest, {names[-1]}: {damage}; "
+                "start the run again, in another folder"
+            )
+        return None
+
+    # Saving
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory, the same at every save."""
+        for name, tensor in tensors.items():
+            if name not in self._host:
+                self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._host[name].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return self._host
+
+    def _manifest(self, engine: Any, progress: Mapping[str, Any], score: float | None) -> Callable[..., Manifest]:
+        """The manifest, but for the files."""
+        return functools.partial(
+            Manifest,
+            world_size=self._ranks.world_size,
+            gates=gate_table(engine),
+            tensors=tensor_table(engine),
+            engine=engine_state(engine),
+            progress=copy.deepcopy(dict(progress)),  # the caller goes on
+            score=score,
         )
-    with safe_open(checkpoint / f"rank-{ranks.rank:05d}.safetensors", framework="pt") as stored:
-        for fragment in find_fragments(engine):
-            for key in _keys(engine, fragment):
-                source = stored.get_tensor(f"{fragment.tensor}/{key}/{fragment.start}")
-                _target(engine, fragment, key).copy_(source)
-        _set_random_state(stored.get_tensor("random/cpu"), stored)
-    _restore_engine(engine, state["engine"])
-    refresh_hosted(engine)
-    progress: dict[str, Any] = state["progress"]
-    return progress
+
+    def _start(self, write: Callable[[], None]) -> None:
+        """Let a thread write, once the first rank has made the folder; if it cannot, nothing is begun."""
+        assert self._final is not None
+        if self._ranks.first:
+            try:
+                store.make_room(self._final)
+            except OSError as error:
+                self._error = CheckpointError(store.explain(error, self._final, "nothing is written yet"))
+        if not any(self._ranks.gather_objects(self._error is not None)):
+            self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+            self._thread.start()
+
+    def _write(self, final: Path, write: Callable[[], None], manifest: Callable[..., Manifest]) -> None:
+        """What the thread does. It must not communicate: the other ranks' threads are anywhere."""
+        try:
+            write()
+            if self._ranks.first:
+                files = store.await_parts(final, self._ranks.world_size)
+                store.complete(final, manifest(files=files), self._keep)
+        except Exception as error:  # for the caller of the next save
+            self._error = error
+            if self._ranks.first:
+                shutil.rmtree(store.partial_of(final), ignore_errors=True)
+
+    def _finish(self) -> CheckpointError | None:
+        """Wait for the thread; what went wrong on any rank, the first rank's word first, on every rank."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._error, self._thread = self._error, None, None
+        told = None if error is None else _words(error)
+        found = [words for words in self._ranks.gather_objects(told) if words is not None]
+        if found and self._ranks.first and self._final is not None:  # the last of the others has ended
+            shutil.rmtree(store.partial_of(self._final), ignore_errors=True)
+        if not found:
+            return None
+        failure = CheckpointError(found[0])
+        failure.__cause__ = error
+        return failure
+
+    # Loading
+
+    def _agreed_plan(self, checkpoint: Path, engine: Any) -> tuple[elastic.Plan | None, str]:
+        """How this rank reads a checkpoint, if all ranks can; else what is damaged. Raises UserError on all ranks."""
+        plan, damage, wrong = None, None, None
+        try:
+            plan = elastic.plan(checkpoint, engine, self._ranks)
+        except (Damaged, OSError) as error:
+            damage = str(error)
+        except UserError as error:
+            wrong = str(error)
+        told = self._ranks.gather_objects((damage, wrong))
+        for _, words in told:
+            if words is not None:
+                raise UserError(words)
+        damages = [words for words, _ in told if words is not None]
+        return (None, damages[0]) if damages else (plan, "")
 
 
-def _keys(engine: Any, fragment: Fragment) -> list[str]:
-    """The state keys of a fragment's flat buffer, and the masters."""
-    state = engine.leap.state[fragment.flat]
-    return [HOSTED, *(key for key, value in state.items() if isinstance(value, Tensor))]
-
-
-def _target(engine: Any, fragment: Fragment, key: str) -> Tensor:
-    """The part of a flat buffer, or of a state tensor of its shape, that a fragment is."""
-    return fragment.view(fragment.flat if key == HOSTED else engine.leap.state[fragment.flat][key])
-
-
-def _rank_tensors(engine: Any) -> dict[str, Tensor]:
-    """Everything that this rank has to write."""
-    tensors = {
-        f"{fragment.tensor}/{key}/{fragment.start}": _target(engine, fragment, key).cpu().clone()
-        for fragment in find_fragments(engine)
-        for key in _keys(engine, fragment)
-    }
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def _set_random_state(cpu: Tensor, stored: Any) -> None:
-    torch.set_rng_state(cpu)
-    if torch.cuda.is_available() and "random/cuda" in stored.keys():  # noqa: SIM118  a file handle, no dict
-        torch.cuda.set_rng_state(stored.get_tensor("random/cuda"))
-
-
-def _engine_state(engine: Any) -> dict[str, Any]:
-    """Counters and schedules that live outside tensors."""
-    scheduler = engine.lr_scheduler
-    return {
-        "leap": engine.leap.progress(),
-        "lr": [group["lr"] for group in engine.leap.param_groups],
-        "scheduler": None if scheduler is None else _json_able(scheduler.state_dict()),
-        "loss_scale": getattr(engine.optimizer, "loss_scale", 1.0),
-        "counters": {name: getattr(engine, name) for name in _COUNTERS},
-    }
-
-
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-def _restore_engine(engine: Any, state: Mapping[str, Any]) -> None:
-    engine.leap.load_progress(state["leap"])
-    for group, lr in zip(engine.leap.param_groups, state["lr"], strict=True):
-        group["lr"] = lr
-    if state["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(state["scheduler"])
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is not None and hasattr(scaler, "cur_scale"):
-        scaler.cur_scale = state["loss_scale"]
-    for name in _COUNTERS:
-        setattr(engine, name, state["counters"][name])
-
-
-def _json_able(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's state without the functions it was made from."""
-    return {key: value for key, value in values.items() if isinstance(value, int | float | str | list | None)}
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"a checkpoint failed: {type(error).__name__}: {error}"

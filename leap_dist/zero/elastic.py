@@ -1,0 +1,165 @@
+"""How a rank reads a checkpoint that other ranks, or another ZeRO stage, wrote: which runs of which files it needs.
+
+Everything is checked here, before anything of the engine changes.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from leap_dist.core.fragments import Fragment
+from leap_dist.errors import UserError
+from leap_dist.zero.binding import find_fragments
+from leap_dist.zero.engine_state import fragment_states, gate_table, random_states, scheduler_state, tensor_table
+from leap_dist.zero.manifest import Damaged, Manifest, check_file, file_name, read_manifest
+from leap_dist.zero.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [first, last) of a stored state, and where they go."""
+
+    key: str
+    first: int
+    last: int
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint that can be read: pieces by file, and this rank's random states if the ranks are as many."""
+
+    manifest: Manifest
+    pieces: Mapping[Path, list[Piece]]
+    random: Mapping[str, Tensor]
+
+    def fill(self) -> None:
+        """Put all pieces in place."""
+        for path, pieces in self.pieces.items():
+            with safe_open(path, framework="pt") as file:
+                for piece in pieces:
+                    piece.target.copy_(file.get_slice(piece.key)[piece.first : piece.last])
+
+
+def plan(checkpoint: Path, engine: Any, ranks: Ranks) -> Plan:
+    """How this rank reads a checkpoint. Raises Damaged or OSError; UserError if it does not fit the engine."""
+    manifest = read_manifest(checkpoint)
+    _check_fits(checkpoint, manifest, engine)
+    runs = _runs_by_tensor(manifest)
+    pieces: dict[Path, list[Piece]] = {}
+    for fragment in find_fragments(engine):
+        for name, first, offset, length in overlaps(fragment, runs):
+            for key, view in fragment_states(engine, fragment):
+                piece = Piece(f"{fragment.tensor}/{key}", first, first + length, view[offset : offset + length])
+                pieces.setdefault(checkpoint / name, []).append(piece)
+    own = checkpoint / file_name(ranks.rank)
+    same_ranks = manifest.world_size == ranks.world_size
+    for path in pieces.keys() | ({own} if same_ranks else set()):
+        check_file(path, manifest.files[path.name])
+        _check_pieces(path, manifest, pieces.get(path, []))
+    return Plan(manifest, pieces, _random_of(own) if same_ranks else {})
+
+
+def overlaps(fragment: Fragment, runs: Mapping[str, list[tuple[int, int, str]]]) -> Iterator[tuple[str, int, int, int]]:
+    """(file, first element in its run, first element in the fragment, number) of all that makes up a fragment.
+
+    runs: (first element, number, file) of every stored run of each tensor, in order. Raises Damaged for a gap.
+    """
+    done = 0
+    for start, length, name in runs.get(fragment.tensor, ()):
+        first = fragment.start + done
+        last = min(start + length, fragment.start + fragment.length)
+        if start <= first < last:
+            yield name, first - start, done, last - first
+            done += last - first
+    if done < fragment.length:
+        raise Damaged(f"element {fragment.start + done} of {fragment.tensor!r} is in no file")
+
+
+def _runs_by_tensor(manifest: Manifest) -> dict[str, list[tuple[int, int, str]]]:
+    runs: dict[str, list[tuple[int, int, str]]] = {}
+    for name, entry in manifest.files.items():
+        for tensor, (start, length) in entry.runs.items():
+            runs.setdefault(tensor, []).append((start, length, name))
+    return {tensor: sorted(found) for tensor, found in runs.items()}
+
+
+def _check_fits(checkpoint: Path, manifest: Manifest, engine: Any) -> None:
+    """Raises UserError if the checkpoint is of another model, of other gates or schedules; Damaged for values."""
+    leap, saved = engine.leap, manifest.engine
+    differing = _first_difference(manifest.tensors, tensor_table(engine), "tensor")
+    differing = differing or _first_difference(_numbered(manifest.gates), _numbered(gate_table(engine)), "gate")
+    if not differing and len(saved.lr) != len(leap.param_groups):
+        differing = f"it has {len(saved.lr)} parameter groups, this run {len(leap.param_groups)}"
+    if not differing and not _alike(saved.scheduler, scheduler_state(engine)):
+        differing = "its learning rate follows another scheduler"
+    if differing:
+        raise UserError(
+            f"--resume: {checkpoint} is of another model, or of other gates: {differing}; set the config back, or "
+            "start a new run"
+        )
+    counts = zip(saved.leap.kept_units, leap.plan.gates, strict=False)
+    if len(saved.leap.kept_units) != len(leap.plan.gates) or any(kept > gate.num_units for kept, gate in counts):
+        raise Damaged("it keeps more units than there are")
+
+
+def _numbered(gates: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
+    """(place, number of units) of every gate."""
+    return {name: (place, num_units) for place, (name, num_units) in enumerate(gates)}
+
+
+def _first_difference(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> str:
+    """The first entry that the two tables do not share, in words; "" if they are equal."""
+    for name in [*now, *saved]:
+        if name not in saved:
+            return f"it has no {what} {name!r}"
+        if name not in now:
+            return f"this run has no {what} {name!r}"
+        if saved[name] != now[name]:
+            return f"{what} {name!r} was {saved[name]} and is {now[name]}"
+    return ""
+
+
+def _alike(saved: Any, now: Any) -> bool:
+    """Whether a scheduler's state has the keys and the kinds of values that it has now."""
+    if isinstance(now, dict):
+        return isinstance(saved, dict) and saved.keys() == now.keys() and all(_alike(saved[k], now[k]) for k in now)
+    if isinstance(now, list):
+        return isinstance(saved, list) and len(saved) == len(now) and all(map(_alike, saved, now))
+    if isinstance(now, int | float):
+        return isinstance(saved, int | float)
+    return isinstance(saved, str | None | int | float) if now is None else type(saved) is type(now)
+
+
+def _check_pieces(path: Path, manifest: Manifest, pieces: list[Piece]) -> None:
+    """Raises Damaged unless the file holds what the manifest says, before anything is read of it."""
+    entry = manifest.files[path.name]
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in {piece.key for piece in pieces}:
+                tensor, _, state = key.rpartition("/")
+                stored = file.get_slice(key)
+                found = stored.get_dtype(), list(stored.get_shape())
+                if found != (manifest.tensors[tensor].states[state], [entry.runs[tensor][1]]):
+                    raise Damaged(f"{path.name}: {key!r} has another size or dtype than its manifest says")
+    except SafetensorError as error:
+        raise Damaged(f"{path.name} cannot be read: {error}") from error
+
+
+def _random_of(path: Path) -> dict[str, Tensor]:
+    """The random states in a rank's own file, tried on generators of their own."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            states = {name: file.get_tensor(name) for name in random_states() if name in file.keys()}  # noqa: SIM118  a file handle, no dict
+        for name, state in states.items():
+            torch.Generator(name.removeprefix("random/")).set_state(state)
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise Damaged(f"{path.name}: its random state cannot be used: {error}") from error
+    if "random/cpu" not in states:
+        raise Damaged(f"{path.name} has no random state")
+    return states

@@ -1,0 +1,130 @@
+"""What a checkpoint holds of an engine: the states of its tensors, run by run, and its counters and schedules.
+
+Nothing depends on how flat buffers are laid out, so other ranks or another ZeRO stage can read it. The hosted weights
+under gates are W * M, made again from the latent weights and the masks.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leap_dist.core.fragments import Fragment
+from leap_dist.core.gates import GatePlan
+from leap_dist.core.gating import (
+    ELEMENT_MASK,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    MASK,
+    SCORE,
+    SCORE_EXP_AVG,
+    SCORE_EXP_AVG_SQ,
+    state_keys,
+)
+from leap_dist.zero.binding import find_fragments, hosted_parameters, refresh_hosted
+from leap_dist.zero.manifest import EngineState, LeapState, TensorEntry
+
+HOSTED = "hosted"  # the fp32 masters of what no gate covers
+ON_ELEMENTS = SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ, ELEMENT_MASK
+_SCALER = "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
+_COUNTERS = "global_steps", "global_samples", "skipped_steps"
+
+
+def stored_keys(plan: GatePlan, tensor: str) -> tuple[str, ...]:
+    """The states of a tensor that are stored."""
+    if tensor not in plan.covers:
+        return HOSTED, EXP_AVG, EXP_AVG_SQ
+    elementwise = any(plan.gates[cover.gate].elementwise for cover in plan.covers[tensor])
+    return tuple(key for key in state_keys(plan) if elementwise or key not in ON_ELEMENTS)
+
+
+def tensor_table(engine: Any) -> dict[str, TensorEntry]:
+    """Every tensor that is trained, the gates' own included: its size, and the dtypes of its states."""
+    plan = engine.leap.plan
+    return {
+        name: TensorEntry(
+            numel=getattr(parameter, "ds_numel", parameter.numel()),
+            states={key: "BOOL" if key in (MASK, ELEMENT_MASK) else "F32" for key in stored_keys(plan, name)},
+        )
+        for name, parameter in hosted_parameters(engine)
+    }
+
+
+def gate_table(engine: Any) -> tuple[tuple[str, int], ...]:
+    """Every gate's name and number of units."""
+    return tuple((f"{gate.granularity} {gate.name}", gate.num_units) for gate in engine.leap.plan.gates)
+
+
+def fragment_states(engine: Any, fragment: Fragment) -> Iterator[tuple[str, Tensor]]:
+    """(key, view of shape (length,)) of every state of a fragment that is stored."""
+    for key in stored_keys(engine.leap.plan, fragment.tensor):
+        yield key, fragment.view(fragment.flat if key == HOSTED else engine.leap.state[fragment.flat][key])
+
+
+def written_by(engine: Any, rank: int) -> list[Fragment]:
+    """The fragments that a rank writes: under stage 0 all ranks hold all, and the first writes it."""
+    if engine.zero_optimization_stage() == 0 and rank > 0:
+        return []
+    return [fragment for fragment in find_fragments(engine) if fragment.length]
+
+
+def random_states() -> dict[str, Tensor]:
+    """The states of this rank's random number generators, uint8."""
+    states = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random/cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(states: Mapping[str, Tensor]) -> None:
+    """Go on from `random_states()`; what is not among them stays as it is."""
+    if "random/cpu" in states:
+        torch.set_rng_state(states["random/cpu"])
+    if "random/cuda" in states:
+        torch.cuda.set_rng_state(states["random/cuda"])
+
+
+def engine_state(engine: Any) -> EngineState:
+    """Counters and schedules that live outside tensors. Between two updates only."""
+    accumulation = engine.gradient_accumulation_steps()
+    assert engine.micro_steps % accumulation == 0, "a checkpoint is taken between optimizer steps"
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return EngineState(
+        leap=LeapState(**_with_tuples(engine.leap.progress())),
+        lr=tuple(float(group["lr"]) for group in engine.leap.param_groups),
+        scheduler=scheduler_state(engine),
+        scaler={name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
+        updates=engine.micro_steps // accumulation,
+        **{name: getattr(engine, name) for name in _COUNTERS},
+    )
+
+
+def scheduler_state(engine: Any) -> dict[str, Any] | None:
+    """A scheduler's state without the functions it was made from; None if there is no scheduler."""
+    if engine.lr_scheduler is None:
+        return None
+    state = engine.lr_scheduler.state_dict()
+    return {key: value for key, value in state.items() if isinstance(value, int | float | str | list | None)}
+
+
+def restore_engine(engine: Any, state: EngineState) -> None:
+    """Go on from `engine_state()`, after the states of all fragments were put in place. Collective."""
+    engine.leap.load_progress(state.leap.model_dump())
+    engine.leap.gating.write_()
+    for group, lr in zip(engine.leap.param_groups, state.lr, strict=True):
+        group["lr"] = lr
+    if state.scheduler is not None:
+        engine.lr_scheduler.load_state_dict(state.scheduler)
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    for name, value in state.scaler.items():
+        if name in _SCALER and hasattr(scaler, name):
+            setattr(scaler, name, value)
+    engine.micro_steps = state.updates * engine.gradient_accumulation_steps()
+    for name in _COUNTERS:
+        setattr(engine, name, getattr(state, name))
+    refresh_hosted(engine)
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
