@@ -2,7 +2,8 @@
 What it takes: python launch/prune.py --config ds_leap.json --plan 64
 From an old config: python launch/prune.py --import-compression old_ds_config.json [--output new_job.json]
 
-Exit codes: 0 done; 2 a mistake in the config, the data or the call; 1 a fault of ours.
+SIGTERM, SIGINT and SIGUSR1: the step in progress is finished, and a checkpoint saved; the same command goes on from it.
+Exit codes: 0 done; 1 a fault; 2 a mistake in the config, the data or the call; 3 stopped by a signal.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key; repeatable")
     add("--output", type=Path, help="run folder (default: outputs/<config name>), or the new job file")
-    add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    add("--resume", action="store_true", help="go on with the run in the folder; fail if there is none")
     world = int(os.environ.get("WORLD_SIZE", 1))
     add("--plan", type=int, nargs="?", const=world, metavar="N", help="print what the job takes on N ranks, and end")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -48,22 +49,21 @@ def main() -> int:
             return import_file(arguments.import_compression, arguments.output) if first else 0
         from leap_dist.job_file import load_job
 
-        config = load_job(arguments.config, arguments.set)
+        config = load_job(source := arguments.config, arguments.set)
         if arguments.plan is not None:
             from leap_dist.bench.forecast import forecast, print_forecast
 
             if first:
                 print_forecast(forecast(config, arguments.plan))
             return 0
-        from leap_dist.train.loop import run_job
-        from leap_dist.zero.ranks import leave, start_ranks
+        from leap_dist.train.process import run_process
+        from leap_dist.zero.ranks import leave
 
-        output = arguments.output or Path("outputs") / Path(arguments.config).stem
         try:
-            run_job(config, output, arguments.resume, start_ranks())
+            code = run_process(config, arguments.output or Path("outputs", Path(source).stem), arguments.resume)
         except UserError as error:
-            leave(complain(error, first))
-        leave(0)
+            code = complain(error, first)
+        leave(code)
     except UserError as error:
         return complain(error, first)
 

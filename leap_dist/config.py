@@ -324,7 +324,15 @@ class TrainConfig(Section):
     dense_reference: bool = Field(default=False, description="true or false")
     """Also train a dense model for as many steps, to compare with."""
     checkpoint_every: int | None = Field(default=None, ge=1, description="an integer >= 1, or null")
-    """Optimizer steps between two checkpoints; null writes none."""
+    """Optimizer steps between two checkpoints; null: only checkpoint_minutes counts."""
+    checkpoint_minutes: float | None = Field(default=30.0, gt=0, description="a number > 0, or null")
+    """Minutes between two checkpoints, by the first rank's clock; null: only checkpoint_every counts."""
+    keep_checkpoints: int = Field(default=2, ge=1, description="an integer >= 1")
+    """The latest checkpoints that are kept; the best one of the settle phase, by training loss, stays too."""
+    max_bad_steps: int = Field(default=10, ge=1, description="an integer >= 1")
+    """Steps in a row whose loss or gradient may be no finite number; their updates are left out."""
+    collective_timeout: float = Field(default=30.0, gt=0, description="a number > 0")
+    """Minutes without a sign of life of a rank, or in a collective that does not end, after which the job ends."""
     log_every: int = Field(default=10, ge=1, description="an integer >= 1")
     """Optimizer steps between two lines of metrics."""
     eval_batch_size: int = Field(default=64, ge=1, description="an integer >= 1")
@@ -365,6 +373,8 @@ class TrackingConfig(Section):
     run_name: str | None = Field(default=None, min_length=1, description="a name, or null")
     parent_run: str | None = Field(default=None, min_length=1, description="the id of an MLflow run, or null")
     """The run that this one is shown below; a sweep fills it in."""
+    log_model: bool = Field(default=False, description="true or false")
+    """Also store the pruned model with the run, for MLflow to load and serve: a copy of all its weights."""
 
 
 class JobConfig(Section):

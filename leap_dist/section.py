@@ -12,6 +12,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from leap_dist.errors import hide_secrets
+
 Conflict = tuple[str, str]
 """A key (relative to its section, "" for the section itself) and what is wrong about it."""
 
@@ -24,8 +26,8 @@ def nearest(value: Any, choices: Iterable[Any], prefix: str = "") -> str:
 
 
 def show(value: Any) -> str:
-    """A received value as it stands in the file, shortened."""
-    text = json.dumps(value, default=str)
+    """A received value as it stands in the file, without secrets, shortened."""
+    text = hide_secrets(json.dumps(value, default=str))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -55,6 +55,15 @@ def test_defaults_of_leap_are_pinned() -> None:
     }  # fmt: skip
 
 
+def test_defaults_of_train_are_pinned() -> None:
+    assert parse_job(job()).train.model_dump() == {
+        "epochs": 3, "max_steps": None, "learning_rate": 3e-5, "weight_decay": 0.01, "warmup_fraction": 0.1,
+        "seed": 17, "dense_reference": False, "checkpoint_every": None, "checkpoint_minutes": 30.0,
+        "keep_checkpoints": 2, "max_bad_steps": 10, "collective_timeout": 30.0, "log_every": 10,
+        "eval_batch_size": 64,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("given", "target", "rate"), [("auto", 0.5, 2e-3), ("auto", 0.1, 1e-2), ("auto", 0.03, 1e-2), (5e-3, 0.5, 5e-3)]
 )
@@ -178,6 +187,22 @@ REFUSED = {
     "a float for an integer": (
         {"train": {"max_steps": 5.0}},
         r"train\.max_steps: got 5\.0; allowed: an integer",
+    ),
+    "no minutes": (
+        {"train": {"max_steps": 20, "checkpoint_minutes": 0}},
+        r"train\.checkpoint_minutes: got 0; allowed: a number > 0, or null",
+    ),
+    "no checkpoint kept": (
+        {"train": {"max_steps": 20, "keep_checkpoints": 0}},
+        r"train\.keep_checkpoints: got 0; allowed: an integer >= 1",
+    ),
+    "no bad step": (
+        {"train": {"max_steps": 20, "max_bad_steps": 0}},
+        r"train\.max_bad_steps: got 0; allowed: an integer >= 1",
+    ),
+    "no timeout": (
+        {"train": {"max_steps": 20, "collective_timeout": -1}},
+        r"train\.collective_timeout: got -1; allowed: a number > 0",
     ),
     "one file": (
         {"data": {"task": "glue/sst2", "train": "a.tsv"}},

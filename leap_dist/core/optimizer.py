@@ -65,6 +65,8 @@ class LeapAdamW(torch.optim.Optimizer):
         self.config = config
         self.schedule = Schedule(config.total_steps, config.dense_fraction, config.settle_fraction, config.target)
         self.num_steps = 0
+        self.num_left_out = 0
+        self.check_gradient = False  # whether step() looks if the gradient is finite; under ZeRO DeepSpeed has
         self.settled = False
         self.calibration = 1.0
         self.kept_units = [gate.num_units for gate in plan.gates]
@@ -135,11 +137,25 @@ class LeapAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure
         """One optimizer step for the groups that hold parameters now (ZeRO calls once a group)."""
         assert closure is None, "LeapAdamW takes no closure"
+        if self.check_gradient and not self._gradient_is_finite():
+            self.pass_over()
+            return
         for group in self.param_groups:
             if group["params"] and group[GATED]:
                 self._step_gated(group)
             elif group["params"]:
                 self._step_plain(group)
+
+    def _gradient_is_finite(self) -> bool:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
+
+    def pass_over(self) -> None:
+        """A step whose update is left out, on every rank, because its gradient is not finite; the schedule goes on."""
+        self.num_left_out += 1
+        self.num_steps += 1
+        for state in self.state.values():
+            state["step"] = self.num_steps
 
     def _adam(self, group: dict[str, Any], step: int, **changes: float) -> Adam:
         beta1, beta2 = group["betas"]
@@ -314,6 +330,7 @@ class LeapAdamW(torch.optim.Optimizer):
         self.gating.forget_masks()
         if self._made is not None:
             self.gating.make_masks(self._made)
+        self.gating.count_flips()  # the next report counts from here
 
     # Reports
 
@@ -326,8 +343,9 @@ class LeapAdamW(torch.optim.Optimizer):
     def report(self) -> dict[str, float]:
         """What to log of this step: density, scheduled level, R, keep ratios over gates, lambda; and its cost here.
 
-        The cost is this rank's, of the gated step: milliseconds by part (TIMINGS), collectives and the bytes handed to
-        them, bytes of state beyond dense AdamW's. Collective: every rank calls it.
+        mask_flips: prunable weights whose mask is another than at the last report. The cost is this rank's, of the
+        gated step: milliseconds by part (TIMINGS), collectives and the bytes handed to them, bytes of state beyond
+        dense AdamW's. Collective: every rank calls it.
         """
         collectives, sent = self._communicated
         cost = {**self._communicator.stopwatch.milliseconds(), "leap_collectives": float(collectives)}
@@ -342,6 +360,7 @@ class LeapAdamW(torch.optim.Optimizer):
             "keep_ratio_max": k.max().item(),
             "keep_ratio_std": k.std(unbiased=False).item(),
             "remaining": remaining,
+            "mask_flips": float(self.gating.count_flips()),
             **self.regulariser,
             **cost,
         }

@@ -80,15 +80,16 @@ def _rung_settings(schedule: Schedule, start: int) -> Settings:
 
 def is_there(snapshot: Path) -> bool:
     """Whether the walk has left it."""
-    return any(snapshot.glob("step-*/state.json"))
+    return any(snapshot.glob("step-*"))
 
 
 def branch_off(snapshot: Path, output: Path, config: JobConfig) -> None:
     """Make a run folder that looks as if the rung had been interrupted at the snapshot."""
     from leap_dist.export.run_folder import RESOLVED
-    from leap_dist.train.loop import CHECKPOINTS
+    from leap_dist.train.output import CHECKPOINTS, without_secrets
 
     checkpoint = next(snapshot.glob("step-*"))
     with staged(output) as partial:
         shutil.copytree(checkpoint, partial / CHECKPOINTS / checkpoint.name)
-        (partial / RESOLVED).write_text(json.dumps(config.resolved(), indent=2) + "\n", encoding="utf-8")
+        job = without_secrets(config.resolved())
+        (partial / RESOLVED).write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")

@@ -92,6 +92,8 @@ class Rank:
 
     def run(self, work: Work) -> Outcome:
         """This rank's part of a trial; all that goes wrong is in the outcome."""
+        from leap_dist.zero.ranks import peer_is_gone
+
         began = time.monotonic()
         self._state, self._verdict = State(), True
         self._answered.clear()
@@ -104,7 +106,7 @@ class Rank:
         except UserError as error:
             outcome = Outcome("failed", time.monotonic() - began, str(error))
         except Exception as error:
-            if _peer_is_gone(error):
+            if peer_is_gone(error):
                 outcome = Outcome("lost", time.monotonic() - began, "another rank is gone")
             else:
                 outcome = Outcome("failed", time.monotonic() - began, _last_words(error))
@@ -136,8 +138,6 @@ class Rank:
 
     def _told(self, step: int, total: int, measures: Mapping[str, float]) -> None:
         self._state = State(step, total)
-        if not abs(measures["loss"]) < float("inf"):
-            raise UserError(f"the loss is {measures['loss']} at step {step}; lower train.learning_rate")
 
     def _ask(self, metrics: Mapping[str, float]) -> bool:
         self._state = State(self._state.step, self._state.total, dict(metrics))
@@ -149,8 +149,8 @@ def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
     """Look at what an earlier try has left, and make the folder ready."""
     from leap_dist.export.run_folder import CERTIFICATE
     from leap_dist.sweep.ladder import branch_off
-    from leap_dist.train.loop import CHECKPOINTS
-    from leap_dist.zero.checkpoint import latest_checkpoint
+    from leap_dist.train.output import CHECKPOINTS
+    from leap_dist.zero.store import latest_checkpoint
 
     _log(work.output).unlink(missing_ok=True)
     if (work.output / CERTIFICATE).is_file():
@@ -175,14 +175,6 @@ def _alone(output: Path) -> Iterator[None]:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _peer_is_gone(error: Exception) -> bool:
-    """Whether an error tells of another rank's end: what torch raises where a connection breaks."""
-    from torch import distributed as dist
-
-    broken = ("gloo", "connection closed", "connection reset", "broken pipe", "connection refused")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in broken)
 
 
 def _last_words(error: Exception) -> str:

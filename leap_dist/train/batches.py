@@ -1,6 +1,7 @@
 """The order of training data: a pure function of seed, step and rank, so that a resumed run goes on where it was."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,17 @@ from leap_dist.zero.ranks import Ranks
 
 POOL = 50
 """Steps whose examples are sorted by length together: enough for little padding, few enough to stay shuffled."""
+
+
+def accumulation(deepspeed: Mapping[str, Any], world_size: int) -> int:
+    """Micro-batches in an optimizer step, as DeepSpeed takes them: as given, or what fills train_batch_size."""
+    for key in ("gradient_accumulation_steps", "train_batch_size"):
+        value = deepspeed.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{key}: got {value!r}; allowed: an integer >= 1")
+    filled = deepspeed.get("train_batch_size", 1) // (deepspeed["train_micro_batch_size_per_gpu"] * world_size)
+    steps: int = deepspeed.get("gradient_accumulation_steps", max(1, filled))
+    return steps
 
 
 class Batches:

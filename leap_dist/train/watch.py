@@ -19,6 +19,8 @@ class Watch:
     """Checkpoints in a run whose train.checkpoint_every is null."""
     snapshots: Mapping[int, Path] = field(default_factory=dict)
     """Steps after which a checkpoint is written that stays, each into a folder of its own."""
+    asked: Callable[[], str | None] = lambda: None
+    """Asked on every rank now and then: what a request to save and stop came by; None if there is none."""
 
 
 NOTHING = Watch()

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -70,6 +71,13 @@ class Ranks:
             dist.all_reduce(values)
         return values / self.world_size
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over ranks of each value of a small tensor."""
+        values = values.to(self.device)
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of every rank, in rank order, on the CPU; all have one shape."""
         if self.world_size == 1:
@@ -79,9 +87,19 @@ class Ranks:
         dist.all_gather(parts, staged)
         return [part.cpu() for part in parts]
 
+    def gather_objects(self, value: T) -> list[T]:
+        """A small value of every rank, in rank order."""
+        found: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
-def start_ranks() -> Ranks:
-    """Join the ranks that a launcher started; without a launcher this process is the only rank."""
+
+def start_ranks(minutes: float = 30.0) -> Ranks:
+    """Join the ranks that a launcher started; without a launcher this process is the only rank.
+
+    minutes: what a collective may take before it fails.
+    """
     join_alone()
     binaries = os.path.dirname(sys.executable)  # DeepSpeed builds a small extension once, with ninja
     if binaries not in os.environ.get("PATH", "").split(os.pathsep):
@@ -92,7 +110,7 @@ def start_ranks() -> Ranks:
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to heed
     with contextlib.redirect_stdout(io.StringIO()):  # every rank would tell that the extension is built
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=minutes))
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -103,6 +121,12 @@ def join_alone() -> None:
     if "RANK" not in os.environ and not dist.is_initialized():
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
+
+
+def peer_is_gone(error: Exception) -> bool:
+    """Whether an error tells of another rank's end: what torch raises where a connection breaks, or is silent."""
+    broken = ("gloo", "connection closed", "connection reset", "broken pipe", "connection refused")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in broken)
 
 
 @contextlib.contextmanager

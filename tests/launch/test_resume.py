@@ -1,4 +1,4 @@
-"""kill -9 in every phase of a real job, then --resume: the same files as an undisturbed run's."""
+"""kill -9 and SIGTERM in all phases of a real job, and the same command again: the files of an undisturbed run."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.core.stopwatch import TIMINGS
+from leap_dist.train.meter import RATES
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
@@ -48,17 +49,17 @@ def start(config: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
 
-def kill_at(process: subprocess.Popen[bytes], output: Path, step: int) -> None:
-    """kill -9 as soon as the run has logged `step`; the run must not have ended before."""
+def signal_at(process: subprocess.Popen[bytes], output: Path, step: int, number: signal.Signals) -> tuple[int, str]:
+    """Exit code and output of a run that gets a signal as soon as it has logged `step`, before it has ended."""
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, (process.stdout.read() if process.stdout else b"").decode()
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            return
+            process.send_signal(number)
+            printed, _ = process.communicate(timeout=60)
+            return process.returncode, printed.decode()
         time.sleep(0.005)
     raise AssertionError(f"step {step} was not reached")
 
@@ -71,7 +72,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 def measures(folder: Path) -> list[dict[str, Any]]:
     """What a run logged, without how long it took."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+    return [{key: value for key, value in line.items() if key not in (*TIMINGS, *RATES)} for line in lines]
 
 
 def test_killed_in_every_phase_and_resumed(tmp_path: Path) -> None:
@@ -79,13 +80,15 @@ def test_killed_in_every_phase_and_resumed(tmp_path: Path) -> None:
     config.write_text(json.dumps(JOB))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     undisturbed = start(config, whole)
-    kill_at(start(config, broken), broken, 5)  # dense: steps 0 to 9
+    assert signal_at(start(config, broken), broken, 5, signal.SIGKILL)[0] == -9  # dense: steps 0 to 9
     finish(undisturbed)
-    kill_at(start(config, broken, "--resume"), broken, 20)  # prune
-    kill_at(start(config, broken, "--resume"), broken, 34)  # settle: from step 30
+    code, printed = signal_at(start(config, broken), broken, 20, signal.SIGTERM)  # prune
+    assert code == 3 and f"{broken} holds an unfinished run of this job: it goes on\n" in printed
+    assert "\nstopped by SIGTERM after step " in printed and "Traceback" not in printed
+    assert signal_at(start(config, broken, "--resume"), broken, 34, signal.SIGKILL)[0] == -9  # settle: from step 30
     phases = [json.loads(line)["phase"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert {"dense", "prune", "settle"} == set(phases)
-    finish(start(config, broken, "--resume"))
+    finish(start(config, broken))
     one, other = (json.loads((folder / "certificate.json").read_text()) for folder in (whole, broken))
     assert one == other  # weights, masks, metrics dense and pruned
     assert measures(whole) == measures(broken)

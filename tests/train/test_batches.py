@@ -10,7 +10,7 @@ import torch
 
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import Collator, Task, TokenTable, flat
-from leap_dist.train.batches import POOL, Batches, bucketed, permutation
+from leap_dist.train.batches import POOL, Batches, accumulation, bucketed, permutation
 from leap_dist.zero.ranks import Ranks
 
 
@@ -47,6 +47,32 @@ def test_a_step_does_not_depend_on_those_before_it() -> None:
     assert [rows_of(resumed.step(step)) for step in (37, 59, 3)] == [steps[37], steps[59], steps[3]]
     other = Batches(task(103), 4, 1, 6, Ranks(0, 1, torch.device("cpu")))
     assert rows_of(other.step(0)) != steps[0] and steps[0] != steps[25]
+
+
+@pytest.mark.parametrize("layout", [(1, 12, 1), (1, 4, 3), (2, 2, 3), (3, 4, 1), (3, 1, 4), (6, 2, 1)])
+def test_a_step_has_the_same_examples_however_it_is_spread(layout: tuple[int, int, int]) -> None:
+    """layout: ranks, micro-batch, accumulation."""
+    world, micro, number = layout
+    ranks = [Ranks(rank, world, torch.device("cpu")) for rank in range(world)]
+    made = [Batches(task(103), micro, number, 5, own) for own in ranks]
+    whole = Batches(task(103), 12, 1, 5, Ranks(0, 1, torch.device("cpu")))
+    for step in (0, 7, 8, 21):
+        seen = sorted(row for batches in made for row in rows_of(batches.step(step)))
+        assert seen == sorted(rows_of(whole.step(step)))
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "micro_batches"),
+    [
+        ({}, 2, 1),
+        ({"gradient_accumulation_steps": 3}, 2, 3),
+        ({"train_batch_size": 48}, 2, 6),
+        ({"train_batch_size": 48}, 4, 3),
+        ({"train_batch_size": 2}, 2, 1),
+    ],
+)
+def test_accumulation_is_given_or_fills_the_batch(given: dict[str, int], world: int, micro_batches: int) -> None:
+    assert accumulation({"train_micro_batch_size_per_gpu": 4, **given}, world) == micro_batches
 
 
 def padding(order: np.ndarray, sizes: np.ndarray, batch: int) -> float:

@@ -1,0 +1,103 @@
+"""A job with everything it needs built: data, tokenizer, model in its engine, teacher."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from leap_dist.config import JobConfig, ModelConfig
+from leap_dist.errors import UserError
+from leap_dist.models.load import load_config, load_model, load_tokenizer
+from leap_dist.tasks import load_task, needs_tokenizer
+from leap_dist.tasks.base import Task
+from leap_dist.train.batches import Batches, accumulation
+from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
+from leap_dist.train.guards import Heartbeats
+from leap_dist.train.watch import NOTHING, Watch
+from leap_dist.zero.engine import initialize
+from leap_dist.zero.ranks import Ranks
+from leap_dist.zero.teacher import host_teacher
+
+
+@dataclass
+class Job:
+    """A validated job with everything it needs built: model hosted, data ready, nothing written yet."""
+
+    config: JobConfig
+    ranks: Ranks
+    task: Task
+    tokenizer: Any
+    engine: Any
+    batches: Batches
+    total_steps: int
+    distiller: Distiller | None = None
+    watch: Watch = NOTHING
+    heartbeats: Heartbeats | None = None
+    start: int = 0
+    left_out: int = 0  # steps whose loss or gradient was not finite
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics by name: dense, pruned, ...
+    costs: list[dict[str, float]] = field(default_factory=list)  # of the prune phase's steps that were logged
+
+    @property
+    def phases(self) -> Any:
+        """The schedule of the run's phases."""
+        return self.engine.leap.schedule
+
+
+def build_job(config: JobConfig, ranks: Ranks) -> Job:
+    """Load data, tokenizer and model, and let DeepSpeed host the model."""
+    tokenizer = load_tokenizer(config.model, config.data.tokenizer) if needs_tokenizer(config.data.task) else None
+    task = ranks.first_then_rest(lambda: load_task(config.data, tokenizer))
+    micro = config.deepspeed["train_micro_batch_size_per_gpu"]
+    batches = Batches(task, micro, accumulation(config.deepspeed, ranks.world_size), config.train.seed, ranks)
+    total = config.train.max_steps or max(1, round((config.train.epochs or 0) * batches.steps_per_epoch))
+    if total < 10:
+        raise UserError(f"train: {total} optimizer steps are too few for three phases; allowed: at least 10")
+    config = config.model_copy(update={"leap": config.leap.model_copy(update={"total_steps": total})})
+    torch.manual_seed(config.train.seed)
+    model = load_model(config.model, task)
+    teacher = _load_teacher(config, task, model) if config.distill else None
+    scheduler = None if "scheduler" in config.deepspeed else _linear_schedule(total, config.train.warmup_fraction)
+    engine, *_ = initialize(model=model, config=config.resolved(), lr_scheduler=scheduler)
+    distiller = _distiller(config, task, engine, teacher) if config.distill else None
+    torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
+    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller)
+
+
+def _load_teacher(config: JobConfig, task: Task, model: Any) -> Any:
+    """The dense model that teaches; attention of both runs unfused where it is compared."""
+    assert config.distill is not None
+    name = config.distill.teacher
+    if name == "self":
+        teacher = copy.deepcopy(model)
+    else:
+        try:
+            check_teacher(name, model.config, load_config(name))
+            teacher = load_model(ModelConfig(name=name), task)
+        except UserError as error:  # of a model as such; here it is the teacher's
+            raise UserError(str(error).replace("model.name", "distill.teacher")) from error
+    if config.distill.attention_weight:
+        for either in (model, teacher):
+            either.set_attn_implementation("eager")
+    return teacher
+
+
+def _distiller(config: JobConfig, task: Task, engine: Any, teacher: Any) -> Distiller:
+    assert config.distill is not None
+    student = engine.module
+    layers = match_layers(config.distill, student.config, teacher.config)
+    heads = head_gates(student, engine.leap.plan, config.family, len(layers))
+    return Distiller(config.distill, host_teacher(teacher, engine), engine, task, layers, heads)
+
+
+def _linear_schedule(total: int, warmup_fraction: float) -> Any:
+    """Linear warm-up, then linear decay to zero at the last step, for any optimizer."""
+    warmup = round(total * warmup_fraction)
+
+    def scale(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return (total - step) / max(total - warmup, 1)
+
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, scale)

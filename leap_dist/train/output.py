@@ -1,0 +1,199 @@
+"""The run folder: what may be done with one that is there, and what is written to it while a run goes on.
+
+A run may be killed at any moment, so every file is either whole or not there; of metrics.jsonl a last line may be torn.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from leap_dist.config import JobConfig
+from leap_dist.errors import UserError, hide_secrets
+from leap_dist.export.run_folder import CERTIFICATE, RESOLVED
+from leap_dist.job_file import parse_job
+from leap_dist.section import show
+from leap_dist.train.batches import accumulation
+from leap_dist.train.progress import console
+
+METRICS, CHECKPOINTS, RANKS = "metrics.jsonl", "checkpoints", ".ranks"
+BATCH = "train_batch_size"
+FREE_TO_CHANGE = (
+    "tracking.",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.eval_batch_size",
+    "train.max_bad_steps",
+    "train.collective_timeout",
+    "zero_optimization.",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "activation_checkpointing.",
+    "steps_per_print",
+    "wall_clock_breakdown",
+)
+"""Settings that a run may go on with others of: what it writes, and how the same steps are spread over ranks."""
+
+
+def check_output(output: Path, resume: bool, config: JobConfig, world_size: int) -> bool:
+    """Whether the folder holds a run to go on with; False: a new one starts there.
+
+    Without `resume` a run that is unfinished is gone on with too. Raises UserError if the folder does not allow it.
+    """
+    option = "--resume" if resume else "--output"
+    if (output / CERTIFICATE).is_file():
+        done = f"the run in {output} is finished; its result is in {output / CERTIFICATE}"
+        raise UserError(f"{option}: {done}" + ("" if resume else "; choose another folder, or remove it"))
+    before = _started_as(output)
+    if before is not None:
+        lock(output).close()
+        accepted = _check_same_job(option, output, before, shown(config, world_size), world_size)
+        _tell(output, accepted, told=not resume)
+        return True
+    if resume:
+        raise UserError(f"--resume: there is no unfinished run in {output}; start without --resume")
+    if output.exists() and (not output.is_dir() or any(not path.name.startswith(".") for path in output.iterdir())):
+        raise UserError(
+            f"--output: {output} exists and holds no run of this program; choose another folder, or remove it"
+        )
+    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--output: {output} cannot be made: {place} is no folder that can be written to")
+    return False
+
+
+def _started_as(output: Path) -> dict[str, Any] | None:
+    """The job that the run in a folder was started as; None where there is no run.
+
+    Settings that were not yet there in the version that started it have their defaults.
+    """
+    try:
+        job = json.loads((output / RESOLVED).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):  # not there, or not ours
+        return None
+    if not isinstance(job, dict) or not {"leap", "model", "train"} <= job.keys():
+        return None
+    return parse_job(job, str(output / RESOLVED)).resolved()
+
+
+def shown(config: JobConfig, world_size: int) -> dict[str, Any]:
+    """The job as it is written and logged: every default filled in, the examples of a step, and no secrets."""
+    micro = config.deepspeed["train_micro_batch_size_per_gpu"]
+    batch = micro * accumulation(config.deepspeed, world_size) * world_size
+    resolved: dict[str, Any] = without_secrets(config.resolved() | {BATCH: batch})
+    return resolved
+
+
+def without_secrets(value: Any) -> Any:
+    """Nested settings, with what hide_secrets leaves out of every text."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    return hide_secrets(value) if isinstance(value, str) else value
+
+
+def _check_same_job(
+    option: str, output: Path, before: Mapping[str, Any], now: Mapping[str, Any], world_size: int
+) -> list[str]:
+    """A run goes on as the job that it was started as; the changes that do not matter to it, one text each."""
+    old, new = _flat(before), _flat(now)
+    if BATCH not in old:  # a folder that a sweep has made
+        new.pop(BATCH)
+    new["leap.total_steps"] = old["leap.total_steps"]  # filled in when the data are there; from what is compared here
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    texts = {key: f"{key}: before {_shown(old, key)}, now {_shown(new, key)}" for key in changed}
+    refused = [key for key in changed if not f"{key}.".startswith(_prefixes())]
+    if refused:
+        lines = [
+            texts[key] + (f"; {_same_batch(old[key], now, world_size)}" if key == BATCH else "") for key in refused
+        ]
+        problem = f"{option}: the run in {output} was started as another job; set this back, or choose another folder"
+        raise UserError("\n  ".join([problem, *lines]))
+    return [texts[key] for key in changed]
+
+
+def _prefixes() -> tuple[str, ...]:
+    return tuple(key if key.endswith(".") else f"{key}." for key in FREE_TO_CHANGE)
+
+
+def _same_batch(batch: int, now: Mapping[str, Any], world_size: int) -> str:
+    """How as many examples as before come into a step."""
+    together = now["train_micro_batch_size_per_gpu"] * world_size
+    if batch % together:
+        return f"choose a train_micro_batch_size_per_gpu with which {world_size} ranks make a step of {batch} examples"
+    return f"set gradient_accumulation_steps to {batch // together}"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return show(settings[key]) if key in settings else "missing"
+
+
+def _tell(output: Path, accepted: list[str], told: bool) -> None:
+    """Say in a line that a run goes on, and what of it is new."""
+    if told:
+        console().print(f"{output} holds an unfinished run of this job: it goes on", markup=False, soft_wrap=True)
+    if accepted:
+        console().print(f"changed since it was started: {'; '.join(accepted)}", markup=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def lock(output: Path) -> Any:
+    """An open file that keeps other processes out of the folder until it is closed, or this process ends."""
+    (output / RANKS).mkdir(parents=True, exist_ok=True)
+    file = (output / RANKS / "lock").open("w")
+    with suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"--output: another process is writing to {output}; wait for it to end, or choose another folder"
+            ) from None
+    return file
+
+
+@contextmanager
+def prepared(output: Path, settings: Mapping[str, Any], start: int) -> Iterator[None]:
+    """Make the run folder, or cut the metrics of a resumed run back to its checkpoint; ours alone in this block."""
+    with lock(output):
+        write_text(output / RESOLVED, json.dumps(settings, indent=2) + "\n")
+        metrics = output / METRICS
+        if metrics.exists():
+            lines = metrics.read_text("utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            write_text(metrics, "".join(kept))
+        yield
+        shutil.rmtree(output / RANKS)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file is the old one or the new one, whenever this is cut off."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def append_metrics(output: Path, values: Mapping[str, Any]) -> None:
+    """One line more in metrics.jsonl."""
+    with (output / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")

@@ -1,0 +1,70 @@
+"""What a run says of itself at its end, and what runs are found and compared by in MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leap_dist.core.stopwatch import TIMINGS
+from leap_dist.export import certificate as cert
+from leap_dist.export.latency import machine
+from leap_dist.train.job import Job
+from leap_dist.train.progress import console, summary_table
+
+
+def flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"{name}_{metric}": value for name, values in measured.items() for metric, value in values.items()}
+
+
+def tags_of(job: Job, output: Path) -> dict[str, str]:
+    """What runs are told apart by in MLflow, beside their parameters. The first rank's."""
+    here, device = machine(), job.ranks.device
+    found = {
+        "commit": here["commit"] or "unknown",
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else here["processor"],
+        "folder": str(output.resolve()),
+        "ranks": job.ranks.world_size,
+        "zero_stage": job.engine.zero_optimization_stage(),
+        "rule": job.config.leap.rule,
+        "gates": " + ".join(gate.granularity for gate in job.config.leap.gates),
+        "metric": job.task.primary,
+    }
+    found |= {f"version.{name}": version or "not installed" for name, version in cert.versions().items()}
+    return {f"leap.{name}": str(value) for name, value in found.items()}
+
+
+def ending(job: Job, certificate: Mapping[str, Any]) -> dict[str, float]:
+    """What a finished run is compared by, beside its metrics: what is left, and what LEAP took of a pruning step."""
+    left = {
+        "pruned_density": certificate["density"],
+        "kept_weights": certificate["kept"],
+        "prunable_weights": certificate["prunable"],
+    }
+    if job.costs:
+        left["leap_ms"] = sum(cost[name] for cost in job.costs for name in TIMINGS) / len(job.costs)
+    return left
+
+
+def report(job: Job, certificate: Mapping[str, Any], output: Path) -> None:
+    """The table at the end."""
+    primary = job.task.primary
+    rows: list[dict[str, str | float]] = []
+    for name, metrics in job.measured.items():
+        density = certificate["density"] if name == "pruned" else 1.0
+        kept = certificate["kept"] if name == "pruned" else certificate["prunable"]
+        rows.append({"model": name, "density": density, "weights": kept, primary: metrics[primary]})
+    summary_table(rows, title=f"{job.task.name}, target density {certificate['target']}")
+    if job.costs:
+        console().print(_cost_line(job.costs), markup=False, soft_wrap=True)
+    console().print(f"certificate and model: {output}", markup=False)
+
+
+def _cost_line(costs: list[dict[str, float]]) -> str:
+    """What LEAP cost in a step of the prune phase, a mean over those that were logged."""
+    mean = {key: sum(cost[key] for cost in costs) / len(costs) for key in costs[0]}
+    parts = ", ".join(f"{name.removeprefix('leap_ms_')} {mean[name]:.3g}" for name in TIMINGS)
+    sent = f"{mean['leap_collectives']:.3g} collectives of {mean['leap_bytes_communicated'] / 1e3:.3g} kB"
+    return f"LEAP's step: ms {parts}; {sent}; {mean['leap_extra_bytes'] / 1e6:.3g} MB more state on a rank than AdamW"

@@ -1,0 +1,113 @@
+"""The run folder: which runs are gone on with, which folders are refused, and what a kill leaves is no harm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leap_dist.errors import UserError
+from leap_dist.job_file import parse_job
+from leap_dist.train.output import check_output, lock, prepared, shown
+from tests.sweep.jobs import JOB
+
+
+def checked(output: Path, resume: bool = False, ranks: int = 1, **changes: Any) -> bool:
+    return check_output(output, resume, parse_job(JOB | changes), ranks)
+
+
+def begin(output: Path, ranks: int = 1, **changes: Any) -> None:
+    """What a run has left that was killed."""
+    with pytest.raises(KeyboardInterrupt), prepared(output, shown(parse_job(JOB | changes), ranks), 0):
+        raise KeyboardInterrupt
+
+
+def test_a_new_run_takes_a_folder_with_nothing_in_it(tmp_path: Path) -> None:
+    assert not checked(tmp_path) and not checked(tmp_path / "a" / "b")
+    (tmp_path / ".config.json.partial").touch()  # killed while its first file was written
+    assert not checked(tmp_path)
+    with pytest.raises(UserError, match=r"--resume: there is no unfinished run in .*; start without --resume"):
+        checked(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"leap": {}}'])
+def test_a_folder_with_something_else_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"--output: .* exists and holds no run of this program; choose another folder"):
+        checked(tmp_path)
+
+
+def test_an_unfinished_run_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(tmp_path)
+    assert checked(tmp_path, resume=True) and capsys.readouterr().out == ""
+    assert checked(tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path} holds an unfinished run of this job: it goes on\n"
+
+
+def test_changes_that_do_not_matter_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(tmp_path, ranks=2)
+    train = JOB["train"] | {"log_every": 5, "checkpoint_every": None}
+    assert checked(tmp_path, gradient_accumulation_steps=2, zero_optimization={"stage": 3}, train=train)
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "changed since it was started: gradient_accumulation_steps: before missing, now 2; train.checkpoint_every: "
+        "before 2, now null; train.log_every: before 1, now 5; zero_optimization.stage: before missing, now 3"
+    )
+
+
+def test_another_job_is_refused_with_what_is_different(tmp_path: Path) -> None:
+    begin(tmp_path)
+    with pytest.raises(UserError, match="was started as another job; set this back, or choose another") as caught:
+        checked(tmp_path, leap={"target": 0.2}, bf16={"enabled": True}, train=JOB["train"] | {"log_every": 3})
+    assert str(caught.value).splitlines()[1:] == [
+        "  bf16.enabled: before missing, now true",
+        "  leap.target: before 0.5, now 0.2",
+    ]
+
+
+def test_another_number_of_examples_in_a_step_is_refused_with_what_to_set(tmp_path: Path) -> None:
+    begin(tmp_path, ranks=2)
+    with pytest.raises(UserError, match=r"train_batch_size: before 16, now 8; set gradient_accumulation_steps to 2"):
+        checked(tmp_path)
+    with pytest.raises(UserError, match=r"before 16, now 24; choose a train_micro_batch_size_per_gpu with which 3"):
+        checked(tmp_path, ranks=3)
+    assert checked(tmp_path, train_batch_size=16)
+    assert checked(tmp_path, ranks=4, train_micro_batch_size_per_gpu=4)
+
+
+def test_settings_that_are_newer_than_a_run_have_their_defaults(tmp_path: Path) -> None:
+    begin(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["train"]["max_bad_steps"], settings["leap"]["score_init"]
+    del settings["train_batch_size"]  # as a sweep leaves it
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert checked(tmp_path)
+    with pytest.raises(UserError, match=r"leap\.score_init: before \"magnitude\", now \"zero\""):
+        checked(tmp_path, leap={"target": 0.5, "score_init": "zero"})
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    words = r"--output: another process is writing to .*; wait for it to end"
+    with prepared(tmp_path, shown(parse_job(JOB), 1), 0), pytest.raises(UserError, match=words):
+        checked(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    lock(tmp_path).close()
+    lock(tmp_path).close()
+
+
+def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    with prepared(tmp_path, {}, 2):
+        assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_no_secret_is_written_and_the_run_goes_on_with_it(tmp_path: Path) -> None:
+    secret: dict[str, Any] = {
+        "tracking": {"mlflow_uri": "http://me:secret@host"},
+        "data": {"task": "lm", "dataset": "s3://k:secret@b/c"},
+    }
+    begin(tmp_path, **secret)
+    assert "secret" not in (tmp_path / "config.json").read_text()
+    assert checked(tmp_path, **secret)

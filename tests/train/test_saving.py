@@ -1,0 +1,153 @@
+"""When a run saves and stops: ranks agree, failures are told, and what was asked of one rank is heeded by all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leap_dist.job_file import parse_job
+from leap_dist.train.saving import MEETINGS, Meetings
+from leap_dist.train.signals import Interrupted
+from leap_dist.train.watch import Watch
+from leap_dist.zero.store import checkpoints_in
+from tests.ranks import RankPools
+from tests.sweep.jobs import JOB
+from tests.zero.test_checkpoint import this_rank
+
+
+def meet(asked_on: int, asked_at: int, minutes: float | None) -> list[tuple[int, bool, bool]]:
+    """(step, stop, save) of every meeting up to the one that says to stop."""
+    ranks = this_rank()
+    meetings, told = Meetings(ranks, 0, minutes), []
+    for done in range(1, 1000):
+        time.sleep(0.002 * (ranks.rank + 1))  # clocks that differ
+        if done >= meetings.next:
+            stop, save = meetings.meet(done, ranks.rank == asked_on and done >= asked_at)
+            told.append((done, stop, save))
+            if stop:
+                return told
+    raise AssertionError("nobody was asked")
+
+
+def test_ranks_stop_after_the_same_step_and_meet_seldom(ranks: RankPools) -> None:
+    first, second = ranks(2).run(meet, 1, 300, None)
+    assert first == second and not any(save for _, _, save in first)
+    assert first[-1][0] >= 300 and len(first) <= 20
+    assert MEETINGS == 0.5
+
+
+def test_the_first_ranks_clock_says_when_to_save(ranks: RankPools) -> None:
+    first, second = ranks(2).run(meet, 0, 200, 1e-9)
+    assert first == second and all(save for _, _, save in first)
+    alone = ranks(1).run(meet, 0, 7, None)[0]
+    assert [step for step, _, _ in alone] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def run(folder: str, watch: Watch, **train: Any) -> tuple[str, str]:
+    """What a job prints, and how it is interrupted."""
+    from leap_dist.train.loop import run_job
+
+    config = parse_job(JOB | {"train": JOB["train"] | train})
+    printed, interrupted = io.StringIO(), ""
+    with contextlib.redirect_stdout(printed):
+        try:
+            run_job(config, Path(folder), False, this_rank(), watch)
+        except Interrupted as error:
+            interrupted = str(error)
+    return printed.getvalue(), interrupted
+
+
+def run_with_a_broken_store(folder: str) -> tuple[str, str]:
+    """A file is in the way of the checkpoints' folder between two saves."""
+    place = Path(folder) / "checkpoints"
+
+    def told(step: int, total: int, measures: Mapping[str, float]) -> None:
+        if step == 1:
+            place.touch()
+        elif step == 20:
+            place.unlink()
+
+    return run(folder, Watch(told=told), checkpoint_every=5)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(ranks: RankPools, tmp_path: Path) -> None:
+    printed, interrupted = ranks(1).run(run_with_a_broken_store, str(tmp_path / "run"))[0]
+    warnings = [line for line in printed.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3 and not interrupted  # those after 5, 10 and 15 steps
+    assert "step-00000005 could not be written" in warnings[0] and warnings[0].endswith("; the run goes on")
+    assert (tmp_path / "run" / "certificate.json").is_file()
+
+
+def run_until_asked(folder: str, at: int, reference: bool = False) -> tuple[str, str]:
+    """The last rank is asked to stop once `at` steps are done."""
+    ranks, steps = this_rank(), [0]
+
+    def told(step: int, total: int, measures: Mapping[str, float]) -> None:
+        steps[0] = step
+
+    def asked() -> str | None:
+        return "SIGTERM" if steps[0] >= at and ranks.rank == ranks.world_size - 1 else None
+
+    watch = Watch(told=told, asked=asked)
+    return run(folder, watch, checkpoint_every=None, keep_checkpoints=1, dense_reference=reference)
+
+
+def test_what_one_rank_is_asked_all_do_and_the_run_goes_on_without_being_told(ranks: RankPools, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (_, one), (_, other) = ranks(2).run(run_until_asked, str(folder), 7)
+    assert one == other and one.startswith("stopped by SIGTERM after step ")
+    (checkpoint,) = checkpoints_in(folder / "checkpoints")
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert step >= 7 and one.endswith(f"saved; the same command goes on from step {step}")
+    printed, interrupted = ranks(2).run(run_until_asked, str(folder), 10**6)[0]
+    assert printed.startswith(f"{folder} holds an unfinished run of this job: it goes on") and not interrupted
+    left = {path.name for path in folder.iterdir()}
+    assert {"certificate.json", "model"} <= left and not left & {"checkpoints", ".ranks"}
+
+
+def test_a_stop_in_the_dense_reference_leaves_nothing(ranks: RankPools, tmp_path: Path) -> None:
+    _, interrupted = ranks(1).run(run_until_asked, str(tmp_path / "run"), 0, True)[0]
+    assert interrupted == "stopped by SIGTERM after step 1: nothing was saved"
+    assert not list(tmp_path.iterdir())
+
+
+def run_into_nonsense(folder: str) -> str:
+    """A rate at which no weight stays a number."""
+    from leap_dist.errors import UserError
+
+    try:
+        run(folder, Watch(), learning_rate=1e30, warmup_fraction=0.0, checkpoint_every=1, max_bad_steps=4)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_that_diverges_ends_with_one_message(ranks: RankPools, tmp_path: Path) -> None:
+    said = ranks(1).run(run_into_nonsense, str(tmp_path / "run"))[0]
+    assert said.startswith("train: the loss or the gradient was not finite in 4 steps in a row, up to step ")
+    last = checkpoints_in(tmp_path / "run" / "checkpoints")[0]
+    assert said.endswith(f"lower train.learning_rate, or look at the data; the last good checkpoint is {last}")
+
+
+@pytest.mark.parametrize("stage", [2])
+def test_the_best_settled_checkpoint_stays(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    _, interrupted = ranks(1).run(run_until_asked_late, str(tmp_path / "run"))[0]
+    assert interrupted.startswith("stopped by SIGTERM after step 39")
+    kept = [int(path.name.removeprefix("step-")) for path in checkpoints_in(tmp_path / "run" / "checkpoints")]
+    assert kept[0] == 39 and len(kept) in (1, 2) and all(step > 32 for step in kept)  # settled from step 32 on
+
+
+def run_until_asked_late(folder: str) -> tuple[str, str]:
+    steps = [0]
+
+    def told(step: int, total: int, measures: Mapping[str, float]) -> None:
+        steps[0] = step
+
+    watch = Watch(told=told, asked=lambda: "SIGTERM" if steps[0] >= 39 else None)
+    return run(folder, watch, checkpoint_every=1, keep_checkpoints=1)
