@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
+from leap_dist.core.flips import Flips
 from leap_dist.core.fragments import Fragment, add_unit_sums_
 from leap_dist.core.gates import Cover, GatePlan
 from leap_dist.core.parts import Part
@@ -58,7 +59,7 @@ class Gating:
         self.hosted_thresholds = [f for f in fragments if f.tensor == THRESHOLDS and f.length]
         self.hosted_scores = [f for f in fragments if f.tensor == SCORES and f.length]
         self._state = state
-        self._communicator = communicator
+        self.communicator = communicator
         flats = {id(f.flat): f.flat for f in self.weights}
         owned = {key: [f for f in self.weights if id(f.flat) == key] for key in flats}
         self._parts = [Part(plan, flat, owned[key], no_decay) for key, flat in flats.items()]
@@ -67,6 +68,7 @@ class Gating:
         self._element_key = ELEMENT_MASK if ELEMENT_MASK in state_keys(plan) else MASK
         self.unit_mask = torch.ones(plan.num_structured_units, dtype=torch.bool, device=self._device)
         self._spread: Tensor | None = None  # the unit masks that MASK holds now
+        self._flips = Flips()
         self._own_units = torch.zeros_like(self.unit_mask)  # those whose scores are here
         structured = [0 if gate.elementwise else gate.num_units for gate in plan.gates]
         self._structured_units = torch.tensor(structured, dtype=torch.int64, device=self._device)  # of every gate
@@ -113,7 +115,7 @@ class Gating:
                 self._add_unit_sums(sums[num_gates:], part, part.grad)
                 self._update_elements_(sums[:num_gates], part, part.grad, adam, score_adam)
                 self._update_weights_(part.structured, part, part.grad, adam)
-        sums = self._communicator.sum_(sums.float()).double()  # fp32, as the weights' gradients are reduced
+        sums = self.communicator.sum_(sums.float()).double()  # fp32, as the weights' gradients are reduced
         sigma, units = sums[:num_gates], sums[num_gates:]
         sigma += _segment_sums(units * self.unit_mask, self._structured_units)
         return sigma.cpu(), units
@@ -155,7 +157,7 @@ class Gating:
 
     def write_(self) -> None:
         """The hosted partition becomes W * M."""
-        with self._communicator.stopwatch.measure("mask"):
+        with self.communicator.stopwatch.measure("mask"):
             for part in self._parts:
                 ops.write_masked_(part.updated, *self._flat_states(part, LATENT, MASK), part.hosted)
 
@@ -180,7 +182,7 @@ class Gating:
                     self._add_sums_(units, size, fragment, cover)
                 if scaled:
                     sums[cover.gate] += size.sum(dtype=torch.float64)
-        self._communicator.sum_(sums)
+        self.communicator.sum_(sums)
         self._write_magnitudes(sums[:num_gates], sums[num_gates:], scaled)
 
     def _add_sums_(self, units: Tensor, values: Tensor, fragment: Fragment, cover: Cover) -> None:
@@ -211,7 +213,7 @@ class Gating:
         sigma = torch.zeros(len(self.plan.gates), device=self._device)
         for fragment in self.hosted_thresholds:
             sigma[fragment.start : fragment.start + fragment.length] = fragment.view(fragment.flat)
-        return self._communicator.sum_(sigma).cpu()
+        return self.communicator.sum_(sigma).cpu()
 
     def write_thresholds(self, sigma: Tensor) -> None:
         """Put new thresholds (G,) into the fragments that this rank holds."""
@@ -223,11 +225,11 @@ class Gating:
 
     def make_masks(self, keep: Sequence[int]) -> None:
         """Set every mask to the top `keep` units of its gate by score, and MASK to their product."""
-        with self._communicator.stopwatch.measure("select"):
+        with self.communicator.stopwatch.measure("select"):
             self._selector.masks_(self._runs, [keep[index] for index in self._ranked])
             self._make_patterns(keep)
-            self.unit_mask = self._communicator.union(self._own_units)
-        with self._communicator.stopwatch.measure("mask"):
+            self.unit_mask = self.communicator.union(self._own_units)
+        with self.communicator.stopwatch.measure("mask"):
             self.spread_masks()
 
     def _make_patterns(self, keep: Sequence[int]) -> None:
@@ -255,21 +257,36 @@ class Gating:
         """MASK was changed from outside: write all of it the next time."""
         self._spread = None
 
+    def _counted_masks(self) -> Iterator[Tensor]:
+        """MASK where prunable weights lie on this rank: flat views, always the same."""
+        for part in self._parts:
+            (mask,) = self._flat_states(part, MASK)
+            yield from (mask[run] for run in part.counted)
+
+    def count_flips(self) -> int:
+        """Prunable weights, on all ranks, whose MASK is another than when this was last called."""
+        flips = torch.tensor(self._flips.count(self._counted_masks()), device=self._device)
+        return int(self.communicator.sum_(flips).item())
+
     def count_kept(self) -> int:
         """Prunable weights that MASK keeps, on all ranks."""
         total = torch.zeros((), dtype=torch.int64, device=self._device)
-        for part in self._parts:
-            (mask,) = self._flat_states(part, MASK)
-            for run in part.counted:
-                total += torch.count_nonzero(mask[run])
-        return int(self._communicator.sum_(total).item())
+        for mask in self._counted_masks():
+            total += torch.count_nonzero(mask)
+        return int(self.communicator.sum_(total).item())
 
     # Runs of scores, for the selection
+
+    def score_runs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(gate, scores, mask) of every run on this rank, each of its length; n:m gates rank no units: left out."""
+        for scores, mask, offset, length, gate, _ in (*self._element_runs(), *self._unit_runs()):
+            own = slice(offset, offset + length)
+            yield gate, scores.detach().view(-1)[own], mask.view(-1)[own]
 
     def _selection(self) -> tuple[list[Runs], list[int]]:
         """The local runs of scores, and the gate of every run of all ranks, by place."""
         local = [*self._element_runs(), *self._unit_runs()]
-        everywhere = self._communicator.gather([(gate, start) for *_, gate, start in local])
+        everywhere = self.communicator.gather([(gate, start) for *_, gate, start in local])
         places = sorted(place for rank in everywhere for place in rank)
         order = {place: number for number, place in enumerate(places)}
         number = {gate: position for position, gate in enumerate(self._ranked)}

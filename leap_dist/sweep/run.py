@@ -16,10 +16,12 @@ from leap_dist.sweep.ray_sweep import RaySweep
 from leap_dist.sweep.results import RESULTS, Result, collect, metric_of, rows, write
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, identity, read_sweep, trials_of
+from leap_dist.tracking.journal import JOURNAL
 from leap_dist.tracking.mlflow import Tracker, differing
 from leap_dist.train.progress import console, summary_table
 
 SWEEP, LOCK = "sweep.json", ".lock"
+OURS = (LOCK, JOURNAL)  # what a call that was cut off early may leave
 MOST_SHOWN = 6  # differences from another sweep
 
 
@@ -40,7 +42,8 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
     with _only_one(storage.folder), connected(address) if line.waiting else nullcontext():
         places = check_room(sweep.ranks, sweep.resources) if line.waiting else 0
         tracking = trials[0].config.tracking.model_copy(update={"run_name": file.stem})
-        with Tracker(tracking, {"sweep": sweep.model_dump(mode="json")}, True, saved.get("parent_run")) as tracker:
+        described, parent = {"sweep": sweep.model_dump(mode="json")}, saved.get("parent_run")
+        with Tracker(tracking, described, True, parent, folder=storage.folder) as tracker:
             saved |= {"identity": identity(sweep, trials), "parent_run": tracker.run_id}
             (storage.folder / SWEEP).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
             line.run(places, tracker.run_id)
@@ -70,7 +73,7 @@ def _check_folder(folder: Path, now: dict[str, str], resume: bool) -> dict[str, 
     if not path.is_file():
         if resume:
             raise UserError(f"--resume: there is no sweep in {folder}; start it without --resume")
-        if folder.exists() and (not folder.is_dir() or any(item.name != LOCK for item in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(item.name not in OURS for item in folder.iterdir())):
             raise UserError(f"--output: {folder} exists and holds no sweep; choose another folder")
         return {}
     saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,36 +1,45 @@
-"""One MLflow run per job: parameters, metrics by step, artifacts. Only rank 0 writes.
+"""One MLflow run per job: parameters, metrics by step, data, artifacts, model. Only rank 0 writes.
 
-MLflow's client is used with explicit run ids, without its global state, so that several trackers in one
-process do not meet. What MLflow would print about itself is kept off the console.
+Nothing but the start of the run waits for MLflow. What is logged goes to a journal (journal.py), from which a thread
+sends it (delivery.py): a server that is slow or down neither slows nor stops the training.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import os
 import re
-import sqlite3
+import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote
 
-from leap_dist.config import TrackingConfig
-from leap_dist.errors import UserError
+from leap_dist.config import DataConfig, TrackingConfig
+from leap_dist.errors import UserError, hide_secrets
+from leap_dist.tracking.delivery import MAX_BATCH, Delivery, Sender
+from leap_dist.tracking.journal import JOURNAL, Journal
+from leap_dist.tracking.store import (
+    begin,
+    check_is_store,
+    connect,
+    first_line,
+    held_back,
+    is_down,
+    starting,
+    user_errors,
+    without_credentials,
+)
+from leap_dist.tracking.system import System
+from leap_dist.train.progress import console
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from leap_dist.tasks.base import Task
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
+SYNC = "python launch/compare.py --sync"
 MAX_KEY = 250  # characters that MLflow takes in a parameter's name
 MAX_VALUE = 500  # characters of a parameter's value that every MLflow server since 1.0 takes
-MAX_BATCH = 100  # parameters in one request
 
 
 class Tracker:
@@ -38,10 +47,11 @@ class Tracker:
 
     config: the resolved job, logged as parameters with dotted keys. run_id: a run to go on with (a resumed
     job); its parameters stay as they are. tags: what runs are found by later, such as the commit; those of a
-    resumed run are set anew. Leaving the context ends the run: FINISHED, KILLED on an interrupt, FAILED on any other
-    exception.
+    resumed run are set anew. folder: where the journal is, and an earlier one is gone on with; None: in memory. Leaving
+    the context ends the run: FINISHED, KILLED on an interrupt, FAILED on any other exception.
 
-    Raises UserError on entering if the store cannot be reached or refuses the run.
+    Raises UserError on entering if the store cannot be reached or refuses the run. A job that is resumed, and a trial
+    of a sweep, go on where the store is down: their records wait in the journal.
     """
 
     def __init__(
@@ -51,32 +61,30 @@ class Tracker:
         enabled: bool,
         run_id: str | None = None,
         tags: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self._tracking = tracking
         self._config = config
         self._uri = tracking.mlflow_uri if enabled else None
-        self._client: MlflowClient | None = None
-        self._run_id = run_id or ""
+        self._about = {"experiment": tracking.experiment, "name": tracking.run_name, "parent": tracking.parent_run}
+        self._run_id = run_id
         self._tags = tags or {}
+        self._folder = folder
+        self._journal: Journal | None = None
+        self._sender: Sender | None = None  # None: nothing is recorded
+        self._system = System()
+        self._held = contextlib.ExitStack()
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None before it is entered, and where nothing is tracked."""
-        return self._run_id or None
+        """MLflow's id of the run; None before it is entered, where nothing is tracked, and until it has begun."""
+        return self._run_id if self._journal is None else self._journal.run.get("run_id")
 
     def __enter__(self) -> Tracker:
         if self._uri is not None:
-            with _quiet(), _user_errors(self._uri), _give_up_early():
-                from mlflow.entities import RunTag
-
-                client = _connect(self._uri)
-                if self._run_id:
-                    client.update_run(self._run_id, status="RUNNING")
-                else:
-                    self._run_id = self._create_run(client, self._uri)
-                if self._tags:
-                    client.log_batch(self._run_id, tags=[RunTag(key, text) for key, text in self._tags.items()])
-                self._client = client
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(held_back())
+                self._begin(self._uri)
+                self._held = stack.pop_all()
         return self
 
     def __exit__(
@@ -88,47 +96,123 @@ class Tracker:
             self.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record measures of an optimizer step."""
-        if self._client is None:
+        """Record measures of an optimizer step, and from time to time those of the machine."""
+        if self._sender is None or self._journal is None:
             return
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._client.log_batch(
-            self._run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()]
-        )
+        if values := self._journal.new_metrics(step, {**metrics, **self._system.sample()}):
+            self._add("metrics", step=step, values=values)
 
     def artifact(self, path: Path) -> None:
-        """Store a file, or a folder with all that is in it under the folder's name."""
-        if self._client is None:
-            return
-        if path.is_dir():
-            self._client.log_artifacts(self._run_id, str(path), artifact_path=path.name)
-        else:
-            self._client.log_artifact(self._run_id, str(path))
+        """Store a file, or a folder with all that is in it under the folder's name. It is read when it is sent."""
+        self._add("artifact", path=self._relative(path))
+
+    def model(self, folder: Path) -> None:
+        """Store a Hugging Face folder as an MLflow model, "model", that `mlflow.pyfunc.load_model` loads."""
+        self._add("model", path=self._relative(folder))
+
+    def table(self, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Store rows as a table that MLflow shows, lists in them as text; file: a name that ends in .json."""
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [[row.get(name) for name in columns] for row in rows]
+        shown = [[", ".join(map(str, cell)) if isinstance(cell, list) else cell for cell in row] for row in cells]
+        self._add("table", file=file, columns=columns, rows=shown)
+
+    def datasets(self, data: DataConfig, task: Task) -> None:
+        """Record what the run is trained and judged on."""
+        from leap_dist.tracking.datasets import describe  # torch, which tables do without
+
+        for record in describe(data, task) if self._sender is not None else ():
+            self._add("dataset", **record)
 
     def finish(self, status: Status) -> None:
-        """End the run; what comes after is not recorded."""
-        if self._client is None:
+        """End the run; what comes after is not recorded. Waits a while for MLflow to take what it has not yet."""
+        if self._sender is None or self._journal is None:
             return
-        with contextlib.redirect_stdout(io.StringIO()):  # a server's client prints the address of the run
-            self._client.set_terminated(self._run_id, status)
-        self._client = None
+        self._add("status", status=status)
+        self._journal.describe(status=status)
+        try:
+            problem = self._sender.finish()
+        finally:  # also if the user does not want to wait
+            self._sender = None
+            self._journal.close(remove=status == "FINISHED")
+            self._held.close()
+        if left := len(self._journal.waiting()):
+            wait = f"they wait in {self._journal.path}; to send them: {SYNC} {shlex.quote(str(self._folder))}"
+            kept = wait if self._folder else "they are lost"
+            self._tell(f"has not taken {left} records of this run: {problem}; {kept}")
 
-    def _create_run(self, client: MlflowClient, uri: str) -> str:
-        from mlflow.entities import Param
+    def _begin(self, uri: str) -> None:
+        """Begin the run, or go on with it, and start to send."""
+        journal = Journal(self._folder) if self._folder and (self._folder / JOURNAL).is_file() else None
+        earlier = journal.run if journal else {}
+        run_id, resumed = earlier.get("run_id") or self._run_id, bool(self._run_id or earlier)
+        try:
+            with starting(), user_errors(uri):
+                client = connect(uri)
+                if run_id:
+                    client.update_run(run_id, status="RUNNING")
+                else:
+                    run_id = begin(client, uri, self._about)
+        except UserError as error:
+            if not (resumed or self._about["parent"]) or not is_down(error.__cause__):
+                if journal:
+                    journal.close(remove=False)
+                raise
+            kept = f"its records wait in {self._folder / JOURNAL}" if self._folder else "its records wait in memory"
+            self._tell(f"cannot be reached: {first_line(error.__cause__ or error)}; the run goes on, {kept}")
+        self._journal = journal or Journal(self._folder)
+        begun = {"run_id": run_id} if run_id else {}
+        self._journal.describe(uri=without_credentials(uri), status="RUNNING", **self._about, **begun)
+        self._sender = Sender(self._journal, uri)
+        self._add_description(resumed)
 
-        experiment = _experiment_id(client, uri, self._tracking.experiment)
-        name, parent = self._tracking.run_name, self._tracking.parent_run
-        if parent and (begun := _child(client, experiment, parent, name)):
-            client.update_run(begun, status="RUNNING")
-            return begun
-        tags = {PARENT: parent} if parent else None
-        run_id: str = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        params = [Param(key, value) for key, value in parameters(self._config).items()]
-        for start in range(0, len(params), MAX_BATCH):
-            client.log_batch(run_id, params=params[start : start + MAX_BATCH])
-        return run_id
+    def _add_description(self, resumed: bool) -> None:
+        if resumed:
+            self._add("status", status="RUNNING")
+        else:
+            params = [(key, hide_secrets(text)) for key, text in parameters(self._config).items()]
+            for start in range(0, len(params), MAX_BATCH):
+                self._add("params", values=dict(params[start : start + MAX_BATCH]))
+        if self._tags:
+            self._add("tags", values=dict(self._tags))
+
+    def _add(self, kind: str, **content: Any) -> None:
+        if self._sender is not None and self._journal is not None:
+            self._journal.add(kind, time=int(time.time() * 1000), **content)
+
+    def _relative(self, path: Path) -> str:
+        """A path as a journal has it: one in the journal's folder moves with it."""
+        whole, folder = path.resolve(), self._folder.resolve() if self._folder else None
+        return str(whole.relative_to(folder) if folder and whole.is_relative_to(folder) else whole)
+
+    def _tell(self, what: str) -> None:
+        """A line on the console."""
+        console().print(f"MLflow at {hide_secrets(str(self._uri))} {what}", markup=False, soft_wrap=True)
+
+
+def sync(folder: Path, uri: str | None) -> str:
+    """Send what a run that has ended could not; a line that says what was sent.
+
+    uri: another address than the run's, or the same with its credentials. Raises UserError if not all could be sent.
+    """
+    if not (folder / JOURNAL).is_file():
+        raise UserError(f"--sync: got {folder}; there is no {JOURNAL} in it: nothing waits there for MLflow")
+    journal = Journal(folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: journal.close(remove=journal.run.get("status") == "FINISHED"))
+        stack.enter_context(held_back())
+        uri = uri or str(journal.run.get("uri"))
+        with user_errors(uri, f"--sync: MLflow at {hide_secrets(uri)} cannot be reached", "name it with --uri"):
+            check_is_store(uri)
+        delivery = Delivery(journal, uri)
+        for _ in delivery.send():
+            pass
+        if left := len(journal.waiting()):
+            raise UserError(
+                f"--sync: MLflow at {hide_secrets(uri)} has not taken {left} records: {delivery.problem}; "
+                "try again when it does, or name another address with --uri"
+            )
+        return f"MLflow at {hide_secrets(uri)} has taken {delivery.num_taken} records of run {journal.run['run_id']}"
 
 
 def parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -146,116 +230,3 @@ def parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """The parameters that are not the same in both, sorted."""
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
-
-
-def _connect(uri: str) -> MlflowClient:
-    from mlflow import MlflowClient
-
-    file = _sqlite_file(uri)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(file)) as database:
-            database.execute("PRAGMA schema_version")  # fails at once where MLflow would try for a minute
-    return MlflowClient(tracking_uri=uri)
-
-
-def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """The experiment of that name, made if need be; a sqlite store has its artifacts beside the database."""
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    file = _sqlite_file(uri)
-    location = None if file is None else (file.parent / "mlruns" / quote(name, safe="")).as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
-
-
-def _child(client: MlflowClient, experiment: str, parent: str, name: str | None) -> str | None:
-    """The parent's run of that name, if a try that was cut off has begun one: a trial has one run, not one a try."""
-    found = client.search_runs([experiment], f"tags.`{PARENT}` = '{parent}' and attributes.run_name = '{name}'")
-    return str(found[0].info.run_id) if found else None
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    """The database file of a sqlite store; None for any other store."""
-    from sqlalchemy.engine import make_url
-
-    database = make_url(uri).database if uri.startswith("sqlite:") else None
-    return Path(database).resolve() if database else None
-
-
-@contextlib.contextmanager
-def reading(uri: str) -> Iterator[MlflowClient]:
-    """A client for a store that is there already; nothing is written, and no database is made.
-
-    Raises UserError, also for what goes wrong inside the block, if the store cannot be reached or read.
-    """
-    words = f"--uri: MLflow at {hide_password(uri)} cannot be read", "name the store that the jobs wrote to"
-    with _quiet(), _user_errors(uri, *words), _give_up_early():
-        from mlflow import MlflowClient
-
-        _check_is_store(uri)
-        yield MlflowClient(tracking_uri=uri)
-
-
-def hide_password(text: str) -> str:
-    """A text with the user and password of every address in it left out."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
-
-
-def _check_is_store(uri: str) -> None:
-    """Raises UserError for a database file that is missing or not MLflow's: its client would fill it with tables."""
-    if not uri:
-        raise UserError("--uri: got nothing; allowed: an MLflow tracking URI, such as sqlite:///mlflow.db")
-    file = _sqlite_file(uri)
-    if file is None:
-        return
-    if not file.is_file():
-        raise UserError(f"--uri: there is no database {file}; name the store that the jobs wrote to")
-    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
-        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if not {"experiments", "runs", "alembic_version"} <= tables:
-        raise UserError(f"--uri: the database {file} is not MLflow's; name the store that the jobs wrote to")
-
-
-@contextlib.contextmanager
-def _user_errors(uri: str, problem: str = "", remedy: str = "") -> Iterator[None]:
-    """A store that cannot be reached or refuses the run is the user's to mend."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        problem = problem or f"tracking: MLflow at {hide_password(uri)} does not take the run"
-        remedy = remedy or "mend tracking.mlflow_uri or tracking.experiment, or set tracking.mlflow_uri to null"
-        raise UserError(f"{problem}: {hide_password(why)}; {remedy}") from error
-
-
-@contextlib.contextmanager
-def _give_up_early() -> Iterator[None]:
-    """One retry while the job starts: a wrong address is told in seconds; MLflow would try for minutes."""
-    if RETRIES in os.environ:
-        yield
-        return
-    os.environ[RETRIES] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[RETRIES]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Warnings only, from the loggers that tell of a new database's migrations."""
-    import mlflow  # noqa: F401  sets up its loggers when it is imported
-
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

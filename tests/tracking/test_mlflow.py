@@ -1,84 +1,36 @@
-"""The tracker against real stores: a sqlite file, and a server in a process of its own."""
+"""The tracker against real stores: a sqlite file, and a server in a process of its own, behind a proxy where it fails.
+
+What a killed job leaves behind is shown with real jobs and a server that is killed, in tests/bench/tracking_server.py.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
+import json
+import shutil
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from leap_dist.config import TrackingConfig
+from leap_dist.config import DataConfig, TrackingConfig
 from leap_dist.errors import UserError
-from leap_dist.tracking.mlflow import MAX_BATCH, Tracker, hide_password, parameters
-
-JOB = {"train_batch_size": 4, "leap": {"target": 0.1, "gates": ["row", "block:4x4"]}, "empty": {}}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of one sqlite store for all tests of this file; making the tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('a store') / 'mlflow.db'}"
+from leap_dist.tracking import system
+from leap_dist.tracking.delivery import MAX_BATCH
+from leap_dist.tracking.journal import JOURNAL
+from leap_dist.tracking.mlflow import Tracker, parameters, sync
+from tests.tracking.proxy import Proxy, proxy
+from tests.tracking.servers import DATABASE, Server
+from tests.tracking.stored import JOB, artifacts, history, read_run, wait_for
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[str]:
     """The address of a real `mlflow server` with a sqlite backend."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", "sqlite:///backend.db"]
-    command += ["--artifacts-destination", "files"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    log = folder / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        _wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: the server and its workers
-        process.wait()
-
-
-def _wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), opener.open(address, timeout=5):
-            return
-        time.sleep(0.2)
-    pytest.fail(f"the MLflow server did not come up:\n{log.read_text()}")
-
-
-def read_run(uri: str, run_id: str | None):  # type: ignore[no-untyped-def]  # mlflow is not imported up here
-    from mlflow import MlflowClient
-
-    assert run_id is not None
-    return MlflowClient(tracking_uri=uri).get_run(run_id)
-
-
-def artifacts(uri: str, run_id: str | None, folder: str | None = None) -> list[str]:
-    from mlflow import MlflowClient
-
-    assert run_id is not None
-    return [item.path for item in MlflowClient(tracking_uri=uri).list_artifacts(run_id, folder)]
+    shutil.copy(empty_store, folder / DATABASE)
+    with Server(folder) as running:
+        yield running.address
 
 
 def track_one_run(uri: str, tmp_path: Path) -> str:
@@ -145,12 +97,6 @@ def test_resumed_run_goes_on(store: str) -> None:
     assert second.run_id == first.run_id
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
     assert run.data.params == parameters(JOB) and run.data.tags["leap.ranks"] == "2"
-
-
-def test_an_address_is_shown_without_its_password() -> None:
-    text = "http://me:secret@host:80/x and postgresql://you:p%40ss@host/db?a=b"
-    assert hide_password(text) == "http://***@host:80/x and postgresql://***@host/db?a=b"
-    assert hide_password("sqlite:///a@b.db") == "sqlite:///a@b.db"
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
@@ -230,3 +176,95 @@ def test_deleted_experiment_is_the_users_error(store: str) -> None:
         Tracker(TrackingConfig(mlflow_uri=store, experiment="gone"), JOB, True),
     ):
         pass
+
+
+# ---------------------------------------------------------------------------------------------- stores that fail
+
+
+@pytest.fixture
+def relay(server: str) -> Iterator[Proxy]:
+    """A proxy in front of the server."""
+    with proxy(int(server.rsplit(":", 1)[1])) as made:
+        yield made
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_fails_loses_nothing_and_has_nothing_twice(
+    server: str, relay: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"http://me:secret@{relay.address}"
+    (tmp_path / "result.json").write_text("{}")
+    with Tracker(TrackingConfig(mlflow_uri=uri), JOB, True, tags={"leap.ranks": "1"}, folder=tmp_path) as tracker:
+        tracker.log(1, {"loss": 1.0, "gap": float("inf")})
+        wait_for(lambda: history(server, tracker.run_id) == [(1, 1.0)])
+        relay.mode = "deaf"  # what is sent arrives, but nobody learns of it
+        tracker.log(2, {"loss": 0.5, "gap": float("nan")})
+        wait_for(lambda: relay.lost > 0 and len(history(server, tracker.run_id)) == 2)
+        relay.mode = "down"
+        tracker.log(3, {"loss": 0.25})
+        tracker.artifact(tmp_path / "result.json")
+    told = capsys.readouterr()
+    assert told.err == "" and told.out.startswith(f"MLflow at http://***@{relay.address} has not taken ")
+    assert told.out.count("\n") == 1
+    assert f"they wait in {tmp_path / JOURNAL}; to send them: python launch/compare.py --sync {tmp_path}" in told.out
+    assert "secret" not in (tmp_path / JOURNAL).read_text()
+    with pytest.raises(
+        UserError, match=rf"--sync: MLflow at http://{relay.address} has not taken \d records: .*try again"
+    ):
+        sync(tmp_path, None)
+    relay.mode = "open"
+    assert sync(tmp_path, uri).endswith(f"of run {tracker.run_id}")
+    assert history(server, tracker.run_id) == [(1, 1.0), (2, 0.5), (3, 0.25)]
+    assert len(history(server, tracker.run_id, "gap")) == 2
+    run = read_run(server, tracker.run_id)
+    assert (run.info.status, run.data.params, run.data.tags["leap.ranks"]) == ("FINISHED", parameters(JOB), "1")
+    assert artifacts(server, tracker.run_id) == ["result.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_server_that_wants_credentials_is_the_users_error(relay: Proxy, tmp_path: Path) -> None:
+    relay.mode = "locked"
+    with (
+        pytest.raises(UserError, match=r"401.*; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        Tracker(TrackingConfig(mlflow_uri=f"http://{relay.address}", parent_run="p"), JOB, True, folder=tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+    uri = f"http://me:secret@{relay.address}"
+    config = {"tracking": {"mlflow_uri": uri}}
+    with Tracker(TrackingConfig(mlflow_uri=uri), config, True, folder=tmp_path) as tracker:
+        pass
+    assert read_run(uri, tracker.run_id).data.params == {"tracking.mlflow_uri": f"http://***@{relay.address}"}
+
+
+# ---------------------------------------------------------------------------------------------- what a run holds
+
+
+def test_data_table_and_system_metrics(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    from leap_dist.tasks.builtin import load
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)  # load_table reads the store of the process
+    monkeypatch.setattr(system, "EVERY", 0.0)
+    data = DataConfig(task="builtin/clock")
+    task = load(data)
+    rows = [{"granularity": "head", "tensors": ["q", "k"], "kept": 3}, {"granularity": "row", "kept": 4, "which": 1}]
+    for _ in range(2):  # the data is the same, and there once
+        with Tracker(TrackingConfig(mlflow_uri=store, experiment="data"), JOB, True, folder=tmp_path) as tracker:
+            tracker.datasets(data, task)
+            tracker.table("gates.json", rows)
+            tracker.log(1, {"loss": 1.0})
+            tracker.log(2, {"loss": 0.5})
+    run, client = read_run(store, tracker.run_id), MlflowClient(store)
+    found = {item.dataset.name: (item.tags[0].value, item.dataset) for item in run.inputs.dataset_inputs}
+    assert found.keys() == {"builtin/clock train", "builtin/clock validation"}
+    context, train = found["builtin/clock train"]
+    assert context == "train" and json.loads(train.profile) == {"num_rows": len(task.train)}
+    assert train.source_type == "code" and json.loads(train.source)["tags"] == {"task": "builtin/clock", "seed": "0"}
+    assert {len(dataset.digest) for _, dataset in found.values()} == {32}
+    assert train.digest != found["builtin/clock validation"][1].digest
+    table = client.load_table(run.info.experiment_id, "gates.json", [run.info.run_id])
+    assert table["tensors"].tolist()[0] == "q, k" and table["kept"].tolist() == [3, 4]
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= run.data.metrics.keys()
+    assert [step for step, _ in history(store, run.info.run_id, "system/disk_usage_percentage")] == [2]

@@ -1,0 +1,152 @@
+"""What a run has to tell MLflow, in a file of its folder until MLflow has taken it.
+
+Every line is JSON: the run itself, a record, or the numbers of records that were taken. The file is written through
+to the system, not to the disk: it outlives a killed process. No credentials are in it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from leap_dist.errors import UserError
+
+JOURNAL = "mlflow.jsonl"
+LONG = 1 << 20  # characters; a longer file is written anew when everything in it was taken
+
+Record = dict[str, Any]
+"""{"id": its number, "kind": "metrics", ...}: what kinds hold, tracking/delivery.py says."""
+
+
+class Journal:
+    """The records of one run, in order; any thread may add and take.
+
+    folder: where the file is, and where one that is there already is gone on with; None: memory alone. Only one process
+    has a journal open. Raises UserError if another has it, and for a damaged file.
+
+    run: what MLflow has to know to begin the run, and its id ("run_id") once it has begun.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / JOURNAL
+        self.run: dict[str, Any] = {}
+        self._waiting: dict[int, Record] = {}
+        self._last: dict[str, int] = {}  # the last step of each metric
+        self._next = 0
+        self._lock = threading.Lock()
+        self._file: TextIO | None = None
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _open_alone(self.path)
+            self._read()
+
+    def describe(self, **values: Any) -> None:
+        """Note what the run is."""
+        with self._lock:
+            self.run |= values
+            self._write({"run": self.run})
+
+    def add(self, kind: str, **content: Any) -> None:
+        """Note a record."""
+        with self._lock:
+            record = {"id": self._next, "kind": kind, **content}
+            self._write(record)
+            self._keep(record)
+
+    def new_metrics(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """The metrics that were not noted yet at this step or a later one: a resumed run comes by a second time."""
+        with self._lock:
+            return {key: float(value) for key, value in values.items() if step > self._last.get(key, -1)}
+
+    def waiting(self) -> list[Record]:
+        """The records that MLflow has not taken yet, in order."""
+        with self._lock:
+            return list(self._waiting.values())
+
+    def taken(self, records: Iterable[Record]) -> None:
+        """Note that MLflow has these records."""
+        with self._lock:
+            numbers = [record["id"] for record in records]
+            self._write({"taken": numbers})
+            for number in numbers:
+                self._waiting.pop(number, None)
+            if self._file is not None and not self._waiting and self._file.tell() > LONG:
+                self._shorten()
+
+    def close(self, remove: bool) -> None:
+        """Nothing is noted from here on. remove: the file goes if MLflow has all of it."""
+        with self._lock:
+            if self._file is None:
+                return
+            if remove and not self._waiting and self.path is not None:
+                self.path.unlink()
+            self._file.close()
+            self._file = None
+
+    def _keep(self, record: Record) -> None:
+        self._waiting[record["id"]] = record
+        self._next = record["id"] + 1
+        if record["kind"] == "metrics":
+            self._last |= dict.fromkeys(record["values"], record["step"])
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def _read(self) -> None:
+        """Take over what the file holds, but for a last line that was cut off."""
+        assert self._file is not None
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind("\n") + 1]
+        try:
+            for line in map(json.loads, whole.splitlines()):
+                self._replay(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._file.close()
+            raise UserError(
+                f"{self.path}: damaged, it is no journal of MLflow records: {error}; restore or remove it"
+            ) from error
+        self._file.truncate(len(whole.encode()))
+        self._file.seek(0, os.SEEK_END)
+
+    def _replay(self, line: dict[str, Any]) -> None:
+        if "run" in line:
+            self.run |= line["run"]
+            self._last |= line.get("last", {})
+            self._next = line.get("next", self._next)
+        elif "taken" in line:
+            for number in line["taken"]:
+                self._waiting.pop(number, None)
+        else:
+            self._keep(line)
+
+    def _shorten(self) -> None:
+        """Replace the file by one that holds the run and what `new_metrics` needs."""
+        assert self._file is not None and self.path is not None
+        new = _open_alone(self.path.with_name(f".{JOURNAL}.partial"))
+        new.truncate(0)
+        new.write(json.dumps({"run": self.run, "last": self._last, "next": self._next}) + "\n")
+        new.flush()
+        os.replace(new.name, self.path)
+        self._file.close()
+        self._file = new
+
+
+def _open_alone(path: Path) -> TextIO:
+    """The file, for reading and appending, locked until it is closed or the process ends."""
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"{path}: another process is sending these records to MLflow; wait until it has ended"
+        ) from error
+    return file

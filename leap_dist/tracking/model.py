@@ -1,0 +1,97 @@
+"""An exported model as an MLflow model: saved without pickle, loaded by `mlflow.pyfunc.load_model`.
+
+A text model that transformers has a pipeline for is saved with MLflow's own flavour, and served without leap_dist. Of
+any other, and of a shrunk one, this module is the loader: it takes a table, and gives the logits.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PIPELINES = {
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+}
+"""By the end of an architecture's name."""
+TOKENIZER = "tokenizer_config.json"
+
+
+@contextmanager
+def saved(folder: Path) -> Iterator[Path]:
+    """The MLflow model of a Hugging Face folder, in a folder that is removed when the block ends."""
+    import mlflow
+
+    from leap_dist.models.load import quiet_transformers
+
+    with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
+        path = Path(scratch) / "model"
+        needed = [f"{name}=={version(name)}" for name in ("torch", "transformers")]
+        if (task := _pipeline_of(folder)) is not None:
+            mlflow.transformers.save_model(_pipeline(task, folder), str(path), pip_requirements=needed)
+        else:
+            needed.append(f"leap_dist=={version('leap_dist')}")
+            mlflow.pyfunc.save_model(path, loader_module=__name__, data_path=str(folder), pip_requirements=needed)
+        yield path
+
+
+def _pipeline_of(folder: Path) -> str | None:
+    """The transformers task that serves the folder without leap_dist; None if there is none."""
+    from leap_dist.models.manifest import NAME
+
+    if (folder / NAME).is_file() or not (folder / TOKENIZER).is_file():
+        return None
+    architecture = json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
+    return next((task for end, task in PIPELINES.items() if architecture.endswith(end)), None)
+
+
+def _pipeline(task: Any, folder: Path) -> Any:
+    from transformers import AutoTokenizer, pipeline
+
+    from leap_dist.export.run_folder import load_exported
+
+    return pipeline(task, model=load_exported(folder), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------- the loader
+
+
+class Served:
+    """What MLflow serves. A table has the texts of the task in its columns or, by the model's names, lists of ids."""
+
+    def __init__(self, folder: Path) -> None:
+        from leap_dist.export.run_folder import load_exported, load_exported_tokenizer
+        from leap_dist.models.manifest import NAME
+        from leap_dist.models.shrink import load_pruned
+
+        self._model = load_pruned(folder) if (folder / NAME).is_file() else load_exported(folder)
+        self._tokenizer = load_exported_tokenizer(folder)
+
+    def predict(self, table: Any, params: dict[str, Any] | None = None) -> np.ndarray:
+        """The logits of every row of a pandas table, (rows, ...); rows of ids have one length."""
+        from leap_dist.export.latency import logits_of
+
+        columns = {str(name): table[name].tolist() for name in table.columns}
+        if self._tokenizer is not None:
+            inputs = self._tokenizer(*columns.values(), padding=True, truncation=True, return_tensors="pt")
+        else:
+            inputs = {name: torch.tensor(rows) for name, rows in columns.items()}
+        with torch.inference_mode():
+            return logits_of(self._model(**inputs)).float().numpy()
+
+
+def _load_pyfunc(path: str) -> Served:
+    """Called by MLflow."""
+    return Served(Path(path))

@@ -1,0 +1,206 @@
+"""Reaching an MLflow store: a client, an experiment, a run; and what a user is told where that fails.
+
+MLflow's client is used with explicit run ids, without its global state, so that several runs in one process do not
+meet. What MLflow would print about itself is kept off the console.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from leap_dist.errors import UserError, hide_secrets
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
+QUIET = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+"""One retry: a wrong address is told in seconds, and an address that is back is found in seconds."""
+AT_START = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # seconds for one request; MLflow would wait for minutes
+CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client; the folder of a sqlite store is made if need be."""
+    from mlflow import MlflowClient
+
+    file = _sqlite_file(uri)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.execute("PRAGMA schema_version")  # fails at once where MLflow would try for a minute
+    return MlflowClient(tracking_uri=uri)
+
+
+def begin(client: MlflowClient, uri: str, run: Mapping[str, Any]) -> str:
+    """The id of a new run; run: its "experiment", "name" and "parent".
+
+    A trial has one run, not one a try: the run that a try which was cut off has begun is gone on with.
+    """
+    experiment, name, parent = _experiment_id(client, uri, run["experiment"]), run["name"], run["parent"]
+    tags = {PARENT: parent} if parent else None
+    if parent:
+        query = f"tags.`{PARENT}` = '{parent}' and attributes.run_name = '{name}'"
+        if found := client.search_runs([experiment], query):
+            begun = str(found[0].info.run_id)
+            client.update_run(begun, status="RUNNING")
+            return begun
+    return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment of that name, made if need be; a sqlite store has its artifacts beside the database."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    file = _sqlite_file(uri)
+    location = None if file is None else (file.parent / "mlruns" / quote(name, safe="")).as_uri()
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException:
+        if (made := client.get_experiment_by_name(name)) is None:
+            raise
+        return str(made.experiment_id)  # another job has made it meanwhile
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The database file of a sqlite store; None for any other store, and for one that is named in sqlite's own way."""
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database if uri.startswith("sqlite:") else None
+    return Path(database).resolve() if database and not database.startswith("file:") else None
+
+
+@contextlib.contextmanager
+def reading(uri: str) -> Iterator[MlflowClient]:
+    """A client for a store that is there already; nothing is written, and no database is made.
+
+    Raises UserError, also for what goes wrong inside the block, if the store cannot be reached or read.
+    """
+    words = f"--uri: MLflow at {hide_secrets(uri)} cannot be read", "name the store that the jobs wrote to"
+    with held_back(), starting(), user_errors(uri, *words):
+        from mlflow import MlflowClient
+
+        check_is_store(uri)
+        yield MlflowClient(tracking_uri=uri)
+
+
+def without_credentials(uri: str) -> str:
+    """An address that can be stored: neither user and password nor options; that of a sqlite file is absolute."""
+    file = _sqlite_file(uri)
+    return f"sqlite:///{file}" if file else hide_secrets(uri).replace("://***@", "://").partition("?")[0]
+
+
+def is_down(error: BaseException | None) -> bool:
+    """Whether waiting may help: the store cannot be reached, is busy or has a fault, but does not refuse."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):
+        return bool(error.get_http_status_code() >= 500)
+    return isinstance(error, OperationalError | sqlite3.OperationalError | OSError)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line and without a password.
+
+    Of a request that failed the reason alone; what SQLAlchemy may say first of how it came to an error is left out.
+    """
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result of")]
+    line = (lines or [type(error).__name__])[0]
+    found = re.search(r"""Caused by \w+\(["'](?:\w+\(.*?\): )?(.+?)["']\)(?:\)|$)""", line)
+    reason = re.sub(r"', \w+\('", " ", found[1]) if found else line
+    return hide_secrets(reason).rstrip(".")
+
+
+def check_is_store(uri: str) -> None:
+    """Raises UserError for a database file that is missing or not MLflow's: its client would fill it with tables."""
+    if not uri:
+        raise UserError("--uri: got nothing; allowed: an MLflow tracking URI, such as sqlite:///mlflow.db")
+    file = _sqlite_file(uri)
+    if file is None:
+        return
+    if not file.is_file():
+        raise UserError(f"--uri: there is no database {file}; name the store that the jobs wrote to")
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if not {"experiments", "runs", "alembic_version"} <= tables:
+        raise UserError(f"--uri: the database {file} is not MLflow's; name the store that the jobs wrote to")
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """A server that does not answer is told of soon."""
+    with _environment(AT_START):
+        yield
+
+
+@contextlib.contextmanager
+def user_errors(uri: str, problem: str = "", remedy: str = "") -> Iterator[None]:
+    """A store that cannot be reached or refuses the run is the user's to mend; the cause is the UserError's."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
+        problem = problem or f"tracking: MLflow at {hide_secrets(uri)} does not take the run"
+        remedy = remedy or "mend tracking.mlflow_uri or tracking.experiment, or set tracking.mlflow_uri to null"
+        if isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403):
+            remedy = CREDENTIALS
+        raise UserError(f"{problem}: {first_line(error)}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for a while; those that the user has set stay as they are."""
+    ours = {name: text for name, text in values.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+class _HeldBack:
+    """MLflow says nothing on the console and gives up early, in all threads, while any run is tracked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._undo = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        import mlflow  # noqa: F401  sets up its loggers when it is imported
+
+        with self._lock:
+            self._holders += 1
+            if self._holders == 1:
+                self._undo.enter_context(_environment(QUIET))
+                for logger in map(logging.getLogger, LOGGERS):
+                    self._undo.callback(logger.setLevel, logger.level)
+                    logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._holders == 0:
+                    self._undo.close()
+
+
+held_back = _HeldBack()

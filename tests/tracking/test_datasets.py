@@ -1,0 +1,44 @@
+"""What MLflow is told of the data: its digest follows its contents, wherever they are from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from leap_dist.config import DataConfig
+from leap_dist.tasks.base import Task, TokenTable, flat
+from leap_dist.tracking.datasets import describe
+
+
+def task(name: str, tokens: list[list[int]]) -> Task:
+    table = TokenTable(flat({"input_ids": tokens}), labels=[0] * len(tokens))
+    splits = {"matched": table, "mismatched": TokenTable(flat({"input_ids": tokens[:1]}), labels=[1])}
+    evaluation: Any = None
+    return Task(name, 2, table, splits, lambda examples: {}, evaluation, "accuracy", "regression", ("score",))
+
+
+def test_local_files_are_hashed(tmp_path: Path) -> None:
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text(f"of {name}")
+    data = DataConfig(task="glue/sst2", train=str(tmp_path / "train.tsv"), validation=str(tmp_path / "dev.tsv"))
+    train, *validation = describe(data, task("glue/sst2", [[1], [2, 3]]))
+    digest = hashlib.sha256(b"of train.tsv").hexdigest()[:32]
+    source = json.dumps({"uri": str(tmp_path / "train.tsv")})
+    profile = json.dumps({"num_rows": 2})
+    values = {"digest": digest, "source_type": "local", "source": source, "profile": profile}
+    assert train == {"context": "train", "values": {"name": "glue/sst2 train", **values}}
+    assert [record["values"]["name"] for record in validation] == ["glue/sst2 matched", "glue/sst2 mismatched"]
+    assert {record["context"] for record in validation} == {"validation"}
+
+
+def test_of_hub_data_the_tokens_are_hashed() -> None:
+    data = DataConfig(task="text/classification", dataset="someone/films", subset="short", train="all")
+    first, *_ = describe(data, task("text/classification", [[1], [2, 3]]))
+    assert first["values"]["source_type"] == "hugging_face"
+    assert json.loads(first["values"]["source"]) == {"path": "someone/films", "config_name": "short", "split": "all"}
+    again, other = (
+        describe(data, task("t", tokens))[0]["values"]["digest"] for tokens in ([[1], [2, 3]], [[1, 2], [3]])
+    )
+    assert first["values"]["digest"] == again != other

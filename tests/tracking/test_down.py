@@ -1,0 +1,139 @@
+"""Stores that are down, locked or refuse: what a run does then, and how its records come to MLflow later."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from leap_dist.config import TrackingConfig
+from leap_dist.errors import UserError
+from leap_dist.tracking import delivery
+from leap_dist.tracking.journal import JOURNAL, Journal
+from leap_dist.tracking.mlflow import Tracker, parameters, sync
+from leap_dist.tracking.store import PARENT, begin, without_credentials
+from tests.tracking.stored import JOB, artifacts, history, read_run, wait_for
+
+
+def test_a_resumed_run_sends_what_a_killed_one_could_not(store: str, tmp_path: Path) -> None:
+    """Also the steps between checkpoint and kill, once, though the run comes by them a second time."""
+    with Tracker(TrackingConfig(mlflow_uri=store), JOB, True, folder=tmp_path / "first") as begun:
+        pass
+    killed = Journal(tmp_path)  # the records of a process that was killed before it could send them
+    killed.describe(run_id=begun.run_id)
+    for step in (10, 20, 30):
+        killed.add("metrics", time=step, step=step, values={"loss": 1.0 / step})
+    killed.close(remove=False)
+    with Tracker(TrackingConfig(mlflow_uri=store), {}, True, folder=tmp_path) as tracker:
+        for step in (20, 30, 40):
+            tracker.log(step, {"loss": 1.0 / step})
+        assert tracker.run_id == begun.run_id
+    assert history(store, begun.run_id) == [(step, 1.0 / step) for step in (10, 20, 30, 40)]
+    assert read_run(store, begun.run_id).info.status == "FINISHED" and not (tmp_path / JOURNAL).exists()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_trial_and_a_resumed_run_start_without_a_server(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Tracker(TrackingConfig(mlflow_uri=store), {}, True) as parent:
+        pass
+    nowhere = TrackingConfig(mlflow_uri="http://127.0.0.1:9", run_name="trial", parent_run=parent.run_id)
+    tags = {"leap.ranks": "1"}
+    with pytest.raises(RuntimeError), Tracker(nowhere, JOB, True, tags=tags, folder=tmp_path) as tracker:
+        assert tracker.run_id is None
+        tracker.log(10, {"loss": 0.1})
+        raise RuntimeError
+    told = capsys.readouterr().out
+    assert "MLflow at http://127.0.0.1:9 cannot be reached: Failed to establish a new connection: " in told
+    assert f"; the run goes on, its records wait in {tmp_path / JOURNAL}" in told
+    assert "MLflow at http://127.0.0.1:9 has not taken 4 records of this run: " in told
+    with Tracker(nowhere, JOB, True, tags=tags, folder=tmp_path) as tracker:  # a second try
+        tracker.log(20, {"loss": 0.05})
+    sync(tmp_path, store)
+    from mlflow import MlflowClient
+
+    (run,) = MlflowClient(store).search_runs(["1"], f"tags.`{PARENT}` = '{parent.run_id}'")
+    assert (run.info.status, run.info.run_name, run.data.params) == ("FINISHED", "trial", parameters(JOB))
+    assert history(store, run.info.run_id) == [(10, 0.1), (20, 0.05)] and run.data.tags["leap.ranks"] == "1"
+    with Tracker(nowhere, {}, True, run_id=run.info.run_id) as resumed:
+        resumed.log(30, {"loss": 0.0})
+    assert "they are lost" in capsys.readouterr().out  # no folder
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_database_that_is_locked_stops_nothing(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(delivery, "PATIENCE", 0.0)
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path)}?timeout=0.2"
+    with Tracker(TrackingConfig(mlflow_uri=uri), JOB, True, folder=tmp_path / "run") as tracker:
+        wait_for(lambda: read_run(uri, tracker.run_id).data.params == parameters(JOB))
+        other = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        tracker.log(1, {"loss": 1.0})
+    told = capfd.readouterr()
+    assert "has not taken 2 records of this run: " in told.out and told.err == ""
+    other.close()
+    sync(tmp_path / "run", None)
+    assert history(uri, tracker.run_id) == [(1, 1.0)]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_artifact_that_fails_does_not_hold_up_the_rest(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Tracker(TrackingConfig(mlflow_uri=store), JOB, True, folder=tmp_path) as tracker:
+        tracker.artifact(tmp_path / "nowhere")
+        tracker.log(1, {"loss": 1.0})
+    assert "has not taken 1 records of this run: " in capsys.readouterr().out
+    assert history(store, tracker.run_id) == [(1, 1.0)]
+    assert read_run(store, tracker.run_id).info.status == "FINISHED"
+    (tmp_path / "nowhere").write_text("here")
+    sync(tmp_path, None)
+    assert artifacts(store, tracker.run_id) == ["nowhere"]
+
+
+def test_sync_without_anything_to_send_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--sync: got .*; there is no mlflow.jsonl in it: nothing waits"):
+        sync(tmp_path, None)
+    journal = Journal(tmp_path)
+    journal.describe(uri=f"sqlite:///{tmp_path}/none.db")
+    with pytest.raises(UserError, match="another process is sending"):
+        sync(tmp_path, None)
+    journal.close(remove=False)
+    with pytest.raises(UserError, match=r"--uri: there is no database .*none.db"):
+        sync(tmp_path, None)
+    with pytest.raises(UserError, match=r"--sync: MLflow at .* cannot be reached: .* not a .*; name it with --uri"):
+        sync(tmp_path, f"sqlite:///{__file__}")
+
+
+def test_an_address_is_stored_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert without_credentials("postgresql://me:pass@host:80/db?password=x") == "postgresql://host:80/db"
+    assert without_credentials("sqlite:///mlflow.db?timeout=3") == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert without_credentials("databricks://profile") == "databricks://profile"
+
+
+def test_a_database_that_cannot_be_written_is_the_users_error(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = store.removeprefix("sqlite:///")
+    with (
+        pytest.raises(UserError, match=r"tracking: MLflow at .*readonly.*mend tracking\.mlflow_uri"),
+        Tracker(TrackingConfig(mlflow_uri=f"sqlite:///file:{file}?mode=ro&uri=true"), JOB, True),
+    ):
+        pass
+
+
+def test_jobs_that_start_together_make_one_experiment(store: str) -> None:
+    from mlflow import MlflowClient
+
+    run = {"experiment": "together", "name": None, "parent": None}
+    with ThreadPoolExecutor(8) as threads:
+        ids = set(threads.map(lambda _: begin(MlflowClient(store), store, run), range(8)))
+    assert len(ids) == 8 and len({read_run(store, run_id).info.experiment_id for run_id in ids}) == 1
