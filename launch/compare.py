@@ -1,4 +1,5 @@
 """Compare finished runs that MLflow has recorded: python launch/compare.py [--experiment NAME] [--pareto] ...
+Send what a run could not, as MLflow was down: python launch/compare.py --sync OUTPUT_FOLDER
 
 Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake in the call.
 """
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from leap_dist.errors import UserError
 
+STORE = "sqlite:///mlflow.db"
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
@@ -17,7 +20,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog="Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake in the call.",
     )
     add = parser.add_argument
-    add("--uri", default="sqlite:///mlflow.db", help="the MLflow store (default: %(default)s, where jobs write)")
+    add("--uri", help=f"the MLflow store (default: {STORE}, where jobs write; with --sync the run's)")
     add("--experiment", action="append", default=[], metavar="NAME", help="runs of an experiment; may come again")
     add("--sweep", metavar="PARENT_RUN_ID", help="the trials of a sweep")
     add("--tag", action="append", default=[], metavar="KEY=VALUE", help='such as "leap.rule=movement"; may come again')
@@ -28,8 +31,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--masks", action="store_true", help="how much the runs' masks overlap (IoU), from their folders")
     add("--diff", nargs=2, metavar=("A", "B"), help="the parameters that two runs differ in, and nothing else")
     add("--plot", type=Path, metavar="FILE", help="the metric over density, .png or .svg")
+    add("--report", type=Path, metavar="FILE", help="a page of all these runs, .html: sort, filter, look at each")
     add("--csv", type=Path, metavar="FILE", help="the table for programs")
     add("--json", metavar="FILE", help="the same; - for standard output, without anything else on it")
+    add("--sync", type=Path, metavar="FOLDER", help="send what a run's folder still has for MLflow, and nothing else")
     return parser.parse_args()
 
 
@@ -39,9 +44,12 @@ def compare(arguments: argparse.Namespace) -> int:
     from leap_dist.tracking.runs import Selection, read_runs
     from leap_dist.train.progress import summary_table
 
-    request = c.Request(arguments.metric, arguments.best, arguments.pareto, arguments.masks, arguments.plot)
+    request = c.Request(
+        arguments.metric, arguments.best, arguments.pareto, arguments.masks, arguments.plot, arguments.report
+    )
     named = arguments.diff or arguments.runs
-    runs = read_runs(arguments.uri, Selection(arguments.experiment, arguments.sweep, arguments.tag, named))
+    uri = STORE if arguments.uri is None else arguments.uri
+    runs = read_runs(uri, Selection(arguments.experiment, arguments.sweep, arguments.tag, named))
     answer = c.differences(*runs) if arguments.diff else c.compare(runs, request, all_named=bool(named))
     for note in answer.notes:
         print(note, file=sys.stderr)
@@ -56,6 +64,11 @@ def main() -> int:
     """Parse, compare; the exit code."""
     arguments = parse_arguments()
     try:
+        if arguments.sync is not None:
+            from leap_dist.tracking.mlflow import sync
+
+            print(sync(arguments.sync, arguments.uri))
+            return 0
         return compare(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

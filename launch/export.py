@@ -31,6 +31,7 @@ def main() -> int:
 
         from leap_dist.export.kinds import export_run, parse_kinds
         from leap_dist.export.run_folder import read_run
+        from leap_dist.tracking.report import write_report
         from leap_dist.train.progress import console, summary_table
 
         kinds = parse_kinds(arguments.to)
@@ -45,6 +46,8 @@ def main() -> int:
             cards.append(card)
         title = f"density {run.certificate.density:.4g}, dense → exported, {threads} thread{'s' * (threads > 1)}"
         summary_table([card.row() for card in cards], title=title)
+        if arguments.output is None:
+            write_report(arguments.run)  # the run's page shows its exports
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
-"""Folders that are complete, or not there."""
+"""Files and folders that are complete, or not there; and where the package's own are."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,3 +26,17 @@ def staged(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file is the old one or the new one, whenever this is cut off."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def shipped(name: str) -> Path:
+    """The launchers or the configs: beside the package in a checkout, inside it where a wheel was installed."""
+    package = Path(__file__).resolve().parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name

@@ -20,6 +20,12 @@ def expand(vary: Mapping[str, Sequence[Any]]) -> list[Settings]:
     return [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
 
 
+def varying(grid: Sequence[Settings]) -> set[str]:
+    """The keys that have not the same value everywhere."""
+    keys = {key for settings in grid for key in settings}
+    return {key for key in keys if any(settings.get(key) != grid[0].get(key) for settings in grid)}
+
+
 def name_of(settings: Settings) -> str:
     """A folder name from the values, the same for the same settings; long or odd ones end in a hash."""
     values = [_words(value) for value in settings.values()]

@@ -10,20 +10,26 @@ from pathlib import Path
 from leap_dist.errors import UserError
 from leap_dist.export.run_folder import CERTIFICATE
 from leap_dist.section import show
-from leap_dist.sweep.grid import Settings, short
+from leap_dist.sweep.grid import Settings, short, varying
 from leap_dist.sweep.rank import Outcome
 from leap_dist.sweep.sweep_file import TARGET, SweepConfig, Trial
 from leap_dist.tasks import metric_names
-from leap_dist.tracking.pareto import Point, draw, higher_is_better, pareto
+from leap_dist.tracking.pareto import Point, higher_is_better, pareto, picture_of
+from leap_dist.tracking.plots import save_all
+from leap_dist.tracking.report import REPORT, Entry, write_page
+from leap_dist.tracking.run_files import exports, read_files
 
-RESULTS, PICTURES = "results.json", ("results.png", "results.svg")
+RESULTS, PICTURE = "results.json", "results"
 TASK = "data.task"
 FRONT = "*"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One trial. What a trial that is not done does not have is None; `cost` is in hours of a GPU, or else of a CPU."""
+    """One trial. What a trial that is not done does not have is None; `cost` is in hours of a GPU, or else of a CPU.
+
+    parameters, latency (ms of a forward pass): of the fastest export in the trial's folder, if it was exported.
+    """
 
     name: str
     settings: Settings
@@ -33,6 +39,9 @@ class Result:
     value: float | None = None
     dense: float | None = None
     weights: int | None = None
+    parameters: float | None = None
+    latency: float | None = None
+    leap_ms: float | None = None
     seconds: float | None = None
     cost: float | None = None
     front: bool = False
@@ -72,13 +81,17 @@ def _result(sweep: SweepConfig, trial: Trial, outcome: Outcome | None, folder: P
         result = replace(result, seconds=outcome.seconds, cost=cost, error="" if kind == "done" else outcome.error)
     if kind != "done":
         return result
-    found = json.loads(path.read_text(encoding="utf-8"))
+    files = read_files(path.parent)
+    found, export = files.certificate, next(iter(exports(path.parent)), None)
     return replace(
         result,
         density=found["density"],
         value=found["metrics"]["pruned"].get(metric),
         dense=found["metrics"].get("dense", {}).get(metric),
         weights=found["kept"],
+        parameters=export.parameters if export else None,
+        latency=export.latency if export else None,
+        leap_ms=files.leap_ms,
         masks_sha256=found["masks_sha256"],
         weights_sha256=found["weights_sha256"],
     )
@@ -95,6 +108,8 @@ def _point(result: Result, metric: str) -> tuple[str, float, float] | None:
 def rows(results: Sequence[Result], metric: str, gpus: int) -> list[dict[str, str | float]]:
     """The results as lines of a table."""
     hours = "GPU hours" if gpus else "CPU hours"
+    columns = {"parameters": "parameters", "latency": "latency ms", "leap_ms": "LEAP ms"}
+    exported = {field: title for field, title in columns.items() if any(getattr(r, field) is not None for r in results)}
     return [
         {
             "front": FRONT if result.front else "",
@@ -103,6 +118,7 @@ def rows(results: Sequence[Result], metric: str, gpus: int) -> list[dict[str, st
             metric: _number(result.value),
             "Δ dense": _number(_difference(result)),
             "weights": _number(result.weights),
+            **{title: _number(getattr(result, field)) for field, title in exported.items()},
             "seconds": _number(result.seconds),
             hours: _number(result.cost),
             "outcome": result.outcome,
@@ -120,23 +136,42 @@ def _difference(result: Result) -> float | None:
 
 
 def write(results: Sequence[Result], metric: str, folder: Path) -> list[str]:
-    """results.json and, if there is anything to draw, the pictures; the names of the files."""
+    """results.json, the page and, if there is anything to draw, the pictures; the names of the files."""
     text = json.dumps({"metric": metric, "trials": [asdict(result) for result in results]}, indent=1)
     (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
-    if not any(result.front for result in results):
-        return [RESULTS]
-    for name in PICTURES:
-        draw(_points(results), metric, folder / name)
-    return [RESULTS, *PICTURES]
+    points = _points(results)
+    picture = picture_of(points, metric) if points else None
+    entries = [_entry(result, folder / result.name) for result in results]
+    write_page(entries, metric, f"Sweep {folder.resolve().name}", picture, folder / REPORT)
+    drawn = save_all(picture, folder / PICTURE) if picture else []
+    return [RESULTS, REPORT, *(file.name for file in drawn)]
+
+
+def _entry(result: Result, folder: Path) -> Entry:
+    return Entry(
+        result.name,
+        result.outcome,
+        {key.rpartition(".")[2]: str(short(value)) for key, value in result.settings.items() if key != TARGET},
+        result.target,
+        result.density,
+        result.value,
+        result.dense,
+        result.weights,
+        result.leap_ms,
+        result.seconds,
+        result.front,
+        folder,
+        result.error,
+    )
 
 
 def _points(results: Sequence[Result]) -> list[Point]:
-    """What there is to draw: a panel a task, a line for each other setting."""
-    points = []
+    """What there is to draw: a panel a task, a line for each other setting that varies."""
+    points, shown = [], varying([result.settings for result in results]) - {TARGET, TASK}
     for result in results:
         if result.density is None or result.value is None:
             continue
         task = str(result.settings.get(TASK, "all trials"))
-        line = ", ".join(str(short(v)) for key, v in result.settings.items() if key not in (TARGET, TASK)) or "pruned"
-        points.append(Point(task, line, result.density, result.value, result.dense, result.front))
+        line = ", ".join(str(short(value)) for key, value in result.settings.items() if key in shown) or "pruned"
+        points.append(Point(task, line, result.density, result.value, result.dense))
     return points

@@ -10,7 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +21,15 @@ from pydantic import BeforeValidator, Field
 from leap_dist.errors import UserError
 from leap_dist.job_file import load_job, parse_section, read_json
 from leap_dist.section import Section
-from leap_dist.sweep.grid import Settings, expand, name_of, short
-from leap_dist.tracking.plots import plot_trade_off
+from leap_dist.sweep.grid import Settings, expand, name_of, short, varying
+from leap_dist.tracking.pareto import Point as Drawn
+from leap_dist.tracking.pareto import higher_is_better, pareto, picture_of
+from leap_dist.tracking.plots import save_all
+from leap_dist.tracking.report import REPORT, Entry, write_page
+from leap_dist.tracking.run_files import read_files
 
-SEED, TARGET = "train.seed", "leap.target"
-PANELS = ("data.task", "leap.gates")  # keys that part the picture into panels
+SEED, TARGET, TASK = "train.seed", "leap.target", "data.task"
+PANELS = (TASK, "leap.gates")  # keys that part the picture into panels
 RESULT = "study.json"
 
 
@@ -188,9 +192,7 @@ def _value(cell: Cell, model: str, metric: str) -> float:
 
 def rows(points: Sequence[Point]) -> list[dict[str, str | float]]:
     """The points as lines of a table, with the settings in which they differ."""
-    differing = {
-        key for point in points for key in point.settings if point.settings[key] != points[0].settings.get(key)
-    }
+    differing = varying([point.settings for point in points])
     return [
         {
             **{key.rpartition(".")[2]: short(value) for key, value in point.settings.items() if key in differing},
@@ -205,16 +207,47 @@ def rows(points: Sequence[Point]) -> list[dict[str, str | float]]:
     ]
 
 
-def draw(points: Sequence[Point], metric: str, output: Path) -> Path:
-    """study.png and study.svg: a panel for each combination of gates and task, a line for each other setting."""
-    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
-    dense: dict[str, float] = {}
-    for point in points:
-        shown = {key: str(short(value)) for key, value in point.settings.items() if key != TARGET}
-        title = ", ".join(value for key, value in shown.items() if key in PANELS) or "all"
-        line = ", ".join(value for key, value in shown.items() if key not in PANELS) or "leap"
-        panels.setdefault(title, {}).setdefault(line, []).append((point.density, point.mean, point.spread))
-        dense.setdefault(title, point.dense)
-    for suffix in ("svg", "png"):
-        plot_trade_off(panels, dense, metric, output / f"study.{suffix}")
-    return output / "study.png"
+def show(cells: Sequence[Cell], points: Sequence[Point], metric: str | None, output: Path) -> list[Path]:
+    """study.png and study.svg, that also dark, and report.html, the page of all cells; the files."""
+    name = metric or next(iter(cells[0].metrics["pruned"]))
+    lines = varying([point.settings for point in points]) - {TARGET, *PANELS}
+    picture = picture_of([_drawn(point, lines) for point in points], name)
+    values = [_value(cell, "pruned", name) for cell in cells]
+    sign = 1.0 if higher_is_better(name) else -1.0
+    panels = [_panel(cell.settings) for cell in cells]
+    front = pareto([(p, c.density, sign * v) for p, c, v in zip(panels, cells, values, strict=True)])
+    entries = [_entry(cell, name, best, output) for cell, best in zip(cells, front, strict=True)]
+    write_page(entries, name, f"Study {output.resolve().name}", picture, output / REPORT)
+    return [*save_all(picture, output / "study"), output / REPORT]
+
+
+def _panel(settings: Settings) -> str:
+    """Cells of one task and one kind of gates share a panel, and are measured against each other."""
+    return _words(settings, PANELS) or "all"
+
+
+def _drawn(point: Point, lines: Collection[str]) -> Drawn:
+    """A point of the picture, with a line for each combination of the settings `lines`."""
+    line = _words(point.settings, lines) or "pruned"
+    return Drawn(_panel(point.settings), line, point.density, point.mean, point.dense, point.spread)
+
+
+def _words(settings: Settings, keys: Collection[str]) -> str:
+    return ", ".join(str(short(value)) for key, value in settings.items() if key in keys)
+
+
+def _entry(cell: Cell, metric: str, front: bool, output: Path) -> Entry:
+    files = read_files(output / cell.folder)
+    return Entry(
+        cell.folder,
+        "done",
+        {key.rpartition(".")[2]: str(short(value)) for key, value in cell.settings.items() if key != TARGET},
+        files.certificate["target"],
+        cell.density,
+        _value(cell, "pruned", metric),
+        _value(cell, "dense", metric),
+        files.certificate["kept"],
+        files.leap_ms,
+        front=front,
+        folder=output / cell.folder,
+    )

@@ -20,7 +20,15 @@ from leap_dist.tracking.mlflow import parameters
 
 TARGET = "leap.target"
 MAX_VALUES = 10_000
-FREE_TO_CHANGE = ("tracking.", "train.checkpoint_every", "train.log_every")
+FREE_TO_CHANGE = (
+    "tracking.",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.max_bad_steps",
+    "train.collective_timeout",
+)
 """Keys of a job by which a sweep does not become another one."""
 
 

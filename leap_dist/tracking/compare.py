@@ -14,65 +14,39 @@ from typing import Any
 
 from leap_dist.errors import UserError
 from leap_dist.tracking.mlflow import differing
-from leap_dist.tracking.pareto import LOWER_IS_BETTER, Point, draw, higher_is_better, pareto
+from leap_dist.tracking.pareto import LOWER_IS_BETTER, higher_is_better, pareto, picture_of
+from leap_dist.tracking.rows import (
+    DENSE,
+    DENSITY,
+    PRUNED,
+    TARGET,
+    Row,
+    entry,
+    folder_of,
+    number,
+    points,
+    records,
+    table,
+)
+from leap_dist.tracking.run_files import exports
 from leap_dist.tracking.runs import StoredRun
 
-PRUNED, DENSE, DENSITY = "pruned_", "dense_", "pruned_density"
-TARGET, TASK = "leap.target", "data.task"
 NOT_SET = "(not set)"
-PICTURES = (".png", ".svg")
+PICTURES, PAGE = (".png", ".svg"), ".html"
 MOST_NAMED = 5  # runs in one part of a message
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 @dataclass(frozen=True)
-class Row:
-    """A finished run and what it is compared by. value, dense: of the metric; overhead: LEAP's ms per pruning step.
-
-    What an older version did not log, and what is not a number, is None.
-    """
-
-    run: StoredRun
-    density: float
-    value: float | None
-    dense: float | None
-    front: bool = False
-
-    @property
-    def target(self) -> float:
-        """The density that was asked for."""
-        return float(self.run.params[TARGET])
-
-    @property
-    def task(self) -> str:
-        """Only models of one task can be compared."""
-        return self.run.params.get(TASK, "")
-
-    @property
-    def difference(self) -> float | None:
-        """What pruning cost."""
-        return None if self.value is None or self.dense is None else self.value - self.dense
-
-    @property
-    def kept(self) -> int | None:
-        """Prunable weights that are left."""
-        return None if (kept := _number(self.run, "kept_weights")) is None else round(kept)
-
-    @property
-    def overhead(self) -> float | None:
-        """Milliseconds of LEAP in a step of the prune phase."""
-        return _number(self.run, "leap_ms")
-
-
-@dataclass(frozen=True)
 class Request:
-    """What to make of the runs. best: a condition as `parse_condition` takes it; plot: the picture's file."""
+    """What to make of the runs. best: a condition as `parse_condition` takes it; plot, report: files to write."""
 
     metric: str | None = None
     best: str | None = None
     pareto: bool = False
     masks: bool = False
     plot: Path | None = None
+    report: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError before anything is read."""
@@ -80,6 +54,8 @@ class Request:
             parse_condition(self.best)
         if self.plot is not None and self.plot.suffix not in PICTURES:
             raise UserError(f"--plot: got {self.plot}; allowed: a file that ends in {' or '.join(PICTURES)}")
+        if self.report is not None and self.report.suffix != PAGE:
+            raise UserError(f"--report: got {self.report}; allowed: a file that ends in {PAGE}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +80,7 @@ class Condition:
 
     def holds(self, row: Row) -> bool:
         """Whether the run of a row reaches it."""
-        value = _number(row.run, PRUNED + self.metric)
+        value = number(row.run, PRUNED + self.metric)
         return value is not None and bool(OPERATORS[self.sign](value, self.bound))
 
 
@@ -124,7 +100,7 @@ def parse_condition(text: str) -> Condition:
 
 
 def compare(runs: Sequence[StoredRun], request: Request, all_named: bool = False) -> Answer:
-    """The table of the finished runs, and what else was asked for; the picture has all runs, also with --best.
+    """The table of the finished runs, and what else was asked for; picture and report have all, also with --best.
 
     all_named: each run was named, so that one without a result is an error. Raises UserError.
     """
@@ -137,6 +113,9 @@ def compare(runs: Sequence[StoredRun], request: Request, all_named: bool = False
     if request.plot is not None:
         plot(rows, metric, request.plot)
         notes.append(f"picture: {request.plot}")
+    if request.report is not None:
+        report(rows, metric, request.report, notes[: len(left_out)])
+        notes.append(f"report: {request.report}")
     shown = [row for row in rows if row.front or not request.pareto]
     title = f"{metric}; * on the Pareto front"
     if condition:
@@ -209,7 +188,8 @@ def rows_of(runs: Sequence[StoredRun], metric: str) -> list[Row]:
     for run in runs:
         density = _density(run)
         assert density is not None, run.label
-        rows.append(Row(run, density, _number(run, PRUNED + metric), _number(run, DENSE + metric)))
+        export = next(iter(exports(folder_of(run))), None)
+        rows.append(Row(run, density, number(run, PRUNED + metric), number(run, DENSE + metric), export))
     sign = 1.0 if higher_is_better(metric) else -1.0
     front = pareto([None if row.value is None else (row.task, row.density, sign * row.value) for row in rows])
     marked = [replace(row, front=best) for row, best in zip(rows, front, strict=True)]
@@ -224,47 +204,12 @@ def best(rows: Sequence[Row], condition: Condition) -> Row | None:
 def nearest_miss(rows: Sequence[Row], condition: Condition) -> str:
     """What to say when no row reaches the condition."""
     name = PRUNED + condition.metric
-    values = [(value, row) for row in rows if (value := _number(row.run, name)) is not None]
+    values = [(value, row) for row in rows if (value := number(row.run, name)) is not None]
     if not values:
         return f"no run has {condition}: none has a number there"
     choose = max if condition.sign.startswith(">") else min
     value, row = choose(values, key=lambda pair: pair[0])
     return f"no run has {condition}; the nearest is {value:.4g}, {row.run.label} at density {row.density:.4g}"
-
-
-def table(rows: Sequence[Row], metric: str) -> list[dict[str, str | float]]:
-    """The rows as lines of a table; a cell without a value is left out."""
-    several = len({row.task for row in rows}) > 1
-    lines = []
-    for row in rows:
-        cells: dict[str, Any] = {"front": "*" if row.front else "", "run": row.run.name, "id": row.run.id[:8]}
-        cells |= {"task": row.task} if several else {}
-        cells |= {"target": row.target, "density": row.density, metric: row.value, "Δ dense": row.difference}
-        cells |= {"weights": row.kept, "LEAP ms": row.overhead, "seconds": row.run.seconds}
-        lines.append({name: value for name, value in cells.items() if value is not None})
-    return lines
-
-
-def records(rows: Sequence[Row], metric: str) -> list[dict[str, Any]]:
-    """The rows for programs: every key in every record, ids in full."""
-    return [
-        {
-            "run": row.run.name,
-            "id": row.run.id,
-            "task": row.task,
-            "target": row.target,
-            "density": row.density,
-            "metric": metric,
-            "value": row.value,
-            "dense": row.dense,
-            "difference": row.difference,
-            "kept_weights": row.kept,
-            "leap_ms": row.overhead,
-            "seconds": row.run.seconds,
-            "front": row.front,
-        }
-        for row in rows
-    ]
 
 
 def differences(one: StoredRun, other: StoredRun) -> Answer:
@@ -298,34 +243,33 @@ def write(answer: Answer, json_target: str | None, csv_path: Path | None) -> Non
 
 def plot(rows: Sequence[Row], metric: str, path: Path) -> None:
     """The metric over density, the front ringed: a panel a task, a line for each rule and gates."""
-    points = [
-        Point(row.task or "all runs", _line(row.run), row.density, row.value, row.dense, row.front)
-        for row in rows
-        if row.value is not None
-    ]
-    if not points:
+    from leap_dist.tracking.plots import save
+
+    found = points(rows)
+    if not found:
         raise UserError(f"--plot: there is nothing to draw: no run has a number for {metric}")
     try:
-        draw(points, metric, path)
+        save(picture_of(found, metric), path)
     except OSError as error:
         raise UserError(f"--plot: {path} cannot be written: {error.strerror}") from error
 
 
-def _line(run: StoredRun) -> str:
-    """Runs of one line in a picture differ in their target alone, or in what is not shown."""
-    gates = run.tags.get("leap.gates") or run.params.get("leap.gates", "")
-    return ", ".join(text for text in (run.params.get("leap.rule", ""), gates) if text) or "pruned"
+def report(rows: Sequence[Row], metric: str, path: Path, notes: Sequence[str]) -> None:
+    """The page of all rows, in their order; notes: what to say below it. Raises UserError if it cannot be written."""
+    from leap_dist.tracking.report import write_page
+
+    found = points(rows)
+    picture = picture_of(found, metric) if found else None
+    try:
+        write_page([entry(row) for row in rows], metric, f"Pruned models by {metric}", picture, path, notes)
+    except OSError as error:
+        raise UserError(f"--report: {path} cannot be written: {error.strerror}") from error
 
 
 def _density(run: StoredRun) -> float | None:
     """What is left; older versions logged it with the steps alone, exact at the last of them."""
-    exact = _number(run, DENSITY)
-    return _number(run, "density") if exact is None else exact
-
-
-def _number(run: StoredRun, metric: str) -> float | None:
-    value = run.metrics.get(metric)
-    return None if value is None or not math.isfinite(value) else value
+    exact = number(run, DENSITY)
+    return number(run, "density") if exact is None else exact
 
 
 def _first(texts: list[str]) -> list[str]:

@@ -10,9 +10,8 @@ import numpy as np
 from leap_dist.errors import UserError
 from leap_dist.export.masks import masks_of
 from leap_dist.export.run_folder import read_run
-from leap_dist.tracking.runs import StoredRun
+from leap_dist.tracking.runs import FOLDER, StoredRun
 
-FOLDER = "leap.folder"  # the tag that says where a run's files are
 MOST_RUNS = 20  # more make a table that nobody reads
 
 Packed = dict[str, np.ndarray]

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from leap_dist.tracking.plots import COLOURS, plot_trade_off
+from leap_dist.tracking.plots import COLOURS, Picture, trade_off
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A pruned model in the picture: models of one group share a panel, those of one line a line."""
+    """A pruned model in the picture: models of one group share a panel, those of one line a line.
+
+    spread: the standard deviation of `value` over seeds, if it is a mean.
+    """
 
     group: str
     line: str
     density: float
     value: float
     dense: float | None
-    front: bool
+    spread: float = 0.0
 
 
 def higher_is_better(metric: str) -> bool:
@@ -43,18 +45,20 @@ def pareto(points: Sequence[tuple[str, float, float] | None]) -> list[bool]:
     return [point is not None and not beaten(point) for point in points]
 
 
-def draw(points: Sequence[Point], metric: str, path: Path) -> None:
-    """The picture: a panel a group, with its front ringed; of more lines than there are colours the front alone."""
+def picture_of(points: Sequence[Point], metric: str) -> Picture:
+    """A panel a group, with its front ringed; of more lines than there are colours the front alone."""
+    sign = 1.0 if higher_is_better(metric) else -1.0
+    fronts: dict[str, list[tuple[float, float]]] = {}
+    for point, best in zip(points, pareto([(p.group, p.density, sign * p.value) for p in points]), strict=True):
+        if best:
+            fronts.setdefault(point.group, []).append((point.density, point.value))
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     dense: dict[str, float] = {}
-    fronts: dict[str, list[tuple[float, float]]] = {}
     for point in points:
-        panels.setdefault(point.group, {}).setdefault(point.line, []).append((point.density, point.value, 0.0))
+        panels.setdefault(point.group, {}).setdefault(point.line, []).append((point.density, point.value, point.spread))
         if point.dense is not None:
             dense.setdefault(point.group, point.dense)
-        if point.front:
-            fronts.setdefault(point.group, []).append((point.density, point.value))
     for group, lines in panels.items():
         if len(lines) > len(COLOURS):
             panels[group] = {"best of all": [(density, value, 0.0) for density, value in fronts[group]]}
-    plot_trade_off(panels, dense, metric, path, fronts)
+    return trade_off(panels, dense, metric, fronts)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from leap_dist.errors import UserError
-from leap_dist.tracking.mlflow import PARENT, hide_password, reading
+from leap_dist.errors import UserError, hide_secrets
+from leap_dist.tracking.store import PARENT, reading
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+FOLDER = "leap.folder"  # the tag that says where a run's files are
 PAGE = 1000  # runs or experiments in one request; every MLflow server gives as many
 MOST_LISTED = 20  # names in one message
 
@@ -66,7 +67,7 @@ def read_runs(uri: str, selection: Selection) -> list[StoredRun]:
         asked = [f"--experiment {name}" for name in selection.experiments]
         asked += [f"--sweep {selection.sweep}"] if selection.sweep else []
         asked += [f"--tag {tag}" for tag in selection.tags]
-        raise UserError(f"{hide_password(uri)} has no run{' with ' if asked else ''}{' '.join(asked)}")
+        raise UserError(f"{hide_secrets(uri)} has no run{' with ' if asked else ''}{' '.join(asked)}")
     return found
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.sweep.study import RESULT
-from leap_dist.tracking.plots import plot_trade_off
+from leap_dist.tracking.pareto import Point, picture_of
+from leap_dist.tracking.plots import save_all
 
 SEED = 17
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,18 +147,16 @@ def line_of(cell: dict[str, Any]) -> str:
 
 def show(task: str, result: dict[str, Any]) -> None:
     """Print a task's table, and draw it."""
-    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    points = []
     for gates, cells in result["cells"].items():
         for cell in cells:
             accuracy = cell["metrics"]["pruned"]["accuracy"]
-            panels.setdefault(gates, {}).setdefault(line_of(cell), []).append((cell["density"], accuracy, 0.0))
+            points.append(Point(gates, line_of(cell), cell["density"], accuracy, result["start"]["accuracy"]))
             ratios = sorted(cell["keep_ratios"].values())
             print(
                 f"{task} {gates} {cell['density']:.3f} {line_of(cell)} {accuracy:.4f} {ratios[0]:.4f}-{ratios[-1]:.4f}"
             )
-    dense = dict.fromkeys(panels, result["start"]["accuracy"])
-    for suffix in ("png", "svg"):
-        plot_trade_off(panels, dense, "accuracy", RESULTS / f"accuracy_{task}.{suffix}")
+    save_all(picture_of(points, "accuracy"), RESULTS / f"accuracy_{task}")
 
 
 def main() -> None:

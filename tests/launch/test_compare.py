@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from leap_dist.config import TrackingConfig
+from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.mlflow import Tracker
 from tests.launch.scripts import load_script
 
@@ -59,6 +60,8 @@ def test_answers_and_their_exit_codes(
     assert "[thin]" in printed.out and "Pareto front" in printed.out and printed.err == ""
     assert call(script, monkeypatch, folder, "--best", "accuracy>=0.85", "--json", "-") == 0
     assert [line["run"] for line in json.loads(capsys.readouterr().out)] == ["thick"]
+    assert call(script, monkeypatch, folder, "--report", "all.html") == 0
+    assert capsys.readouterr().err == "report: all.html\n" and "[thin]" in (folder / "all.html").read_text("utf-8")
     assert call(script, monkeypatch, folder, "--diff", "[thin]", "thick") == 0
     assert "leap.target" in capsys.readouterr().out
     assert call(script, monkeypatch, folder, "--diff", "thick", "thick", "--csv", "same.csv") == 0
@@ -67,13 +70,34 @@ def test_answers_and_their_exit_codes(
     assert "no run has accuracy >= 0.95; the nearest is 0.9, thick (" in capsys.readouterr().err
 
 
+def test_what_a_run_could_not_send_is_sent(
+    script: ModuleType,
+    empty_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
+    with Tracker(TrackingConfig(mlflow_uri=store), {}, True) as tracker:
+        pass
+    journal = Journal(tmp_path / "run")
+    journal.describe(run_id=tracker.run_id, uri=store, status="FINISHED")
+    journal.add("metrics", time=1, step=20, values={"loss": 1.0})
+    journal.close(remove=False)
+    assert call(script, monkeypatch, tmp_path, "--sync", "run") == 0
+    assert capsys.readouterr().out == f"MLflow at {store} has taken 1 records of run {tracker.run_id}\n"
+    assert not list((tmp_path / "run").iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--experiment", "laep"], "--experiment: there is no laep; known: leap, Default\n"),
         (["--best", "accuracy~1"], '--best: got "accuracy~1"; allowed: a metric'),
         (["--plot", "a.pdf"], "--plot: got a.pdf; allowed"),
+        (["--report", "none/a.html"], "--report: none/a.html cannot be written: No such file"),
         (["--uri", "sqlite:///none.db"], "--uri: there is no database"),
+        (["--sync", "."], "--sync: got .; there is no mlflow.jsonl in it: nothing waits there for MLflow"),
     ],
 )
 def test_a_mistake_is_one_message(

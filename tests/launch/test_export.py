@@ -50,6 +50,7 @@ def test_an_export_ends_with_a_table(
 def test_exports_go_to_the_run_by_default(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch(monkeypatch, "export", str(run), "--to", "mask") == 0
     assert (run / "export" / "mask" / "card.json").is_file()
+    assert "<td>mask</td>" in (run / "report.html").read_text("utf-8")
     assert launch(monkeypatch, "export", str(run), "--to", "mask") == 0  # an older export is replaced
 
 

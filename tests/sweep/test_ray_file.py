@@ -21,6 +21,7 @@ from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import combinations, read_sweep, trials_of
 from leap_dist.tracking.pareto import pareto
 from tests.sweep.jobs import sweep_file
+from tests.tracking.folders import Page, export_card
 
 ROOT = Path(__file__).resolve().parents[2]
 LADDER: dict[str, Any] = {"mode": "ladder", "vary": {"leap.target": [0.1, 0.7, 0.3]}}
@@ -171,6 +172,7 @@ def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
         metrics = {"dense": {"accuracy": 0.9, "loss": 1.0}, "pruned": {"accuracy": accuracy, "loss": 2.0}}
         content = {"density": float(name), "kept": 7, "metrics": metrics, "masks_sha256": "m", "weights_sha256": "w"}
         (tmp_path / name / "certificate.json").write_text(json.dumps(content))
+    export_card(tmp_path / "0.3", "onnx", 1.5)
     ended = {"0.5": Outcome("done", 36.0), "0.1": Outcome("failed", 1.0, "no luck")}
     assert metric_of(sweep, trials) == "accuracy"
     results = collect(sweep, trials, ended, tmp_path, "accuracy")
@@ -181,9 +183,13 @@ def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
     ]
     table = rows(results, "accuracy", gpus=0)
     assert table[0]["CPU hours"] == pytest.approx(0.02) and table[0]["Δ dense"] == pytest.approx(-0.1)
+    assert table[1]["latency ms"] == 1.5 and table[0]["parameters"] == "" and "LEAP ms" not in table[0]
     assert table[1]["front"] == "*" and table[1]["seconds"] == "" and table[2]["accuracy"] == ""
     names = write(results, "accuracy", tmp_path)
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG") and "results.svg" in names
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "report.html" in names and page.count["tbody"] == 3 and "no luck" in page.text and "★ 0.3" in page.text
+    assert write(results[2:], "accuracy", tmp_path / "0.5") == ["results.json", "report.html"]  # nothing to draw
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["trials"][2]["error"] == "no luck" and saved["trials"][1]["weights_sha256"] == "w"
 

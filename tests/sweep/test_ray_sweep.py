@@ -37,7 +37,7 @@ def wait_until(happened: Callable[[], bool], driver: subprocess.Popen[str], told
 
 
 def has_checkpoint(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("step-*/state.json"))
+    return any((folder / "checkpoints").glob("step-*/manifest.json"))
 
 
 def rank_processes(folder: Path) -> list[int]:

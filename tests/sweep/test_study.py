@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 
 from leap_dist.errors import UserError
 from leap_dist.sweep.grid import expand, name_of, short
-from leap_dist.sweep.study import Cell, draw, read_study, rows, run_study, summarize
+from leap_dist.sweep.study import Cell, read_study, rows, run_study, show, summarize
 from tests.sweep import jobs
+from tests.tracking.folders import Page, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "prune.py"
@@ -71,8 +73,6 @@ def test_means_and_spreads_over_seeds(tmp_path: Path) -> None:
         "dense": 0.9,
         "keep ratios": "0.250 to 0.250",
     }
-    picture = draw(points, "accuracy", tmp_path)
-    assert picture.read_bytes().startswith(b"\x89PNG") and "<svg" in (tmp_path / "study.svg").read_text()
     with pytest.raises(UserError, match=r'^metric: got "f1"; x has accuracy, loss; choose one'):
         summarize(cells, "f1")
 
@@ -120,3 +120,20 @@ def test_the_launcher_tells_of_a_missing_study(tmp_path: Path) -> None:
 def test_every_study_in_configs_is_valid() -> None:
     for file in (ROOT / "configs" / "studies").glob("*.json"):
         assert read_study(file).vary
+
+
+def test_pictures_and_a_page_of_all_cells(tmp_path: Path) -> None:
+    cells = []
+    for number, (seed, accuracy) in enumerate(((1, 0.8), (2, 0.9))):
+        folder = run_folder(tmp_path / f"cell{number}")
+        cells.append(replace(cell(0.5, seed, accuracy), folder=folder.name))
+    files = show(cells, summarize(cells), None, tmp_path)
+    assert [file.name for file in files] == [
+        "study.png",
+        "study.svg",
+        "study_dark.svg",
+        "report.html",
+    ]
+    assert files[0].read_bytes().startswith(b"\x89PNG") and "accuracy" in files[1].read_text("utf-8")
+    page = Page(files[-1].read_text("utf-8"))
+    assert page.count["tbody"] == 2 and "★ cell1" in page.text and "★ cell0" not in page.text

@@ -32,6 +32,7 @@ from leap_dist.tracking.compare import (
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.tracking.overlap import FOLDER, overlaps
 from leap_dist.tracking.runs import Selection, StoredRun, find, read_runs
+from tests.tracking.folders import Page, export_card
 
 CLOCK = {"data": {"task": "builtin/clock"}}
 PARENT = "a" * 32
@@ -193,6 +194,24 @@ def test_a_run_of_an_older_version_lacks_what_it_did_not_log(store: str) -> None
     assert answer.records[1]["kept_weights"] is None
 
 
+def test_what_an_export_weighs_and_how_fast_it_is(tmp_path: Path) -> None:
+    export_card(tmp_path / "small", "shrunk", 3.0)
+    export_card(tmp_path / "small", "onnx", 1.0)
+    metrics = {"pruned_accuracy": 0.5, "pruned_density": 0.1}
+    runs = [stored("gone", 0.1, metrics, folder="/nowhere"), stored("none", 0.1, metrics)]
+    runs.append(stored("small", 0.1, metrics, folder=str(tmp_path / "small")))
+    answer = compare(runs, Request())
+    gone, none, small = answer.tables[TABLE]  # equal in all that is sorted by, so in the order of the store
+    assert small.items() >= {"parameters": 2000, "MB": 0.008, "latency ms": 1.0}.items()
+    assert not {"parameters", "MB", "latency ms"} & (gone.keys() | none.keys())
+    assert [(r["run"], r["export"], r["bytes"], r["latency_ms"]) for r in answer.records] == [
+        ("gone", None, None, None), ("none", None, None, None), ("small", "onnx", 8000, 1.0),
+    ]  # fmt: skip
+    (tmp_path / "small" / "export" / "onnx" / "card.json").write_text("{")
+    with pytest.raises(UserError, match=r"^.*/onnx/card\.json: damaged: "):
+        compare(runs, Request())
+
+
 def test_a_named_run_has_to_be_finished(store: str) -> None:
     with pytest.raises(
         UserError, match=r"^broken \(\w{8}\) has no density .*: it did not finish, its status is FAILED"
@@ -281,6 +300,22 @@ def test_pictures(store: str, tmp_path: Path) -> None:
     lost = stored("lost", 0.5, {"pruned_accuracy": math.nan, "pruned_density": 0.5})
     with pytest.raises(UserError, match=r"^--plot: there is nothing to draw: no run has a number for accuracy"):
         compare([lost], Request(plot=tmp_path / "a.png"))
+
+
+def test_a_page_of_all_runs(store: str, tmp_path: Path) -> None:
+    runs = read_runs(store, Selection(["ratios"]))
+    answer = compare(runs, Request(report=tmp_path / "a.html", best="accuracy>=0.85"))
+    assert answer.notes[-1] == f"report: {tmp_path / 'a.html'}" and len(answer.records) == 1
+    page = Page((tmp_path / "a.html").read_text("utf-8"))
+    assert page.count["tbody"] == 3 and page.count["svg"] == 1 and "left out: broken" in page.text
+    assert all(part in page.text for part in ("★ small", "middle", "beaten", "data.task"))
+    lost = stored("lost", 0.5, {"pruned_accuracy": math.nan, "pruned_density": 0.5})
+    compare([lost], Request(report=tmp_path / "b.html"))
+    assert Page((tmp_path / "b.html").read_text("utf-8")).count["tbody"] == 1
+    with pytest.raises(UserError, match=r"^--report: got a\.htm; allowed: a file that ends in \.html"):
+        Request(report=Path("a.htm"))
+    with pytest.raises(UserError, match=r"^--report: .*/none/a\.html cannot be written: No such file"):
+        compare(runs, Request(report=tmp_path / "none" / "a.html"))
 
 
 def test_records_are_written(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
