@@ -1,4 +1,4 @@
-"""Run a study: python launch/study.py configs/study_clock.json [--output DIR] [--workers N]
+"""Run a study: python launch/study.py configs/studies/clock.json [--output DIR] [--workers N]
 
 Exit codes: 0 done; 1 a cell failed, or a fault of ours; 2 a mistake in the study file or the call.
 """
@@ -27,7 +27,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         from leap_dist.sweep.grid import expand
-        from leap_dist.sweep.study import draw, read_study, rows, run_study, summarize
+        from leap_dist.sweep.study import read_study, rows, run_study, show, summarize
         from leap_dist.train.progress import console, summary_table
 
         if arguments.workers < 1:
@@ -40,7 +40,7 @@ def main() -> int:
         if cells:
             points = summarize(cells, study.metric)
             summary_table(rows(points), title=f"{arguments.study.stem}: {study.metric or 'the main metric'}")
-            told(f"picture: {draw(points, study.metric or 'main metric', output)}")
+            told(f"pictures and page: {', '.join(map(str, show(cells, points, study.metric, output)))}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,14 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leap_dist.models.shrink import load_pruned
-    from leap_dist.zero.engine import finalize, initialize
+    from leap_dist.train.trainer import LeapCallback
+    from leap_dist.zero.engine import attach, finalize, host, initialize, release
 
-__all__ = ["finalize", "initialize", "load_pruned"]
+__all__ = ["LeapCallback", "attach", "finalize", "host", "initialize", "load_pruned", "release"]
 
 _HOMES = {
+    "LeapCallback": "leap_dist.train.trainer",
+    "attach": "leap_dist.zero.engine",
     "finalize": "leap_dist.zero.engine",
+    "host": "leap_dist.zero.engine",
     "initialize": "leap_dist.zero.engine",
     "load_pruned": "leap_dist.models.shrink",
+    "release": "leap_dist.zero.engine",
 }
 
 

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from leap_dist.config import DEEPSPEED_KEYS, GATE_NAMES, OPTIONAL, SECTIONS, JobConfig, LeapConfig
 from leap_dist.errors import UserError
+from leap_dist.files import shipped
 from leap_dist.section import Section, is_int, nearest, show
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_FOLDER = shipped("configs")
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -25,7 +26,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a job file and apply overrides of the form "leap.target=0.05".
 
-    A bare name is looked up in the checkout's configs/ too, and ".json" may be left out. The part of an
+    A bare name is looked up in the configs/ that come with leap_dist too, and ".json" may be left out. The part of an
     override after "=" is JSON, or else a plain string.
     """
     file = _find(Path(path))
@@ -85,6 +86,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: lists or objects are nested too deeply") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file}: got {show(raw)}; allowed: a JSON object")
     return raw
@@ -121,7 +124,7 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
 def _override_value(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=_no_constant)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

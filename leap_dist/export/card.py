@@ -58,6 +58,8 @@ class Card:
     masks_sha256: str = ""
     weights_sha256: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
+    """The hub id of the model that the run started from, if it has one."""
 
     def write(self, folder: Path) -> None:
         """card.json and README.md."""
@@ -65,9 +67,9 @@ class Card:
         (folder / README).write_text(self.page(), "utf-8")
 
     def page(self) -> str:
-        """The card as Markdown."""
-        lines = [f"# {self.kind}: {TITLES[self.kind]}", "", f"Pruned to a density of {self.density:.4f} ", ""]
-        lines[2] += f"(target {self.target:g}) of the prunable weights."
+        """The card as Markdown, under what the hub reads of it."""
+        lines = [*self._hub_lines(), f"# {self.kind}: {TITLES[self.kind]}", ""]
+        lines += [f"Pruned to a density of {self.density:.4f} (target {self.target:g}) of the prunable weights.", ""]
         lines += ["| | dense | this export | ratio |", "|---|---|---|---|", *map(_row, self._measures()), ""]
         lines += [f"- {note}" for note in self._notes()]
         return "\n".join(lines) + "\n"
@@ -83,6 +85,12 @@ class Card:
         if self.logit_difference is not None:
             cells["logits differ"] = f"{self.logit_difference:.1e}"
         return cells
+
+    def _hub_lines(self) -> list[str]:
+        """YAML, as a model card on the Hugging Face hub begins."""
+        library = "onnx" if self.kind == "onnx" else "transformers"
+        base = [f"base_model: {json.dumps(self.base_model)}"] if self.base_model else []
+        return ["---", f"library_name: {library}", *base, "tags: [pruning, leap]", "---", ""]
 
     def _measures(self) -> list[tuple[str, Pair, str]]:
         """(name, values, format) of the table."""

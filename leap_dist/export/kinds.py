@@ -176,7 +176,15 @@ def _card(kind: str, models: Models, exported: Exported, folder: Path, threads: 
         masks_sha256=certificate.masks_sha256,
         weights_sha256=certificate.weights_sha256,
         machine=machine(),
+        base_model=_hub_id(models.run),
     )
+
+
+def _hub_id(run: Run) -> str | None:
+    """What the run's model is called on the hub; None for a local folder, or a model that began from a config."""
+    name = run.job["model"].get("name")
+    local = name is None or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    return None if local else name
 
 
 def _latency(models: Models, exported: Exported, batch: int, threads: int) -> Latency:

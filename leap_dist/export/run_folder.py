@@ -111,7 +111,7 @@ def _read_job(folder: Path) -> dict[str, Any]:
         raise UserError(f"RUN: got {folder}; there is no such folder")
     try:
         job = json.loads((folder / RESOLVED).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         job = None
     if not isinstance(job, dict) or not {"leap", "model"} <= job.keys():
         raise UserError(

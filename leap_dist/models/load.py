@@ -188,7 +188,9 @@ def _check_folder(name: str, key: str = "model.name") -> None:
     if is_path and not folder.is_dir():
         raise UserError(f'{key}: got "{name}"; there is no such folder')
     if is_path and key == "model.name" and not (folder / "config.json").is_file():
-        raise UserError(f'model.name: got "{name}"; that folder has no config.json')
+        adapter = (folder / "adapter_config.json").is_file()
+        what = "holds a PEFT adapter: merge it with its model, and save that" if adapter else "has no config.json"
+        raise UserError(f'model.name: got "{name}"; that folder {what}')
 
 
 def _check_weights(name: str) -> None:

@@ -109,7 +109,9 @@ def reading(key: str, file: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except (csv.Error, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (csv.Error, ValueError, RecursionError) as error:  # of JSON: also too many digits, and too deep nesting
         raise UserError(f"{key}: {file}: cannot be read: {error}") from error
 
 

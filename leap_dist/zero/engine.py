@@ -1,4 +1,7 @@
-"""initialize and finalize: DeepSpeed hosts and shards the training, LEAP runs in the optimizer step."""
+"""initialize and finalize: DeepSpeed hosts and shards the training, LEAP runs in the optimizer step.
+
+initialize is host, deepspeed.initialize and attach; the two ends are for whoever builds the engine in another way.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from leap_dist.config import SECTIONS, LeapConfig
 from leap_dist.core.counting import Counter, check_exact
@@ -26,7 +30,7 @@ from leap_dist.zero.binding import (
     refresh_hosted,
 )
 from leap_dist.zero.ranks import errors_only, join_alone
-from leap_dist.zero.refusals import check_engine_config
+from leap_dist.zero.refusals import check_engine_config, check_hosting
 
 PREFIX = THRESHOLDS.split(".")[0]  # the submodule that hosts the gates' parameters
 ALL_IN_ONE = 10**15  # a ZeRO-3 sub-group that is never full: one step sees all of a gate
@@ -37,6 +41,7 @@ class LeapGates(nn.Module):
 
     def __init__(self, plan: GatePlan) -> None:
         super().__init__()
+        self.hooks: list[RemovableHandle] = []  # on the model's routers, if experts are pruned
         self.thresholds = nn.Parameter(torch.zeros(len(plan.gates)))
         if plan.num_structured_units:
             self.scores = nn.Parameter(torch.zeros(plan.num_structured_units))
@@ -72,20 +77,12 @@ def initialize(
     if model is None:
         raise UserError("model: missing; leap_dist.initialize needs a torch.nn.Module")
     raw = _read_config(args, config if config is not None else config_params)
-    leap = _leap_config(raw)
     check_engine_config(raw, model, mpu, mesh_param, lr_scheduler, optimizer)
-    family = parse_section(FamilyConfig, "family", raw["family"]) if raw.get("family") else None
-    plan = make_plan(model, leap, family)
-    groups = _parameter_groups(model, plan, optimizer, model_parameters, raw.get("train") or {})
-    join_alone()
-    import deepspeed
-
-    gates = _host_gates(model, plan)
-    routed = any(gate.granularity == "expert" for gate in plan.gates)
-    hooks = route_among_kept(model, family) if routed else []
-    next(group for group in groups if group[GATED])["params"].extend(gates.parameters())
-    base = LeapAdamW(groups, plan, leap)
+    base = _host(model, raw, optimizer, model_parameters)
     try:
+        join_alone()
+        import deepspeed
+
         with errors_only():  # it warns of every optimizer that it does not know
             engine, wrapped, loader, scheduler = deepspeed.initialize(
                 model=model,
@@ -95,16 +92,52 @@ def initialize(
                 distributed_port=distributed_port,
                 dist_init_required=dist_init_required,
                 collate_fn=collate_fn,
-                config=_engine_config(raw),
+                config=engine_config(raw),
             )
-        base.bind(find_fragments(engine), make_communicator(engine))
+        attach(engine)
     except BaseException:
-        delattr(model, PREFIX)  # the model is as it was, and a second try is possible
-        for hook in hooks:
-            hook.remove()
+        release(model)  # a second try is possible
         raise
-    engine.leap = base
     return engine, wrapped, loader, scheduler
+
+
+def host(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, config: str | Path | Mapping[str, Any]
+) -> LeapAdamW:
+    """LEAP's optimizer for a model whose engine something else builds: Accelerate, Fabric, deepspeed.initialize.
+
+    optimizer and config are as in `initialize`; "auto" in the config is left to whoever fills it in. Give what comes
+    back in the place of `optimizer`, and call `attach` once the engine is there. The model gets a submodule "leap"
+    with the gates' own parameters; `release` takes it away. Raises UserError, with nothing changed, for what cannot
+    work.
+    """
+    raw = _read_config(None, config)
+    check_hosting(raw, model, optimizer)
+    return _host(model, raw, optimizer, None)
+
+
+def attach(engine: Any) -> None:
+    """Show LEAP's optimizer where a new engine keeps its shards; before the first step. Collective.
+
+    Raises UserError for an engine that does not step with the optimizer that `host` made.
+    """
+    base = getattr(engine, "basic_optimizer", None)
+    if not isinstance(base, LeapAdamW):
+        kind = f"{type(engine).__name__} that steps with {type(base).__name__}"
+        raise UserError(f"engine: got a {kind}; allowed: the DeepSpeed engine with the optimizer of leap_dist.host")
+    _check_sub_group(engine, base)
+    base.bind(find_fragments(engine), make_communicator(engine))
+    base.check_gradient = engine.zero_optimization_stage() == 0
+    engine.leap = base
+
+
+def release(model: nn.Module) -> None:
+    """Make a model as it was before `host`: without the gates' parameters, so that it can be saved by others."""
+    gates = model.get_submodule(PREFIX)
+    assert isinstance(gates, LeapGates)
+    for hook in gates.hooks:
+        hook.remove()
+    delattr(model, PREFIX)
 
 
 def finalize(engine: Any) -> dict[str, Any]:
@@ -210,7 +243,7 @@ def _leap_config(raw: Mapping[str, Any]) -> LeapConfig:
     return parse_leap(section)
 
 
-def _engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+def engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The DeepSpeed part of the config, with what LEAP needs."""
     config = {key: value for key, value in raw.items() if key not in SECTIONS}
     config["zero_allow_untested_optimizer"] = True
@@ -220,6 +253,32 @@ def _engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         zero["sub_group_size"] = ALL_IN_ONE
     config["zero_optimization"] = zero
     return config
+
+
+def _host(model: nn.Module, raw: Mapping[str, Any], optimizer: Any, model_parameters: Any) -> LeapAdamW:
+    """Hang the gates on the model and make their optimizer; everything that can fail comes first."""
+    leap = _leap_config(raw)
+    family = parse_section(FamilyConfig, "family", raw["family"]) if raw.get("family") else None
+    plan = make_plan(model, leap, family)
+    groups = _parameter_groups(model, plan, optimizer, model_parameters, raw.get("train") or {})
+    gates = _host_gates(model, plan)
+    if any(gate.granularity == "expert" for gate in plan.gates):
+        gates.hooks = route_among_kept(model, family)
+    next(group for group in groups if group[GATED])["params"].extend(gates.parameters())
+    return LeapAdamW(groups, plan, leap)
+
+
+def _check_sub_group(engine: Any, base: LeapAdamW) -> None:
+    """Under stage 3 DeepSpeed steps one sub-group at a time; a gate has to be seen whole."""
+    if engine.zero_optimization_stage() != 3:
+        return
+    hosted = hosted_parameters(engine)
+    numel = sum(p.partition_numel() for n, p in hosted if n in base.plan.covers or n.startswith(f"{PREFIX}."))  # type: ignore[attr-defined]  # DeepSpeed's
+    if engine.zero_sub_group_size() < numel:
+        raise UserError(
+            f"zero_optimization.sub_group_size: got {engine.zero_sub_group_size()}; the gated weights have to be in "
+            f"one sub-group: at least {numel} here, or {ALL_IN_ONE} for any model"
+        )
 
 
 def _host_gates(model: nn.Module, plan: GatePlan) -> LeapGates:

@@ -23,8 +23,34 @@ def check_engine_config(
     problems += _object_problems(model, mpu, lr_scheduler, optimizer)
     if mesh_param is not None:
         problems.append("mesh_param: device meshes are not supported yet; use data parallel ranks with ZeRO")
+    _raise_if(problems)
+
+
+def check_hosting(config: Mapping[str, Any], model: nn.Module, optimizer: Any) -> None:
+    """The same for an engine that another library builds: that one fills in "auto", and then DeepSpeed checks."""
+    known = _without_auto(config)
+    problems = [*_config_problems(known), *_object_problems(model, None, None, optimizer)]
+    offload = _section(_section(known, "zero_optimization"), "offload_optimizer").get("device", "none")
+    if offload != "none" and known.get("zero_force_ds_cpu_optimizer", True):
+        problems.append(
+            "zero_force_ds_cpu_optimizer: has to be false where the optimizer is offloaded, or another one is put in "
+            "the place of LEAP's"
+        )
+    _raise_if(problems)
+
+
+def _raise_if(problems: list[str]) -> None:
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without the values that are still to be filled in."""
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value != "auto"
+    }
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -92,6 +118,11 @@ def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: A
         yield "mpu: tensor and pipeline parallel groups are not supported yet; use data parallel ranks with ZeRO"
     if type(model).__name__ in ("PipelineModule", "DualPipeVModule"):
         yield "model: pipeline modules are not supported yet; use data parallel ranks with ZeRO"
+    if getattr(model, "peft_config", None):
+        yield (
+            "model: got a PEFT model; LEAP prunes weights that are trained, and adapters leave those frozen: merge "
+            "them first, and prune model.merge_and_unload().requires_grad_(True)"
+        )
     if hasattr(model, "leap"):
         yield "model.leap: the model has an attribute of this name already; LEAP hosts its gates there"
     if any(hasattr(p, "allreduce") and not p.allreduce for p in model.parameters()):

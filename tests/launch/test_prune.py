@@ -15,6 +15,7 @@ import pytest
 
 from tests.launch.scripts import load_script
 from tests.ranks import RankPools
+from tests.tracking.folders import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "prune.py"
@@ -220,34 +221,12 @@ def test_a_mistake_beside_the_job_file_is_one_message(
 def test_an_output_that_cannot_be_made_is_refused(ranks: RankPools, texts: Path, tmp_path: Path) -> None:
     for output in (texts, texts / "file"):
         refused = ranks(1).run(run_in_rank, JOB, str(output))[0]
-        assert refused.startswith(f"--output: {output} exists; choose another folder, remove it, or go on with"), output
+        assert refused.startswith(f"--output: {output} exists and holds no run of this program; choose another"), output
     refused = ranks(1).run(run_in_rank, JOB, str(texts / "file" / "run"))[0]
     assert refused.endswith(f"run cannot be made: {texts / 'file'} is no folder that can be written to")
     refused = ranks(1).run(run_in_rank, JOB, str(tmp_path / "run"), True)[0]
-    assert refused.startswith(f"--resume: there is no checkpoint in {tmp_path / 'run' / 'checkpoints'}; start without")
+    assert refused == f"--resume: there is no unfinished run in {tmp_path / 'run'}; start without --resume"
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_is_resumed_only_as_the_job_that_it_was(ranks: RankPools, tmp_path: Path) -> None:
-    from leap_dist.job_file import parse_job
-
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text('{"world_size": 2}', "utf-8")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(parse_job(JOB).resolved()), "utf-8")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    other = JOB | {"zero_optimization": {"stage": 3}, "leap": {"target": 0.2}, "train": JOB["train"] | {"log_every": 5}}
-    refused = ranks(1).run(run_in_rank, other, str(tmp_path / "run"), True)[0]
-    assert refused.splitlines() == [
-        f"--resume: leap.target is 0.2, but was 0.3 when the run in {tmp_path / 'run'} was started; "
-        "set it back, or start a new run",
-        f"  --resume: zero_optimization.stage is 3, but was missing when the run in {tmp_path / 'run'} was started; "
-        "set it back, or start a new run",
-    ]
-    same = JOB | {"tracking": {"mlflow_uri": None, "run_name": "again"}}
-    refused = ranks(1).run(run_in_rank, same, str(tmp_path / "run"), True)[0]
-    assert "was written by 2 ranks, this run has 1; start as many ranks as before" in refused
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 # ------------------------------------------------------------------------------ small whole runs
@@ -315,12 +294,23 @@ def check_output(printed: str) -> None:
     assert "certificate and model: runs/tiny" in printed
 
 
+def check_report(folder: Path) -> None:
+    page = Page((folder / "report.html").read_text("utf-8"))
+    assert page.count["svg"] == 3 and "optimizer step" in page.text and "density 0.25" in page.text
+    gates = json.loads((folder / "scores.json").read_text("utf-8"))["gates"]
+    certified = json.loads((folder / "certificate.json").read_text("utf-8"))["gates"]
+    assert [(gate["name"], sum(gate["kept"])) for gate in gates] == [(g["name"], g["kept_units"]) for g in certified]
+
+
 def check_run_folder(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "certificate.json",
         "config.json",
         "metrics.jsonl",
         "model",
+        "plots",
+        "report.html",
+        "scores.json",
     ]
     config = json.loads((folder / "config.json").read_text("utf-8"))
     assert (config["leap"]["target"], config["leap"]["total_steps"], config["leap"]["rule"]) == (0.25, STEPS, "leap")
@@ -330,6 +320,7 @@ def check_run_folder(folder: Path) -> None:
     assert [line["phase"] for line in metrics] == ["prune", "prune", "settle"]
     assert all({"loss", "lr", "remaining", "level", "density"} <= set(line) for line in metrics)
     assert metrics[-1]["level"] == 0.25
+    check_report(folder)
     certificate = json.loads((folder / "certificate.json").read_text("utf-8"))
     expected = {"target", "density", "unit", "kept", "prunable", "metrics", "gates", "tensors"}
     assert set(certificate) == expected | {"masks_sha256", "weights_sha256", "seed", "versions"}
@@ -373,8 +364,12 @@ def check_tracked(uri: str, folder: Path) -> None:
     assert [(point.step, point.value) for point in losses] == [
         (line["step"], line["loss"]) for line in read_metrics(folder)
     ]
+    measured = {"mask_flips", "steps_per_second", "tokens_per_second", "memory_mb"}
+    assert measured <= run.data.metrics.keys()
+    data = [(item.dataset.name, item.tags[0].value) for item in run.inputs.dataset_inputs]
+    assert sorted(data) == [("builtin/clock train", "train"), ("builtin/clock validation", "validation")]
     stored = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert stored == {"certificate.json", "config.json"}
+    assert stored >= {"certificate.json", "config.json", "gates.json", "plots", "report.html"}
 
 
 def test_two_ranks_under_zero_3_and_then_the_same_output_again(tmp_path: Path) -> None:
@@ -385,5 +380,5 @@ def test_two_ranks_under_zero_3_and_then_the_same_output_again(tmp_path: Path) -
     check_exact(json.loads(certificate.read_text("utf-8")))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = launch(tmp_path, "--config", str(file), "--output", "run")
-    check_refused(again, "--output: run exists; choose another folder, remove it, or go on with --resume")
+    check_refused(again, "--output: the run in run is finished; its result is in run/certificate.json; choose another")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -1,0 +1,77 @@
+"""LEAP in Hugging Face's Trainer: TrainingArguments(deepspeed=...) builds the engine, one callback does the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from leap_dist.errors import UserError
+from leap_dist.zero.engine import attach, engine_config, finalize, host, release
+
+
+class LeapCallback(TrainerCallback):
+    """Prunes the model of a Trainer as it trains. Making one is all: it adds itself to the Trainer.
+
+    trainer: a Trainer whose TrainingArguments have a `deepspeed` config with a "leap" section. The optimizer's settings
+    come from the arguments, the length of the schedule from the Trainer's steps; "leap.total_steps" may be left out.
+
+    When train() is over the density is exact, `certificate` is what `leap_dist.finalize` returns, and the model is a
+    plain one with zeros, for `trainer.save_model`. Raises UserError for what cannot work.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        if getattr(trainer.accelerator.state, "deepspeed_plugin", None) is None:
+            raise UserError(
+                "trainer: got one without DeepSpeed; allowed: one with TrainingArguments(deepspeed=...), a config "
+                'with a "leap" section'
+            )
+        if trainer.args.load_best_model_at_end:
+            raise UserError(
+                "load_best_model_at_end: got True; allowed: False: the best model may be one from before the target "
+                "density was reached"
+            )
+        self.certificate: dict[str, Any] | None = None
+        self._trainer = trainer
+        self._theirs = trainer.optimizer_cls_and_kwargs
+        factory: Any = lambda: self._make_optimizer  # noqa: E731  # called in train()
+        trainer.optimizer_cls_and_kwargs = (factory, {})
+        trainer.add_callback(self)
+
+    def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """LEAP's optimizer with the groups and settings of the one that the Trainer would have made."""
+        trainer = self._trainer
+        if trainer.state.global_step:
+            raise UserError(
+                "resume_from_checkpoint: a Trainer's checkpoints do not hold what LEAP needs to go on; start anew, or "
+                "use a job file, whose runs --resume goes on with"
+            )
+        trainer.optimizer_cls_and_kwargs = self._theirs
+        plain = trainer.create_optimizer()
+        config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        job = config | {"leap": self._with_length(config.get("leap"))} if "leap" in config else config
+        ours = engine_config(config)
+        optimizer = host(model, plain, job | ours)
+        config.update(ours)  # the engine is built from this very dict
+        return optimizer
+
+    def _with_length(self, section: Any) -> Any:
+        """The leap section with the number of steps that the Trainer is going to take."""
+        steps = self._trainer.state.max_steps
+        if not isinstance(section, dict):
+            return section
+        if section.get("total_steps") not in (None, steps):
+            raise UserError(f"leap.total_steps: got {section['total_steps']}; the Trainer takes {steps}; leave it out")
+        return section | {"total_steps": steps}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The engine is there, no step has been taken."""
+        attach(self._trainer.deepspeed)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All steps are taken, on every rank."""
+        engine: Any = self._trainer.deepspeed
+        self.certificate = finalize(engine)
+        release(engine.module)

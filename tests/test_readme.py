@@ -1,0 +1,274 @@
+"""What the README says can be done is done here, word for word as far as a test has time.
+
+Every command, in a block or in a line of text: its options are parsed by the launcher itself, and the job, sweep or
+study that it names is read and checked. Jobs in blocks are run, with fewer steps; so are --import-compression and the
+comparison of what they leave. JSON blocks are validated, Python blocks are run on two ranks with fewer steps. Exports,
+benchmarks, sweeps and studies are run by tests/launch and tests/sweep, the installation by .ci/run. No test builds an
+image or starts a container, as that needs an engine. A command of a kind that this file does not know fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from leap_dist.job_file import load_job, parse_job, parse_section
+from tests.launch.scripts import load_script
+from tests.ranks import RankPools
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PROGRAMS = ("python", "deepspeed", "leap-", "pip", "docker", "sbatch", "kubectl", "eval", "tests/", "sudo")
+FEW_STEPS = ["train.epochs=null", "train.max_steps=20", "train.log_every=10", "train.eval_batch_size=1024"]
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands_of_blocks() -> list[str]:
+    """Every command of the shell blocks, without comments."""
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in line.split(" && ") if part.strip() and part[0] != "#"]
+
+
+def commands() -> list[str]:
+    """These, and those between backticks in the text."""
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    inline = [span for span in re.findall(r"`([^`\n]+)`", text) if span.startswith(PROGRAMS) and " " in span]
+    return list(dict.fromkeys(commands_of_blocks() + [span for span in inline if "..." not in span]))
+
+
+def as_launcher(command: str) -> tuple[str, list[str]] | None:
+    """(prune, its arguments) for `deepspeed --num_gpus 2 launch/prune.py ...` and for `leap-prune ...`."""
+    words = shlex.split(command, comments=True)
+    for place, word in enumerate(words):
+        if match := re.fullmatch(r"launch/(\w+)\.py|leap-(\w+)", word):
+            return match[1] or match[2], words[place + 1 :]
+    return None
+
+
+def job_block() -> dict[str, Any]:
+    """The job for the reader's own model."""
+    found: dict[str, Any] = next(job for text in blocks("json") if "data" in (job := json.loads(as_object(text))))
+    return found
+
+
+def as_object(text: str) -> str:
+    """A block of JSON, or of one key of an object."""
+    return text if text.lstrip().startswith("{") else f"{{{text}}}"
+
+
+OLD = {"compression_training": {"sparse_pruning": {"shared_parameters": {"enabled": True, "method": "topk"}}}}
+OLD["compression_training"]["sparse_pruning"]["different_groups"] = {  # type: ignore[assignment]
+    "sp1": {"params": {"dense_ratio": 0.1}, "modules": ["*"]}
+}
+
+
+def make_model(folder: Path) -> None:
+    """A small BERT and its vocabulary."""
+    from transformers import AutoModelForSequenceClassification, BertConfig
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=8, **sizes)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """Where a reader would stand: a checkout, with the files of the examples."""
+    place = tmp_path_factory.mktemp("checkout")
+    shutil.copy(empty_store, place / "mlflow.db")
+    (place / "configs").symlink_to(ROOT / "configs")
+    job = job_block()
+    make_model(place / job["model"]["name"])
+    for split in ("train", "validation"):
+        (place / job["data"][split]).write_text("sentence\tlabel\n" + "good film\t1\nbad film\t0\n" * 50, "utf-8")
+    (place / "my_job.json").write_text(json.dumps(job), "utf-8")
+    (place / "old_ds_config.json").write_text(json.dumps(OLD), "utf-8")
+    return place
+
+
+# ------------------------------------------------------------------------------ every command is understood
+
+
+def parsed(name: str, words: list[str]) -> Any:
+    """What a launcher makes of its arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *words])
+        return load_script(name).parse_arguments()
+
+
+def check_launcher(name: str, words: list[str]) -> None:
+    """The options exist, and the file that is named is right."""
+    from leap_dist.sweep.study import read_study
+    from leap_dist.sweep.sweep_file import read_sweep
+
+    arguments = parsed(name, words)
+    if name == "prune" and arguments.config:
+        load_job(arguments.config, arguments.set)
+    elif name == "sweep" and arguments.config.is_file():
+        read_sweep(arguments.config)
+    elif name == "study":
+        read_study(arguments.study)
+
+
+def check_extras(match: re.Match[str]) -> None:
+    assert set(match[1].split(",")) <= PROJECT["optional-dependencies"].keys()
+
+
+def check_compose(match: re.Match[str]) -> None:
+    words = shlex.split(match[1])
+    files = [ROOT / after for word, after in itertools.pairwise(words) if word in ("-f", "--file")]
+    services = yaml.safe_load(files[0].read_text("utf-8"))["services"]
+    assert all(file.is_file() for file in files)
+    assert words[-1] in {*services, "--detach"}
+
+
+def check_file(match: re.Match[str]) -> None:
+    assert (ROOT / match[1]).is_file()
+
+
+def check_completion(match: re.Match[str]) -> None:
+    assert set(match[1].split()) <= PROJECT["scripts"].keys()
+
+
+def check_tests(match: re.Match[str]) -> None:
+    assert (ROOT / (match[1].replace(".", "/") + ".py")).is_file()
+
+
+OTHERS: dict[str, Callable[[re.Match[str]], None]] = {
+    r"(?:python -m |python3 -m )?pip install -e '?\"?\.\[(.+?)\]'?\"?": check_extras,
+    r"(?:\w+=\S+ )*docker compose (.+)": check_compose,
+    r"docker build .*-f (\S+) .*": check_file,
+    r"docker run .*": lambda match: None,
+    r"sbatch .*?(docker/\S+) .*": check_file,
+    r"kubectl apply -f (\S+)": check_file,
+    r"(?:sudo )?(tests/\S+\.sh) .*": check_file,
+    r'eval "\$\(register-python-argcomplete (.+)\)"': check_completion,
+    r"python -m (tests\.bench\.\w+).*": check_tests,
+    r"python3 -m venv \.venv|\. \.venv/bin/activate|python -m pytest -q": lambda match: None,
+    r"deepspeed (?:--\S+ \d+ )?\w+\.py": lambda match: None,  # a Python block
+    r"pip install argcomplete|pip install \S+\.whl|pip wheel .*": lambda match: None,
+}
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_is_understood(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    launcher = as_launcher(command)
+    if launcher is not None and "register-python-argcomplete" not in command:
+        check_launcher(*launcher)
+        return
+    known = [(match, check) for pattern, check in OTHERS.items() if (match := re.fullmatch(pattern, command))]
+    assert known, f"README.md: {command!r} is of no kind that {Path(__file__).name} knows; add how it is tested"
+    known[0][1](known[0][0])
+
+
+# ------------------------------------------------------------------------------ what is run
+
+
+@contextlib.contextmanager
+def inside(folder: str) -> Iterator[None]:
+    """The folder as the working one, and torch as it was."""
+    from leap_dist.zero.ranks import torch_linear_put_back
+
+    with contextlib.chdir(folder), torch_linear_put_back():
+        yield
+
+
+def run_short(folder: str, config: str, overrides: list[str], output: str) -> None:
+    """A job of the README, with fewer steps."""
+    import torch
+
+    from leap_dist.train.loop import run_job
+    from leap_dist.zero.ranks import Ranks
+
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    with inside(folder):
+        job = load_job(config, [*overrides, *FEW_STEPS])
+        run_job(job, Path(output), False, Ranks(rank, world, torch.device("cpu")))
+
+
+def test_the_jobs_run_and_can_be_compared(ranks: RankPools, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    jobs: dict[str, Any] = {}
+    for name, words in filter(None, map(as_launcher, commands_of_blocks())):
+        if name == "prune" and (arguments := parsed(name, words)).config and arguments.plan is None:
+            jobs.setdefault(f"{arguments.config} {arguments.set}", arguments)
+    assert len(jobs) >= 3
+    for number, arguments in enumerate(jobs.values()):
+        ranks(1).run(run_short, str(folder), arguments.config, arguments.set, f"runs/{number}")
+        certificate = json.loads((folder / f"runs/{number}/certificate.json").read_text("utf-8"))
+        target = load_job(arguments.config, arguments.set).leap.target
+        assert abs(certificate["kept"] - target * certificate["prunable"]) <= certificate["unit"]
+    command = next(words for name, words in filter(None, map(as_launcher, commands_of_blocks())) if name == "compare")
+    monkeypatch.setattr(sys, "argv", ["compare", *command])
+    assert load_script("compare").main() == 0
+    assert list(folder.glob("*.png"))
+
+
+def test_an_old_config_is_imported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "old_ds_config.json", tmp_path)
+    found = [words for name, words in filter(None, map(as_launcher, commands())) if "--import-compression" in words]
+    monkeypatch.setattr(sys, "argv", ["prune", *found[0]])
+    assert load_script("prune").main() == 0
+    assert json.loads((tmp_path / "my_job.json").read_text("utf-8"))["leap"]["target"] == 0.1
+
+
+def check_json(block: dict[str, Any]) -> None:
+    """A job, a sweep, or a section of a job."""
+    from leap_dist.config import SECTIONS
+    from leap_dist.sweep.sweep_file import SweepConfig
+
+    if "vary" in block:
+        parse_section(SweepConfig, "README", block)
+    elif set(block) <= SECTIONS.keys():
+        for name, section in block.items():
+            parse_section(SECTIONS[name], name, section)
+    else:
+        parse_job(block, "README")
+
+
+@pytest.mark.parametrize("text", blocks("json"), ids=lambda text: text.split()[1])
+def test_a_json_block_is_valid(text: str) -> None:
+    check_json(json.loads(as_object(text)))
+
+
+def run_block(folder: str, text: str) -> dict[str, Any]:
+    """A Python block as a script of two ranks; its certificate."""
+    from tests.ecosystem.tiny import accelerate_left_behind
+
+    variables: dict[str, Any] = {"__name__": "__main__"}
+    with inside(folder), accelerate_left_behind():
+        exec(compile(text, "README.md", "exec"), variables)
+    certificate: dict[str, Any] = variables["certificate"]
+    return certificate
+
+
+@pytest.mark.parametrize("text", blocks("python"), ids=lambda text: text.split()[3])
+def test_a_python_block_prunes_to_its_target(ranks: RankPools, tmp_path: Path, text: str) -> None:
+    if "lightning" in text:  # not among the dependencies of the tests
+        compile(text, "README.md", "exec")
+        return
+    short = re.sub(r"\b1000\b|\b100\b", "40", text)
+    target = float(re.findall(r'"target": ([\d.]+)', text)[0])
+    first, second = ranks(2).run(run_block, str(tmp_path), short)
+    assert abs(first["kept"] - target * first["prunable"]) <= first["unit"]
+    assert first["masks_sha256"] == second["masks_sha256"]
