@@ -18,57 +18,17 @@ from leap_dist.family import FamilyConfig
 from leap_dist.section import Conflict, Names, Patterns, PositiveFloat, Section, as_objects, is_int, is_number, show
 
 DEEPSPEED_KEYS = (
-    "activation_checkpointing",
-    "aio",
-    "amp",
-    "autotuning",
-    "bf16",
-    "checkpoint",
-    "comet",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "csv_monitor",
-    "data_efficiency",
-    "data_types",
-    "dataloader_drop_last",
-    "datastates_ckpt",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "expert_parallel",
-    "flops_profiler",
-    "fp16",
-    "gradient_accumulation_steps",
-    "gradient_allreduce_op",
-    "gradient_clipping",
-    "gradient_predivide_factor",
-    "hybrid_engine",
-    "log_level",
-    "managed_gradient_accumulation",
-    "memory_breakdown",
-    "optimizer",
-    "pipeline",
-    "prescale_gradients",
-    "scheduler",
-    "seq_parallel_communication_data_type",
-    "sequence_parallel_size",
-    "steps_per_print",
-    "tensor_parallel",
-    "tensorboard",
-    "timers",
-    "torch_autocast",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "use_data_before_expert_parallelism",
-    "vocabulary_size",
-    "wall_clock_breakdown",
-    "wandb",
-    "weight_quantization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger",
+    "communication_data_type", "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last",
+    "datastates_ckpt", "disable_allgather", "disable_python_gc", "dump_state", "expert_parallel", "flops_profiler",
+    "fp16", "gradient_accumulation_steps", "gradient_allreduce_op", "gradient_clipping", "gradient_predivide_factor",
+    "hybrid_engine", "log_level", "managed_gradient_accumulation", "memory_breakdown", "optimizer", "pipeline",
+    "prescale_gradients", "scheduler", "seq_parallel_communication_data_type", "sequence_parallel_size",
+    "steps_per_print", "tensor_parallel", "tensorboard", "timers", "torch_autocast", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown",
+    "wandb", "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
     "zero_optimization",
-)
+)  # fmt: skip
 """Top-level keys that DeepSpeed 0.19 reads. Its own checks judge their values."""
 
 GATE_NAMES = ("element", "row", "column", "block:RxC", "n:m", "head", "neuron", "expert", "layer")
@@ -371,6 +331,7 @@ class TrackingConfig(Section):
     """null switches tracking off."""
     experiment: str = Field(default="leap", min_length=1, description="a name, not empty")
     run_name: str | None = Field(default=None, min_length=1, description="a name, or null")
+    """null: the name of the run folder."""
     parent_run: str | None = Field(default=None, min_length=1, description="the id of an MLflow run, or null")
     """The run that this one is shown below; a sweep fills it in."""
     log_model: bool = Field(default=False, description="true or false")

@@ -65,7 +65,8 @@ class Tracker:
     ) -> None:
         self._config = config
         self._uri = tracking.mlflow_uri if enabled else None
-        self._about = {"experiment": tracking.experiment, "name": tracking.run_name, "parent": tracking.parent_run}
+        name = tracking.run_name or (folder.resolve().name if folder else None)
+        self._about = {"experiment": tracking.experiment, "name": name, "parent": tracking.parent_run}
         self._run_id = run_id
         self._tags = tags or {}
         self._folder = folder

@@ -91,7 +91,8 @@ def test_an_artifact_that_fails_does_not_hold_up_the_rest(
         tracker.log(1, {"loss": 1.0})
     assert "has not taken 1 records of this run: " in capsys.readouterr().out
     assert history(store, tracker.run_id) == [(1, 1.0)]
-    assert read_run(store, tracker.run_id).info.status == "FINISHED"
+    info = read_run(store, tracker.run_id).info
+    assert (info.status, info.run_name) == ("FINISHED", tmp_path.name)
     (tmp_path / "nowhere").write_text("here")
     sync(tmp_path, None)
     assert artifacts(store, tracker.run_id) == ["nowhere"]
