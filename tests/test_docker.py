@@ -61,10 +61,9 @@ def test_the_image_takes_the_dependencies_of_the_package(tmp_path: Path) -> None
 def test_the_image_is_not_run_by_root() -> None:
     assert re.findall(r"^USER (.+)$", RECIPE, re.MULTILINE) == ["1000"]
     assert "--uid 1000 leap" in RECIPE
-    pods = list(yaml.safe_load_all((DOCKER / "cluster" / "rayjob.yaml").read_text("utf-8")))[1]["spec"][
-        "rayClusterSpec"
-    ]
-    for group in (pods["headGroupSpec"], *pods["workerGroupSpecs"]):
+    _, job = yaml.safe_load_all((DOCKER / "cluster" / "rayjob.yaml").read_text("utf-8"))
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         assert group["template"]["spec"]["securityContext"]["runAsUser"] == 1000
 
 
