@@ -17,8 +17,10 @@ from typing import Any
 from leap_dist.config import JobConfig
 from leap_dist.errors import UserError, hide_secrets
 from leap_dist.export.run_folder import CERTIFICATE, RESOLVED
+from leap_dist.files import write_text
 from leap_dist.job_file import parse_job
 from leap_dist.section import show
+from leap_dist.tracking.journal import JOURNAL
 from leap_dist.train.batches import accumulation
 from leap_dist.train.progress import console
 
@@ -60,7 +62,7 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
         return True
     if resume:
         raise UserError(f"--resume: there is no unfinished run in {output}; start without --resume")
-    if output.exists() and (not output.is_dir() or any(not path.name.startswith(".") for path in output.iterdir())):
+    if output.exists() and not _is_as_new(output):
         raise UserError(
             f"--output: {output} exists and holds no run of this program; choose another folder, or remove it"
         )
@@ -68,6 +70,11 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"--output: {output} cannot be made: {place} is no folder that can be written to")
     return False
+
+
+def _is_as_new(output: Path) -> bool:
+    """Whether a folder is empty but for what a run that was killed at its very start may leave."""
+    return output.is_dir() and all(path.name.startswith(".") or path.name == JOURNAL for path in output.iterdir())
 
 
 def _started_as(output: Path) -> dict[str, Any] | None:
@@ -184,13 +191,6 @@ def prepared(output: Path, settings: Mapping[str, Any], start: int) -> Iterator[
             write_text(metrics, "".join(kept))
         yield
         shutil.rmtree(output / RANKS)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file is the old one or the new one, whenever this is cut off."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def append_metrics(output: Path, values: Mapping[str, Any]) -> None:

@@ -96,6 +96,15 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     lock(tmp_path).close()
 
 
+def test_a_folder_of_a_run_that_was_killed_at_its_very_start_is_as_new(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.jsonl").touch()
+    (tmp_path / ".config.json.partial").touch()
+    assert not checked(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds no run of this program"):
+        checked(tmp_path)
+
+
 def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
