@@ -30,8 +30,10 @@ def rows(number: int) -> list[dict[str, torch.Tensor]]:
 
 @contextmanager
 def accelerate_left_behind() -> Iterator[None]:
-    """Accelerate keeps its state in the process and in its environment; the next call to these ranks needs none."""
+    """Accelerate keeps its state in the process and in its environment, and transformers builds models sharded as long
+    as it knows of a stage 3 config; the next call to these ranks needs none of it."""
     from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from leap_dist.zero.ranks import torch_linear_put_back
 
@@ -41,5 +43,6 @@ def accelerate_left_behind() -> Iterator[None]:
             yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()
         os.environ.clear()
         os.environ.update(before)

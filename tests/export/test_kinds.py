@@ -107,7 +107,7 @@ def check_numbers(cards: dict[str, Card]) -> None:
 def test_a_card_reads_well(run: Run, tmp_path: Path) -> None:
     (card,) = export_run(run, ["shrunk"], tmp_path, threads=1)
     page = card.page()
-    assert page.startswith("# shrunk: pruned model, removed structures gone\n\nPruned to a density of 0.")
+    assert "\n---\n\n# shrunk: pruned model, removed structures gone\n\nPruned to a density of 0." in page
     for text in (
         "| weights on disk, bytes | ",
         "| FLOPs per token, attention products at length 16 | 4,096 | 3,584 | 0.875 |",
