@@ -47,10 +47,9 @@ def unit_index(slices: Sequence[Slice]) -> Tensor:
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
-    """The mask of the `keep` largest scores, ties to the lowest index."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    mask[torch.sort(scores, descending=True, stable=True).indices[:keep]] = True
-    return mask
+    """The mask of the `keep` largest scores along the last axis, ties to the lowest index."""
+    best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :keep]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
 
 
 def best_units(gate: Gate, scores: Tensor, keep: int) -> Tensor:
@@ -58,7 +57,7 @@ def best_units(gate: Gate, scores: Tensor, keep: int) -> Tensor:
     if gate.pattern is None:
         return top_k(scores, keep)
     rows = scores.view(-1, gate.pattern[1])
-    return torch.stack([top_k(row, keep // len(rows)) for row in rows]).flatten()
+    return top_k(rows, keep // len(rows)).flatten()
 
 
 class Oracle:

@@ -23,7 +23,7 @@ from tests.peers.nets import (
 )
 from tests.ranks import RankPools
 
-STEPS = 100
+STEPS = 60
 WARM_UP = 20
 
 
