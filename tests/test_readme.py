@@ -157,6 +157,7 @@ OTHERS: dict[str, Callable[[re.Match[str]], None]] = {
     r"(?:\w+=\S+ )*docker compose (.+)": check_compose,
     r"docker build .*-f (\S+) .*": check_file,
     r"docker run .*": lambda match: None,
+    r"mlflow server --backend-store-uri sqlite:///\S+ --artifacts-destination \S+": lambda match: None,
     r"sbatch .*?(docker/\S+) .*": check_file,
     r"kubectl apply -f (\S+)": check_file,
     r"(?:sudo )?(tests/\S+\.sh) .*": check_file,
