@@ -368,3 +368,14 @@ SECTIONS: dict[str, type[Section]] = {
 
 OPTIONAL = ("family", "distill")
 """Sections without which a job is whole."""
+
+UNRELATED_TO_RESULT = (
+    "tracking.",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.max_bad_steps",
+    "train.collective_timeout",
+)
+"""Beginnings of the keys that say what is written and when a job gives up: with others it is the same job."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from leap_dist.config import JobConfig
+from leap_dist.config import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.errors import UserError
 from leap_dist.job_file import load_job, parse_section, read_json
 from leap_dist.section import Conflict, PositiveFloat, Section, as_objects, is_int, is_number, show
@@ -20,16 +20,6 @@ from leap_dist.tracking.mlflow import parameters
 
 TARGET = "leap.target"
 MAX_VALUES = 10_000
-FREE_TO_CHANGE = (
-    "tracking.",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.max_bad_steps",
-    "train.collective_timeout",
-)
-"""Keys of a job by which a sweep does not become another one."""
 
 
 def _as_values(value: Any) -> Any:
@@ -178,4 +168,4 @@ def identity(sweep: SweepConfig, trials: list[Trial]) -> dict[str, str]:
 
 def _lasting(config: JobConfig) -> dict[str, str]:
     job = parameters(config.resolved())
-    return {key: value for key, value in job.items() if not key.startswith(FREE_TO_CHANGE)}
+    return {key: value for key, value in job.items() if not key.startswith(UNRELATED_TO_RESULT)}

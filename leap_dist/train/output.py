@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from leap_dist.config import JobConfig
+from leap_dist.config import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.errors import UserError, hide_secrets
 from leap_dist.export.run_folder import CERTIFICATE, RESOLVED
 from leap_dist.files import write_text
@@ -27,14 +27,8 @@ from leap_dist.train.progress import console
 METRICS, CHECKPOINTS, RANKS = "metrics.jsonl", "checkpoints", ".ranks"
 BATCH = "train_batch_size"
 FREE_TO_CHANGE = (
-    "tracking.",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.log_every",
+    *UNRELATED_TO_RESULT,
     "train.eval_batch_size",
-    "train.max_bad_steps",
-    "train.collective_timeout",
     "zero_optimization.",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
