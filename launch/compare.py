@@ -10,8 +10,6 @@ from pathlib import Path
 
 from leap_dist.errors import UserError
 
-STORE = "sqlite:///mlflow.db"
-
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
@@ -20,7 +18,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog="Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake in the call.",
     )
     add = parser.add_argument
-    add("--uri", help=f"the MLflow store (default: {STORE}, where jobs write; with --sync the run's)")
+    add("--uri", help="the MLflow store (default: where jobs write by default; with --sync the run's)")
     add("--experiment", action="append", default=[], metavar="NAME", help="runs of an experiment; may come again")
     add("--sweep", metavar="PARENT_RUN_ID", help="the trials of a sweep")
     add("--tag", action="append", default=[], metavar="KEY=VALUE", help='such as "leap.rule=movement"; may come again')
@@ -40,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Read, show and write what was asked for; the exit code."""
+    from leap_dist.config import default_store
     from leap_dist.tracking import compare as c
     from leap_dist.tracking.runs import Selection, read_runs
     from leap_dist.train.progress import summary_table
@@ -48,7 +47,7 @@ def compare(arguments: argparse.Namespace) -> int:
         arguments.metric, arguments.best, arguments.pareto, arguments.masks, arguments.plot, arguments.report
     )
     named = arguments.diff or arguments.runs
-    uri = STORE if arguments.uri is None else arguments.uri
+    uri = default_store() if arguments.uri is None else arguments.uri
     runs = read_runs(uri, Selection(arguments.experiment, arguments.sweep, arguments.tag, named))
     answer = c.differences(*runs) if arguments.diff else c.compare(runs, request, all_named=bool(named))
     for note in answer.notes:

@@ -7,6 +7,7 @@ tables) `family`. job_file.py reads and checks a whole file.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -322,11 +323,16 @@ class DistillConfig(Section):
     """The teacher's layer for each of ours, counted from 0; "auto": spread evenly over the teacher's depth."""
 
 
+def default_store() -> str:
+    """What MLflow's own variable names, or a file in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
 class TrackingConfig(Section):
     """Where MLflow writes."""
 
     mlflow_uri: str | None = Field(
-        default="sqlite:///mlflow.db", min_length=1, description="an MLflow tracking URI, or null"
+        default_factory=default_store, min_length=1, description="an MLflow tracking URI, or null"
     )
     """null switches tracking off."""
     experiment: str = Field(default="leap", min_length=1, description="a name, not empty")

@@ -1,8 +1,9 @@
 """Pools of real rank processes that run functions of a test together, as `deepspeed` would start them.
 
-A pool of N processes is started once and serves many tests: importing DeepSpeed costs seconds, a call to a
-pool costs milliseconds. Every process is one rank of a gloo process group of its own pool, with DeepSpeed's
-communication initialised. What fails in a rank fails in the test: an exception, a death, a hang.
+A pool of N processes is started once and serves many tests: a call to a pool costs milliseconds. All ranks are forked
+from one process that has imported DeepSpeed, which takes seconds, and has computed nothing. Every process is one rank
+of a gloo process group of its own pool, with DeepSpeed's communication initialised. What fails in a rank fails in the
+test: an exception, a death, a hang.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ import os
 import pickle
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 START_TIMEOUT = 300.0  # seconds; the very first start on a machine compiles DeepSpeed's CPU operator
@@ -91,8 +90,7 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        context, port = forking(), _free_port()
         try:
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
@@ -144,6 +142,13 @@ class RankPool:
         return RankError(f"rank {rank} of {self.world_size} died with exit code {process.exitcode}")
 
 
+def forking() -> Any:
+    """Starts processes that have DeepSpeed and a job's modules imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.rank_imports"])
+    return context
+
+
 class RankPools:
     """The pools of a test session by world size: `pools(2).run(...)`. Leaving the context ends them."""
 
@@ -189,9 +194,6 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
-        PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     )
     pipe.send_bytes(_answer(_join))
     with contextlib.suppress(EOFError, BrokenPipeError):
@@ -201,13 +203,13 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
 
 
 def _join() -> None:
-    """Enters the process group; DeepSpeed's build message is kept off the console."""
+    """Enters the process group; DeepSpeed's messages are kept off the console."""
     import torch
+
+    from tests.rank_imports import deepspeed
 
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):
-        import deepspeed
-
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     torch.distributed.barrier()
 

@@ -39,6 +39,14 @@ def write(folder: Path, text: str) -> Path:
 # ------------------------------------------------------------------------------ accepted
 
 
+def test_runs_go_where_mlflows_own_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert parse_job(job()).tracking.mlflow_uri == "sqlite:///mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert parse_job(job()).tracking.mlflow_uri == "http://127.0.0.1:5000"
+    assert parse_job(job(tracking={"mlflow_uri": None})).tracking.mlflow_uri is None
+
+
 def test_defaults_of_leap_are_pinned() -> None:
     defaults = parse_leap({"target": 0.25}).model_dump()
     assert {key: defaults[key] for key in ("target", "gates", "rule", "control", "temperature")} == {

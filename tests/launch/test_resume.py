@@ -1,18 +1,15 @@
 """kill -9 and SIGTERM in all phases of a real job, and the same command again: the files of an undisturbed run."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from leap_dist.core.stopwatch import TIMINGS
 from leap_dist.train.meter import RATES
+from tests.launch.scripts import Launched
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
 MODEL = {
     "model_type": "bert",
@@ -35,38 +32,29 @@ JOB: dict[str, Any] = {
 }
 
 
-def start(config: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "prune.py"),
-        "--config",
-        str(config),
-        "--output",
-        str(output),
-        *more,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+def start(config: Path, output: Path, *more: str) -> Launched:
+    arguments = ["--config", str(config), "--output", str(output), *more]
+    return Launched("prune", arguments, config.parent / f"{output.name}.log")
 
 
-def signal_at(process: subprocess.Popen[bytes], output: Path, step: int, number: signal.Signals) -> tuple[int, str]:
+def signal_at(job: Launched, output: Path, step: int, number: signal.Signals) -> tuple[int, str]:
     """Exit code and output of a run that gets a signal as soon as it has logged `step`, before it has ended."""
     metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, (process.stdout.read() if process.stdout else b"").decode()
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
-            process.send_signal(number)
-            printed, _ = process.communicate(timeout=60)
-            return process.returncode, printed.decode()
-        time.sleep(0.005)
+    with job:
+        while time.monotonic() < deadline:
+            assert job.runs, job.printed()
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+                job.send(number)
+                return job.wait(60), job.printed()
+            time.sleep(0.005)
     raise AssertionError(f"step {step} was not reached")
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    printed, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, printed.decode()
+def finish(job: Launched) -> None:
+    with job:
+        assert job.wait(180) == 0, job.printed()
 
 
 def measures(folder: Path) -> list[dict[str, Any]]:
@@ -92,6 +80,6 @@ def test_killed_in_every_phase_and_resumed(tmp_path: Path) -> None:
     one, other = (json.loads((folder / "certificate.json").read_text()) for folder in (whole, broken))
     assert one == other  # weights, masks, metrics dense and pruned
     assert measures(whole) == measures(broken)
-    again = start(config, broken, "--resume")
-    printed, _ = again.communicate(timeout=60)
-    assert again.returncode == 2 and b"is finished" in printed and b"Traceback" not in printed
+    with start(config, broken, "--resume") as again:
+        assert again.wait(60) == 2
+    assert "is finished" in again.printed() and "Traceback" not in again.printed()

@@ -1,0 +1,16 @@
+"""What every rank of a test needs, imported once by the process that all ranks are forked from; it computes nothing."""
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed tells of its builds
+    import deepspeed  # noqa: F401
+    import transformers.models.bert.modeling_bert  # noqa: F401
+
+    import leap_dist.train.loop  # noqa: F401
