@@ -18,7 +18,7 @@ from leap_dist.core.stopwatch import TIMINGS, Stopwatch
 from leap_dist.errors import UserError
 from tests.peers.nets import GATES, LR, WEIGHT_DECAY, batches, leap, loss_of, net, plan_of, relative_error
 
-STEPS = 60
+STEPS = 40
 
 
 def build(model: nn.Module, config: LeapConfig, kind: str = "element") -> LeapAdamW:
@@ -144,7 +144,7 @@ def test_a_mask_is_the_product_of_its_gates_masks(kind: str) -> None:
 def test_pruned_latent_weights_get_no_gradient_and_masks_freeze_when_settled() -> None:
     model = net()
     optimizer = build(model, leap("element", STEPS, settle_fraction=0.3))
-    train(model, optimizer, STEPS - 12)
+    train(model, optimizer, STEPS - 10)
     assert optimizer.phase == "settle"
     before = [optimizer.state[p][MASK].clone() for p in model.parameters() if MASK in optimizer.state[p]]
     train(model, optimizer, 10)

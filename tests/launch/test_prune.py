@@ -372,13 +372,16 @@ def check_tracked(uri: str, folder: Path) -> None:
     assert stored >= {"certificate.json", "config.json", "gates.json", "plots", "report.html"}
 
 
-def test_two_ranks_under_zero_3_and_then_the_same_output_again(tmp_path: Path) -> None:
+def test_two_ranks_under_zero_3_and_then_the_same_output_again(ranks: RankPools, tmp_path: Path) -> None:
     file = write_job(tmp_path, zero_optimization={"stage": 3})
     run = launch(tmp_path, "--config", str(file), "--output", "run")
     assert run.returncode == 0, run.stdout + run.stderr
-    certificate = tmp_path / "run" / "certificate.json"
-    check_exact(json.loads(certificate.read_text("utf-8")))
+    check_exact(json.loads((tmp_path / "run" / "certificate.json").read_text("utf-8")))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    again = launch(tmp_path, "--config", str(file), "--output", "run")
-    check_refused(again, "--output: the run in run is finished; its result is in run/certificate.json; choose another")
+    job = JOB | {"zero_optimization": {"stage": 3}}
+    for refused in ranks(2).run(run_in_rank, job, str(tmp_path / "run")):
+        assert refused.startswith(f"--output: the run in {tmp_path}/run is finished; its result is in ")
+        assert refused.endswith("run/certificate.json; choose another folder, or remove it")
+    again = launch(tmp_path, "--config", str(file), "--set", "leap.target=2")
+    check_refused(again, "leap.target: got 2; allowed: a number, 0 < target <= 1")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -17,7 +17,7 @@ from leap_dist.zero.store import write_tensors
 from tests.ranks import RankPools
 from tests.zero.test_engine import STEPS, pruned_engine, run_steps
 
-STOPS = [3, 25, 54]  # in the dense, the prune and the settle phase
+STOPS = [3, 22, 40]  # in the dense, the prune and the settle phase
 
 
 def this_rank() -> Any:

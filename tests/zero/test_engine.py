@@ -23,8 +23,8 @@ from tests.peers.nets import (
 )
 from tests.ranks import RankPools
 
-STEPS = 60
-WARM_UP = 20
+STEPS = 45
+WARM_UP = 15
 
 
 def rate(step: int) -> float:
