@@ -106,14 +106,15 @@ def _point(result: Result, metric: str) -> tuple[str, float, float] | None:
 
 
 def rows(results: Sequence[Result], metric: str, gpus: int) -> list[dict[str, str | float]]:
-    """The results as lines of a table."""
+    """The results as lines of a table; of the settings those that differ, and the target."""
+    shown = varying([result.settings for result in results]) | {TARGET}
     hours = "GPU hours" if gpus else "CPU hours"
     columns = {"parameters": "parameters", "latency": "latency ms", "leap_ms": "LEAP ms"}
     exported = {field: title for field, title in columns.items() if any(getattr(r, field) is not None for r in results)}
     return [
         {
             "front": FRONT if result.front else "",
-            **{key.rpartition(".")[2]: short(value) for key, value in result.settings.items()},
+            **{key.rpartition(".")[2]: short(value) for key, value in result.settings.items() if key in shown},
             "density": _number(result.density),
             metric: _number(result.value),
             "Δ dense": _number(_difference(result)),

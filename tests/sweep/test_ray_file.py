@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,8 @@ def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
         ("done", True),
         ("failed", False),
     ]
-    table = rows(results, "accuracy", gpus=0)
+    table = rows([replace(r, settings=r.settings | {"train.seed": 3}) for r in results], "accuracy", gpus=0)
+    assert "seed" not in table[0] and [line["target"] for line in table] == [0.5, 0.3, 0.1]
     assert table[0]["CPU hours"] == pytest.approx(0.02) and table[0]["Δ dense"] == pytest.approx(-0.1)
     assert table[1]["latency ms"] == 1.5 and table[0]["parameters"] == "" and "LEAP ms" not in table[0]
     assert table[1]["front"] == "*" and table[1]["seconds"] == "" and table[2]["accuracy"] == ""
