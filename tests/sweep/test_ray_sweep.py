@@ -63,9 +63,7 @@ def run_plain(job: dict[str, Any], output: str) -> None:
     run_job(parse_job(job), Path(output), False, Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
 
 
-def test_a_killed_rank_and_a_killed_driver_lose_and_repeat_nothing(
-    tmp_path: Path, three_nodes: str, ranks: RankPools
-) -> None:
+def test_a_killed_rank_and_a_killed_driver_lose_and_repeat_nothing(tmp_path: Path, three_nodes: str) -> None:
     job = {"train": {**JOB["train"], "max_steps": 100}, "zero_optimization": {"stage": 2}}
     file, out, told = (
         sweep_file(tmp_path, job, vary={"leap.target": [0.5, 0.3]}, ranks=2),
@@ -84,10 +82,12 @@ def test_a_killed_rank_and_a_killed_driver_lose_and_repeat_nothing(
     again = start(file, out, three_nodes)
     assert again.wait(timeout=180) == 0, (tmp_path / told).read_text()
     assert (out / "0.5" / "certificate.json").stat().st_mtime_ns == finished
-    for target in ("0.5", "0.3"):
-        ranks(2).run(run_plain, JOB | job | {"leap": {"target": float(target)}}, str(whole := tmp_path / target))
-        found, plain = ((folder / "certificate.json").read_text() for folder in (out / target, whole))
-        assert json.loads(found) == json.loads(plain)
+    with RankPools() as fresh:  # in ranks where a test had stage 3, DeepSpeed's own linear layer rounds otherwise
+        for target in ("0.5", "0.3"):
+            plain = JOB | job | {"leap": {"target": float(target)}}
+            fresh(2).run(run_plain, plain, str(whole := tmp_path / target))
+            found, expected = ((folder / "certificate.json").read_text() for folder in (out / target, whole))
+            assert json.loads(found) == json.loads(expected)
 
 
 def test_a_trial_that_fails_by_itself_stops_no_other_and_one_behind_is_stopped_early(
