@@ -18,7 +18,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog="Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake in the call.",
     )
     add = parser.add_argument
-    add("--uri", help="the MLflow store (default: where jobs write by default; with --sync the run's)")
+    add("--uri", help="the MLflow store (default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db; with --sync the run's)")
     add("--experiment", action="append", default=[], metavar="NAME", help="runs of an experiment; may come again")
     add("--sweep", metavar="PARENT_RUN_ID", help="the trials of a sweep")
     add("--tag", action="append", default=[], metavar="KEY=VALUE", help='such as "leap.rule=movement"; may come again')

@@ -217,9 +217,12 @@ def _join() -> None:
 def _call(call: bytes) -> Any:
     import torch
 
+    from leap_dist.zero.ranks import torch_linear_put_back
+
     torch.manual_seed(0)
     function, args = pickle.loads(call)
-    return function(*args)
+    with torch_linear_put_back():  # after stage 3 the next call would round otherwise
+        return function(*args)
 
 
 def _answer(function: Callable[..., Any], *args: Any) -> bytes:

@@ -184,15 +184,6 @@ def test_a_command_is_understood(command: str, folder: Path, monkeypatch: pytest
 # ------------------------------------------------------------------------------ what is run
 
 
-@contextlib.contextmanager
-def inside(folder: str) -> Iterator[None]:
-    """The folder as the working one, and torch as it was."""
-    from leap_dist.zero.ranks import torch_linear_put_back
-
-    with contextlib.chdir(folder), torch_linear_put_back():
-        yield
-
-
 def run_short(folder: str, config: str, overrides: list[str], output: str) -> None:
     """A job of the README, with fewer steps."""
     import torch
@@ -201,7 +192,7 @@ def run_short(folder: str, config: str, overrides: list[str], output: str) -> No
     from leap_dist.zero.ranks import Ranks
 
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    with inside(folder):
+    with contextlib.chdir(folder):
         job = load_job(config, [*overrides, *FEW_STEPS])
         run_job(job, Path(output), False, Ranks(rank, world, torch.device("cpu")))
 
@@ -257,7 +248,7 @@ def run_block(folder: str, text: str) -> dict[str, Any]:
     from tests.ecosystem.tiny import accelerate_left_behind
 
     variables: dict[str, Any] = {"__name__": "__main__"}
-    with inside(folder), accelerate_left_behind():
+    with contextlib.chdir(folder), accelerate_left_behind():
         exec(compile(text, "README.md", "exec"), variables)
     certificate: dict[str, Any] = variables["certificate"]
     return certificate

@@ -35,12 +35,9 @@ def accelerate_left_behind() -> Iterator[None]:
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from leap_dist.zero.ranks import torch_linear_put_back
-
     before = dict(os.environ)
     try:
-        with torch_linear_put_back():
-            yield
+        yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         unset_hf_deepspeed_config()

@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from leap_dist.zero.checkpoint import Checkpoints
 from leap_dist.zero.manifest import MANIFEST, sealed
 from leap_dist.zero.store import write_tensors
+from tests.peers.nets import leap
 from tests.ranks import RankPools
 from tests.zero.test_engine import STEPS, pruned_engine, run_steps
 
-STOPS = [3, 22, 40]  # in the dense, the prune and the settle phase
+STOPS = [1, 22, 40]  # in the dense, the prune and the settle phase
 
 
 def this_rank() -> Any:
@@ -65,6 +67,12 @@ CASES = [
     ("row", 2, 1, {"rule": "magnitude"}),
     ("head+2:4", 3, 2, {}),
 ]
+
+
+def test_a_run_is_stopped_in_every_phase() -> None:
+    config = leap("element", STEPS)
+    schedule = Schedule(STEPS, config.dense_fraction, config.settle_fraction, config.target)
+    assert [schedule.phase(stop) for stop in STOPS] == ["dense", "prune", "settle"]
 
 
 @pytest.mark.parametrize(("kind", "stage", "world", "changes"), CASES)
