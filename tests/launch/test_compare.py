@@ -38,6 +38,8 @@ def folder(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
     monkeypatch.chdir(folder)
+    store = f"sqlite:///{folder}/mlflow.db"  # by a relative name MLflow would find what another test has opened
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
     code: int = script.main()
     return code
