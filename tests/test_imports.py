@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"errors", "files", "cli", "section", "family", "config", "job_file", "migrate"},
+    {"errors", "files", "cli", "section", "family", "config", "job_file", "legacy", "migrate"},
     {"core", "ops"},
     {"zero", "models", "tasks"},
     {"train", "export", "tracking"},
