@@ -113,13 +113,18 @@ def test_phases_cover_the_run_and_the_level_descends_to_the_target(steps: int, t
     assert levels[math.ceil(reached)] == target and (schedule.dense_end == 0 or levels[0] == 1.0)
 
 
-def test_the_automatic_rate_covers_the_distance_in_half_the_prune_phase() -> None:
-    for steps in (500, 20_000):
-        schedule = Schedule(steps, 0.05, 0.2, 0.1)
-        distance = (5 - math.log(0.1 / 0.9)) * T
-        steps = schedule.settle_start - schedule.dense_end
-        assert schedule.threshold_rate(T, projected=True) * steps == pytest.approx(distance)
-        assert schedule.threshold_rate(T, projected=False) * steps / 2 == pytest.approx(distance)
+@pytest.mark.parametrize("steps", [500, 20_000])
+@pytest.mark.parametrize(("target", "share"), [(0.05, 1.0), (0.1, 1.0), (0.25, 0.5), (0.5, 0.25)])
+def test_the_automatic_rate_covers_the_distance_in_the_prune_phase(steps: int, target: float, share: float) -> None:
+    schedule = Schedule(steps, 0.05, 0.2, target)
+    distance = (5 - math.log(target / (1 - target))) * T
+    steps = schedule.settle_start - schedule.dense_end
+    for elementwise in (False, True):
+        travel = schedule.threshold_rate(T, projected=True, elementwise=elementwise) * steps
+        assert travel == pytest.approx(distance * (share if elementwise else 1.0))
+        assert schedule.threshold_rate(T, projected=False, elementwise=elementwise) * steps == pytest.approx(
+            2 * distance
+        )
 
 
 @pytest.mark.parametrize("wrong", [{"target": 0}, {"target": 1.5}, {"target": "ten"}, {"gates": []}])
