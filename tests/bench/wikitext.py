@@ -17,6 +17,7 @@ VOCABULARY = 8192
 SHAPE = {"model_type": "gpt2", "n_layer": 4, "n_head": 6, "n_embd": 192, "n_positions": 128, "vocab_size": VOCABULARY}
 TRAIN, TEST = DATA / "wikitext2" / "valid.tokens.txt", DATA / "wikitext2" / "wiki.test.raw.txt"
 TARGET = 0.5
+START_STEPS = 400
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     job = prepare(arguments.out.resolve(), arguments.steps)
     text = json.loads(job.read_text())
-    begun = start(job, arguments.steps)
+    begun = start(job, START_STEPS)
     model = {"name": str(begun)}
     job.write_text(json.dumps({**text, "model": model}, indent=1))
     cells = study("dense", job, {"leap.target": [1.0]}, 1)
@@ -69,7 +70,7 @@ def main() -> None:
     certificate = json.loads((begun.parent / "certificate.json").read_text())
     for cell in cells:
         print(f"{cell['settings']} {cell['density']:.4f} perplexity {cell['metrics']['pruned']['perplexity']:.2f}")
-    found = {"steps": arguments.steps, "shape": SHAPE, "start": certificate["metrics"]["pruned"], "cells": cells}
+    found = {"start_steps": START_STEPS, "steps": arguments.steps, "shape": SHAPE, "start": certificate["metrics"]["pruned"], "cells": cells}
     (RESULTS / "wikitext.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
