@@ -8,7 +8,7 @@ from leap_dist.core.thresholds import START
 
 Phase = Literal["dense", "prune", "settle"]
 DESCENT = 0.85  # part of the prune phase in which the level comes down to the target
-EVEN = 0.125  # density from which on the thresholds of single weights move apart more slowly
+EVEN = 0.25  # density from which on the thresholds of single weights move apart more slowly
 
 
 @dataclass(frozen=True)
@@ -62,5 +62,5 @@ class Schedule:
         target = min(self.target, 1.0 - 1e-6)
         travel = (START - math.log(target / (1.0 - target))) * temperature
         steps = (self.settle_start - self.dense_end) / (1.0 if projected else 2.0)
-        share = min(EVEN / target, 1.0) if projected and elementwise else 1.0
+        share = min(EVEN / target, 1.0) ** 2 if projected and elementwise else 1.0
         return share * max(travel, temperature) / max(steps, 1.0)

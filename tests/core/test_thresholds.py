@@ -114,7 +114,7 @@ def test_phases_cover_the_run_and_the_level_descends_to_the_target(steps: int, t
 
 
 @pytest.mark.parametrize("steps", [500, 20_000])
-@pytest.mark.parametrize(("target", "share"), [(0.05, 1.0), (0.1, 1.0), (0.25, 0.5), (0.5, 0.25)])
+@pytest.mark.parametrize(("target", "share"), [(0.05, 1.0), (0.25, 1.0), (0.5, 0.25), (0.75, 1 / 9)])
 def test_the_automatic_rate_covers_the_distance_in_the_prune_phase(steps: int, target: float, share: float) -> None:
     schedule = Schedule(steps, 0.05, 0.2, target)
     distance = (5 - math.log(target / (1 - target))) * T
