@@ -57,7 +57,7 @@ class Schedule:
         batches in short runs, at half of it they learned less (MiniLM on SST-2, 240 steps, density 0.1). Where most of
         the single weights are kept, equal shares are nearly right, and moving apart costs more than it finds: QQP, 160
         steps, density 0.5, has a loss of 0.511 at that rate, 0.498 at a quarter of it, and 0.494 with equal shares.
-        Blocks, heads and neurons gained at any density. `elementwise`: all gates are of single weights.
+        Blocks, heads and neurons lost nothing at any density. `elementwise`: all gates are of single weights.
         """
         target = min(self.target, 1.0 - 1e-6)
         travel = (START - math.log(target / (1.0 - target))) * temperature

@@ -70,7 +70,13 @@ def main() -> None:
     certificate = json.loads((begun.parent / "certificate.json").read_text())
     for cell in cells:
         print(f"{cell['settings']} {cell['density']:.4f} perplexity {cell['metrics']['pruned']['perplexity']:.2f}")
-    found = {"start_steps": START_STEPS, "steps": arguments.steps, "shape": SHAPE, "start": certificate["metrics"]["pruned"], "cells": cells}
+    found = {
+        "start_steps": START_STEPS,
+        "steps": arguments.steps,
+        "shape": SHAPE,
+        "start": certificate["metrics"]["pruned"],
+        "cells": cells,
+    }
     (RESULTS / "wikitext.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
