@@ -113,7 +113,7 @@ class LeapConfig(Section):
     threshold_learning_rate: PositiveFloat | Literal["auto"] = Field(
         default="auto", description='a number > 0, or "auto"'
     )
-    """"auto": derived from the distance to the target and the length of the prune phase."""
+    """"auto": from the distance to the target, the length of the prune phase, and the kind of the gates."""
     lambda_max: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
     """Largest weight of the regulariser (control "paper" only); "auto": measured on the task's gradient."""
     lambda_min: float = Field(default=10.0, ge=0, description="a number >= 0, at most lambda_max")

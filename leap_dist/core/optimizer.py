@@ -230,8 +230,8 @@ class LeapAdamW(torch.optim.Optimizer):
     def threshold_rate(self) -> float:
         """The learning rate of the thresholds: as configured, or from the distance and the phase's length."""
         rate, projected = self.config.threshold_learning_rate, self.config.control == "projected"
-        elementwise = all(gate.elementwise for gate in self.plan.gates)
-        return self.schedule.threshold_rate(self.config.temperature, projected, elementwise) if rate == "auto" else rate
+        auto = self.schedule.threshold_rate(self.config.temperature, projected, elementwise=not self.plan.structured)
+        return auto if rate == "auto" else rate
 
     def _regulariser_gradient(self, task: Tensor, adam: Adam) -> Tensor:
         """lambda dL_reg/dsigma, (G,), for the task's gradient `task`; lambda is adaptive and detached."""

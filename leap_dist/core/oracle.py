@@ -92,8 +92,8 @@ class Oracle:
         own = zip(self.scores, self.score_rates, strict=True)
         self.score_optimizer = torch.optim.Adam([{"params": [scores], "lr": peak} for scores, peak in own])
         rate, projected = config.threshold_learning_rate, config.control == "projected"
-        elementwise = all(gate.elementwise for gate in plan.gates)
-        rate = self.schedule.threshold_rate(config.temperature, projected, elementwise) if rate == "auto" else rate
+        auto = self.schedule.threshold_rate(config.temperature, projected, elementwise=not plan.structured)
+        rate = auto if rate == "auto" else rate
         self.threshold_optimizer = torch.optim.Adam([self.sigma], lr=rate)
         self.task_size = th.TaskSize()
 
