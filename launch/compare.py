@@ -38,10 +38,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Read, show and write what was asked for; the exit code."""
-    from leap_dist.config import default_store
+    from leap_dist.config.sections import default_store
+    from leap_dist.console import summary_table
     from leap_dist.tracking import compare as c
     from leap_dist.tracking.runs import Selection, read_runs
-    from leap_dist.train.progress import summary_table
 
     request = c.Request(
         arguments.metric, arguments.best, arguments.pareto, arguments.masks, arguments.plot, arguments.report

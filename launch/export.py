@@ -29,10 +29,10 @@ def main() -> int:
     try:
         import torch
 
+        from leap_dist.console import console, summary_table
         from leap_dist.export.kinds import export_run, parse_kinds
         from leap_dist.export.run_folder import read_run
         from leap_dist.tracking.report import write_report
-        from leap_dist.train.progress import console, summary_table
 
         kinds = parse_kinds(arguments.to)
         threads = torch.get_num_threads() if arguments.threads is None else arguments.threads

@@ -44,10 +44,10 @@ def main() -> int:
     first = os.environ.get("RANK", "0") == "0"
     try:
         if arguments.import_compression:
-            from leap_dist.migrate import import_file
+            from leap_dist.config.migrate import import_file
 
             return import_file(arguments.import_compression, arguments.output) if first else 0
-        from leap_dist.job_file import load_job
+        from leap_dist.config.job_file import load_job
 
         config = load_job(source := arguments.config, arguments.set)
         if arguments.plan is not None:

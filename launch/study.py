@@ -26,9 +26,9 @@ def main() -> int:
     """Parse, run, report; the exit code."""
     arguments = parse_arguments()
     try:
+        from leap_dist.console import console, summary_table
         from leap_dist.sweep.grid import expand
         from leap_dist.sweep.study import read_study, rows, run_study, show, summarize
-        from leap_dist.train.progress import console, summary_table
 
         if arguments.workers < 1:
             raise UserError(f"--workers: got {arguments.workers}; allowed: an integer >= 1")

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leap_dist.models.shrink import load_pruned
-    from leap_dist.train.trainer import LeapCallback
     from leap_dist.zero.engine import attach, finalize, host, initialize, release
+    from leap_dist.zero.trainer import LeapCallback
 
 __all__ = ["LeapCallback", "attach", "finalize", "host", "initialize", "load_pruned", "release"]
 
 _HOMES = {
-    "LeapCallback": "leap_dist.train.trainer",
+    "LeapCallback": "leap_dist.zero.trainer",
     "attach": "leap_dist.zero.engine",
     "finalize": "leap_dist.zero.engine",
     "host": "leap_dist.zero.engine",

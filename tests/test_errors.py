@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from leap_dist.config.job_file import parse_job
 from leap_dist.errors import UserError, hide_secrets
-from leap_dist.job_file import parse_job
 
 SECRETS = {
     "postgresql://user:secret@host/db": "postgresql://***@host/db",

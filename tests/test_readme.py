@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from leap_dist.job_file import load_job, parse_job, parse_section
+from leap_dist.config.job_file import load_job, parse_job, parse_section
 from tests.launch.scripts import load_script
 from tests.ranks import RankPools
 
@@ -226,7 +226,7 @@ def test_an_old_config_is_imported(folder: Path, tmp_path: Path, monkeypatch: py
 
 def check_json(block: dict[str, Any]) -> None:
     """A job, a sweep, or a section of a job."""
-    from leap_dist.config import SECTIONS
+    from leap_dist.config.sections import SECTIONS
     from leap_dist.sweep.sweep_file import SweepConfig
 
     if "vary" in block:

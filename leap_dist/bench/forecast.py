@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from leap_dist.config import JobConfig, ModelConfig
+from leap_dist.bench.budget import FP32, Hosting, Memory, Traffic, engine_traffic, leap_traffic, memory, total
+from leap_dist.config.sections import JobConfig, ModelConfig
+from leap_dist.console import console, summary_table
 from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
 from leap_dist.models.load import auto_class, load_config, load_model
@@ -21,8 +23,6 @@ from leap_dist.models.plan import make_plan
 from leap_dist.tasks import problem_of
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.glue import GLUE
-from leap_dist.train.progress import console, summary_table
-from leap_dist.zero.budget import FP32, Hosting, Memory, Traffic, engine_traffic, leap_traffic, memory, total
 from leap_dist.zero.refusals import check_engine_config
 
 if TYPE_CHECKING:

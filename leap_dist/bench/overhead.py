@@ -23,11 +23,11 @@ from torch import Tensor, nn
 import leap_dist
 from leap_dist.bench.forecast import empty_task
 from leap_dist.bench.processes import on_ranks
-from leap_dist.config import ModelConfig
+from leap_dist.config.job_file import parse_leap
+from leap_dist.config.sections import ModelConfig
 from leap_dist.core.oracle import Oracle
 from leap_dist.errors import UserError
-from leap_dist.export.latency import machine
-from leap_dist.job_file import parse_leap
+from leap_dist.machine import machine
 from leap_dist.models.load import load_model
 from leap_dist.models.plan import make_plan
 from leap_dist.zero.dense import initialize_dense

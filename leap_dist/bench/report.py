@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from leap_dist.train.progress import console, summary_table
+from leap_dist.console import console, summary_table
 
 TITLES = {
     "variants": "seconds of a step, medians; ratios to dense",

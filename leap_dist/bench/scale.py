@@ -1,6 +1,6 @@
 """How the cost of pruning grows: with the ranks, counted on real ones and modelled up to 1024, and with the model.
 
-The model of traffic and memory (zero/budget.py) has to agree with what real engines hand to collectives and hold, or
+The model of traffic and memory (bench/budget.py) has to agree with what real engines hand to collectives and hold, or
 nothing is reported. Bytes are those that a rank hands over; on the wire a ring moves up to twice as many for a sum on
 all ranks, and as many where each rank ends with a part.
 """
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 import leap_dist
+from leap_dist.bench.budget import Hosting, engine_traffic, leap_traffic, total
 from leap_dist.bench.forecast import Forecast, empty_task, forecast
 from leap_dist.bench.overhead import TASK, TINY, engine_config, engine_step
 from leap_dist.bench.processes import on_ranks
-from leap_dist.config import ModelConfig
-from leap_dist.export.latency import machine
-from leap_dist.job_file import parse_job
+from leap_dist.config.job_file import parse_job
+from leap_dist.config.sections import ModelConfig
+from leap_dist.machine import machine
 from leap_dist.models.load import load_model
 from leap_dist.zero.binding import flat_partitions
-from leap_dist.zero.budget import Hosting, engine_traffic, leap_traffic, total
 
 COUNTED = (1, 2, 4, 8)
 MODELLED = tuple(2**power for power in range(11))

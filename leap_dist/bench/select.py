@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
-from leap_dist.export.latency import machine
-from leap_dist.ops.select import Runs, Selector
+from leap_dist.core.select import Runs, Selector
+from leap_dist.machine import machine
 
 SIZES = (10**4, 10**5, 10**6, 10**7, 10**8)
 KEEP = 0.2  # part of the scores that is kept

@@ -15,65 +15,7 @@ from functools import cached_property
 import torch
 
 from leap_dist.errors import UserError
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The part of one tensor, seen as (rows, cols), that units of a gate cover.
-
-    region: (first row, rows, first column, columns) of the part, None for the whole tensor. `counted` says whether its
-    elements are prunable weights: a bias follows its unit and is not counted.
-    """
-
-    tensor: str
-    rows: int
-    cols: int
-    block_rows: int
-    block_cols: int
-    counted: bool = True
-    first_unit: int = 0
-    region: tuple[int, int, int, int] | None = None
-
-    @property
-    def bounds(self) -> tuple[int, int, int, int]:
-        """The region, made explicit."""
-        return self.region or (0, self.rows, 0, self.cols)
-
-    @property
-    def numel(self) -> int:
-        """Number of elements of the region."""
-        return self.bounds[1] * self.bounds[3]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Number of blocks down and across."""
-        _, num_rows, _, num_cols = self.bounds
-        return -(-num_rows // self.block_rows), -(-num_cols // self.block_cols)
-
-    @property
-    def units(self) -> slice:
-        """Where its units stand among those of the gate."""
-        down, across = self.grid
-        return slice(self.first_unit, self.first_unit + down * across)
-
-    @property
-    def _last(self) -> tuple[int, int]:
-        """Rows and columns of the last block."""
-        (down, across), (_, num_rows, _, num_cols) = self.grid, self.bounds
-        return num_rows - (down - 1) * self.block_rows, num_cols - (across - 1) * self.block_cols
-
-    def unit_sizes(self) -> torch.Tensor:
-        """Elements of every unit that it covers, int64 of shape (down * across,)."""
-        heights, widths = torch.full(self.grid[:1], self.block_rows), torch.full(self.grid[1:], self.block_cols)
-        heights[-1], widths[-1] = self._last
-        return torch.outer(heights, widths).flatten()
-
-    def distinct_sizes(self) -> set[int]:
-        """The sizes that occur among its units: four at most."""
-        (down, across), (height, width) = self.grid, self._last
-        heights = {height} | ({self.block_rows} if down > 1 else set())
-        widths = {width} | ({self.block_cols} if across > 1 else set())
-        return {rows * cols for rows in heights for cols in widths}
+from leap_dist.ops.slices import Slice
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.flips import Flips
-from leap_dist.core.fragments import Fragment, add_unit_sums_
+from leap_dist.core.fragments import Fragment
 from leap_dist.core.gates import Cover, GatePlan
 from leap_dist.core.parts import Part
+from leap_dist.core.pattern import PatternRun, PatternSelector
+from leap_dist.core.select import Runs, Selector
 from leap_dist.ops import dispatch as ops
-from leap_dist.ops.pattern import PatternRun, PatternSelector
 from leap_dist.ops.reference import Adam, run_table
-from leap_dist.ops.select import Runs, Selector
+from leap_dist.ops.slices import add_unit_sums_
 
 # Keys of the optimizer state; every tensor has the shape of its flat partition.
 EXP_AVG, EXP_AVG_SQ, LATENT, MASK = "exp_avg", "exp_avg_sq", "latent", "mask"

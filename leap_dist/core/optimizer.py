@@ -8,7 +8,7 @@ step over the fragments that this rank holds of the gated parameter group:
 2. gates    Adam on this rank's fragments of structured scores and thresholds. Local.
 3. level    thresholds are gathered (one all-reduce); the level is held by the regulariser ("paper") or by a shift
             common to all thresholds ("projected").
-4. masks    exact top-k over shards; a few all-reduces of counts (ops/select.py).
+4. masks    exact top-k over shards; a few all-reduces of counts (core/select.py).
 5. write    the hosted partition becomes W * M. Local.
 
 Latent weights, element scores, masks and moments have the flat partition's shape; thresholds and structured scores
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.config import LeapConfig
+from leap_dist.config.sections import LeapConfig
 from leap_dist.core import thresholds as th
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment

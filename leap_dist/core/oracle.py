@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from leap_dist.config import LeapConfig
+from leap_dist.config.sections import LeapConfig
 from leap_dist.core import thresholds as th
-from leap_dist.core.gates import Gate, GatePlan, Slice
+from leap_dist.core.gates import Gate, GatePlan
 from leap_dist.core.phases import Schedule
+from leap_dist.ops.slices import Slice
 
 
 class TopK(torch.autograd.Function):

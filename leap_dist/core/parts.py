@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.fragments import Fragment
-from leap_dist.core.gates import GatePlan, Slice
+from leap_dist.core.gates import GatePlan
 from leap_dist.ops.dispatch import row_size
 from leap_dist.ops.reference import GATE, run_table
-from leap_dist.ops.units import patch_table
+from leap_dist.ops.slices import Slice
 
 
 class Part:
@@ -91,3 +91,12 @@ def _merged(runs: Iterable[tuple[int, int]]) -> list[slice]:
         start = found.pop().start if found and found[-1].stop == offset else offset
         found.append(slice(start, offset + length))
     return found
+
+
+def patch_table(covered: Sequence[tuple[Fragment, Slice, int]]) -> Tensor:
+    """A row for every (fragment, slice, place of the gate's first unit), int64 of shape (patches, 12), on the CPU."""
+    rows = [
+        (f.offset, f.start, f.length, s.rows, s.cols, *s.bounds, s.block_rows, s.block_cols, first + s.first_unit)
+        for f, s, first in covered
+    ]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 12)

@@ -13,7 +13,7 @@ from leap_dist.errors import UserError
 from leap_dist.export import onnx
 from leap_dist.export.card import Card, Latency, Pair
 from leap_dist.export.flops import count_flops
-from leap_dist.export.latency import Runner, machine, medians, torch_runner, torch_threads
+from leap_dist.export.latency import Runner, medians, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
 from leap_dist.export.run_folder import (
     Run,
@@ -26,6 +26,7 @@ from leap_dist.export.semi_structured import check_semi_structured, write_marker
 from leap_dist.export.shrunk import Models, difference
 from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
 from leap_dist.files import staged
+from leap_dist.machine import machine
 from leap_dist.models.shrink import example_inputs
 
 if TYPE_CHECKING:

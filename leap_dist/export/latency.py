@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +18,6 @@ if TYPE_CHECKING:
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
 """Model inputs -> logits."""
 
-PACKAGES = ("leap_dist", "torch", "transformers", "onnxruntime")
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 BUDGET = 4.0  # seconds for all rounds of all variants, once there are MIN_ROUNDS
 
@@ -78,43 +72,3 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def machine() -> dict[str, Any]:
-    """Where something was measured, with what, at which commit of a checkout; `load` is that of the last minute."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "system": platform.platform(),
-        "versions": {"python": platform.python_version()}
-        | {name: found for name in PACKAGES if (found := _version(name))},
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    """The processor's name as Linux gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit that this package runs from; None outside of a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

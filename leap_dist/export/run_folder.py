@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
+from leap_dist.config.family import FamilyConfig
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
-from leap_dist.family import FamilyConfig
 from leap_dist.models.load import quiet_transformers
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from leap_dist.family import AttentionFamily, ExpertsFamily, FamilyConfig, FfnFamily
+from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig, FfnFamily
 
 # Modules outside the layer stack, by the last parts of their names in transformers' models.
 HEADS = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leap_dist.config import ModelConfig
+from leap_dist.config.sections import ModelConfig
 from leap_dist.errors import UserError
 
 if TYPE_CHECKING:

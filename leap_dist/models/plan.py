@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from leap_dist.config import GateConfig, LeapConfig
-from leap_dist.core.gates import Gate, GatePlan, Slice, matrix_gate
+from leap_dist.config.family import FamilyConfig
+from leap_dist.config.sections import GateConfig, LeapConfig
+from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.errors import UserError
-from leap_dist.family import FamilyConfig
 from leap_dist.models.families import is_conv1d, prunable_matrices
 from leap_dist.models.structures import Part, Structure, find_structures, find_sublayers, tensor_shapes
+from leap_dist.ops.slices import Slice
 
 STRUCTURED = ("head", "neuron", "expert", "layer")
 Shape = tuple[int, ...]

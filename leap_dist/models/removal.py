@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from leap_dist.family import AttentionFamily, ExpertsFamily, FfnFamily
+from leap_dist.config.family import AttentionFamily, ExpertsFamily, FfnFamily
 from leap_dist.models.families import is_conv1d
 from leap_dist.models.structures import Block, Part, Resize
 

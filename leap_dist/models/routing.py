@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from leap_dist.family import FamilyConfig
+from leap_dist.config.family import FamilyConfig
 from leap_dist.models.structures import find_blocks
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig
+from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
-from leap_dist.family import AttentionFamily, ExpertsFamily, FamilyConfig
 from leap_dist.files import staged
 from leap_dist.models.load import quiet_transformers
-from leap_dist.models.manifest import (
+from leap_dist.models.pruned_json import (
     NAME,
     KeptUnits,
     Manifest,
@@ -30,7 +31,6 @@ from leap_dist.models.manifest import (
 )
 from leap_dist.models.removal import remove_units_
 from leap_dist.models.structures import Block, Span, find_blocks, is_anchored
-from leap_dist.section import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

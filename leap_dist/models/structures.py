@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig, FfnFamily
+from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
-from leap_dist.family import AttentionFamily, ExpertsFamily, FamilyConfig, FfnFamily
 from leap_dist.models.families import family_of, is_conv1d
-from leap_dist.section import nearest
 
 Kind = Literal["head", "neuron", "expert", "layer"]
 BlockFamily = AttentionFamily | FfnFamily | ExpertsFamily

@@ -1,30 +1,20 @@
 """Structured gates over flat partitions: sums over units, and masks of units spread over their elements.
 
-A patch is the part of a fragment that one slice of a gate covers (core/gates.py): a run of elements of a tensor, seen
+A patch is the part of a fragment that one slice of a gate covers (ops/slices.py): a run of elements of a tensor, seen
 as a matrix, and the region of that matrix that is cut into blocks, each of which belongs to one unit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from leap_dist.core.fragments import Fragment, add_unit_sums_, expand_units
-from leap_dist.core.gates import Slice
 from leap_dist.ops.reference import blocks
+from leap_dist.ops.slices import Slice, add_unit_sums_, expand_units
 
 # Columns of a table of patches, int64: where the run starts in the flat partition and in its tensor, its length; the
 # matrix; the region; the blocks; the place of the first unit in the vector of all structured units.
 OFFSET, START, LENGTH, ROWS, COLS, TOP, NUM_ROWS, LEFT, NUM_COLS, BLOCK_ROWS, BLOCK_COLS, FIRST_UNIT = range(12)
-
-
-def patch_table(covered: Sequence[tuple[Fragment, Slice, int]]) -> Tensor:
-    """A row for every (fragment, slice, place of the gate's first unit), int64 of shape (patches, 12), on the CPU."""
-    rows = [
-        (f.offset, f.start, f.length, s.rows, s.cols, *s.bounds, s.block_rows, s.block_cols, first + s.first_unit)
-        for f, s, first in covered
-    ]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 12)
 
 
 def patches_of(patches: Tensor) -> Iterator[tuple[int, int, int, Slice]]:

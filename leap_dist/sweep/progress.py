@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from time import monotonic
 
+from leap_dist.console import console, duration
 from leap_dist.sweep.rank import Outcome, State
-from leap_dist.train.progress import console, duration
 
 LINE_EVERY = 10.0  # seconds between two plain lines
 ENDINGS = {"done": "done", "failed": "FAILED", "stopped": "stopped early", "lost": "lost"}

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from leap_dist.config import JobConfig
+from leap_dist.config.sections import JobConfig
 from leap_dist.errors import UserError
 from leap_dist.train.watch import Stopped, Watch
 
@@ -147,10 +147,10 @@ class Rank:
 
 def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
     """Look at what an earlier try has left, and make the folder ready."""
+    from leap_dist.checkpoint.folders import latest_checkpoint
     from leap_dist.export.run_folder import CERTIFICATE
     from leap_dist.sweep.ladder import branch_off
     from leap_dist.train.output import CHECKPOINTS
-    from leap_dist.zero.store import latest_checkpoint
 
     _log(work.output).unlink(missing_ok=True)
     if (work.output / CERTIFICATE).is_file():

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from leap_dist.config.section import show
 from leap_dist.errors import UserError
 from leap_dist.export.run_folder import CERTIFICATE
-from leap_dist.section import show
 from leap_dist.sweep.grid import Settings, short, varying
 from leap_dist.sweep.rank import Outcome
 from leap_dist.sweep.sweep_file import TARGET, SweepConfig, Trial

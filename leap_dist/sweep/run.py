@@ -8,8 +8,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from leap_dist.config.job_file import parse_section
+from leap_dist.console import console, summary_table
 from leap_dist.errors import UserError
-from leap_dist.job_file import parse_section
 from leap_dist.sweep.cluster import check_room, connected
 from leap_dist.sweep.ladder import ladder_of
 from leap_dist.sweep.ray_sweep import RaySweep
@@ -18,7 +19,6 @@ from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, identity, read_sweep, trials_of
 from leap_dist.tracking.journal import JOURNAL
 from leap_dist.tracking.mlflow import Tracker, differing
-from leap_dist.train.progress import console, summary_table
 
 SWEEP, LOCK = "sweep.json", ".lock"
 OURS = (LOCK, JOURNAL)  # what a call that was cut off early may leave

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from leap_dist.config.job_file import load_job, parse_section, read_json
+from leap_dist.config.section import Section
 from leap_dist.errors import UserError
-from leap_dist.job_file import load_job, parse_section, read_json
-from leap_dist.section import Section
 from leap_dist.sweep.grid import Settings, expand, name_of, short, varying
 from leap_dist.tracking.pareto import Point as Drawn
 from leap_dist.tracking.pareto import higher_is_better, pareto, picture_of

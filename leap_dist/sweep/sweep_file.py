@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from leap_dist.config import UNRELATED_TO_RESULT, JobConfig
+from leap_dist.config.job_file import load_job, parse_section, read_json
+from leap_dist.config.section import Conflict, PositiveFloat, Section, as_objects, is_int, is_number, show
+from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.errors import UserError
-from leap_dist.job_file import load_job, parse_section, read_json
-from leap_dist.section import Conflict, PositiveFloat, Section, as_objects, is_int, is_number, show
 from leap_dist.sweep.grid import Settings, expand, name_of
 from leap_dist.tracking.mlflow import parameters
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from leap_dist.config import DataConfig
+from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks import builtin, glue, lm, squad
 from leap_dist.tasks.base import Collator, Problem, Task

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from leap_dist.config import DataConfig
+from leap_dist.config.sections import DataConfig
 from leap_dist.tasks.base import Collator, Task, TokenTable, flat
 from leap_dist.tasks.metrics import LabelEvaluation
 

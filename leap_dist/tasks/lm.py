@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leap_dist.config import DataConfig
+from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import IGNORED, Batch, Collator, Example, Task, TokenTable, pad_id
 from leap_dist.tasks.cache import Arrays, cached

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
-from leap_dist.section import nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leap_dist.config import DataConfig
+from leap_dist.config.sections import DataConfig
 from leap_dist.tasks.base import Example, Task, TokenTable
 
 DIGEST = 32  # characters; MLflow takes 36

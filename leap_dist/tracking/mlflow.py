@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from leap_dist.config import DataConfig, TrackingConfig
+from leap_dist.config.sections import DataConfig, TrackingConfig
+from leap_dist.console import console
 from leap_dist.errors import UserError, hide_secrets
 from leap_dist.tracking.delivery import MAX_BATCH, Delivery, Sender
 from leap_dist.tracking.journal import JOURNAL, Journal
@@ -31,7 +32,6 @@ from leap_dist.tracking.store import (
     without_credentials,
 )
 from leap_dist.tracking.system import System
-from leap_dist.train.progress import console
 
 if TYPE_CHECKING:
     from leap_dist.tasks.base import Task

@@ -49,7 +49,7 @@ def saved(folder: Path) -> Iterator[Path]:
 
 def _pipeline_of(folder: Path) -> str | None:
     """The transformers task that serves the folder without leap_dist; None if there is none."""
-    from leap_dist.models.manifest import NAME
+    from leap_dist.models.pruned_json import NAME
 
     if (folder / NAME).is_file() or not (folder / TOKENIZER).is_file():
         return None
@@ -73,7 +73,7 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         from leap_dist.export.run_folder import load_exported, load_exported_tokenizer
-        from leap_dist.models.manifest import NAME
+        from leap_dist.models.pruned_json import NAME
         from leap_dist.models.shrink import load_pruned
 
         self._model = load_pruned(folder) if (folder / NAME).is_file() else load_exported(folder)

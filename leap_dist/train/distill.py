@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leap_dist.config import DistillConfig
+from leap_dist.config.family import FamilyConfig
+from leap_dist.config.sections import DistillConfig
 from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
-from leap_dist.family import FamilyConfig
 from leap_dist.models.structures import find_structures
 from leap_dist.tasks.base import IGNORED, Task
 

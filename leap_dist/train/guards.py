@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.config import JobConfig
+from leap_dist.config.sections import JobConfig
 from leap_dist.zero.ranks import Ranks
 
 # ---------------------------------------------------------------------------------------------- values

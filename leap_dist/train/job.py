@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from leap_dist.config import JobConfig, ModelConfig
+from leap_dist.config.sections import JobConfig, ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.models.load import load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
-from leap_dist.config import JobConfig
+from leap_dist.checkpoint.checkpoints import Checkpoints
+from leap_dist.checkpoint.folders import latest_checkpoint
+from leap_dist.config.sections import JobConfig
+from leap_dist.console import console
 from leap_dist.core.histograms import REACH, score_histograms
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
@@ -24,15 +27,13 @@ from leap_dist.train.guards import BadSteps, Heartbeats, spoiled
 from leap_dist.train.job import Job, build_job
 from leap_dist.train.meter import Meter
 from leap_dist.train.output import CHECKPOINTS, RANKS, append_metrics, check_output, prepared, shown
-from leap_dist.train.progress import Progress, console
+from leap_dist.train.progress import Progress
 from leap_dist.train.saving import Saver
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.summary import ending, flat, report, tags_of
 from leap_dist.train.watch import NOTHING, Stopped, Watch
-from leap_dist.zero.checkpoint import Checkpoints
 from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, settle
 from leap_dist.zero.ranks import Ranks, torch_linear_put_back
-from leap_dist.zero.store import latest_checkpoint
 
 
 @torch_linear_put_back()  # the next job in this process may have another stage

@@ -14,15 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from leap_dist.config import UNRELATED_TO_RESULT, JobConfig
+from leap_dist.config.job_file import parse_job
+from leap_dist.config.section import show
+from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
+from leap_dist.console import console
 from leap_dist.errors import UserError, hide_secrets
 from leap_dist.export.run_folder import CERTIFICATE, RESOLVED
 from leap_dist.files import write_text
-from leap_dist.job_file import parse_job
-from leap_dist.section import show
 from leap_dist.tracking.journal import JOURNAL
 from leap_dist.train.batches import accumulation
-from leap_dist.train.progress import console
 
 METRICS, CHECKPOINTS, RANKS = "metrics.jsonl", "checkpoints", ".ranks"
 BATCH = "train_batch_size"

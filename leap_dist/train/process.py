@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from leap_dist.config import JobConfig
+from leap_dist.config.sections import JobConfig
 from leap_dist.errors import UserError
 from leap_dist.train.guards import is_short_of_memory, memory_advice
 from leap_dist.train.loop import run_job

@@ -1,29 +1,18 @@
-"""What the user sees of a run: a bar on a terminal, plain lines elsewhere, a table at the end."""
+"""What the user sees of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
 from time import monotonic
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as LiveProgress
-from rich.table import Table
+
+from leap_dist.console import cell, console, duration
 
 LINE_EVERY = 5.0  # seconds between two plain lines
 RATE_OVER = 50  # updates over which steps/s is measured
-PLAIN_WIDTH = 120  # columns of what is written to a file or a pipe
-
-
-@cache
-def console() -> Console:
-    """The console of the process, on standard output."""
-    shown = Console(highlight=False)
-    if not shown.is_terminal:
-        shown.width = PLAIN_WIDTH
-    return shown
 
 
 class Progress:
@@ -71,18 +60,6 @@ class Progress:
         return f"{rate:.3g} steps/s  ETA {duration(max(0, self._total - step) / rate)}"
 
 
-def summary_table(rows: Sequence[Mapping[str, str | float]], title: str | None = None) -> None:
-    """Print rows as a table; the columns are the keys of all rows in order of first appearance."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(title=title)
-    for name in names:
-        number = all(not isinstance(row.get(name, 0.0), str) for row in rows)
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(row.get(name, "")) for name in names))
-    console().print(table, markup=False)
-
-
 def _live_progress() -> LiveProgress:
     return LiveProgress(
         TextColumn("{task.description}", markup=False),
@@ -98,19 +75,7 @@ def _fields_text(fields: Mapping[str, float]) -> str:
     parts = []
     for name, value in fields.items():
         if paired and name == "R":
-            parts.append(f"R {_cell(value)} → {_cell(fields['target'])}")
+            parts.append(f"R {cell(value)} → {cell(fields['target'])}")
         elif not (paired and name == "target"):
-            parts.append(f"{name} {_cell(value)}")
+            parts.append(f"{name} {cell(value)}")
     return "  ".join(parts)
-
-
-def _cell(value: str | float) -> str:
-    """Text as it is, integers in full, other numbers with four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes, seconds: "1:02:03", "2:03"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

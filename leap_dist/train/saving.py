@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.config import TrainConfig
-from leap_dist.train.progress import console
+from leap_dist.checkpoint.checkpoints import CheckpointError, Checkpoints
+from leap_dist.config.sections import TrainConfig
+from leap_dist.console import console
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.watch import Watch
 from leap_dist.zero.agreement import agreement
-from leap_dist.zero.checkpoint import CheckpointError, Checkpoints
 from leap_dist.zero.ranks import Ranks
 
 MEETINGS = 0.5

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from leap_dist.console import console, summary_table
 from leap_dist.core.stopwatch import TIMINGS
 from leap_dist.export import certificate as cert
-from leap_dist.export.latency import machine
+from leap_dist.machine import machine
 from leap_dist.train.job import Job
-from leap_dist.train.progress import console, summary_table
 
 
 def flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from leap_dist.config import SECTIONS, LeapConfig
+from leap_dist.config.family import FamilyConfig
+from leap_dist.config.job_file import parse_leap, parse_section
+from leap_dist.config.sections import SECTIONS, LeapConfig
 from leap_dist.core.counting import Counter, check_exact
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import MASK, SCORES, THRESHOLDS
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.errors import UserError
-from leap_dist.family import FamilyConfig
-from leap_dist.job_file import parse_leap, parse_section
 from leap_dist.models.plan import make_plan
 from leap_dist.models.routing import route_among_kept
 from leap_dist.zero.binding import (

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from leap_dist.config import SECTIONS
+from leap_dist.config.sections import SECTIONS
 from leap_dist.errors import UserError
 
 OTHER_SHARDING = {"zenflow": None, "mics_shard_size": -1, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}

@@ -25,14 +25,14 @@ import leap_dist
 from leap_dist.bench.forecast import empty_task
 from leap_dist.bench.overhead import LR, PHASE, TASK, Setting, engine_config, engine_step, random_batch
 from leap_dist.bench.processes import on_ranks
-from leap_dist.config import ModelConfig
-from leap_dist.export.latency import machine
+from leap_dist.checkpoint.checkpoints import Checkpoints
+from leap_dist.checkpoint.engine_state import fragment_states, tensor_table, written_by
+from leap_dist.checkpoint.folders import latest_checkpoint, step_of
+from leap_dist.checkpoint.manifest import MANIFEST
+from leap_dist.config.sections import ModelConfig
+from leap_dist.machine import machine
 from leap_dist.models.load import load_model
-from leap_dist.zero.checkpoint import Checkpoints
-from leap_dist.zero.engine_state import fragment_states, tensor_table, written_by
-from leap_dist.zero.manifest import MANIFEST
 from leap_dist.zero.ranks import Ranks
-from leap_dist.zero.store import latest_checkpoint, step_of
 
 GATES = {"element": ["element"], "head+neuron": ["head", "neuron"]}
 BATCH, LENGTH = 1, 32

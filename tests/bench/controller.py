@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_dist.config import DataConfig, LeapConfig
+from leap_dist.config.job_file import parse_leap
+from leap_dist.config.sections import DataConfig, LeapConfig
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.counting import check_exact
 from leap_dist.core.fragments import whole
 from leap_dist.core.gating import MASK, SCORES, THRESHOLDS
 from leap_dist.core.optimizer import GATED, LeapAdamW
-from leap_dist.job_file import parse_leap
 from leap_dist.models.plan import make_plan
 from leap_dist.tasks import builtin
 

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from leap_dist.job_file import CONFIG_FOLDER
+from leap_dist.config.job_file import CONFIG_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 HASHES = ("weights_sha256", "masks_sha256")

@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from leap_dist.config import TrackingConfig
-from leap_dist.export.latency import machine
-from leap_dist.job_file import load_job
+from leap_dist.config.job_file import load_job
+from leap_dist.config.sections import TrackingConfig
+from leap_dist.machine import machine
 from leap_dist.tracking import delivery
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.train.loop import Job, build_job

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from leap_dist.core.fragments import add_unit_sums_, expand_units, rectangles
-from leap_dist.core.gates import Gate, GatePlan, Slice, matrix_gate, pattern_of
+from leap_dist.core.gates import Gate, GatePlan, matrix_gate, pattern_of
 from leap_dist.core.oracle import unit_index
 from leap_dist.errors import UserError
+from leap_dist.ops.slices import Slice, add_unit_sums_, expand_units, rectangles
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 8), (13, 11), (32, 16)]
 GRANULARITIES = ["element", "row", "column", "block:1x1", "block:4x5", "block:3x2"]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from leap_dist.config.job_file import parse_leap
 from leap_dist.core import thresholds as th
 from leap_dist.core.gates import GatePlan, matrix_gate
 from leap_dist.core.phases import Schedule
-from leap_dist.job_file import parse_leap
 
 T = 32.0
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import torch
 
 from leap_dist.export import latency
-from leap_dist.export.latency import logits_of, machine, medians, torch_runner, torch_threads
+from leap_dist.export.latency import logits_of, medians, torch_runner, torch_threads
+from leap_dist.machine import machine
 from tests.export.runs import classifier
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from leap_dist.config import TrackingConfig
+from leap_dist.config.sections import TrackingConfig
 from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.mlflow import Tracker
 from tests.launch.scripts import load_script

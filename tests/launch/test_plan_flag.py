@@ -24,9 +24,9 @@ from leap_dist.bench.forecast import (
     gpu_line,
     memory_rows,
 )
-from leap_dist.config import ModelConfig
+from leap_dist.config.job_file import load_job
+from leap_dist.config.sections import ModelConfig
 from leap_dist.errors import UserError
-from leap_dist.job_file import load_job
 from tests.launch.scripts import load_script
 from tests.launch.test_prune import JOB, MODEL
 

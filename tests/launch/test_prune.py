@@ -164,8 +164,8 @@ def run_in_rank(job: dict[str, Any], output: str, resume: bool = False) -> str:
     """What `run_job` says of a job that it refuses; "" where it runs to its end."""
     import torch
 
+    from leap_dist.config.job_file import parse_job
     from leap_dist.errors import UserError
-    from leap_dist.job_file import parse_job
     from leap_dist.train.loop import run_job
     from leap_dist.zero.ranks import Ranks
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModel, GPTNeoXConfig
 
+from leap_dist.config.family import FamilyConfig
 from leap_dist.errors import UserError
-from leap_dist.family import FamilyConfig
 from leap_dist.models.families import FAMILIES, family_of, prunable_matrices
 from leap_dist.models.routing import route_among_kept
 from leap_dist.models.structures import Structure, find_structures, find_sublayers, tensor_shapes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel
 
-from leap_dist.config import ModelConfig
+from leap_dist.config.sections import ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.models.load import auto_class, load_model, load_tokenizer
 from leap_dist.tasks.base import Collator, Problem, Task

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from leap_dist.config.job_file import parse_leap
 from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
-from leap_dist.job_file import parse_leap
 from leap_dist.models.families import prunable_matrices
 from leap_dist.models.plan import make_plan, match_names
 

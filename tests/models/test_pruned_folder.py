@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from leap_dist.errors import UserError
-from leap_dist.models.manifest import Manifest, describe_file
+from leap_dist.models.pruned_json import Manifest, describe_file
 from leap_dist.models.shrink import load_pruned, save_shrunk
 from tests.models.tiny import mask_some_, save_masked, tiny
 

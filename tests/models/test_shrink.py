@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from leap_dist.config.family import FamilyConfig
 from leap_dist.errors import UserError
-from leap_dist.family import FamilyConfig
 from leap_dist.models.routing import route_among_kept
 from leap_dist.models.shrink import example_inputs, load_pruned, logit_difference, save_shrunk, shrink_
 from leap_dist.models.structures import find_structures, find_sublayers

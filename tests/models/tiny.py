@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from leap_dist.models.manifest import Manifest
+from leap_dist.models.pruned_json import Manifest
 from leap_dist.models.shrink import save_shrunk, shrink_
 from leap_dist.models.structures import Structure, find_structures
 

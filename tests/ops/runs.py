@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.fragments import Fragment
-from leap_dist.core.gates import Slice
+from leap_dist.core.parts import patch_table
 from leap_dist.ops.reference import Adam, run_table
-from leap_dist.ops.units import patch_table
+from leap_dist.ops.slices import Slice
 
 NUMEL, NUM_GATES = 3001, 4
 RUNS = [(5, 0, 0, 1), (5, 1500, 0, 1), (1600, 1, 1, 0), (1700, 1025, 3, 0)]  # gate 2 has none here

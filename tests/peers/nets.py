@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leap_dist.config import LeapConfig
+from leap_dist.config.family import FamilyConfig
+from leap_dist.config.job_file import parse_leap, parse_section
+from leap_dist.config.sections import LeapConfig
 from leap_dist.core.gates import GatePlan
-from leap_dist.family import FamilyConfig
-from leap_dist.job_file import parse_leap, parse_section
 from leap_dist.models.plan import make_plan
 
 GLOBAL_BATCH = 18  # divides by 1, 2 and 3 ranks, with accumulation 1 and 3

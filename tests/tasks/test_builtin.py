@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from leap_dist.config import DataConfig
+from leap_dist.config.job_file import load_job
+from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
-from leap_dist.job_file import load_job
 from leap_dist.models.load import load_model
 from leap_dist.tasks import Task, load_task, needs_tokenizer
 from leap_dist.tasks.base import Collator, TokenTable, flat

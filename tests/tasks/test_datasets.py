@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from leap_dist.config import DataConfig
+from leap_dist.config.job_file import parse_section
+from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
-from leap_dist.job_file import parse_section
 from leap_dist.tasks import load_task, needs_tokenizer, problem_of
 
 ROWS = [{"one": "a good film", "two": "plot", "kind": "up"}, {"one": "bad", "two": "a plot", "kind": "down"}]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist.config import DataConfig
+from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.glue import GLUE, LOCAL

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from leap_dist.config import TrackingConfig
+from leap_dist.config.sections import TrackingConfig
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.tracking import runs as runs_module

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from leap_dist.config import DataConfig
+from leap_dist.config.sections import DataConfig
 from leap_dist.tasks.base import Task, TokenTable, flat
 from leap_dist.tracking.datasets import describe
 

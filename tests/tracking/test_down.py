@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from leap_dist.config import TrackingConfig
+from leap_dist.config.sections import TrackingConfig
 from leap_dist.errors import UserError
 from leap_dist.tracking import delivery
 from leap_dist.tracking.journal import JOURNAL, Journal

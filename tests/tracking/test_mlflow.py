@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from leap_dist.config import DataConfig, TrackingConfig
+from leap_dist.config.sections import DataConfig, TrackingConfig
 from leap_dist.errors import UserError
 from leap_dist.tracking import system
 from leap_dist.tracking.delivery import MAX_BATCH

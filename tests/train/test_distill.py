@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leap_dist.config import DistillConfig
+from leap_dist.config.job_file import parse_job, parse_leap
+from leap_dist.config.sections import DistillConfig
 from leap_dist.errors import UserError
-from leap_dist.job_file import parse_job, parse_leap
 from leap_dist.models.plan import make_plan
 from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
 from tests.models.tiny import tiny
@@ -149,7 +149,7 @@ JOB: dict[str, Any] = {
 
 def run(stage: int, folder: str) -> dict[str, Any]:
     from leap_dist.train.loop import run_job
-    from tests.zero.test_checkpoint import this_rank
+    from tests.checkpoint.test_checkpoints import this_rank
 
     config = parse_job({**JOB, "zero_optimization": {"stage": stage}})
     return run_job(config, Path(folder), False, this_rank())

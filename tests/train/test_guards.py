@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist.job_file import parse_job
+from leap_dist.config.job_file import parse_job
 from leap_dist.train.guards import Heartbeats, is_short_of_memory, memory_advice, spoiled
 from leap_dist.zero.ranks import Ranks
+from tests.checkpoint.test_checkpoints import this_rank
 from tests.peers.nets import GLOBAL_BATCH, batches, loss_of
 from tests.ranks import RankError, RankPools
 from tests.sweep.jobs import JOB
-from tests.zero.test_checkpoint import this_rank
 from tests.zero.test_engine import pruned_engine
 
 BAD = {3, 30, 31}  # steps; in the dense and in the prune phase

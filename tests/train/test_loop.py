@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from leap_dist.job_file import load_job
+from leap_dist.config.job_file import load_job
 from leap_dist.train.loop import run_job
 from leap_dist.train.watch import Watch
 from leap_dist.zero.ranks import Ranks

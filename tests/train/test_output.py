@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from leap_dist.config.job_file import parse_job
 from leap_dist.errors import UserError
-from leap_dist.job_file import parse_job
 from leap_dist.train.output import check_output, lock, prepared, shown
 from tests.sweep.jobs import JOB
 

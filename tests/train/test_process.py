@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from leap_dist.config.job_file import parse_job
 from leap_dist.errors import UserError
-from leap_dist.job_file import parse_job
 from leap_dist.train import process
 from leap_dist.train.signals import STOPPED, Interrupted
 from leap_dist.zero.ranks import Ranks

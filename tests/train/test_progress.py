@@ -8,17 +8,19 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+from leap_dist import console
+from leap_dist.console import summary_table
 from leap_dist.train import progress
-from leap_dist.train.progress import Progress, summary_table
+from leap_dist.train.progress import Progress
 
 FIELDS = {"loss": 0.41237, "R": 0.5, "target": 0.05, "density": 0.51, "lambda": 10.0, "units": 12}
 
 
 @pytest.fixture(autouse=True)
 def _fresh_console() -> Iterator[None]:
-    progress.console.cache_clear()
+    console.console.cache_clear()
     yield
-    progress.console.cache_clear()
+    console.console.cache_clear()
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_long_lines_and_brackets_stay_as_they_are(clock: list[float], capsys: py
     fields = {f"[red]measure{i}[/red]": 1.0 for i in range(12)}
     Progress(total=3, enabled=True).update(1, "dense", fields)
     (line,) = capsys.readouterr().out.splitlines()
-    assert len(line) > progress.PLAIN_WIDTH and "[red]measure11[/red] 1" in line
+    assert len(line) > console.PLAIN_WIDTH and "[red]measure11[/red] 1" in line
 
 
 def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:

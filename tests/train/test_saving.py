@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from leap_dist.job_file import parse_job
+from leap_dist.checkpoint.folders import checkpoints_in
+from leap_dist.config.job_file import parse_job
 from leap_dist.train.saving import MEETINGS, Meetings
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.watch import Watch
-from leap_dist.zero.store import checkpoints_in
+from tests.checkpoint.test_checkpoints import this_rank
 from tests.ranks import RankPools
 from tests.sweep.jobs import JOB
-from tests.zero.test_checkpoint import this_rank
 
 
 def meet(asked_on: int, asked_at: int, minutes: float | None) -> list[tuple[int, bool, bool]]:

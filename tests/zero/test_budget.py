@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from leap_dist.bench.budget import Hosting, Memory, engine_traffic, leap_traffic, memory, parameter_groups, total
 from leap_dist.bench.forecast import empty_model, empty_task
 from leap_dist.bench.overhead import engine_step
 from leap_dist.bench.scale import held_state, sent_by
-from leap_dist.config import ModelConfig
-from leap_dist.job_file import parse_leap
+from leap_dist.config.job_file import parse_leap
+from leap_dist.config.sections import ModelConfig
 from leap_dist.models.load import load_model
 from leap_dist.models.plan import make_plan
-from leap_dist.zero.budget import Hosting, Memory, engine_traffic, leap_traffic, memory, parameter_groups, total
 from tests.ranks import RankPools
 
 MODEL = ModelConfig(

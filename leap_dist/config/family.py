@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from leap_dist.section import Conflict, Names, Patterns, Section, as_objects
+from leap_dist.config.section import Conflict, Names, Patterns, Section, as_objects
 
 
 class AttentionFamily(Section):

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from leap_dist.config.job_file import load_job, parse_job, parse_leap
+from leap_dist.config.legacy import tensor_pattern
+from leap_dist.config.migrate import Imported, import_compression, import_file
 from leap_dist.errors import UserError
-from leap_dist.job_file import load_job, parse_job, parse_leap
-from leap_dist.legacy import tensor_pattern
-from leap_dist.migrate import Imported, import_compression, import_file
 from tests.launch.test_prune import JOB, MODEL, check_refused, prune
 
 BASE: dict[str, Any] = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}

@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from leap_dist.checkpoint.engine_state import fragment_states, gate_table, random_states, scheduler_state, tensor_table
+from leap_dist.checkpoint.manifest import Damaged, Manifest, check_file, file_name, read_manifest
 from leap_dist.core.fragments import Fragment
 from leap_dist.errors import UserError
 from leap_dist.zero.binding import find_fragments
-from leap_dist.zero.engine_state import fragment_states, gate_table, random_states, scheduler_state, tensor_table
-from leap_dist.zero.manifest import Damaged, Manifest, check_file, file_name, read_manifest
 from leap_dist.zero.ranks import Ranks
 
 

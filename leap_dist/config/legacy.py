@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from leap_dist.section import is_int, is_number, nearest, show
+from leap_dist.config.section import is_int, is_number, nearest, show
 
 PRUNING = ("sparse_pruning", "row_pruning", "head_pruning")
 WITHOUT_A_GATE = {

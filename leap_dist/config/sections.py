@@ -15,8 +15,18 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from leap_dist.family import FamilyConfig
-from leap_dist.section import Conflict, Names, Patterns, PositiveFloat, Section, as_objects, is_int, is_number, show
+from leap_dist.config.family import FamilyConfig
+from leap_dist.config.section import (
+    Conflict,
+    Names,
+    Patterns,
+    PositiveFloat,
+    Section,
+    as_objects,
+    is_int,
+    is_number,
+    show,
+)
 
 DEEPSPEED_KEYS = (
     "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger",

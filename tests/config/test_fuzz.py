@@ -1,6 +1,6 @@
 """Nothing that a file can hold comes out as anything but a UserError.
 
-    LEAP_FUZZ_EXAMPLES=10000 python -m pytest -q tests/test_fuzz.py
+    LEAP_FUZZ_EXAMPLES=10000 python -m pytest -q tests/config/test_fuzz.py
 
 tries so many files of each kind.
 """
@@ -19,10 +19,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from leap_dist.config.job_file import load_job, parse_job
+from leap_dist.config.section import show
 from leap_dist.errors import UserError
 from leap_dist.export.run_folder import read_run
-from leap_dist.job_file import load_job, parse_job
-from leap_dist.section import show
 from leap_dist.tasks.tables import read_cells, read_table
 from tests.sweep.jobs import JOB
 

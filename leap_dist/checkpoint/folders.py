@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from leap_dist.errors import UserError
-from leap_dist.zero.manifest import (
+from leap_dist.checkpoint.manifest import (
     CHUNK,
     LARGEST,
     MANIFEST,
@@ -31,6 +30,7 @@ from leap_dist.zero.manifest import (
     read_manifest,
     sealed,
 )
+from leap_dist.errors import UserError
 
 DTYPES = {torch.float32: "F32", torch.bool: "BOOL", torch.uint8: "U8"}  # as safetensors calls them
 PATIENCE = 900.0  # seconds that the first rank waits for the files of the others; less than a collective may take

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leap_dist.config import DEEPSPEED_KEYS, SECTIONS, LeapConfig
+from leap_dist.config.job_file import parse_leap, read_json
+from leap_dist.config.legacy import PLACE_WORDS, PRUNING, STRUCTURED, Group, Reader, tensor_pattern
+from leap_dist.config.section import is_int, is_number, show
+from leap_dist.config.sections import DEEPSPEED_KEYS, SECTIONS, LeapConfig
 from leap_dist.errors import UserError
-from leap_dist.job_file import parse_leap, read_json
-from leap_dist.legacy import PLACE_WORDS, PRUNING, STRUCTURED, Group, Reader, tensor_pattern
-from leap_dist.section import is_int, is_number, show
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from leap_dist.checkpoint import folders
+from leap_dist.checkpoint.folders import CheckpointError
+from leap_dist.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, check_file, read_manifest, sealed
 from leap_dist.errors import UserError
-from leap_dist.zero import store
-from leap_dist.zero.manifest import MANIFEST, Damaged, FileEntry, Manifest, check_file, read_manifest, sealed
-from leap_dist.zero.store import CheckpointError
-from tests.zero.mutations import EXAMPLES, changed_bytes, changed_json
+from tests.checkpoint.mutations import EXAMPLES, changed_bytes, changed_json
 
 TENSORS = {"a/hosted": torch.arange(5.0), "a/mask": torch.tensor([True, False, True]), "b/hosted": torch.zeros(0)}
 ENGINE: dict[str, Any] = {
@@ -60,9 +60,9 @@ def manifest(files: dict[str, FileEntry], score: float | None = None) -> Manifes
 def write(folder: Path, step: int, score: float | None = None, keep: int = 2, tensors: Any = None) -> Path:
     """A checkpoint of one rank, as the thread writes it."""
     final = folder / f"step-{step:08d}"
-    store.make_room(final)
-    store.write_part(final, 0, tensors or TENSORS, {"a": (0, 5)})
-    store.complete(final, manifest(store.await_parts(final, 1), score), keep)
+    folders.make_room(final)
+    folders.write_part(final, 0, tensors or TENSORS, {"a": (0, 5)})
+    folders.complete(final, manifest(folders.await_parts(final, 1), score), keep)
     return final
 
 
@@ -71,7 +71,7 @@ def names(folder: Path) -> list[str]:
 
 
 def steps(folder: Path) -> list[int]:
-    return [store.step_of(path) for path in store.checkpoints_in(folder)]
+    return [folders.step_of(path) for path in folders.checkpoints_in(folder)]
 
 
 @contextmanager
@@ -98,8 +98,8 @@ def test_a_checkpoint_is_plain_safetensors_and_a_manifest(tmp_path: Path) -> Non
 
 
 def test_large_tensors_are_written_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "CHUNK", 1000)
-    size, sha256 = store.write_tensors(tmp_path / "x", {"x": torch.randn(12345)})
+    monkeypatch.setattr(folders, "CHUNK", 1000)
+    size, sha256 = folders.write_tensors(tmp_path / "x", {"x": torch.randn(12345)})
     check_file(tmp_path / "x", FileEntry(size=size, sha256=sha256, runs={}))
 
 
@@ -126,11 +126,11 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
-    assert store.latest_checkpoint(tmp_path) is None
+    assert folders.latest_checkpoint(tmp_path) is None
     final = write(tmp_path, 3)
     (tmp_path / "step-00000004").mkdir()
     (tmp_path / "step-of-another-kind").mkdir()
-    assert store.latest_checkpoint(tmp_path) == final
+    assert folders.latest_checkpoint(tmp_path) == final
 
 
 # What fails while it is written
@@ -139,7 +139,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_file_that_cannot_grow_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     older = write(tmp_path, 1)
     final = tmp_path / "step-00000002"
-    store.make_room(final)
+    folders.make_room(final)
     message = (
         r"step-00000002 could not be written: File too large; the part of rank 0 takes 4 MB, .* MB are free in .*: "
     )
@@ -147,33 +147,33 @@ def test_a_file_that_cannot_grow_leaves_the_older_checkpoint(tmp_path: Path) -> 
         file_size_limit(10**6),
         pytest.raises(CheckpointError, match=message + "raise the limit on file sizes, or give"),
     ):
-        store.write_part(final, 0, {"x": torch.zeros(10**6)}, {})
-    assert names(store.partial_of(final)) == ["rank-00000.json"]  # what was written is gone, the record tells why
+        folders.write_part(final, 0, {"x": torch.zeros(10**6)}, {})
+    assert names(folders.partial_of(final)) == ["rank-00000.json"]  # what was written is gone, the record tells why
     with pytest.raises(CheckpointError, match="part of rank 0 takes"):
-        store.await_parts(final, 2)
-    assert store.latest_checkpoint(tmp_path) == older
+        folders.await_parts(final, 2)
+    assert folders.latest_checkpoint(tmp_path) == older
 
 
 def test_a_manifest_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = tmp_path / "step-00000002"
-    store.make_room(final)
-    store.write_part(final, 0, TENSORS, {"a": (0, 5)})
-    complete = manifest(store.await_parts(final, 1))
+    folders.make_room(final)
+    folders.write_part(final, 0, TENSORS, {"a": (0, 5)})
+    complete = manifest(folders.await_parts(final, 1))
     with file_size_limit(100), pytest.raises(CheckpointError, match="File too large; its manifest takes"):
-        store.complete(final, complete, 2)
-    monkeypatch.setattr(store, "LARGEST", 100)
+        folders.complete(final, complete, 2)
+    monkeypatch.setattr(folders, "LARGEST", 100)
     with pytest.raises(CheckpointError, match=r"manifest would have .* bytes; allowed: at most 100; use fewer ranks"):
-        store.complete(final, complete, 2)
+        folders.complete(final, complete, 2)
     assert steps(tmp_path) == []
 
 
 def test_a_rank_that_does_not_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PATIENCE", 0.1)
+    monkeypatch.setattr(folders, "PATIENCE", 0.1)
     final = tmp_path / "step-00000002"
-    store.make_room(final)
-    store.write_part(final, 1, TENSORS, {})
+    folders.make_room(final)
+    folders.write_part(final, 1, TENSORS, {})
     with pytest.raises(CheckpointError, match=r"rank 0, 2 did not write its part within 0.1 s"):
-        store.await_parts(final, 3)
+        folders.await_parts(final, 3)
 
 
 def test_kill_9_while_a_checkpoint_is_written(tmp_path: Path) -> None:
@@ -184,14 +184,14 @@ def test_kill_9_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     if child == 0:
         while True:
             write(tmp_path, 2, tensors=large)
-    part = store.partial_of(final) / "rank-00000.safetensors"
+    part = folders.partial_of(final) / "rank-00000.safetensors"
     deadline = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size > 0):
         assert time.monotonic() < deadline
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert names(tmp_path) == [f".{final.name}.partial", older.name]
-    assert store.latest_checkpoint(tmp_path) == older and read_manifest(older)
+    assert folders.latest_checkpoint(tmp_path) == older and read_manifest(older)
     write(tmp_path, 3)
     assert names(tmp_path) == [older.name, "step-00000003"]
 

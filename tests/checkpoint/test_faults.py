@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist.zero.checkpoint import CheckpointError, Checkpoints
+from leap_dist.checkpoint.checkpoints import CheckpointError, Checkpoints
+from tests.checkpoint.test_checkpoints import load, this_rank
 from tests.ranks import RankPools
-from tests.zero.test_checkpoint import load, this_rank
 from tests.zero.test_engine import pruned_engine, run_steps
 
 

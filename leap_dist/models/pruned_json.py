@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from leap_dist.config.family import FamilyConfig
+from leap_dist.config.section import Section
 from leap_dist.errors import UserError
-from leap_dist.family import FamilyConfig
-from leap_dist.section import Section
 
 NAME = "pruned.json"
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from leap_dist.config import DEEPSPEED_KEYS, GATE_NAMES, OPTIONAL, SECTIONS, JobConfig, LeapConfig
+from leap_dist.config.section import Section, is_int, nearest, show
+from leap_dist.config.sections import DEEPSPEED_KEYS, GATE_NAMES, OPTIONAL, SECTIONS, JobConfig, LeapConfig
 from leap_dist.errors import UserError
 from leap_dist.files import shipped
-from leap_dist.section import Section, is_int, nearest, show
 
 CONFIG_FOLDER = shipped("configs")
 

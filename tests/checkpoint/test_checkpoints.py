@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from leap_dist.checkpoint.checkpoints import Checkpoints
+from leap_dist.checkpoint.folders import write_tensors
+from leap_dist.checkpoint.manifest import MANIFEST, sealed
 from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
-from leap_dist.zero.checkpoint import Checkpoints
-from leap_dist.zero.manifest import MANIFEST, sealed
-from leap_dist.zero.store import write_tensors
 from tests.peers.nets import leap
 from tests.ranks import RankPools
 from tests.zero.test_engine import STEPS, pruned_engine, run_steps
@@ -90,8 +90,8 @@ def test_resumes_bit_for_bit(
 
 def contents(engine: Any) -> dict[str, Any]:
     """Everything that a checkpoint holds, gathered: all states of all tensors, and what is outside of tensors."""
+    from leap_dist.checkpoint.engine_state import HOSTED, engine_state, tensor_table
     from leap_dist.zero.binding import gather
-    from leap_dist.zero.engine_state import HOSTED, engine_state, tensor_table
 
     found: dict[str, Any] = engine_state(engine).model_dump(exclude={"scaler"})  # stage 0 has none
     for name, entry in tensor_table(engine).items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leap_dist.checkpoint.manifest import EngineState, LeapState, TensorEntry
 from leap_dist.core.fragments import Fragment
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import (
@@ -23,7 +24,6 @@ from leap_dist.core.gating import (
     state_keys,
 )
 from leap_dist.zero.binding import find_fragments, hosted_parameters, refresh_hosted
-from leap_dist.zero.manifest import EngineState, LeapState, TensorEntry
 
 HOSTED = "hosted"  # the fp32 masters of what no gate covers
 ON_ELEMENTS = SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ, ELEMENT_MASK

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from leap_dist.config import LeapConfig
+from leap_dist.config.sections import LeapConfig
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, MASK, state_keys
-from leap_dist.ops.select import COUNTS, NUM_PASSES
+from leap_dist.core.select import COUNTS, NUM_PASSES
 
 FP32, INT32, INT64 = 4, 4, 8  # bytes
 BUCKET = 5 * 10**8  # DeepSpeed's default for both bucket sizes, in elements

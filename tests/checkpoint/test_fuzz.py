@@ -10,12 +10,12 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leap_dist.checkpoint.checkpoints import Checkpoints
+from leap_dist.checkpoint.manifest import MANIFEST, sealed
 from leap_dist.errors import UserError
-from leap_dist.zero.checkpoint import Checkpoints
-from leap_dist.zero.manifest import MANIFEST, sealed
+from tests.checkpoint.mutations import EXAMPLES, changed_bytes, changed_json
+from tests.checkpoint.test_checkpoints import checkpoint_of, this_rank
 from tests.ranks import RankPools
-from tests.zero.mutations import EXAMPLES, changed_bytes, changed_json
-from tests.zero.test_checkpoint import checkpoint_of, this_rank
 from tests.zero.test_engine import pruned_engine
 
 FILE = "rank-00000.safetensors"

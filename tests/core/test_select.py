@@ -9,8 +9,8 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.oracle import top_k
+from leap_dist.core.select import ANYWHERE, NUM_PASSES, Bracket, Runs, Selector, _to_keys, _to_scores
 from leap_dist.ops.reference import run_table
-from leap_dist.ops.select import ANYWHERE, NUM_PASSES, Bracket, Runs, Selector, _to_keys, _to_scores
 from tests.ranks import RankPools
 
 SIZES = [1, 2, 1001, 5000]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.oracle import top_k
-from leap_dist.ops.pattern import PatternRun, PatternSelector
+from leap_dist.core.pattern import PatternRun, PatternSelector
 from tests.ranks import RankPools
 
 NUMEL = {0: 24, 1: 96, 2: 8}  # elements of the tensor of every gate; divisible by its m

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.errors import UserError
-from leap_dist.zero import elastic, store
-from leap_dist.zero.agreement import agreement
-from leap_dist.zero.engine_state import (
+from leap_dist.checkpoint import elastic, folders
+from leap_dist.checkpoint.engine_state import (
     engine_state,
     fragment_states,
     gate_table,
@@ -28,9 +26,11 @@ from leap_dist.zero.engine_state import (
     tensor_table,
     written_by,
 )
-from leap_dist.zero.manifest import Damaged, Manifest
+from leap_dist.checkpoint.folders import CheckpointError, checkpoints_in
+from leap_dist.checkpoint.manifest import Damaged, Manifest
+from leap_dist.errors import UserError
+from leap_dist.zero.agreement import agreement
 from leap_dist.zero.ranks import Ranks
-from leap_dist.zero.store import CheckpointError, checkpoints_in
 
 
 class Checkpoints:
@@ -59,7 +59,7 @@ class Checkpoints:
         tensors = self._copied(tensors | random_states())
         runs = {f.tensor: (f.start, f.length) for f in fragments}
         self._final = self._folder / f"step-{engine.leap.num_steps:08d}"
-        write = functools.partial(store.write_part, self._final, rank, tensors, runs)
+        write = functools.partial(folders.write_part, self._final, rank, tensors, runs)
         self._start(functools.partial(self._write, self._final, write, self._manifest(engine, progress, score)))
         if failure is not None:
             raise failure
@@ -125,9 +125,9 @@ class Checkpoints:
         assert self._final is not None
         if self._ranks.first:
             try:
-                store.make_room(self._final)
+                folders.make_room(self._final)
             except OSError as error:
-                self._error = CheckpointError(store.explain(error, self._final, "nothing is written yet"))
+                self._error = CheckpointError(folders.explain(error, self._final, "nothing is written yet"))
         if not any(self._ranks.gather_objects(self._error is not None)):
             self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
             self._thread.start()
@@ -137,12 +137,12 @@ class Checkpoints:
         try:
             write()
             if self._ranks.first:
-                files = store.await_parts(final, self._ranks.world_size)
-                store.complete(final, manifest(files=files), self._keep)
+                files = folders.await_parts(final, self._ranks.world_size)
+                folders.complete(final, manifest(files=files), self._keep)
         except Exception as error:  # for the caller of the next save
             self._error = error
             if self._ranks.first:
-                shutil.rmtree(store.partial_of(final), ignore_errors=True)
+                shutil.rmtree(folders.partial_of(final), ignore_errors=True)
 
     def _finish(self) -> CheckpointError | None:
         """Wait for the thread; what went wrong on any rank, the first rank's word first, on every rank."""
@@ -152,7 +152,7 @@ class Checkpoints:
         told = None if error is None else _words(error)
         found = [words for words in self._ranks.gather_objects(told) if words is not None]
         if found and self._ranks.first and self._final is not None:  # the last of the others has ended
-            shutil.rmtree(store.partial_of(self._final), ignore_errors=True)
+            shutil.rmtree(folders.partial_of(self._final), ignore_errors=True)
         if not found:
             return None
         failure = CheckpointError(found[0])

@@ -1,0 +1,44 @@
+"""What is printed: the console of the process, tables, durations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from rich.console import Console
+from rich.table import Table
+
+PLAIN_WIDTH = 120  # columns of what is written to a file or a pipe
+
+
+@cache
+def console() -> Console:
+    """The console of the process, on standard output."""
+    shown = Console(highlight=False)
+    if not shown.is_terminal:
+        shown.width = PLAIN_WIDTH
+    return shown
+
+
+def summary_table(rows: Sequence[Mapping[str, str | float]], title: str | None = None) -> None:
+    """Print rows as a table; the columns are the keys of all rows in order of first appearance."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title)
+    for name in names:
+        number = all(not isinstance(row.get(name, 0.0), str) for row in rows)
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(row.get(name, "")) for name in names))
+    console().print(table, markup=False)
+
+
+def cell(value: str | float) -> str:
+    """Text as it is, integers in full, other numbers with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes, seconds: "1:02:03", "2:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
