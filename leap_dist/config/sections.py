@@ -69,10 +69,11 @@ class GateConfig(Section):
     """One granularity with its options. In the file the granularity alone may stand for it."""
 
     granularity: Annotated[str, AfterValidator(_granularity)] = Field(description=f"one of {', '.join(GATE_NAMES)}")
-    """"2:4" and the like keep n of every m neighbours in a row; their ratio is not learned."""
+    """What a unit is. "2:4" and the like keep n of every m neighbours in a row; their ratio is not learned."""
     include: Patterns = Field(default=(), description='a list of names or "re:<pattern>"')
     """Tensors, or heads' and neurons' blocks, that the gate is for; empty: all that leap.include gives."""
     exclude: Patterns = Field(default=(), description='a list of names or "re:<pattern>"')
+    """Taken from what `include` selects."""
     min_keep: int = Field(default=1, ge=1, description="an integer >= 1")
     """Units that stay in every matrix or block."""
     multiple_of: int = Field(default=1, ge=1, description="an integer >= 1")
@@ -143,8 +144,7 @@ class LeapConfig(Section):
         """Peak learning rate of scores, of single weights or of structured units.
 
         Where most weights are kept, their order by magnitude is nearly right, and what single batches say of those near
-        the cut is noise: MiniLM on SST-2, 240 steps, density 0.5, has 0.850 at 3e-3 and 0.838 at the published 1e-2;
-        at density 0.1 it has 0.788 and 0.798. A structured unit sums over its weights: 1e-2 was better at any density.
+        the cut is noise; a structured unit sums over its weights. Measured in docs/benchmarks.md.
         """
         if self.score_learning_rate != "auto":
             return self.score_learning_rate
@@ -176,9 +176,11 @@ class ModelConfig(Section):
     """Which transformers model: trained weights by name, or random ones from a config."""
 
     name: str | None = Field(default=None, min_length=1, description="a hub id or a local folder, not empty")
+    """Trained weights, with their config and tokenizer."""
     from_config: dict[str, Any] | None = Field(
         default=None, description='a transformers config object with "model_type"'
     )
+    """An architecture with random weights, in place of `name`."""
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
@@ -195,15 +197,19 @@ class DataConfig(Section):
     """Which task, and optionally local files or another dataset for it."""
 
     task: str = Field(min_length=1, description='a task name, such as "glue/sst2", "squad", "lm" or "builtin/clock"')
+    """What the model is trained for and judged by; docs/tasks.md lists them."""
     dataset: str | None = Field(default=None, min_length=1, description="a hub id, or a folder that datasets can load")
     """In place of local files and of the task's own dataset."""
     subset: str | None = Field(default=None, min_length=1, description="the name of one of the dataset's subsets")
+    """Read in place of the dataset's default."""
     train: str | None = Field(default=None, min_length=1, description="a file; with dataset, the name of a split")
     """TSV, CSV or JSONL; for squad official JSON; for lm and mlm plain text too."""
     validation: str | None = Field(default=None, min_length=1, description="a file; with dataset, the name of a split")
+    """The examples that the metrics are computed on."""
     text: Names | None = Field(default=None, min_length=1, max_length=2, description="one or two column names")
     """The columns that hold the sentence, or the two sentences of a pair; for lm and mlm the one with the text."""
     label: str | None = Field(default=None, min_length=1, description="a column name")
+    """The column with the class, or with the score for glue/stsb."""
     tokenizer: str | None = Field(default=None, min_length=1, description="a hub id or a local folder, not empty")
     """null: the one that comes with model.name."""
     max_length: int = Field(default=128, ge=8, description="an integer >= 8")
@@ -284,14 +290,17 @@ class TrainConfig(Section):
     """The length of the run and the optimizer of the weights."""
 
     epochs: float | None = Field(default=None, gt=0, description="a number > 0")
+    """Passes over the training data; exactly one of `epochs` and `max_steps` is given."""
     max_steps: int | None = Field(default=None, gt=0, description="an integer > 0")
     """Optimizer steps (not micro-batches)."""
     learning_rate: float = Field(default=3e-5, gt=0, description="a number > 0")
     """Peak rate of the weights."""
     weight_decay: float = Field(default=0.01, ge=0, description="a number >= 0")
+    """AdamW's decay of the weights; scores and thresholds have none."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="a number, 0 <= f < 1")
     """Part of the steps in which the rate climbs to its peak."""
     seed: int = Field(default=17, ge=0, lt=2**32, description="an integer, 0 <= seed < 2**32")
+    """Decides random weights, the order of the data and dropout."""
     dense_reference: bool = Field(default=False, description="true or false")
     """Also train a dense model for as many steps, to compare with."""
     checkpoint_every: int | None = Field(default=None, ge=1, description="an integer >= 1, or null")
@@ -307,6 +316,7 @@ class TrainConfig(Section):
     log_every: int = Field(default=10, ge=1, description="an integer >= 1")
     """Optimizer steps between two lines of metrics."""
     eval_batch_size: int = Field(default=64, ge=1, description="an integer >= 1")
+    """Examples of a rank's batch in evaluation."""
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
@@ -344,8 +354,9 @@ class TrackingConfig(Section):
     mlflow_uri: str | None = Field(
         default_factory=default_store, min_length=1, description="an MLflow tracking URI, or null"
     )
-    """null switches tracking off."""
+    """null switches tracking off. Default: $MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db."""
     experiment: str = Field(default="leap", min_length=1, description="a name, not empty")
+    """The MLflow experiment of the run; made if it is not there."""
     run_name: str | None = Field(default=None, min_length=1, description="a name, or null")
     """null: the name of the run folder."""
     parent_run: str | None = Field(default=None, min_length=1, description="the id of an MLflow run, or null")

@@ -53,11 +53,9 @@ class Schedule:
 
         From k = 0.9933 to k = target it travels (5 - logit(target)) T. Where the regulariser drives it, the rate lets
         it do so in half the prune phase, whatever the phase's length. Where a projection holds the level, thresholds
-        only move apart, and travel through the whole phase: at twice that rate they followed the noise of single
-        batches in short runs, at half of it they learned less (MiniLM on SST-2, 240 steps, density 0.1). Where most of
-        the single weights are kept, equal shares are nearly right, and moving apart costs more than it finds: QQP, 160
-        steps, density 0.5, has a loss of 0.511 at that rate, 0.498 at a quarter of it, and 0.494 with equal shares.
-        Blocks, heads and neurons lost nothing at any density. `elementwise`: all gates are of single weights.
+        only move apart, and travel through the whole phase. Where most of the single weights are kept, equal shares are
+        nearly right, and moving apart costs more than it finds. Measured in docs/benchmarks.md. `elementwise`: all
+        gates are of single weights.
         """
         target = min(self.target, 1.0 - 1e-6)
         travel = (START - math.log(target / (1.0 - target))) * temperature
