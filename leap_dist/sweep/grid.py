@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ Settings = dict[str, Any]
 """Dotted key of a job file -> value."""
 
 MAX_NAME = 80  # characters
+PLAIN_TEXT = re.compile(r"[a-z][a-z0-9]*(/[a-z][a-z0-9]*|:[0-9][a-z0-9]*)*|[0-9]+:[0-9]+")
+PLAIN_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?|true|false|null")
+"""A name made of such values alone can be read back: "-" before a letter was "/", before a digit ":"."""
 
 
 def expand(vary: Mapping[str, Sequence[Any]]) -> list[Settings]:
@@ -26,21 +30,45 @@ def varying(grid: Sequence[Settings]) -> set[str]:
     return {key for key in keys if any(settings.get(key) != grid[0].get(key) for settings in grid)}
 
 
+def names(grid: Sequence[Settings]) -> list[str]:
+    """A folder name for each combination, no two the same, also where upper and lower case are the same."""
+    plain = [name_of(settings) for settings in grid]
+    times = Counter(name.casefold() for name in plain)
+    return [
+        name if times[name.casefold()] == 1 else f"{name}-{_digest(settings)}"
+        for name, settings in zip(plain, grid, strict=True)
+    ]
+
+
 def name_of(settings: Settings) -> str:
-    """A folder name from the values, the same for the same settings; long or odd ones end in a hash."""
-    values = [_words(value) for value in settings.values()]
-    name = re.sub(r"[^\w.]+", "-", "_".join("-".join(words) for words in values)).strip("-_")
-    if len(name) <= MAX_NAME and all(re.fullmatch(r"[\w.:/]+", word) for words in values for word in words):
+    """A folder name from the values, the same for the same settings; long or odd ones end in a hash.
+
+    It starts with a letter or a digit, and has ASCII letters, digits, "-", "_" and "." alone.
+    """
+    values = [value if _is_list_of_texts(value) else [value] for value in settings.values()]
+    texts = "_".join("-".join(map(_text, words)) for words in values)
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", texts)
+    if 0 < len(name) <= MAX_NAME and all(_is_plain(word) for words in values for word in words):
         return name
-    text = json.dumps(settings, sort_keys=True)
-    return f"{name[:MAX_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{name.strip('-_.')[:MAX_NAME]}-{_digest(settings)}".lstrip("-")
 
 
-def _words(value: Any) -> list[str]:
-    """A value as words: strings, also those in a list, as they are."""
-    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
-        return value
-    return [value if isinstance(value, str) else json.dumps(value)]
+def _digest(settings: Settings) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(part, str) for part in value)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return PLAIN_TEXT.fullmatch(value) is not None and value not in ("true", "false", "null")
+    return PLAIN_NUMBER.fullmatch(json.dumps(value)) is not None
 
 
 def short(value: Any) -> str | float:

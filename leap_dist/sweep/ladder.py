@@ -17,8 +17,8 @@ from leap_dist.config.sections import JobConfig
 from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from leap_dist.files import staged
-from leap_dist.sweep.grid import Settings
-from leap_dist.sweep.sweep_file import TARGET, SweepConfig, Trial, combinations, job_of, names
+from leap_dist.sweep.grid import Settings, names
+from leap_dist.sweep.sweep_file import TARGET, SweepConfig, Trial, combinations, job_of
 
 SNAPSHOTS = ".snapshots"
 

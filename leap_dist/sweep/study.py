@@ -21,12 +21,12 @@ from pydantic import BeforeValidator, Field
 from leap_dist.config.job_file import load_job, parse_section, read_json
 from leap_dist.config.section import Section
 from leap_dist.errors import UserError
-from leap_dist.sweep.grid import Settings, expand, name_of, short, varying
+from leap_dist.sweep.grid import Settings, expand, names, short, varying
 from leap_dist.tracking.pareto import Point as Drawn
 from leap_dist.tracking.pareto import higher_is_better, pareto, picture_of
 from leap_dist.tracking.plots import save_all
 from leap_dist.tracking.report import REPORT, Entry, write_page
-from leap_dist.tracking.run_files import read_files
+from leap_dist.tracking.run_files import CERTIFICATE, read_files
 
 SEED, TARGET, TASK = "train.seed", "leap.target", "data.task"
 PANELS = (TASK, "leap.gates")  # keys that part the picture into panels
@@ -83,50 +83,55 @@ def overrides(settings: Settings) -> list[str]:
 def run_study(study: StudyConfig, output: Path, script: Path, workers: int, told: Callable[[str], None]) -> list[Cell]:
     """Run what is missing, `workers` cells at a time; `script` is launch/prune.py. The cells that came out, in order.
 
-    A cell that fails is told of, and does not stop the others; the next call tries it again.
+    A cell that fails is reported, and does not stop the others; the next call tries it again. Raises UserError for a
+    folder that cannot be made, and for a finished run of another job in the folder of a cell.
     """
-    output.mkdir(parents=True, exist_ok=True)
     grid = expand(study.vary)
-    waiting = [settings for settings in grid if not _certificate(output, settings).is_file()]
-    told(f"{len(grid)} cells, {len(grid) - len(waiting)} done before, {workers} at a time")
+    cells = dict(zip(names(grid), grid, strict=True))
+    waiting = [name for name in cells if not (output / name / CERTIFICATE).is_file()]
+    for name in cells.keys() - set(waiting):
+        _check_finished(study, cells[name], output / name)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {output} cannot be made: {error.strerror}; choose another folder") from error
+    told(f"{len(cells)} cells, {len(cells) - len(waiting)} done before, {workers} at a time")
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_run_cell, study, settings, output, script, workers): settings for settings in waiting}
+        futures = {pool.submit(_run_cell, study, cells[name], output / name, script, workers): name for name in waiting}
         for number, future in enumerate(as_completed(futures), start=1):
-            name = name_of(futures[future])
-            code = future.result()
+            name, code = futures[future], future.result()
             how = "done" if code == 0 else f"failed with exit code {code}: {_last_words(output / f'{name}.log')}"
             told(f"{number}/{len(waiting)} {name}: {how}")
-    cells = [cell for settings in grid if (cell := _read_cell(output, settings)) is not None]
-    (output / RESULT).write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
-    return cells
+    found = [cell for name, settings in cells.items() if (cell := _read_cell(output / name, settings)) is not None]
+    (output / RESULT).write_text(json.dumps([asdict(cell) for cell in found], indent=1) + "\n", encoding="utf-8")
+    return found
 
 
-def _run_cell(study: StudyConfig, settings: Settings, output: Path, script: Path, workers: int) -> int:
-    """One cell as a process of its own; its output goes to a log beside its folder. The exit code."""
-    folder = output / name_of(settings)
+def _check_finished(study: StudyConfig, settings: Settings, folder: Path) -> None:
+    """Raises UserError if the finished run in a cell's folder is of another job: it must not stand for the cell."""
+    from leap_dist.train.output import check_same_job  # torch, which a study of new cells does without
+
+    check_same_job("--output", folder, load_job(study.config, overrides(settings)), world_size=1)
+
+
+def _run_cell(study: StudyConfig, settings: Settings, folder: Path, script: Path, workers: int) -> int:
+    """One cell as a process of its own, which resumes what an earlier one has left; its output goes to a log beside
+    the folder. The exit code."""
     command = [sys.executable, str(script), "--config", study.config, "--output", str(folder)]
     command += [part for text in overrides(settings) for part in ("--set", text)]
-    if any((folder / "checkpoints").glob("step-*")):
-        command.append("--resume")
-    elif folder.exists():
-        folder.rename(folder.with_name(f"{folder.name}.stopped"))
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    with (output / f"{folder.name}.log").open("w", encoding="utf-8") as log:
+    with folder.with_name(f"{folder.name}.log").open("w", encoding="utf-8") as log:
         return subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
 
 
-def _certificate(output: Path, settings: Settings) -> Path:
-    return output / name_of(settings) / "certificate.json"
-
-
-def _read_cell(output: Path, settings: Settings) -> Cell | None:
-    path = _certificate(output, settings)
+def _read_cell(folder: Path, settings: Settings) -> Cell | None:
+    path = folder / CERTIFICATE
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
     ratios = {name: tensor["density"] for name, tensor in found["tensors"].items() if tensor["counted"]}
-    return Cell(settings, path.parent.name, found["density"], found["metrics"], ratios)
+    return Cell(settings, folder.name, found["density"], found["metrics"], ratios)
 
 
 def _last_words(log: Path) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ from leap_dist.config.job_file import load_job, parse_section, read_json
 from leap_dist.config.section import Conflict, PositiveFloat, Section, as_objects, is_int, is_number, show
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.errors import UserError
-from leap_dist.sweep.grid import Settings, expand, name_of
+from leap_dist.sweep.grid import Settings, expand, names
 from leap_dist.tracking.mlflow import parameters
 
 TARGET = "leap.target"
@@ -136,14 +135,6 @@ def trials_of(sweep: SweepConfig) -> list[Trial]:
     """The trials of a grid, each a valid job. Raises UserError for the first that is none."""
     found = combinations(sweep)
     return [Trial(name, settings, job_of(sweep, settings)) for name, settings in zip(names(found), found, strict=True)]
-
-
-def names(found: list[Settings]) -> Iterator[str]:
-    """A folder name for each combination; those that differ in their keys alone get a hash."""
-    plain = [name_of(settings) for settings in found]
-    for name, settings in zip(plain, found, strict=True):
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        yield name if plain.count(name) == 1 else f"{name}-{digest[:8]}"
 
 
 def job_of(sweep: SweepConfig, settings: Settings) -> JobConfig:

@@ -66,6 +66,20 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
     return False
 
 
+def check_same_job(option: str, output: Path, config: JobConfig, world_size: int) -> list[str]:
+    """The settings of a run in `output` that have changed and do not matter to it, one text each.
+
+    Raises UserError if the run was started as another job, or does not say as which.
+    """
+    before = _started_as(output)
+    if before is None:
+        raise UserError(
+            f"{option}: the run in {output} has no {RESOLVED} that says what it was started as; choose another folder, "
+            "or remove it"
+        )
+    return _check_same_job(option, output, before, shown(config, world_size), world_size)
+
+
 def _is_as_new(output: Path) -> bool:
     """Whether a folder is empty but for what a run that was killed at its very start may leave."""
     return output.is_dir() and all(path.name.startswith(".") or path.name == JOURNAL for path in output.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from leap_dist.errors import UserError
-from leap_dist.sweep.grid import expand, name_of, short
+from leap_dist.sweep.grid import expand, name_of, names, short
 from leap_dist.sweep.study import Cell, read_study, rows, run_study, show, summarize
 from tests.sweep import jobs
 from tests.tracking.folders import Page, run_folder
@@ -46,6 +47,59 @@ def test_every_combination_is_a_cell_with_a_name_of_its_own() -> None:
     assert name_of({"leap.gates": ["a", "b"]}) != name_of({"leap.gates": "a-b"})
     assert name_of({"leap.gates": ["a b"]}) != name_of({"leap.gates": ["a:b"]})
     assert len(name_of({"key": "x" * 500})) < 100
+
+
+NASTY = [
+    *("a_b", "c", "b_c", "a", ":", "/", ".", "..", "...", "", " ", "-", "_", "a/b", "a:b", "a-b", "a b", "a.b", "A/B"),
+    *(
+        "Adam",
+        "adam",
+        "ADAM",
+        "0.5",
+        0.5,
+        "1",
+        1,
+        1.0,
+        "true",
+        True,
+        None,
+        "null",
+        -1,
+        1e-05,
+        1e16,
+        "~",
+        "a\0b",
+        "a\nb",
+    ),
+    *("../../etc", "/etc", "C:\\x", "report.html", "x.log", ".locks", "模型", "é", "e\u0301", "ß", "SS", "x" * 300),
+    *(
+        "x" * 301,
+        "模" * 300,
+        [],
+        {},
+        ["a", "b"],
+        ["a_b"],
+        ["a", ["b"]],
+        {"a": 1},
+        "2:4",
+        "block:4x4",
+        "block/4x4",
+        "$(x)",
+    ),
+]
+
+
+def test_no_two_cells_share_a_folder_and_none_leaves_the_study(tmp_path: Path) -> None:
+    grid = [settings for key in ("leap.rule", "leap.mode") for settings in expand({key: NASTY})]
+    grid += expand({"leap.rule": NASTY, "leap.mode": NASTY})
+    found = names(grid)
+    assert len({name.casefold() for name in found}) == len(found) == 2 * len(NASTY) + len(NASTY) ** 2
+    assert all(re.fullmatch(r"[A-Za-z0-9][\w.\-]*", name, re.ASCII) and len(name) < 100 for name in found)
+    taken = {"study.json", "report.html", "results.json", "trials.jsonl"} | {f"{name}.log" for name in found}
+    assert not taken & set(found)
+    assert names(grid) == found and names([{}]) != [""]
+    one = {"leap.rule": "a_b", "leap.mode": "c"}
+    assert names([one]) == [found[grid.index(one)]]  # also in a study that has grown
 
 
 def test_settings_in_a_table() -> None:
@@ -88,6 +142,32 @@ def test_cells_are_real_runs_and_a_failure_stops_no_other(tmp_path: Path) -> Non
     written = certificate.stat().st_mtime_ns
     again = run_study(study, tmp_path / "out", SCRIPT, 2, told.append)
     assert again == cells and certificate.stat().st_mtime_ns == written
+
+    job = json.loads((tmp_path / "job.json").read_text()) | {"train": {"max_steps": 13, "eval_batch_size": 512}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with pytest.raises(
+        UserError, match=r"^--output: the run in .* another job.*\n  train\.max_steps: before 12, now 13"
+    ):
+        run_study(study, tmp_path / "out", SCRIPT, 2, told.append)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--output: .*file/out cannot be made: Not a directory; choose another"):
+        run_study(study, tmp_path / "file" / "out", SCRIPT, 2, told.append)
+
+
+def test_a_cell_that_fails_again_and_again_is_tried_again(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--output') + 1])\n"
+        "folder.mkdir(exist_ok=True)\n"
+        "(folder / 'metrics.jsonl').touch()\n"
+        "sys.exit('no luck')\n"
+    )
+    study, told = read_study(study_file(tmp_path, leap__target=[0.5])), list[str]()
+    for _ in range(4):
+        assert run_study(study, tmp_path / "out", script, 1, told.append) == []
+    assert sum("0.5: failed with exit code 1: no luck" in line for line in told) == 4
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.5", "0.5.log", "study.json"]
 
 
 @pytest.mark.parametrize(
