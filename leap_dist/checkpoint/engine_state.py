@@ -23,6 +23,7 @@ from leap_dist.core.gating import (
     SCORE_EXP_AVG_SQ,
     state_keys,
 )
+from leap_dist.core.update import write_
 from leap_dist.zero.binding import find_fragments, hosted_parameters, refresh_hosted
 
 HOSTED = "hosted"  # the fp32 masters of what no gate covers
@@ -111,7 +112,7 @@ def scheduler_state(engine: Any) -> dict[str, Any] | None:
 def restore_engine(engine: Any, state: EngineState) -> None:
     """Go on from `engine_state()`, after the states of all fragments were put in place. Collective."""
     engine.leap.load_progress(state.leap.model_dump())
-    engine.leap.gating.write_()
+    write_(engine.leap.gating)
     for group, lr in zip(engine.leap.param_groups, state.lr, strict=True):
         group["lr"] = lr
     if state.scheduler is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.gating import Gating
+from leap_dist.core.masks import score_runs
 
 BINS, REACH = 40, 4.0  # the bins together reach this many standard deviations to either side of the cut
 CHUNK = 2**22  # scores that are held in fp64 at a time
@@ -29,7 +30,7 @@ def score_histograms(gating: Gating, kept_units: Sequence[int]) -> list[dict[str
 
     kept_units: of every gate of the plan. Collective; the same on every rank.
     """
-    gates, runs = gating.plan.gates, list(gating.score_runs())
+    gates, runs = gating.plan.gates, list(score_runs(gating))
     scales = _scales(gating, runs)
     counts = torch.zeros(len(gates), 2 * BINS, dtype=torch.int64)
     for gate, scores, mask in runs:

@@ -27,8 +27,11 @@ from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, Gating, state_keys
+from leap_dist.core.level import Level
+from leap_dist.core.masks import Masks
 from leap_dist.core.phases import Phase, Schedule
 from leap_dist.core.stopwatch import Stopwatch
+from leap_dist.core.update import learn_, update_, write_
 from leap_dist.errors import UserError
 from leap_dist.ops import dispatch as ops
 from leap_dist.ops.reference import Adam
@@ -67,17 +70,10 @@ class LeapAdamW(torch.optim.Optimizer):
         self.num_steps = 0
         self.num_left_out = 0
         self.check_gradient = False  # whether step() looks if the gradient is finite; under ZeRO DeepSpeed has
-        self.settled = False
-        self.calibration = 1.0
-        self.kept_units = [gate.num_units for gate in plan.gates]
-        self.kept_weights = plan.prunable
-        self.regulariser: dict[str, float] = {}
-        self.task_size = th.TaskSize()
-        self._remaining = th.Remaining(plan)
+        self.level = Level(plan, config, self.schedule)
         self._gating: Gating | None = None
         self._communicator = Communicator()
         self._communicated = 0, 0  # collectives and bytes of the last step
-        self._made: list[int] | None = None  # kept counts of the masks that are in place
 
     # Binding
 
@@ -98,12 +94,8 @@ class LeapAdamW(torch.optim.Optimizer):
         if fragments:
             communicator.stopwatch = Stopwatch(fragments[0].flat.device)
         self._gating = Gating(self.plan, fragments, self.state, communicator, no_decay)
-        if not self.plan.gates:
-            return
-        self._gating.write_thresholds(torch.full((len(self.plan.gates),), th.START * self.config.temperature))
-        if self.config.score_init == "magnitude" or self.config.rule == "magnitude":
-            self._gating.magnitude_scores_(scaled=True)
-        self._check_reachable()
+        self.masks = Masks(self._gating)
+        self.level.bind(self._gating, self.masks)
 
     @property
     def gating(self) -> Gating:
@@ -111,25 +103,25 @@ class LeapAdamW(torch.optim.Optimizer):
         assert self._gating is not None, "LeapAdamW.bind comes before the first step"
         return self._gating
 
-    def _check_reachable(self) -> None:
-        """Raise UserError if the target is below or above what the gates allow."""
-        gates = self.plan.gates
-        lowest = self._count([gate.lowest for gate in gates])
-        highest = self._count([gate.lowest if gate.pattern else gate.num_units for gate in gates])
-        self.gating.make_masks(self.kept_units)
-        self._made = None
-        asked, target = self.config.target * self.plan.prunable, self.config.target
-        if lowest - asked > self.plan.unit:
-            raise UserError(
-                f"leap.target: {target} cannot be reached: with the fewest units that every gate keeps the lowest "
-                f"possible density is {lowest / self.plan.prunable:.4f}; raise the target, lower min_keep or "
-                "multiple_of, or choose finer gates in leap.gates"
-            )
-        if asked - highest > self.plan.unit:
-            raise UserError(
-                f"leap.target: {target} cannot be reached: with its n:m pattern the highest possible density is "
-                f"{highest / self.plan.prunable:.4f}; lower the target to it"
-            )
+    @property
+    def settled(self) -> bool:
+        """Whether the density is exact and the masks are frozen."""
+        return self.level.settled
+
+    @property
+    def kept_units(self) -> list[int]:
+        """Of every gate, by the masks in place."""
+        return self.level.kept_units
+
+    @property
+    def kept_weights(self) -> int:
+        """Prunable weights that the masks in place keep."""
+        return self.level.kept_weights
+
+    @property
+    def density(self) -> float:
+        """Kept prunable weights / prunable weights, of the masks in place."""
+        return self.level.density
 
     # The step
 
@@ -181,18 +173,18 @@ class LeapAdamW(torch.optim.Optimizer):
         self.num_steps += 1
         if phase != "dense" and not self.settled:
             with communicator.stopwatch.measure("select"):
-                self._hold_level()
-        self.gating.write_()
+                self.level.hold(self.num_steps)
+        write_(self.gating)
         self._communicated = communicator.num_collectives - before[0], communicator.num_bytes - before[1]
 
     def _update(self, group: dict[str, Any], phase: Phase) -> None:
         """Phases 1 and 2 of the step."""
         adam = self._adam(group, self.num_steps + 1, weight_decay=group["weight_decay"])
         if self.config.rule == "magnitude" or self.settled:
-            self.gating.update_(adam)
+            update_(self.gating, adam)
         else:
             element_adam, unit_adam = (self._score_adam(group, elementwise) for elementwise in (True, False))
-            self._update_gates(group, phase, unit_adam, *self.gating.learn_(adam, element_adam))
+            self._update_gates(group, phase, unit_adam, *learn_(self.gating, adam, element_adam))
 
     def _score_adam(self, group: dict[str, Any], elementwise: bool) -> Adam:
         """For scores, whose rate a scheduler scales with the group's."""
@@ -215,8 +207,8 @@ class LeapAdamW(torch.optim.Optimizer):
         moves = self.num_steps + 1 - self.schedule.dense_end
         adam = self._adam(group, moves, lr=self.threshold_rate)
         if self.config.control == "paper":
-            sigma_grad = sigma_grad + self._regulariser_gradient(sigma_grad, adam)
-        sigma_grad = self._remaining.share_gradient(sigma_grad)
+            sigma_grad = sigma_grad + self.level.regulariser_gradient(sigma_grad, adam)
+        sigma_grad = self.level.remaining.share_gradient(sigma_grad)
         for fragment in self.gating.hosted_thresholds:
             self._adam_on(fragment, sigma_grad, adam)
 
@@ -233,112 +225,28 @@ class LeapAdamW(torch.optim.Optimizer):
         auto = self.schedule.threshold_rate(self.config.temperature, projected, elementwise=not self.plan.structured)
         return auto if rate == "auto" else rate
 
-    def _regulariser_gradient(self, task: Tensor, adam: Adam) -> Tensor:
-        """lambda dL_reg/dsigma, (G,), for the task's gradient `task`; lambda is adaptive and detached."""
-        config, sigma = self.config, self.gating.gather_thresholds()
-        _, loss, grad = self._remaining.penalty(sigma, config.temperature, config.target / self.calibration)
-        if config.lambda_max == "auto":
-            size = self.task_size.follow(task, adam.beta2, int(adam.step))
-            scale = th.balanced_lambda(loss, grad, size, adam.lr, adam.beta1)
-        else:
-            scale = th.adaptive_lambda(loss, config.target, config.lambda_max, config.lambda_min)
-        self.regulariser = {"lambda": scale, "loss_reg": loss}
-        return scale * grad
-
-    # The level
-
-    def _hold_level(self) -> None:
-        """Phases 3 and 4: thresholds for the next forward pass, and its masks."""
-        if self.config.rule == "magnitude":
-            self.gating.magnitude_scores_(scaled=False)
-        self._made = None  # scores have moved
-        sigma = self.gating.gather_thresholds()
-        if self.schedule.phase(self.num_steps) == "settle":
-            self._settle(sigma)
-            return
-        level = self.schedule.level(self.num_steps)
-        sigma = self._remaining.with_patterns(sigma, self.config.temperature, level)
-        if self.config.control == "projected" or self.config.rule != "leap":
-            sigma, self.calibration = th.project_level(
-                self._remaining, sigma, self.config.temperature, level, self.calibration, self._count
-            )
-        self.gating.write_thresholds(sigma)
-        k = th.keep_ratio(sigma, self.config.temperature)
-        self._use(self._remaining.keep_counts(k))
-        if self.config.control == "paper" and not self.plan.closed_form:
-            self.calibration = th.calibrate(self.density, self._remaining.ratio(k).item())
-
     @torch.no_grad()
     def settle(self) -> None:
         """Make the density exact and freeze the masks, now; does nothing where that is done."""
         if not self.settled:
-            self._made = None
-            self._settle(self.gating.gather_thresholds())
-            self.gating.write_()
-
-    def _settle(self, sigma: Tensor) -> None:
-        if self.plan.gates:
-            temperature, target = self.config.temperature, self.config.target
-            sigma = self._remaining.with_patterns(sigma, temperature, level=0.0)
-            sigma, keep = th.project_exact(self._remaining, sigma, temperature, target, self._count)
-            self.gating.write_thresholds(sigma)
-            self._use(keep)
-        self.settled = True
-
-    def _count(self, keep: list[int]) -> int:
-        """Weights kept by kept counts: by arithmetic where that is exact, else counted on real masks."""
-        if self.plan.closed_form:
-            return sum(n * gate.unit_size for n, gate in zip(keep, self.plan.gates, strict=True))
-        self._make(keep)
-        return self.gating.count_kept()
-
-    def _make(self, keep: list[int]) -> None:
-        if keep != self._made:
-            self.gating.make_masks(keep)
-            self._made = list(keep)
-
-    def _use(self, keep: list[int]) -> None:
-        """Put the masks of these kept counts in place."""
-        self._make(keep)
-        self.kept_units = list(keep)
-        self.kept_weights = self._count(keep)
+            self.level.settle()
+            write_(self.gating)
 
     # Checkpoints: tensors are the optimizer's state, the rest is this
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint has to hold besides tensors, JSON-able."""
-        return {
-            "num_steps": self.num_steps,
-            "settled": self.settled,
-            "calibration": self.calibration,
-            "kept_units": self.kept_units,
-            "kept_weights": self.kept_weights,
-            "masked": self._made is not None,
-            "regulariser": self.regulariser,
-            "task_size": self.task_size.mean_square,
-        }
+        return {"num_steps": self.num_steps, **self.level.progress()}
 
     @torch.no_grad()
     def load_progress(self, saved: Mapping[str, Any]) -> None:
         """Go on from `progress()`, after the state's tensors were put in place. Collective."""
-        self.num_steps, self.settled = saved["num_steps"], saved["settled"]
-        self.calibration, self.regulariser = saved["calibration"], dict(saved["regulariser"])
-        self.task_size.mean_square = saved["task_size"]
-        self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]
-        self._made = list(self.kept_units) if saved["masked"] else None
+        self.num_steps = saved["num_steps"]
         for state in self.state.values():
             state["step"] = self.num_steps
-        self.gating.forget_masks()
-        if self._made is not None:
-            self.gating.make_masks(self._made)
-        self.gating.count_flips()  # the next report counts from here
+        self.level.load_progress(saved)
 
     # Reports
-
-    @property
-    def density(self) -> float:
-        """Kept prunable weights / prunable weights, of the masks in place."""
-        return self.kept_weights / max(self.plan.prunable, 1)
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
@@ -353,7 +261,7 @@ class LeapAdamW(torch.optim.Optimizer):
         cost |= {"leap_bytes_communicated": float(sent), "leap_extra_bytes": float(self.gating.extra_bytes)}
         sigma = self.gating.gather_thresholds()
         k = th.keep_ratio(sigma, self.config.temperature) if len(sigma) else torch.ones(1)
-        remaining = self._remaining.ratio(k).item() if len(sigma) else 1.0
+        remaining = self.level.remaining.ratio(k).item() if len(sigma) else 1.0
         return {
             "density": self.density,
             "level": self.schedule.level(self.num_steps),
@@ -361,8 +269,8 @@ class LeapAdamW(torch.optim.Optimizer):
             "keep_ratio_max": k.max().item(),
             "keep_ratio_std": k.std(unbiased=False).item(),
             "remaining": remaining,
-            "mask_flips": float(self.gating.count_flips()),
-            **self.regulariser,
+            "mask_flips": float(self.masks.count_flips()),
+            **self.level.regulariser,
             **cost,
         }
 

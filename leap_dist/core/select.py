@@ -111,7 +111,7 @@ class Cuts(NamedTuple):
     equal: Tensor
 
 
-class Told(NamedTuple):
+class ReadBack(NamedTuple):
     """What the host has to know of every gate after a search.
 
     scores: the cuts; parted: of the scores that share a cut's known digits some are kept and some not; missed: the cut
@@ -151,17 +151,17 @@ class Selector:
         """
         self._aim(runs, keep)
         edges = [bracket.edges for bracket in self._brackets]
-        found, cuts, told = self._search(runs, edges, keep)
-        if any(missed := told.missed):
+        found, cuts, read = self._search(runs, edges, keep)
+        if any(missed := read.missed):
             edges = [ANYWHERE if again else known for known, again in zip(edges, missed, strict=True)]
-            found, cuts, told = self._search(runs, edges, keep)
-            counts = zip(missed, told.num_inside, self._num_units, strict=True)
+            found, cuts, read = self._search(runs, edges, keep)
+            counts = zip(missed, read.num_inside, self._num_units, strict=True)
             if lost := [gate for gate, (again, inside, num) in enumerate(counts) if again and inside < num]:
                 raise FloatingPointError(f"the scores of gates {lost} hold NaN")
-        for bracket, score in zip(self._brackets, told.scores, strict=True):
+        for bracket, score in zip(self._brackets, read.scores, strict=True):
             bracket.follow(score)
         kept = found.keys >= cuts.keys[found.gates]
-        if any(told.parted):  # a cut goes through equal scores
+        if any(read.parted):  # a cut goes through equal scores
             kept &= self._lowest(found, cuts)
         parts = kept.split([len(positions) for positions in found.positions])
         for run, positions, part in zip(runs, found.positions, parts, strict=True):
@@ -192,7 +192,7 @@ class Selector:
 
     def _search(
         self, runs: Sequence[Runs], edges: Sequence[tuple[float, float]], keep: Sequence[int]
-    ) -> tuple[Candidates, Cuts, Told]:
+    ) -> tuple[Candidates, Cuts, ReadBack]:
         """Part the scores by the edges, and find the cuts between them."""
         plan, wide = _plan(edges, keep, self._device)
         collected = [dispatch.collect_(run.table, run.scores, plan.edges, run.mask) for run in runs]
@@ -204,11 +204,11 @@ class Selector:
         inside = histogram.sum(1)
         missed = (need < 1) | (need > inside)
         cuts = self._narrow(found, _choose(histogram, Cuts(start, need, inside), SHIFTS[0]), SHIFTS[1:-REST])
-        told = _tell(plan, cuts, missed, inside)
-        if not any(told.missed) and any(apart and more for apart, more in zip(told.parted, wide, strict=True)):
+        read = _read_back(plan, cuts, missed, inside)
+        if not any(read.missed) and any(apart and more for apart, more in zip(read.parted, wide, strict=True)):
             cuts = self._narrow(found, cuts, SHIFTS[-REST:])
-            told = _tell(plan, cuts, missed, inside)
-        return found, cuts, told
+            read = _read_back(plan, cuts, missed, inside)
+        return found, cuts, read
 
     def _candidates(self, runs: Sequence[Runs], collected: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> Candidates:
         """The scores that `collected` gives, by runs: what collect_ returns for them and the plan's edges."""
@@ -267,11 +267,11 @@ def _choose(histogram: Tensor, cuts: Cuts, shift: int) -> Cuts:
     return Cuts(cuts.keys | (digit << shift), need, equal)
 
 
-def _tell(plan: Plan, cuts: Cuts, missed: Tensor, inside: Tensor) -> Told:
+def _read_back(plan: Plan, cuts: Cuts, missed: Tensor, inside: Tensor) -> ReadBack:
     """One transfer from the device."""
     scores = _to_scores(plan.base + (cuts.keys >> plan.room)).double()
     rows: list[list[float]] = torch.stack([scores, cuts.need < cuts.equal, missed, inside]).tolist()
-    return Told(*rows)
+    return ReadBack(*rows)
 
 
 def _to_keys(scores: Tensor) -> Tensor:

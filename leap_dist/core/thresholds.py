@@ -16,7 +16,7 @@ START = 5.0  # sigma starts at 5 T: k = 0.9933
 RATIO = 4.0  # the regulariser's gradient against the task's, until the target is near
 LANDING = 4.0  # memories of the threshold's Adam, 1 / (1 - beta1) steps each, over which R comes to rest
 SATURATED = 40.0  # beyond sigma = 40 T a keep ratio is 1 in float64, so no shift has to go further
-Counter = Callable[[list[int]], int]
+CountWeights = Callable[[list[int]], int]  # kept counts of all gates -> kept weights
 
 
 def keep_ratio(sigma: Tensor, temperature: float) -> Tensor:
@@ -175,7 +175,7 @@ def calibrate(density: float, remaining: float) -> float:
 
 
 def project_level(
-    remaining: Remaining, sigma: Tensor, temperature: float, level: float, calibration: float, count: Counter
+    remaining: Remaining, sigma: Tensor, temperature: float, level: float, calibration: float, count: CountWeights
 ) -> tuple[Tensor, float]:
     """Shift all thresholds so that the real masks keep `level` of the prunable weights.
 
@@ -197,7 +197,7 @@ def project_level(
 
 
 def project_exact(
-    remaining: Remaining, sigma: Tensor, temperature: float, target: float, count: Counter
+    remaining: Remaining, sigma: Tensor, temperature: float, target: float, count: CountWeights
 ) -> tuple[Tensor, list[int]]:
     """The settle projection: one shift for all thresholds, then single units, to the smallest density >= target.
 

@@ -35,7 +35,7 @@ def _values(engine: Any) -> dict[str, bytes]:
         "step": json.dumps(leap.num_steps).encode(),
         "phase": json.dumps(leap.settled).encode(),
         "kept counts": json.dumps([leap.kept_units, leap.kept_weights]).encode(),
-        "λ": json.dumps([leap.regulariser, leap.calibration, leap.task_size.mean_square]).encode(),
+        "λ": json.dumps([leap.level.regulariser, leap.level.calibration, leap.level.task_size.mean_square]).encode(),
         "thresholds": leap.gating.gather_thresholds().numpy().tobytes(),
         "unit masks": leap.gating.unit_mask.cpu().numpy().tobytes(),
     }

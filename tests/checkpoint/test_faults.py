@@ -78,7 +78,7 @@ def disagree(rank: int) -> None:
     agreement(engine, this_rank())
     if this_rank().rank == rank:
         engine.leap.kept_units[0] -= 1
-        engine.leap.settled = True
+        engine.leap.level.settled = True
     agreement(engine, this_rank())
 
 

@@ -138,7 +138,7 @@ def test_a_mask_is_the_product_of_its_gates_masks(kind: str) -> None:
         if name in plan.covers:
             assert torch.equal(optimizer.state[parameter][MASK].flatten(), product), name
             kept += int(product.sum()) if plan.counted(name) else 0
-    assert 0 < gating.count_kept() == kept == optimizer.kept_weights < plan.prunable
+    assert 0 < optimizer.masks.count_kept() == kept == optimizer.kept_weights < plan.prunable
 
 
 def test_pruned_latent_weights_get_no_gradient_and_masks_freeze_when_settled() -> None:

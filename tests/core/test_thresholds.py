@@ -20,7 +20,7 @@ def plan(*granularities: str, shapes: tuple[tuple[int, int], ...] = ((16, 8), (2
     return GatePlan([matrix_gate(f"w{i}", s, g) for g in granularities for i, s in enumerate(shapes)])
 
 
-def closed_count(gates: GatePlan) -> th.Counter:
+def closed_count(gates: GatePlan) -> th.CountWeights:
     return lambda keep: sum(n * g.unit_size for n, g in zip(keep, gates.gates, strict=True))
 
 

@@ -1,0 +1,161 @@
+"""The level: how much is kept in all, step by step, and exactly the target in the end."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leap_dist.config.sections import LeapConfig
+from leap_dist.core import thresholds as th
+from leap_dist.core.gates import GatePlan
+from leap_dist.core.gating import Gating
+from leap_dist.core.magnitude import magnitude_scores_
+from leap_dist.core.masks import Masks
+from leap_dist.core.phases import Schedule
+from leap_dist.errors import UserError
+from leap_dist.ops.reference import Adam
+
+
+class Level:
+    """Holds the density of the masks at the scheduled level: by the regulariser ("paper") or by a shift of all
+    thresholds ("projected"); `settle` makes it the target and freezes the masks. `bind` comes first.
+
+    kept_units: of every gate; kept_weights: prunable ones that the masks in place keep; calibration: density / R, as
+    last measured; regulariser: lambda and L_reg of the last step, empty where there is none.
+    """
+
+    def __init__(self, plan: GatePlan, config: LeapConfig, schedule: Schedule) -> None:
+        self.plan, self.config, self.schedule = plan, config, schedule
+        self.remaining = th.Remaining(plan)
+        self.settled = False
+        self.calibration = 1.0
+        self.kept_units = [gate.num_units for gate in plan.gates]
+        self.kept_weights = plan.prunable
+        self.regulariser: dict[str, float] = {}
+        self.task_size = th.TaskSize()
+        self._made: list[int] | None = None  # kept counts of the masks that are in place
+
+    def bind(self, gating: Gating, masks: Masks) -> None:
+        """Start the thresholds, and the scores where they start from magnitude.
+
+        Raises UserError if the target is below what one unit in every gate keeps.
+        """
+        self._gating, self._masks = gating, masks
+        if not self.plan.gates:
+            return
+        gating.write_thresholds(torch.full((len(self.plan.gates),), th.START * self.config.temperature))
+        if self.config.score_init == "magnitude" or self.config.rule == "magnitude":
+            magnitude_scores_(gating, scaled=True)
+        self._check_reachable()
+
+    def _check_reachable(self) -> None:
+        """Raise UserError if the target is below or above what the gates allow."""
+        gates = self.plan.gates
+        lowest = self._count([gate.lowest for gate in gates])
+        highest = self._count([gate.lowest if gate.pattern else gate.num_units for gate in gates])
+        self._masks.make(self.kept_units)
+        self._made = None
+        asked, target = self.config.target * self.plan.prunable, self.config.target
+        if lowest - asked > self.plan.unit:
+            raise UserError(
+                f"leap.target: {target} cannot be reached: with the fewest units that every gate keeps the lowest "
+                f"possible density is {lowest / self.plan.prunable:.4f}; raise the target, lower min_keep or "
+                "multiple_of, or choose finer gates in leap.gates"
+            )
+        if asked - highest > self.plan.unit:
+            raise UserError(
+                f"leap.target: {target} cannot be reached: with its n:m pattern the highest possible density is "
+                f"{highest / self.plan.prunable:.4f}; lower the target to it"
+            )
+
+    @property
+    def density(self) -> float:
+        """Kept prunable weights / prunable weights, of the masks in place."""
+        return self.kept_weights / max(self.plan.prunable, 1)
+
+    def regulariser_gradient(self, task: Tensor, adam: Adam) -> Tensor:
+        """lambda dL_reg/dsigma, (G,), for the task's gradient `task`; lambda is adaptive and detached."""
+        config, sigma = self.config, self._gating.gather_thresholds()
+        _, loss, grad = self.remaining.penalty(sigma, config.temperature, config.target / self.calibration)
+        if config.lambda_max == "auto":
+            size = self.task_size.follow(task, adam.beta2, int(adam.step))
+            scale = th.balanced_lambda(loss, grad, size, adam.lr, adam.beta1)
+        else:
+            scale = th.adaptive_lambda(loss, config.target, config.lambda_max, config.lambda_min)
+        self.regulariser = {"lambda": scale, "loss_reg": loss}
+        return scale * grad
+
+    def hold(self, step: int) -> None:
+        """Thresholds and masks of the forward pass of a step; settles where that is in the settle phase."""
+        if self.config.rule == "magnitude":
+            magnitude_scores_(self._gating, scaled=False)
+        if self.schedule.phase(step) == "settle":
+            self.settle()
+            return
+        self._made = None  # scores have moved
+        level, temperature = self.schedule.level(step), self.config.temperature
+        sigma = self.remaining.with_patterns(self._gating.gather_thresholds(), temperature, level)
+        if self.config.control == "projected" or self.config.rule != "leap":
+            sigma, self.calibration = th.project_level(
+                self.remaining, sigma, temperature, level, self.calibration, self._count
+            )
+        self._gating.write_thresholds(sigma)
+        k = th.keep_ratio(sigma, temperature)
+        self._use(self.remaining.keep_counts(k))
+        if self.config.control == "paper" and not self.plan.closed_form:
+            self.calibration = th.calibrate(self.density, self.remaining.ratio(k).item())
+
+    def settle(self) -> None:
+        """Make the density exact and freeze the masks."""
+        self._made = None  # scores have moved
+        if self.plan.gates:
+            temperature, target = self.config.temperature, self.config.target
+            sigma = self.remaining.with_patterns(self._gating.gather_thresholds(), temperature, level=0.0)
+            sigma, keep = th.project_exact(self.remaining, sigma, temperature, target, self._count)
+            self._gating.write_thresholds(sigma)
+            self._use(keep)
+        self.settled = True
+
+    def _count(self, keep: list[int]) -> int:
+        """Weights kept by kept counts: by arithmetic where that is exact, else counted on real masks."""
+        if self.plan.closed_form:
+            return sum(n * gate.unit_size for n, gate in zip(keep, self.plan.gates, strict=True))
+        self._make(keep)
+        return self._masks.count_kept()
+
+    def _make(self, keep: list[int]) -> None:
+        if keep != self._made:
+            self._masks.make(keep)
+            self._made = list(keep)
+
+    def _use(self, keep: list[int]) -> None:
+        """Put the masks of these kept counts in place."""
+        self._make(keep)
+        self.kept_units = list(keep)
+        self.kept_weights = self._count(keep)
+
+    # Checkpoints
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of the level, JSON-able."""
+        return {
+            "settled": self.settled,
+            "calibration": self.calibration,
+            "kept_units": self.kept_units,
+            "kept_weights": self.kept_weights,
+            "masked": self._made is not None,
+            "regulariser": self.regulariser,
+            "task_size": self.task_size.mean_square,
+        }
+
+    def load_progress(self, saved: Mapping[str, Any]) -> None:
+        """Go on from `progress()`, after the scores were put in place: the masks follow from them. Collective."""
+        self.settled, self.calibration = saved["settled"], saved["calibration"]
+        self.regulariser, self.task_size.mean_square = dict(saved["regulariser"]), saved["task_size"]
+        self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]
+        self._made = list(self.kept_units) if saved["masked"] else None
+        self._masks.forget()
+        if self._made is not None:
+            self._masks.make(self._made)
+        self._masks.count_flips()  # the next report counts from here

@@ -1,0 +1,84 @@
+"""The update: the gradient of the masked weights moves latent weights and element scores; gates get their gradients."""
+
+import torch
+from torch import Tensor
+
+from leap_dist.core.gating import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    LATENT,
+    MASK,
+    SCORE,
+    SCORE_EXP_AVG,
+    SCORE_EXP_AVG_SQ,
+    Gating,
+)
+from leap_dist.core.parts import Part
+from leap_dist.ops import dispatch as ops
+from leap_dist.ops.reference import Adam
+
+
+def update_(gating: Gating, adam: Adam) -> None:
+    """AdamW on the latent weights with dL/dW = G * M."""
+    for part in gating.parts:
+        if part.grad is not None:
+            _update_weights_(gating, part.updated, part, part.grad, adam)
+
+
+def learn_(gating: Gating, adam: Adam, score_adam: Adam) -> tuple[Tensor, Tensor]:
+    """The same, and Adam on element scores.
+
+    Returns (dL/dsigma on the CPU, dL/dS of structured units), float64, summed over ranks. With G = dL/d(W * M):
+    dL/dS_u = sum_{i in u} G_i W_i prod_{g' != g} M_g',i and dL/dsigma = sum_u M_u dL/dS_u
+    (algorithm.md, section 2).
+    """
+    plan = gating.plan
+    num_gates = len(plan.gates)
+    sums = torch.zeros(num_gates + plan.num_structured_units, dtype=torch.float64, device=gating.device)
+    for part in gating.parts:
+        if part.grad is not None:
+            _add_unit_sums(gating, sums[num_gates:], part, part.grad)
+            _update_elements_(gating, sums[:num_gates], part, part.grad, adam, score_adam)
+            _update_weights_(gating, part.structured, part, part.grad, adam)
+    sums = gating.communicator.sum_(sums.float()).double()  # fp32, as the weights' gradients are reduced
+    sigma, units = sums[:num_gates], sums[num_gates:]
+    sigma += _segment_sums(units * gating.unit_mask, gating.structured_units)
+    return sigma.cpu(), units
+
+
+def write_(gating: Gating) -> None:
+    """The hosted partition becomes W * M."""
+    with gating.communicator.stopwatch.measure("mask"):
+        for part in gating.parts:
+            ops.write_masked_(part.updated, *gating.flat_states(part, LATENT, MASK), part.hosted)
+
+
+def _update_weights_(gating: Gating, table: Tensor, part: Part, grad: Tensor, adam: Adam) -> None:
+    if len(table):
+        ops.masked_adamw_(table, grad, *gating.flat_states(part, MASK, LATENT, EXP_AVG, EXP_AVG_SQ), adam)
+
+
+def _add_unit_sums(gating: Gating, sums: Tensor, part: Part, grad: Tensor) -> None:
+    """Add a part's share of the gradients of structured units to `sums`."""
+    (latent,) = gating.flat_states(part, LATENT)
+    if len(part.alone):
+        sums += ops.unit_sums(part.alone, grad, latent, None, len(sums))
+    for patches, rest in part.joint:
+        others = gating.times_units(gating.element_masks(part), rest)
+        sums += ops.unit_sums(patches, grad, latent, others, len(sums))
+
+
+def _update_elements_(gating: Gating, sums: Tensor, part: Part, grad: Tensor, adam: Adam, score_adam: Adam) -> None:
+    """One step of element scores and the latent weights under them; adds to dL/dsigma in `sums`."""
+    if not len(part.elements):
+        return
+    keys = MASK, LATENT, EXP_AVG, EXP_AVG_SQ, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
+    mask, *states = gating.flat_states(part, *keys)
+    others = gating.times_units(torch.ones_like(mask), part.patches) if part.joint else None
+    sigma = ops.element_adamw_(part.elements, grad, part.hosted, mask, others, *states, adam, score_adam)
+    sums += _segment_sums(sigma, part.num_rows)
+
+
+def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """The sums of runs of values that follow each other, shape of their lengths; no host sync."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
