@@ -52,7 +52,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
         return scale.bench_scale()
     from leap_dist.export import inference
-    from leap_dist.export.run_folder import read_run
+    from leap_dist.run_folder import read_run
 
     if wrong := [count for count in arguments.threads if count < 1]:
         raise UserError(f"--threads: got {wrong[0]}; allowed: integers >= 1")

@@ -31,7 +31,7 @@ def main() -> int:
 
         from leap_dist.console import console, summary_table
         from leap_dist.export.kinds import export_run, parse_kinds
-        from leap_dist.export.run_folder import read_run
+        from leap_dist.run_folder import EXPORTS, read_run
         from leap_dist.tracking.report import write_report
 
         kinds = parse_kinds(arguments.to)
@@ -39,7 +39,7 @@ def main() -> int:
         if threads < 1:
             raise UserError(f"--threads: got {threads}; allowed: an integer >= 1")
         run = read_run(arguments.run)
-        output = arguments.output or arguments.run / "export"
+        output = arguments.output or arguments.run / EXPORTS
         cards = []
         for card in export_run(run, kinds, output, threads):
             console().print(f"{card.kind}: {output / card.kind}", markup=False, soft_wrap=True)

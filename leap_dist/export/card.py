@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.export.flops import Flops
-from leap_dist.export.run_folder import CARD
+from leap_dist.run_folder import CARD
 
 README = "README.md"
 TITLES = {

@@ -11,57 +11,16 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from leap_dist.core.counting import Counter, check_exact
+from leap_dist.run_folder import ExportedWeights
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PACKAGES = ("leap_dist", "torch", "deepspeed", "transformers")
-
-
-class ExportedWeights:
-    """The tensors of an exported folder, one file or several with an index; read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._stack = ExitStack()
-        self._file_of: dict[str, Any] = {}
-
-    def __enter__(self) -> ExportedWeights:
-        for file in self._files():
-            handle = self._stack.enter_context(safe_open(file, framework="pt"))
-            self._file_of.update(dict.fromkeys(handle.keys(), handle))
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
-
-    def names(self) -> list[str]:
-        """Tensor names in name order."""
-        return sorted(self._file_of)
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor; RuntimeError if no file holds it."""
-        if name not in self._file_of:
-            raise RuntimeError(f"{name} has a mask, but is not among the weights in {self._folder}")
-        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
-        return tensor
-
-    def _files(self) -> list[Path]:
-        index = self._folder / INDEX_FILE
-        if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-            return [self._folder / file for file in sorted(set(weight_map.values()))]
-        if (self._folder / SINGLE_FILE).is_file():
-            return [self._folder / SINGLE_FILE]
-        raise RuntimeError(f"{self._folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
 
 
 def count(

@@ -79,3 +79,22 @@ def _save_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> No
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: exists and holds no exported model; remove it, or choose another folder")
+
+
+def load_exported(folder: Path) -> PreTrainedModel:
+    """The model in a Hugging Face folder, with the class that its config names; fp32, on the CPU, for inference."""
+    import transformers
+
+    with quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model_class = getattr(transformers, config.architectures[0])
+        return model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model; None where the task needed none."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder)

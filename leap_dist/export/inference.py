@@ -11,10 +11,10 @@ from typing import Any
 from leap_dist.export import onnx
 from leap_dist.export.flops import Flops, count_flops
 from leap_dist.export.latency import Runner, medians, torch_runner, torch_threads
-from leap_dist.export.run_folder import Run
 from leap_dist.export.shrunk import Models, max_length
 from leap_dist.machine import machine
 from leap_dist.models.shrink import example_inputs
+from leap_dist.run_folder import Run
 
 BATCHES, LENGTHS = (1, 32), (32, 128)
 

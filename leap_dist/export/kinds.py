@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,26 +14,22 @@ from leap_dist.errors import UserError
 from leap_dist.export import onnx
 from leap_dist.export.card import Card, Latency, Pair
 from leap_dist.export.flops import count_flops
+from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import Runner, medians, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
-from leap_dist.export.run_folder import (
-    Run,
-    load_exported,
-    load_exported_tokenizer,
-    refuse_foreign,
-    weight_bytes,
-)
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
 from leap_dist.export.shrunk import Models, difference
 from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
 from leap_dist.files import staged
 from leap_dist.machine import machine
 from leap_dist.models.shrink import example_inputs
+from leap_dist.run_folder import CARD, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCHES = (1, 32)
+WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data")
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,15 @@ def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int) -> It
             card = _card(kind, models, KINDS[kind](models, folder, threads), folder, threads)
             card.write(folder)
         yield card
+
+
+def refuse_foreign(folder: Path) -> None:
+    """UserError if an export cannot go to `folder`: something stands there that is no export."""
+    if folder.exists() and not (folder / CARD).is_file():
+        raise UserError(f"--output: {folder} exists and is no export; remove it, or choose another folder")
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--output: {folder} cannot be made: {place} is no folder that can be written to")
 
 
 # ---------------------------------------------------------------------------------------------- what is written
@@ -193,6 +199,11 @@ def _latency(models: Models, exported: Exported, batch: int, threads: int) -> La
     inputs = onnx.model_inputs(models.masked, batch, models.length)
     times = medians({"before": torch_runner(models.dense), "after": exported.runner}, inputs)
     return Latency(exported.engine, threads, batch, models.length, times["before"], times["after"])
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
 
 
 def _num_parameters(model: PreTrainedModel) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
-from leap_dist.export.run_folder import Run, TensorCount
+from leap_dist.run_folder import ExportedWeights, Run, TensorCount
 
 PACKED, INDEX = "masks.safetensors", "masks.json"
 
@@ -79,12 +79,12 @@ def masks_of(run: Run) -> Iterator[tuple[str, Tensor]]:
         for name in gate.tensors
         if (found := re.fullmatch(r"block:(\d+)x(\d+)", gate.granularity))
     }
-    with cert.ExportedWeights(run.model) as weights:
+    with ExportedWeights(run.model) as weights:
         for name, tensor in sorted(run.certificate.tensors.items()):
             yield name, _mask(name, weights, tensor, blocks.get(name))
 
 
-def _mask(name: str, weights: cert.ExportedWeights, tensor: TensorCount, block: tuple[int, ...] | None) -> Tensor:
+def _mask(name: str, weights: ExportedWeights, tensor: TensorCount, block: tuple[int, ...] | None) -> Tensor:
     nonzero = weights.read(name) != 0
     if int(nonzero.sum()) == tensor.kept:
         return nonzero

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from leap_dist.errors import UserError
-from leap_dist.export import certificate as cert
-from leap_dist.export.run_folder import Run, load_exported
+from leap_dist.export.hf import load_exported
+from leap_dist.run_folder import ExportedWeights, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ def check_semi_structured(run: Run) -> list[str]:
     """Names of the gated matrices, all of which are 2:4. UserError that names those that are not."""
     names = list(dict.fromkeys(name for gate in run.certificate.gates for name in gate.tensors))
     problems = []
-    with cert.ExportedWeights(run.model) as weights:
+    with ExportedWeights(run.model) as weights:
         for name in names:
             weight = weights.read(name)
             if weight.dim() != 2 or weight.shape[1] % 4:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from leap_dist.export.run_folder import Run, load_exported, load_exported_tokenizer
+from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.models.routing import route_among_kept
 from leap_dist.models.shrink import example_inputs, load_pruned, logit_difference, save_shrunk, shrink_
+from leap_dist.run_folder import Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

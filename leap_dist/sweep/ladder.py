@@ -85,8 +85,8 @@ def is_there(snapshot: Path) -> bool:
 
 def branch_off(snapshot: Path, output: Path, config: JobConfig) -> None:
     """Make a run folder that looks as if the rung had been interrupted at the snapshot."""
-    from leap_dist.export.run_folder import RESOLVED
-    from leap_dist.train.output import CHECKPOINTS, without_secrets
+    from leap_dist.run_folder import CHECKPOINTS, RESOLVED
+    from leap_dist.train.output import without_secrets
 
     checkpoint = next(snapshot.glob("step-*"))
     with staged(output) as partial:

@@ -148,9 +148,8 @@ class Rank:
 def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
     """Look at what an earlier try has left, and make the folder ready."""
     from leap_dist.checkpoint.folders import latest_checkpoint
-    from leap_dist.export.run_folder import CERTIFICATE
+    from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS
     from leap_dist.sweep.ladder import branch_off
-    from leap_dist.train.output import CHECKPOINTS
 
     _log(work.output).unlink(missing_ok=True)
     if (work.output / CERTIFICATE).is_file():

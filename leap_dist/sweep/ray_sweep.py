@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Condition, Thread
 
 from leap_dist.errors import UserError
-from leap_dist.export.run_folder import CERTIFICATE
+from leap_dist.run_folder import CERTIFICATE
 from leap_dist.sweep.cluster import room
 from leap_dist.sweep.early_stop import Halving
 from leap_dist.sweep.ladder import SNAPSHOTS, is_there

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from leap_dist.config.section import show
 from leap_dist.errors import UserError
-from leap_dist.export.run_folder import CERTIFICATE
+from leap_dist.run_folder import CERTIFICATE, REPORT, exports, read_files
 from leap_dist.sweep.grid import Settings, short, varying
 from leap_dist.sweep.rank import Outcome
 from leap_dist.sweep.sweep_file import TARGET, SweepConfig, Trial
 from leap_dist.tasks import metric_names
 from leap_dist.tracking.pareto import Point, higher_is_better, pareto, picture_of
 from leap_dist.tracking.plots import save_all
-from leap_dist.tracking.report import REPORT, Entry, write_page
-from leap_dist.tracking.run_files import exports, read_files
+from leap_dist.tracking.report import Entry, write_page
 
 RESULTS, PICTURE = "results.json", "results"
 TASK = "data.task"

@@ -11,13 +11,13 @@ from typing import Any
 from leap_dist.config.job_file import parse_section
 from leap_dist.console import console, summary_table
 from leap_dist.errors import UserError
+from leap_dist.run_folder import JOURNAL
 from leap_dist.sweep.cluster import check_room, connected
 from leap_dist.sweep.ladder import ladder_of
 from leap_dist.sweep.ray_sweep import RaySweep
 from leap_dist.sweep.results import RESULTS, Result, collect, metric_of, rows, write
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, identity, read_sweep, trials_of
-from leap_dist.tracking.journal import JOURNAL
 from leap_dist.tracking.mlflow import Tracker, differing
 
 SWEEP, LOCK = "sweep.json", ".lock"

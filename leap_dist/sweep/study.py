@@ -21,12 +21,12 @@ from pydantic import BeforeValidator, Field
 from leap_dist.config.job_file import load_job, parse_section, read_json
 from leap_dist.config.section import Section
 from leap_dist.errors import UserError
+from leap_dist.run_folder import CERTIFICATE, REPORT, read_files
 from leap_dist.sweep.grid import Settings, expand, names, short, varying
 from leap_dist.tracking.pareto import Point as Drawn
 from leap_dist.tracking.pareto import higher_is_better, pareto, picture_of
 from leap_dist.tracking.plots import save_all
-from leap_dist.tracking.report import REPORT, Entry, write_page
-from leap_dist.tracking.run_files import CERTIFICATE, read_files
+from leap_dist.tracking.report import Entry, write_page
 
 SEED, TARGET, TASK = "train.seed", "leap.target", "data.task"
 PANELS = (TASK, "leap.gates")  # keys that part the picture into panels

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.errors import UserError
+from leap_dist.run_folder import exports
 from leap_dist.tracking.mlflow import differing
 from leap_dist.tracking.pareto import LOWER_IS_BETTER, higher_is_better, pareto, picture_of
 from leap_dist.tracking.rows import (
@@ -28,7 +29,6 @@ from leap_dist.tracking.rows import (
     records,
     table,
 )
-from leap_dist.tracking.run_files import exports
 from leap_dist.tracking.runs import StoredRun
 
 NOT_SET = "(not set)"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from leap_dist.errors import UserError
+from leap_dist.run_folder import JOURNAL
 
-JOURNAL = "mlflow.jsonl"
 LONG = 1 << 20  # characters; a longer file is written anew when everything in it was taken
 
 Record = dict[str, Any]

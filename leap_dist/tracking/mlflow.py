@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from leap_dist.config.sections import DataConfig, TrackingConfig
 from leap_dist.console import console
 from leap_dist.errors import UserError, hide_secrets
+from leap_dist.run_folder import JOURNAL
 from leap_dist.tracking.delivery import MAX_BATCH, Delivery, Sender
-from leap_dist.tracking.journal import JOURNAL, Journal
+from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.store import (
     begin,
     check_is_store,

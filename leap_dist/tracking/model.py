@@ -60,7 +60,7 @@ def _pipeline_of(folder: Path) -> str | None:
 def _pipeline(task: Any, folder: Path) -> Any:
     from transformers import AutoTokenizer, pipeline
 
-    from leap_dist.export.run_folder import load_exported
+    from leap_dist.export.hf import load_exported
 
     return pipeline(task, model=load_exported(folder), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
 
@@ -72,7 +72,7 @@ class Served:
     """What MLflow serves. A table has the texts of the task in its columns or, by the model's names, lists of ids."""
 
     def __init__(self, folder: Path) -> None:
-        from leap_dist.export.run_folder import load_exported, load_exported_tokenizer
+        from leap_dist.export.hf import load_exported, load_exported_tokenizer
         from leap_dist.models.pruned_json import NAME
         from leap_dist.models.shrink import load_pruned
 

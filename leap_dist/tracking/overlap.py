@@ -9,7 +9,7 @@ import numpy as np
 
 from leap_dist.errors import UserError
 from leap_dist.export.masks import masks_of
-from leap_dist.export.run_folder import read_run
+from leap_dist.run_folder import read_run
 from leap_dist.tracking.runs import FOLDER, StoredRun
 
 MOST_RUNS = 20  # more make a table that nobody reads

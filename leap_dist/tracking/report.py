@@ -16,11 +16,10 @@ from typing import Any
 
 from leap_dist.errors import hide_secrets
 from leap_dist.files import write_text
+from leap_dist.run_folder import PLOTS, REPORT, RunFiles, exports, read_files
 from leap_dist.tracking import run_plots
 from leap_dist.tracking.plots import Picture, inline, save, save_all
-from leap_dist.tracking.run_files import RunFiles, exports, read_files
 
-REPORT, PLOTS = "report.html", "plots"
 PAGE = Path(__file__).with_name("page")
 LABELS = {
     "course": "density, R and loss over the steps of the run, in its three phases",

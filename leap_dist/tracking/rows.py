@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leap_dist.run_folder import Export
 from leap_dist.tracking.pareto import Point
-from leap_dist.tracking.run_files import Export
 from leap_dist.tracking.runs import FOLDER, StoredRun
 
 if TYPE_CHECKING:

@@ -17,16 +17,15 @@ from leap_dist.core.histograms import REACH, score_histograms
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
-from leap_dist.export.run_folder import CERTIFICATE, MODEL, RESOLVED
 from leap_dist.files import write_text
+from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, MODEL, RANKS, RESOLVED, SCORES
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.tracking.report import write_report
-from leap_dist.tracking.run_files import SCORES
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.guards import BadSteps, Heartbeats, spoiled
 from leap_dist.train.job import Job, build_job
 from leap_dist.train.meter import Meter
-from leap_dist.train.output import CHECKPOINTS, RANKS, append_metrics, check_output, prepared, shown
+from leap_dist.train.output import append_metrics, check_output, prepared, shown
 from leap_dist.train.progress import Progress
 from leap_dist.train.saving import Saver
 from leap_dist.train.signals import Interrupted

@@ -19,12 +19,10 @@ from leap_dist.config.section import show
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.console import console
 from leap_dist.errors import UserError, hide_secrets
-from leap_dist.export.run_folder import CERTIFICATE, RESOLVED
 from leap_dist.files import write_text
-from leap_dist.tracking.journal import JOURNAL
+from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, RESOLVED, job_in
 from leap_dist.train.batches import accumulation
 
-METRICS, CHECKPOINTS, RANKS = "metrics.jsonl", "checkpoints", ".ranks"
 BATCH = "train_batch_size"
 FREE_TO_CHANGE = (
     *UNRELATED_TO_RESULT,
@@ -90,11 +88,8 @@ def _started_as(output: Path) -> dict[str, Any] | None:
 
     Settings that were not yet there in the version that started it have their defaults.
     """
-    try:
-        job = json.loads((output / RESOLVED).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):  # not there, or not ours
-        return None
-    if not isinstance(job, dict) or not {"leap", "model", "train"} <= job.keys():
+    job = job_in(output)
+    if job is None or "train" not in job:
         return None
     return parse_job(job, str(output / RESOLVED)).resolved()
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from leap_dist.export.run_folder import CERTIFICATE, RESOLVED
+from leap_dist.run_folder import CERTIFICATE, RESOLVED
 from leap_dist.sweep.results import RESULTS as TRIALS
 from tests.bench.accuracy import RESULTS, ROOT, SOURCES, prepare, start
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from leap_dist.checkpoint.checkpoints import Checkpoints
 from leap_dist.config.job_file import parse_job
+from leap_dist.run_folder import CHECKPOINTS
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.job import Job, build_job
 from leap_dist.train.loop import train
-from leap_dist.train.output import CHECKPOINTS
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.watch import Watch
 from leap_dist.zero.ranks import Ranks, leave, start_ranks

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.core.stopwatch import TIMINGS
-from leap_dist.tracking.journal import JOURNAL
+from leap_dist.run_folder import JOURNAL
 from leap_dist.train.meter import RATES
 from tests.tracking.servers import Server
 

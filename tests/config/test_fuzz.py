@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from leap_dist.config.job_file import load_job, parse_job
 from leap_dist.config.section import show
 from leap_dist.errors import UserError
-from leap_dist.export.run_folder import read_run
+from leap_dist.run_folder import read_run
 from leap_dist.tasks.tables import read_cells, read_table
 from tests.sweep.jobs import JOB
 

@@ -8,7 +8,7 @@ import pytest
 
 from leap_dist.export import inference, latency, onnx, shrunk
 from leap_dist.export.inference import bench_inference
-from leap_dist.export.run_folder import Run, read_run
+from leap_dist.run_folder import Run, read_run
 from tests.export.runs import classifier, make_run, structure_masks
 
 

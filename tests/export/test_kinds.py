@@ -12,11 +12,12 @@ import torch
 from leap_dist.errors import UserError
 from leap_dist.export import latency, onnx, shrunk
 from leap_dist.export.card import Card
+from leap_dist.export.hf import load_exported
 from leap_dist.export.kinds import KINDS, export_run, parse_kinds
 from leap_dist.export.masks import load_masks
-from leap_dist.export.run_folder import Run, load_exported, read_run
 from leap_dist.export.shrunk import Models, max_length
 from leap_dist.models.shrink import load_pruned
+from leap_dist.run_folder import Run, read_run
 from tests.export.runs import classifier, make_run, structure_masks
 
 IDS = torch.arange(1, 25).view(2, 12)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from leap_dist.errors import UserError
 from leap_dist.export.masks import load_masks, save_masks
-from leap_dist.export.run_folder import read_run
+from leap_dist.run_folder import read_run
 from tests.export.runs import DOWN, QUERY, UP, Masks, classifier, element_masks, make_run, structure_masks
 
 BIAS = UP.removesuffix("weight") + "bias"

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from leap_dist.errors import UserError
-from leap_dist.export.run_folder import load_exported, read_run, refuse_foreign, weight_bytes
+from leap_dist.export.hf import load_exported
+from leap_dist.export.kinds import refuse_foreign, weight_bytes
 from leap_dist.files import staged
+from leap_dist.run_folder import read_run
 from tests.export.runs import QUERY, classifier, element_masks, make_run
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from leap_dist.errors import UserError
-from leap_dist.export.run_folder import read_run
 from leap_dist.export.semi_structured import (
     check_semi_structured,
     crowded_groups,
     load_semi_structured,
     write_marker,
 )
+from leap_dist.run_folder import read_run
 from tests.export.runs import DOWN, QUERY, UP, classifier, make_run
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from leap_dist.config.sections import TrackingConfig
 from leap_dist.errors import UserError
+from leap_dist.run_folder import JOURNAL
 from leap_dist.tracking import delivery
-from leap_dist.tracking.journal import JOURNAL, Journal
+from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.mlflow import Tracker, parameters, sync
 from leap_dist.tracking.store import PARENT, begin, without_credentials
 from tests.tracking.stored import JOB, artifacts, history, read_run, wait_for

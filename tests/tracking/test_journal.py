@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from leap_dist.errors import UserError
+from leap_dist.run_folder import JOURNAL
 from leap_dist.tracking import journal as journal_module
-from leap_dist.tracking.journal import JOURNAL, Journal
+from leap_dist.tracking.journal import Journal
 
 
 def closed(journal: Journal) -> Journal:

@@ -15,9 +15,9 @@ import pytest
 
 from leap_dist.config.sections import DataConfig, TrackingConfig
 from leap_dist.errors import UserError
+from leap_dist.run_folder import JOURNAL
 from leap_dist.tracking import system
 from leap_dist.tracking.delivery import MAX_BATCH
-from leap_dist.tracking.journal import JOURNAL
 from leap_dist.tracking.mlflow import Tracker, parameters, sync
 from tests.tracking.proxy import Proxy, proxy
 from tests.tracking.servers import DATABASE, Server

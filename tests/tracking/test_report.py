@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from leap_dist.errors import UserError
+from leap_dist.run_folder import exports, read_files
 from leap_dist.tracking import report
 from leap_dist.tracking.report import Entry, shown, write_page, write_report
-from leap_dist.tracking.run_files import exports, read_files
 from tests.tracking.folders import LAYERS, MATRICES, Page, export_card, run_folder, steps
 
 SECRET = {"tracking.mlflow_uri": "http://me:secret@host"}

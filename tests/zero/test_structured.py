@@ -45,7 +45,7 @@ def prune(kind: str, folder: Path, stage: int, leap: dict[str, Any], settings: d
 def shrunk_logits(folder: Path, target: Path) -> tuple[torch.nn.Module, torch.Tensor, dict[str, list[int]]]:
     """Shrink the export at `folder`, save it to `target` and load that: the model, its logits, what is left."""
     import leap_dist
-    from leap_dist.export.run_folder import load_exported
+    from leap_dist.export.hf import load_exported
     from leap_dist.models.shrink import save_shrunk, shrink_
 
     model = load_exported(folder)

@@ -1,0 +1,283 @@
+"""What a run folder holds, and the reading of it; torch is not needed to read the small files.
+
+`read_run` reads a finished run to export it and checks its weights; `read_files` reads what is shown of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from leap_dist.config.family import FamilyConfig
+from leap_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RESOLVED, CERTIFICATE, SCORES = "config.json", "certificate.json", "scores.json"
+METRICS, JOURNAL = "metrics.jsonl", "mlflow.jsonl"
+MODEL, CHECKPOINTS, RANKS = "model", "checkpoints", ".ranks"
+REPORT, PLOTS = "report.html", "plots"
+EXPORTS, CARD = "export", "card.json"  # RUN/export/<kind>/card.json
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+COST = "leap_ms_"  # what the measures of LEAP's own time begin with
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    """Of a certificate only what exports rely on is checked; the rest is kept as it is."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class GateCount(_Part):
+    """One gate: what its units are, and the tensors whose weights it prunes."""
+
+    granularity: str
+    tensors: list[str]
+
+
+class TensorCount(_Part):
+    """One masked tensor. `zeros_kept`: its weights that are kept and yet exactly zero."""
+
+    shape: list[int]
+    kept: int
+    zeros_kept: int
+
+
+class Certificate(_Part):
+    """certificate.json, as export/certificate.py builds it."""
+
+    target: float
+    density: float
+    kept: int
+    prunable: int
+    metrics: dict[str, dict[str, float | None]]
+    gates: list[GateCount]
+    tensors: dict[str, TensorCount]
+    masks_sha256: Sha256
+    weights_sha256: Sha256
+
+
+class ExportedWeights:
+    """The tensors of an exported folder, one file or several with an index; read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._file_of: dict[str, Any] = {}
+
+    def __enter__(self) -> ExportedWeights:
+        from safetensors import safe_open
+
+        for file in self._files():
+            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+            self._file_of.update(dict.fromkeys(handle.keys(), handle))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        """Tensor names in name order."""
+        return sorted(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; RuntimeError if no file holds it."""
+        if name not in self._file_of:
+            raise RuntimeError(f"{name} has a mask, but is not among the weights in {self._folder}")
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def _files(self) -> list[Path]:
+        index = self._folder / INDEX_FILE
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+            return [self._folder / file for file in sorted(set(weight_map.values()))]
+        if (self._folder / SINGLE_FILE).is_file():
+            return [self._folder / SINGLE_FILE]
+        raise RuntimeError(f"{self._folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run whose weights are those that its certificate was counted from."""
+
+    folder: Path
+    job: dict[str, Any]
+    certificate: Certificate
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face folder of the pruned model, removed weights at zero."""
+        return self.folder / MODEL
+
+    @property
+    def family(self) -> FamilyConfig | None:
+        """How the job names heads, neurons and experts of an architecture that is in no table of ours."""
+        section = self.job.get("family")
+        return FamilyConfig.model_validate(section) if section else None
+
+    @property
+    def digest(self) -> dict[str, Any]:
+        """What an export repeats of the certificate, to be recognised by."""
+        names = ("target", "density", "masks_sha256", "weights_sha256")
+        return {name: getattr(self.certificate, name) for name in names}
+
+    @property
+    def granularities(self) -> list[str]:
+        """The kinds of units that were pruned, each once."""
+        return list(dict.fromkeys(gate.granularity for gate in self.certificate.gates))
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder of launch/prune.py. Raises UserError for one that is not finished, or not as it was left."""
+    job = _read_job(folder)
+    certificate = _read_certificate(folder)
+    found = _weights_sha256(folder / MODEL)
+    if found != certificate.weights_sha256:
+        raise UserError(
+            f"{folder / MODEL}: the weights are not those of the certificate: their sha256 is {found}, "
+            f"{CERTIFICATE} says {certificate.weights_sha256}; restore the folder, or run the job again"
+        )
+    return Run(folder, job, certificate)
+
+
+def job_in(folder: Path) -> dict[str, Any] | None:
+    """The resolved job file, by which a run folder is known; None where there is none."""
+    try:
+        job = json.loads((folder / RESOLVED).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):  # not there, or not ours
+        return None
+    return job if isinstance(job, dict) and {"leap", "model"} <= job.keys() else None
+
+
+def _read_job(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"RUN: got {folder}; there is no such folder")
+    job = job_in(folder)
+    if job is None:
+        raise UserError(
+            f"RUN: got {folder}; that folder is no run: it has no {RESOLVED} of a job; "
+            "allowed: a folder that launch/prune.py wrote"
+        )
+    return job
+
+
+def _read_certificate(folder: Path) -> Certificate:
+    path = folder / CERTIFICATE
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: the run is not finished, it has no {CERTIFICATE}; finish it with "
+            f"launch/prune.py --config {folder / RESOLVED} --output {folder} --resume"
+        )
+    try:
+        return Certificate.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: damaged: {place}: {first['msg']}; restore it, or run the job again") from error
+
+
+def _weights_sha256(folder: Path) -> str:
+    from safetensors import SafetensorError
+
+    from leap_dist.core.counting import Counter
+
+    counter = Counter([])
+    try:
+        with ExportedWeights(folder) as weights:
+            for name in weights.names():
+                counter.add(name, weights.read(name), None)
+    except (RuntimeError, SafetensorError, OSError, ValueError, LookupError) as error:
+        problem = str(error).removeprefix(f"{folder}: ")
+        raise UserError(
+            f"{folder}: the weights cannot be read: {problem}; restore the folder, or run the job again"
+        ) from error
+    digest: str = counter.result()["weights_sha256"]
+    return digest
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export by its card: parameters and latency (ms of a forward pass, the first one measured), if it has any."""
+
+    kind: str
+    bytes: float
+    parameters: float | None
+    latency: float | None
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A finished run. steps: the lines of metrics.jsonl; scores: scores.json; both empty without the file."""
+
+    folder: Path
+    certificate: Mapping[str, Any]
+    job: Mapping[str, Any] = field(default_factory=dict)
+    steps: Sequence[Mapping[str, Any]] = ()
+    scores: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """The task's main metric; "" where none was measured."""
+        return next(iter(self.certificate.get("metrics", {}).get("pruned", {})), "")
+
+    @property
+    def leap_ms(self) -> float | None:
+        """Milliseconds of LEAP in a step of the prune phase, the mean over those that were logged."""
+        pruning = [line for line in self.steps if line["phase"] == "prune"]
+        costs = [sum(value for key, value in line.items() if key.startswith(COST)) for line in pruning]
+        return sum(costs) / len(costs) if costs else None
+
+
+def read_files(folder: Path) -> RunFiles:
+    """Raises UserError for a folder that holds no finished run, and for a file that is damaged."""
+    if not (folder / CERTIFICATE).is_file():
+        raise UserError(f"{folder} holds no finished run: it has no {CERTIFICATE}")
+    job = _json(folder / RESOLVED) if (folder / RESOLVED).is_file() else {}
+    scores = _json(folder / SCORES) if (folder / SCORES).is_file() else {}
+    return RunFiles(folder, _json(folder / CERTIFICATE), job, _steps(folder / METRICS), scores)
+
+
+def exports(folder: Path | None) -> list[Export]:
+    """The exports below a run folder, the fastest first, those that cannot be run last; none if it is not there."""
+    found = []
+    for path in sorted(folder.glob(f"{EXPORTS}/*/{CARD}")) if folder else ():
+        card = _json(path)
+        latency = card["latency"][0]["after"] if card["latency"] else None
+        parameters = card["parameters"]["after"] if card["parameters"] else None
+        found.append(Export(card["kind"], card["bytes"]["after"], parameters, latency))
+    return sorted(found, key=lambda export: (export.latency is None, export.latency or 0.0))
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; the last one of a run that was killed may be torn."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return _parsed(path.read_text(encoding="utf-8"), str(path))
+
+
+def _parsed(text: str, place: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: damaged: {error}; restore the file, or run the job again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{place}: damaged: no JSON object; restore the file, or run the job again")
+    return found
