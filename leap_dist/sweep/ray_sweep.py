@@ -1,7 +1,8 @@
 """A sweep on Ray: trials wait in line, slots take them, and what ends is written down before the next one begins.
 
 A slot is a thread here and some rank processes on the cluster. What is finished is known by the trials' own
-certificates; trials.jsonl tells how each one ended, so that a sweep that was cut off goes on with what is left.
+certificates; trials.jsonl says how each one ended, and rungs.jsonl what early stopping decided on which metrics, so
+that a sweep that was cut off resumes with what is left, and decides as if it had not been.
 Ray places and watches the ranks; Ray Tune and Train are not used: they would start new processes for every trial, and
 say nothing that the run folders do not.
 """
@@ -11,11 +12,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from threading import Condition, Thread
+from typing import Any
 
 from leap_dist.errors import UserError
 from leap_dist.run_folder import CERTIFICATE
@@ -28,7 +30,7 @@ from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import SweepConfig, Trial
 from leap_dist.tracking.pareto import higher_is_better
 
-ENDED = "trials.jsonl"
+ENDED, JUDGED = "trials.jsonl", "rungs.jsonl"
 NO_ROOM = 600.0  # seconds without room for one trial, after which the sweep ends
 LOOK, LOOK_ROOM = 0.5, 10.0  # seconds between two looks at the slots, and at the cluster
 
@@ -42,6 +44,7 @@ class RaySweep:
         over = {name for name, outcome in self.ended.items() if outcome.kind == "stopped"}
         self.waiting = [trial for trial in trials if not self._is_done(trial) and trial.name not in over]
         self._halving = Halving(higher_is_better(metric)) if sweep.early_stop else None
+        self._judged = _read_lines(storage.folder / JUDGED)
         for trial in trials if self._halving else ():
             self._note(trial)
         self._running: dict[str, State] = {}
@@ -148,9 +151,13 @@ class RaySweep:
         """Keep a running trial's state; the verdict, if it waits for one."""
         with self._turn:
             self._running[trial.name] = state
-        if state.metrics is None or self._halving is None:
-            return None
-        return self._halving.goes_on(trial.name, trial.config.leap.target, state.metrics[self._metric])
+            if state.metrics is None or self._halving is None:
+                return None
+            if (verdict := self._halving.verdict(trial.name)) is None:
+                verdict = self._halving.goes_on(trial.name, trial.config.leap.target, state.metrics[self._metric])
+                self._judged[trial.name] = {"metrics": state.metrics, "goes_on": verdict}
+                self._write(JUDGED, trial, self._judged[trial.name])
+        return verdict
 
     def _lost(self, trial: Trial, error: str) -> None:
         self._board.tell(f"{trial.name}: {error}; it goes on from its last checkpoint")
@@ -158,8 +165,12 @@ class RaySweep:
     def _note(self, trial: Trial) -> None:
         """What an earlier call of the sweep has seen of a trial counts in this one's verdicts."""
         outcome = self.ended.get(trial.name)
-        if self._halving is not None and outcome is not None and self._metric in outcome.metrics:
-            self._halving.note(trial.name, trial.config.leap.target, outcome.metrics[self._metric])
+        judged = self._judged.get(trial.name)
+        if judged is None and outcome is not None and outcome.metrics:
+            judged = {"metrics": outcome.metrics, "goes_on": outcome.kind != "stopped"}
+        if self._halving is not None and judged is not None and self._metric in judged["metrics"]:
+            value = float(judged["metrics"][self._metric])
+            self._halving.note(trial.name, trial.config.leap.target, value, judged["goes_on"])
 
     def _end(self, trial: Trial, outcome: Outcome) -> None:
         """Write down how a trial ended, and let those go on that wait for it."""
@@ -168,27 +179,36 @@ class RaySweep:
             outcome = replace(outcome, kind="failed", error=f"{where} is not seen here: nodes have to share the output")
         if outcome.kind == "done":
             self._storage.publish(trial.name)
+        if trial.name in self._judged:
+            outcome = replace(outcome, metrics=self._judged[trial.name]["metrics"])
         with self._turn:
             self._running.pop(trial.name, None)
             self.ended[trial.name] = outcome
             self._gpu_hours += outcome.seconds * self._sweep.ranks * self._sweep.resources.gpus / 3600.0
-            with (self._storage.folder / ENDED).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"trial": trial.name, **asdict(outcome)}) + "\n")
+            self._write(ENDED, trial, asdict(outcome))
             self._board.ended(trial.name, outcome)
             self._turn.notify_all()
         if all(map(self._is_done, self._trials)):
             shutil.rmtree(self._storage.folder / SNAPSHOTS, ignore_errors=True)
 
+    def _write(self, name: str, trial: Trial, content: Mapping[str, Any]) -> None:
+        """One line more about a trial."""
+        with (self._storage.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"trial": trial.name, **content}) + "\n")
+
 
 def _read_ended(folder: Path) -> dict[str, Outcome]:
-    """The last outcome of each trial; a line that a kill cut short is left out."""
-    found: dict[str, Outcome] = {}
-    path = folder / ENDED
+    """The last outcome of each trial."""
+    return {name: Outcome(**outcome) for name, outcome in _read_lines(folder / ENDED).items()}
+
+
+def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """The last line of each trial; a line that a kill cut short is left out."""
+    found: dict[str, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            outcome = json.loads(line)
+            content = json.loads(line)
         except json.JSONDecodeError:
             continue
-        name = outcome.pop("trial")
-        found[name] = Outcome(**outcome)
+        found[content.pop("trial")] = content
     return found

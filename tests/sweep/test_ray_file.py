@@ -158,6 +158,9 @@ def test_of_one_target_the_better_half_goes_on() -> None:
     assert verdicts.goes_on("c", 0.1, 0.6) and verdicts.goes_on("d", 0.5, 0.9)
     assert not verdicts.goes_on("e", 0.5, 0.75)
     assert Halving(higher_is_better=False).goes_on("a", 0.5, 3.0)
+    assert verdicts.goes_on("a", 0.5, 0.8) and not verdicts.goes_on("b", 0.5, 0.7)  # they stand
+    assert verdicts.goes_on("n", 0.2, float("nan")) and verdicts.goes_on("o", 0.2, 0.1)
+    assert not verdicts.goes_on("p", 0.2, float("nan"))
 
 
 def test_the_front_is_what_no_other_beats() -> None:

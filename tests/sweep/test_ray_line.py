@@ -14,7 +14,7 @@ from leap_dist.sweep.ladder import ladder_of
 from leap_dist.sweep.rank import Outcome, Rank, State, Work
 from leap_dist.sweep.ray_sweep import RaySweep
 from leap_dist.sweep.storage import Storage
-from leap_dist.sweep.sweep_file import SweepConfig, read_sweep, trials_of
+from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, read_sweep, trials_of
 from tests.sweep.jobs import sweep_file
 
 SEEN: list[str] = []
@@ -22,6 +22,8 @@ SEEN: list[str] = []
 
 class Pretender:
     """Leaves what a slot would leave; a target below 0.05 fails, one below 0.1 is stopped."""
+
+    accuracy: Callable[[str], float] | None = None
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -31,7 +33,7 @@ class Pretender:
         lost("a rank is gone")
         if work.config.leap.target < 0.05:
             return Outcome("failed", 1.0, "no luck")
-        if work.asked and watched(State(1, 2, {"accuracy": work.config.leap.target})) is False:
+        if work.asked and watched(State(1, 2, {"accuracy": self._accuracy(work)})) is False:
             return Outcome("stopped", 1.0, metrics={"accuracy": 0.1})
         for step, folder in work.snapshots.items():
             (folder / f"step-{step}").mkdir(parents=True)
@@ -45,10 +47,15 @@ class Pretender:
     def release(self) -> None:
         pass
 
+    def _accuracy(self, work: Work) -> float:
+        known = type(self).accuracy
+        return known(work.output.name) if known else work.config.leap.target
+
 
 @pytest.fixture(autouse=True)
 def _pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slot, "Slot", Pretender)
+    monkeypatch.setattr(Pretender, "accuracy", None)
     SEEN.clear()
 
 
@@ -118,6 +125,35 @@ def test_a_stopped_trial_stays_stopped(tmp_path: Path) -> None:
     )
     line = run(tmp_path, sweep)
     assert SEEN == ["0.5_2", "0.5_3"] and {outcome.kind for outcome in line.ended.values()} == {"stopped"}
+
+
+@pytest.mark.parametrize("num_cut", [1, 2, 3])
+def test_verdicts_do_not_change_where_a_sweep_is_cut_off(tmp_path: Path, num_cut: int) -> None:
+    cases = [{"leap.target": 0.5, "train.seed": seed} for seed in range(4)]
+    worth = dict(zip(("0.5_0", "0.5_1", "0.5_2", "0.5_3"), (0.9, 0.7, 0.8, 0.6), strict=True))
+    Pretender.accuracy = worth.__getitem__
+    (tmp_path / "out").mkdir()
+    file = sweep_file(tmp_path, cases=cases, early_stop="asha")
+    cut = read_sweep(file).model_copy(update={"budget": BudgetConfig(trials=num_cut)})
+    assert run(tmp_path, cut).waiting
+    kinds = {name: outcome.kind for name, outcome in run(tmp_path, read_sweep(file)).ended.items()}
+    assert kinds == {"0.5_0": "done", "0.5_1": "stopped", "0.5_2": "stopped", "0.5_3": "stopped"}
+    assert sorted(SEEN) == sorted(worth)
+
+
+def test_a_trial_that_was_cut_off_after_the_rung_keeps_its_verdict(tmp_path: Path) -> None:
+    """The driver was killed while "0.5_0" settled: it is best of what was seen then, but not of what comes later."""
+    cases = [{"leap.target": 0.5, "train.seed": seed} for seed in (1, 0)]
+    worth = {"0.5_0": 0.7, "0.5_1": 0.6}
+    Pretender.accuracy = worth.__getitem__
+    (tmp_path / "out").mkdir()
+    sweep = read_sweep(sweep_file(tmp_path, cases=cases, early_stop="asha"))
+    line = RaySweep(sweep, trials_of(sweep), Storage(str(tmp_path / "out"), tmp_path), "accuracy")
+    assert line._look(line.waiting[1], State(1, 2, {"accuracy": 0.7})) is True  # and then the kill
+    assert {name: outcome.kind for name, outcome in run(tmp_path, sweep).ended.items()} == {
+        "0.5_1": "stopped",
+        "0.5_0": "done",
+    }
 
 
 def test_a_rank_tells_how_far_it_is_and_needs_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
