@@ -44,7 +44,8 @@ class LeapAdamW(torch.optim.Optimizer):
 
     params: parameter groups; at most one carries `leap_gated: True` and holds the gated tensors and the gates' own
     parameters, in whatever shards. Its key `no_decay` names gated tensors without weight decay. `bind` must
-    be called before the first step; a scheduler may change a group's "lr", which scales the score's rate with it.
+    be called before the first step; a scheduler may change a group's "lr", which scales the score's rate with it: their
+    ratio is to "base_lr", the rate that the group started with, or to "max_lr" where a scheduler has set that.
     """
 
     def __init__(
@@ -187,9 +188,10 @@ class LeapAdamW(torch.optim.Optimizer):
             self._update_gates(group, phase, unit_adam, *learn_(self.gating, adam, element_adam))
 
     def _score_adam(self, group: dict[str, Any], elementwise: bool) -> Adam:
-        """For scores, whose rate a scheduler scales with the group's."""
-        rate = self.config.score_rate(elementwise) * group["lr"] / group["base_lr"]
-        return self._adam(group, self.num_steps + 1, lr=rate)
+        """For scores, whose rate a scheduler scales with the group's; where that starts at 0, scores keep theirs."""
+        peak = group.get("max_lr", group["base_lr"])
+        scale = group["lr"] / peak if peak > 0.0 else 1.0
+        return self._adam(group, self.num_steps + 1, lr=self.config.score_rate(elementwise) * scale)
 
     @property
     def phase(self) -> Phase:

@@ -29,6 +29,7 @@ from leap_dist.zero.binding import (
     make_communicator,
     refresh_hosted,
 )
+from leap_dist.zero.groups import parameter_groups
 from leap_dist.zero.ranks import errors_only, join_alone
 from leap_dist.zero.refusals import check_engine_config, check_hosting
 
@@ -68,8 +69,9 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """As `deepspeed.initialize`, for a config that has a "leap" section; returns what it returns.
 
-    optimizer: None, or a torch.optim.AdamW whose groups' lr, betas, eps and weight_decay LEAP's optimizer takes
-    over. Without one, model_parameters may be groups with these keys; "train" in the config gives defaults.
+    optimizer: None, or a new torch.optim.AdamW whose groups' lr, betas, eps and weight_decay LEAP's optimizer takes
+    over; its other options are refused where they would change a step. Without one, model_parameters may be
+    parameters, or groups with these keys; "train" in the config gives defaults.
     "leap.total_steps" says how many optimizer steps the run has. `engine.leap` is the LeapAdamW.
 
     Raises UserError, before anything is built, for what cannot work.
@@ -128,6 +130,8 @@ def attach(engine: Any) -> None:
     _check_sub_group(engine, base)
     base.bind(find_fragments(engine), make_communicator(engine))
     base.check_gradient = engine.zero_optimization_stage() == 0
+    for group, peak in zip(base.param_groups, getattr(engine.lr_scheduler, "max_lrs", ()), strict=False):
+        group["max_lr"] = peak  # of a scheduler that sets rates, whatever the group started with
     engine.leap = base
 
 
@@ -260,7 +264,9 @@ def _host(model: nn.Module, raw: Mapping[str, Any], optimizer: Any, model_parame
     leap = _leap_config(raw)
     family = parse_section(FamilyConfig, "family", raw["family"]) if raw.get("family") else None
     plan = make_plan(model, leap, family)
-    groups = _parameter_groups(model, plan, optimizer, model_parameters, raw.get("train") or {})
+    train = raw.get("train") or {}
+    defaults = {"lr": train.get("learning_rate", 1e-3), "weight_decay": train.get("weight_decay", 0.01)}
+    groups = parameter_groups(model, plan, optimizer, model_parameters, defaults)
     gates = _host_gates(model, plan)
     if any(gate.granularity == "expert" for gate in plan.gates):
         gates.hooks = route_among_kept(model, family)
@@ -288,53 +294,3 @@ def _host_gates(model: nn.Module, plan: GatePlan) -> LeapGates:
     hosted = {name for name, _ in model.named_parameters()}
     assert THRESHOLDS in hosted and (SCORES in hosted) == bool(plan.num_structured_units)
     return gates
-
-
-def _parameter_groups(
-    model: nn.Module, plan: GatePlan, optimizer: Any, model_parameters: Any, train: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The groups of LeapAdamW: the user's groups without gated tensors, then one with all of them."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    defaults = {"lr": train.get("learning_rate", 1e-3), "weight_decay": train.get("weight_decay", 0.01)}
-    plain: list[dict[str, Any]] = []
-    gated: list[nn.Parameter] = []
-    settings: list[dict[str, Any]] = []  # of the groups that hold gated weights
-    for group in _user_groups(model, optimizer, model_parameters, defaults):
-        members = [p for p in group["params"] if p.requires_grad]
-        inside = [p for p in members if names[id(p)] in plan.covers]
-        rest = [p for p in members if names[id(p)] not in plan.covers]
-        hyper: dict[str, Any] = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay") if k in group}
-        if rest:
-            plain.append({"params": rest, GATED: False, **hyper})
-        gated += inside
-        counted = [p for p in inside if plan.counted(names[id(p)])]
-        settings += [hyper] if counted else []
-    missing = set(plan.covers) - {names[id(p)] for p in gated}
-    if missing:
-        raise UserError(f"model_parameters: {sorted(missing)[0]} is gated but not among them; add it, or exclude it")
-    if any(hyper != settings[0] for hyper in settings):
-        raise UserError(
-            "model_parameters: gated weights stand in groups with different hyperparameters; a gate needs "
-            "its weights in one group: give them the same lr, betas, eps and weight_decay"
-        )
-    no_decay = frozenset(names[id(p)] for p in gated if not plan.counted(names[id(p)]))
-    gated.sort(key=lambda p: not plan.counted(names[id(p)]))
-    return [{"params": gated, GATED: True, "no_decay": no_decay, **settings[0]}, *plain]
-
-
-def _user_groups(
-    model: nn.Module, optimizer: Any, model_parameters: Any, defaults: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Parameter groups as the user gave them; by default vectors (biases, norms) get no weight decay."""
-    if optimizer is not None:
-        return list(optimizer.param_groups)
-    if model_parameters is not None:
-        given = list(model_parameters)
-        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
-        return [{**defaults, **group, "params": list(group["params"])} for group in groups]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    vectors = [len(getattr(p, "ds_shape", p.shape)) < 2 for p in trained]
-    return [
-        {**defaults, "params": [p for p, v in zip(trained, vectors, strict=True) if not v]},
-        {**defaults, "weight_decay": 0.0, "params": [p for p, v in zip(trained, vectors, strict=True) if v]},
-    ]

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from leap_dist.config.sections import SECTIONS
 from leap_dist.errors import UserError
+from leap_dist.zero.groups import optimizer_problems
 
 OTHER_SHARDING = {"zenflow": None, "mics_shard_size": -1, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
 """Keys of zero_optimization for ways of sharding that LEAP does not know, each with the value that means off."""
@@ -125,6 +127,7 @@ def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: A
         )
     if hasattr(model, "leap"):
         yield "model.leap: the model has an attribute of this name already; LEAP hosts its gates there"
+    yield from _unready_parameters(model)
     if any(hasattr(p, "allreduce") and not p.allreduce for p in model.parameters()):
         yield "model: expert parallel parameters are not supported yet"
     if optimizer is not None and type(optimizer) is not torch.optim.AdamW:
@@ -133,13 +136,26 @@ def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: A
             f"optimizer: got a {kind}; LEAP steps as AdamW: pass a torch.optim.AdamW, whose settings it takes over, "
             "or none"
         )
-    if optimizer is not None and type(optimizer) is torch.optim.AdamW and optimizer.defaults.get("amsgrad"):
-        yield "optimizer: amsgrad is not supported; pass a torch.optim.AdamW without it"
+    if type(optimizer) is torch.optim.AdamW:
+        yield from optimizer_problems(optimizer)
     if lr_scheduler is not None and not callable(lr_scheduler):
         yield (
             "lr_scheduler: got a scheduler that is tied to another optimizer; pass a function that makes it: "
             "lr_scheduler=lambda optimizer: LinearLR(optimizer, ...)"
         )
+
+
+def _unready_parameters(model: nn.Module) -> Iterator[str]:
+    """Parameters that have no shape or no storage yet; one of each kind is named."""
+    named = list(model.named_parameters())
+    lazy = next((name for name, p in named if is_lazy(p)), None)
+    if lazy is not None:
+        yield f"model: {lazy} has no shape yet (a lazy module); call the model once before"
+    meta = next((name for name, p in named if p.is_meta), None)
+    if meta is not None:
+        yield f"model: {meta} is on the meta device, without values; load the weights before"
+    if not any(p.requires_grad for _, p in named):
+        yield "model: it has no parameter that is trained; call requires_grad_(True) on what is to be pruned"
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
