@@ -123,12 +123,18 @@ def block_shape(granularity: str, rows: int, cols: int) -> tuple[int, int]:
 
 
 def matrix_gate(
-    tensor: str, shape: Sequence[int], granularity: str, bias: str | None = None, transposed: bool = False
+    tensor: str,
+    shape: Sequence[int],
+    granularity: str,
+    biases: Iterable[str] = (),
+    transposed: bool = False,
+    kernel: int = 1,
 ) -> Gate:
-    """The gate of one granularity on one matrix; a row gate takes the bias of its rows along.
+    """The gate of one granularity on one matrix of `shape` (outputs, inputs); a row takes along its entry of `biases`.
 
-    A tensor of three dimensions is a stack of matrices (fused experts); no block reaches over two of them. `transposed`
-    says that the tensor is stored as (inputs, outputs), so that an output row is one of its columns.
+    Three dimensions are a stack of matrices (fused experts, the groups of a convolution); no block reaches over two of
+    them. `transposed` says that a matrix is stored as (inputs, outputs), so that an output row is one of its columns.
+    kernel: elements that stand for one entry of a matrix, neighbours in memory: the window of a convolution.
 
     Raises UserError if the tensor is no matrix or stack, is smaller than one block, or does not divide by a pattern.
     """
@@ -143,18 +149,33 @@ def matrix_gate(
         raise UserError(
             f"leap.gates: {granularity!r} is larger than {tensor} of {rows}x{cols}; choose a smaller block, or {leave}"
         )
-    pattern = pattern_of(granularity)
-    if pattern and (transposed or cols % pattern[1]):
-        why = "is stored as (inputs, outputs)" if transposed else f"has rows of {cols}, no multiple of {pattern[1]}"
-        raise UserError(f"leap.gates: {granularity!r} does not fit {tensor}, which {why}; {leave}")
-    whole = Slice(tensor, depth * rows, cols, block_rows, block_cols)
+    if pattern := pattern_of(granularity):
+        _check_pattern(tensor, granularity, cols * kernel % pattern[1], cols, transposed, kernel)
+    width = cols * kernel
+    if granularity != "element" and not pattern:
+        block_cols *= kernel
+    whole = Slice(tensor, depth * rows, width, block_rows, block_cols)
     slices = [whole]
     if rows % block_rows:
-        num = -(-rows // block_rows) * -(-cols // block_cols)
-        slices = [replace(whole, first_unit=i * num, region=(i * rows, rows, 0, cols)) for i in range(depth)]
-    if granularity == "row" and bias is not None:
-        slices.append(Slice(bias, outputs, 1, 1, 1, counted=False))
+        num = -(-rows // block_rows) * -(-width // block_cols)
+        slices = [replace(whole, first_unit=i * num, region=(i * rows, rows, 0, width)) for i in range(depth)]
+    if granularity == "row":
+        slices += [Slice(bias, depth * outputs, 1, 1, 1, counted=False) for bias in biases]
     return Gate(f"{tensor}:{granularity}", granularity, tuple(slices))
+
+
+def _check_pattern(tensor: str, granularity: str, rest: int, cols: int, transposed: bool, kernel: int) -> None:
+    """Raise UserError where neighbours in memory are not m inputs of one output."""
+    why = None
+    if transposed:
+        why = "is stored as (inputs, outputs)"
+    elif kernel > 1:
+        why = f"has the {kernel} weights of one window side by side, not those of neighbouring inputs"
+    elif rest:
+        why = f"has rows of {cols}, no multiple of {granularity.partition(':')[2]}"
+    if why:
+        leave = "name the tensor in leap.exclude"
+        raise UserError(f"leap.gates: {granularity!r} does not fit {tensor}, which {why}; {leave}")
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _mask(name: str, weights: ExportedWeights, tensor: TensorCount, block: tuple
     if int(nonzero.sum()) == tensor.kept:
         return nonzero
     candidates = [torch.ones_like(nonzero), _whole_slices(nonzero)]
-    if block is not None:
+    if block is not None and nonzero.dim() == 2:
         candidates.append(_whole_blocks(nonzero, block))
     matrix = name.removesuffix("bias") + "weight"
     if nonzero.dim() == 1 and matrix in weights.names():

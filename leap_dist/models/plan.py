@@ -11,8 +11,9 @@ from leap_dist.config.family import FamilyConfig
 from leap_dist.config.sections import GateConfig, LeapConfig
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.errors import UserError
-from leap_dist.models.families import is_conv1d, prunable_matrices
+from leap_dist.models.families import prunable_matrices
 from leap_dist.models.structures import Part, Structure, find_structures, find_sublayers, tensor_shapes
+from leap_dist.models.views import Owners
 from leap_dist.ops.slices import Slice
 
 STRUCTURED = ("head", "neuron", "expert", "layer")
@@ -63,10 +64,15 @@ class _Maker:
         self.model, self.family = model, family
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: shape for name, shape in tensor_shapes(model).items() if name in trained}
-        self.transposed = {f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module)}
-        include = config.include
-        self.included = match_names(self.shapes, include, "leap.include") if include else None
-        self.dropped = set(match_names(self.shapes, config.exclude, "leap.exclude")) if config.exclude else set()
+        self.owners = Owners(model)
+        self.included = self._matched(config.include, "leap.include") if config.include else None
+        self.dropped = set(self._matched(config.exclude, "leap.exclude")) if config.exclude else set()
+
+    def _matched(self, patterns: Sequence[str], key: str) -> list[str]:
+        """The trained tensors that patterns name, a shared one by any of its names; in the order of the model."""
+        first = {name: first for name, first in self.owners.names().items() if first in self.shapes}
+        found = {first[name] for name in match_names(first, patterns, key)}
+        return [name for name in self.shapes if name in found]
 
     def matrices(self, key: str, entry: GateConfig) -> list[Gate]:
         """Gates of one granularity on single tensors."""
@@ -81,9 +87,10 @@ class _Maker:
         return [self._matrix(name, entry.granularity) for name in chosen]
 
     def _matrix(self, name: str, granularity: str) -> Gate:
-        bias = name.removesuffix("weight") + "bias"
-        follows = bias if bias in self.shapes else None
-        return matrix_gate(name, self.shapes[name], granularity, follows, name in self.transposed)
+        view = self.owners.view(name, self.shapes[name], granularity)
+        outputs = view.shape[-1 if view.transposed else -2] * (view.shape[0] if len(view.shape) == 3 else 1)
+        biases = self.owners.biases(name, outputs, self.shapes) if granularity == "row" else ()
+        return matrix_gate(name, view.shape, granularity, biases, view.transposed, view.kernel)
 
     def structured(self, key: str, entry: GateConfig) -> list[Gate]:
         """Gates whose units cover runs of several tensors."""

@@ -64,7 +64,7 @@ def test_rectangles_follow_each_other_in_memory(start: int, length: int) -> None
 
 
 def test_a_row_takes_its_bias_along_without_counting_it() -> None:
-    gate = matrix_gate("w", (6, 4), "row", bias="b")
+    gate = matrix_gate("w", (6, 4), "row", biases=["b"])
     plan = GatePlan([gate])
     assert [part.tensor for part in gate.slices] == ["w", "b"]
     assert (plan.prunable, plan.unit, plan.counted("b")) == (24, 4, False)
@@ -103,7 +103,7 @@ def test_a_stack_of_matrices_has_no_block_over_two_of_them() -> None:
 
 
 def test_a_transposed_matrix_has_output_rows_in_its_columns() -> None:
-    row = matrix_gate("w", (4, 6), "row", bias="b", transposed=True)
+    row = matrix_gate("w", (4, 6), "row", biases=["b"], transposed=True)
     assert torch.equal(unit_index(row.slices[:1]), torch.arange(6).expand(4, 6))
     assert row.slices[1].rows == 6
     block = matrix_gate("w", (4, 6), "block:3x2", transposed=True)  # 3 outputs x 2 inputs
