@@ -1,4 +1,4 @@
-"""What the README says can be done is done here, word for word as far as a test has time.
+"""What README and docs say can be done is done here, word for word as far as a test has time.
 
 Every command, in a block or in a line of text: its options are parsed by the launcher itself, and the job, sweep or
 study that it names is read and checked. Jobs in blocks are run, with fewer steps; so are --import-compression and the
@@ -25,52 +25,22 @@ import pytest
 import yaml
 
 from leap_dist.config.job_file import load_job, parse_job, parse_section
+from leap_dist.config.sections import SECTIONS
+from leap_dist.sweep.study import StudyConfig, read_study
+from leap_dist.sweep.sweep_file import read_sweep, trials_of
 from tests.launch.scripts import load_script
+from tests.pages import PAGES, README, ROOT, Page, as_launcher, as_object
 from tests.ranks import RankPools
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-PROGRAMS = ("python", "deepspeed", "leap-", "pip", "docker", "sbatch", "kubectl", "eval", "tests/", "sudo")
 FEW_STEPS = ["train.epochs=null", "train.max_steps=20", "train.log_every=10", "train.eval_batch_size=1024"]
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in page.commands()))
+LAUNCHES = [launch for page in PAGES for launch in map(as_launcher, page.commands_of_blocks()) if launch is not None]
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-def commands_of_blocks() -> list[str]:
-    """Every command of the shell blocks, without comments."""
-    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return [part.strip() for line in lines for part in line.split(" && ") if part.strip() and part[0] != "#"]
-
-
-def commands() -> list[str]:
-    """These, and those between backticks in the text."""
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-    inline = [span for span in re.findall(r"`([^`\n]+)`", text) if span.startswith(PROGRAMS) and " " in span]
-    return list(dict.fromkeys(commands_of_blocks() + [span for span in inline if "..." not in span]))
-
-
-def as_launcher(command: str) -> tuple[str, list[str]] | None:
-    """(prune, its arguments) for `deepspeed --num_gpus 2 launch/prune.py ...` and for `leap-prune ...`."""
-    words = shlex.split(command, comments=True)
-    for place, word in enumerate(words):
-        if match := re.fullmatch(r"launch/(\w+)\.py|leap-(\w+)", word):
-            return match[1] or match[2], words[place + 1 :]
-    return None
-
-
-def job_block() -> dict[str, Any]:
-    """The job for the reader's own model."""
-    found: dict[str, Any] = next(job for text in blocks("json") if "data" in (job := json.loads(as_object(text))))
-    return found
-
-
-def as_object(text: str) -> str:
-    """A block of JSON, or of one key of an object."""
-    return text if text.lstrip().startswith("{") else f"{{{text}}}"
+def jobs_in(page: Page) -> list[dict[str, Any]]:
+    """The whole jobs of a page."""
+    return [job for block in page.blocks("json") if "data" in (job := as_object(block))]
 
 
 OLD = {"compression_training": {"sparse_pruning": {"shared_parameters": {"enabled": True, "method": "topk"}}}}
@@ -95,10 +65,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     place = tmp_path_factory.mktemp("checkout")
     shutil.copy(empty_store, place / "mlflow.db")
     (place / "configs").symlink_to(ROOT / "configs")
-    job = job_block()
+    (job,) = jobs_in(README)
     make_model(place / job["model"]["name"])
     for split in ("train", "validation"):
-        (place / job["data"][split]).write_text("sentence\tlabel\n" + "good film\t1\nbad film\t0\n" * 50, "utf-8")
+        (place / job["data"][split]).write_text("sentence,label\n" + "good film,1\nbad film,0\n" * 50, "utf-8")
     (place / "my_job.json").write_text(json.dumps(job), "utf-8")
     (place / "old_ds_config.json").write_text(json.dumps(OLD), "utf-8")
     return place
@@ -116,9 +86,6 @@ def parsed(name: str, words: list[str]) -> Any:
 
 def check_launcher(name: str, words: list[str]) -> None:
     """The options exist, and the file that is named is right."""
-    from leap_dist.sweep.study import read_study
-    from leap_dist.sweep.sweep_file import read_sweep
-
     arguments = parsed(name, words)
     if name == "prune" and arguments.config:
         load_job(arguments.config, arguments.set)
@@ -169,7 +136,7 @@ OTHERS: dict[str, Callable[[re.Match[str]], None]] = {
 }
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_understood(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     launcher = as_launcher(command)
@@ -177,7 +144,7 @@ def test_a_command_is_understood(command: str, folder: Path, monkeypatch: pytest
         check_launcher(*launcher)
         return
     known = [(match, check) for pattern, check in OTHERS.items() if (match := re.fullmatch(pattern, command))]
-    assert known, f"README.md: {command!r} is of no kind that {Path(__file__).name} knows; add how it is tested"
+    assert known, f"{command!r} is of no kind that {Path(__file__).name} knows; add how it is tested"
     known[0][1](known[0][0])
 
 
@@ -200,7 +167,7 @@ def run_short(folder: str, config: str, overrides: list[str], output: str) -> No
 def test_the_jobs_run_and_can_be_compared(ranks: RankPools, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     jobs: dict[str, Any] = {}
-    for name, words in filter(None, map(as_launcher, commands_of_blocks())):
+    for name, words in LAUNCHES:
         if name == "prune" and (arguments := parsed(name, words)).config and arguments.plan is None:
             jobs.setdefault(f"{arguments.config} {arguments.set}", arguments)
     assert len(jobs) >= 3
@@ -209,7 +176,7 @@ def test_the_jobs_run_and_can_be_compared(ranks: RankPools, folder: Path, monkey
         certificate = json.loads((folder / f"runs/{number}/certificate.json").read_text("utf-8"))
         target = load_job(arguments.config, arguments.set).leap.target
         assert abs(certificate["kept"] - target * certificate["prunable"]) <= certificate["unit"]
-    command = next(words for name, words in filter(None, map(as_launcher, commands_of_blocks())) if name == "compare")
+    command = next(words for name, words in LAUNCHES if name == "compare" and "--pareto" in words)
     monkeypatch.setattr(sys, "argv", ["compare", *command])
     assert load_script("compare").main() == 0
     assert list(folder.glob("*.png"))
@@ -218,29 +185,32 @@ def test_the_jobs_run_and_can_be_compared(ranks: RankPools, folder: Path, monkey
 def test_an_old_config_is_imported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(folder / "old_ds_config.json", tmp_path)
-    found = [words for name, words in filter(None, map(as_launcher, commands())) if "--import-compression" in words]
+    found = [words for name, words in LAUNCHES if "--import-compression" in words]
     monkeypatch.setattr(sys, "argv", ["prune", *found[0]])
     assert load_script("prune").main() == 0
     assert json.loads((tmp_path / "my_job.json").read_text("utf-8"))["leap"]["target"] == 0.1
 
 
-def check_json(block: dict[str, Any]) -> None:
-    """A job, a sweep, or a section of a job."""
-    from leap_dist.config.sections import SECTIONS
-    from leap_dist.sweep.sweep_file import SweepConfig
-
+def check_json(block: dict[str, Any], folder: Path) -> None:
+    """A job, a study, a sweep, or sections of a job."""
     if "vary" in block:
-        parse_section(SweepConfig, "README", block)
-    elif set(block) <= SECTIONS.keys():
+        file = folder / "file.json"
+        file.write_text(json.dumps(block), "utf-8")
+        assert trials_of(read_sweep(file))
+        if block.keys() <= StudyConfig.model_fields.keys():
+            assert read_study(file).vary
+    elif block.keys() <= SECTIONS.keys() and "data" not in block:
         for name, section in block.items():
             parse_section(SECTIONS[name], name, section)
     else:
-        parse_job(block, "README")
+        parse_job(block, "a page")
 
 
-@pytest.mark.parametrize("text", blocks("json"), ids=lambda text: text.split()[1])
-def test_a_json_block_is_valid(text: str) -> None:
-    check_json(json.loads(as_object(text)))
+@pytest.mark.parametrize(
+    ("page", "text"), [(page.name, text) for page in PAGES for text in page.blocks("json")], ids=itertools.count()
+)
+def test_a_json_block_is_valid(page: str, text: str, tmp_path: Path) -> None:
+    check_json(as_object(text), tmp_path)
 
 
 def run_block(folder: str, text: str) -> dict[str, Any]:
@@ -249,16 +219,15 @@ def run_block(folder: str, text: str) -> dict[str, Any]:
 
     variables: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.chdir(folder), accelerate_left_behind():
-        exec(compile(text, "README.md", "exec"), variables)
+        exec(compile(text, "a page", "exec"), variables)
     certificate: dict[str, Any] = variables["certificate"]
     return certificate
 
 
-@pytest.mark.parametrize("text", blocks("python"), ids=lambda text: text.split()[3])
-def test_a_python_block_prunes_to_its_target(ranks: RankPools, tmp_path: Path, text: str) -> None:
-    if "lightning" in text:  # not among the dependencies of the tests
-        compile(text, "README.md", "exec")
-        return
+@pytest.mark.parametrize(
+    ("page", "text"), [(page.name, text) for page in PAGES for text in page.blocks("python")], ids=itertools.count()
+)
+def test_a_python_block_prunes_to_its_target(ranks: RankPools, tmp_path: Path, page: str, text: str) -> None:
     short = re.sub(r"\b1000\b|\b100\b", "40", text)
     target = float(re.findall(r'"target": ([\d.]+)', text)[0])
     first, second = ranks(2).run(run_block, str(tmp_path), short)
