@@ -50,8 +50,8 @@ HEAD = """\
 This page is made from `leap_dist/config/sections.py` and its neighbours by `python docs/make.py`; do not edit it.
 
 A job file is one JSON object. Its top level is a [DeepSpeed config](https://www.deepspeed.ai/docs/config-json/); beside
-DeepSpeed's keys stand the sections below. `--set section.key=value` overrides a key. A key without a default is required.
-[jobs.md](jobs.md) shows whole files.
+DeepSpeed's keys stand the sections below. `--set section.key=value` overrides a key. [jobs.md](jobs.md) shows whole
+files.
 """
 
 # ---------------------------------------------------------------------------------------------- keys

@@ -130,6 +130,7 @@ OTHERS: dict[str, Callable[[re.Match[str]], None]] = {
     r"(?:sudo )?(tests/\S+\.sh) .*": check_file,
     r'eval "\$\(register-python-argcomplete (.+)\)"': check_completion,
     r"python -m (tests\.bench\.\w+).*": check_tests,
+    r"python (docs/make\.py)": check_file,
     r"python3 -m venv \.venv|\. \.venv/bin/activate|python -m pytest -q -n 2 --dist loadfile": lambda match: None,
     r"deepspeed (?:--\S+ \d+ )?\w+\.py": lambda match: None,  # a Python block
     r"pip install argcomplete|pip install \S+\.whl|pip wheel .*": lambda match: None,
