@@ -2,7 +2,7 @@
 
 Default are the weights of linear layers, found by the modules that own them, and fused experts. Embeddings, norms,
 routers, and the heads that turn hidden states into answers (classifiers, poolers, language-model heads) stay dense,
-as in the paper.
+as in the paper; body.py tells them apart by structure.
 """
 
 from __future__ import annotations
@@ -12,42 +12,21 @@ from typing import Any
 from torch import nn
 
 from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig, FfnFamily
-
-# Modules outside the layer stack, by the last parts of their names in transformers' models.
-HEADS = (
-    "classifier",
-    "pooler",
-    "score",
-    "qa_outputs",
-    "lm_head",
-    "cls",
-    "pre_classifier",
-    "embeddings",
-    "head",
-    "classification_head",
-    "predictions",
-    "lm_predictions",
-    "discriminator_predictions",
-    "generator_predictions",
-    "generator_lm_head",
-    "vocab_transform",
-    "vocab_projector",
-    "embeddings_project",
-    "embedding_hidden_mapping_in",
-    "project_in",
-    "project_out",
-)
-
+from leap_dist.models.body import find_routers, is_transformers, stacked
 
 def prunable_matrices(model: nn.Module, family: FamilyConfig | None = None) -> list[str]:
     """Names of the weights that gates cover by default, in the order of the model's parameters.
 
-    In a transformers model all linear weights but those of its heads, and the fused weights of experts; in any other
-    model all linear weights but the last, which gives the answer.
+    In a transformers model the linear weights in the layers of its body but those of routers, and the fused weights of
+    experts; in a model that is no stack of layers all linear weights but the last, which gives the answer.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)]
-    if hasattr(model, "config") and hasattr(model, "base_model_prefix"):
-        names = [name for name in names if not set(name.split(".")) & set(HEADS)]
+    layers = stacked(model) if is_transformers(model) else ()
+    if layers:
+        dense = tuple(f"{router}." for router in find_routers(model))
+        answer = model.get_output_embeddings()  # type: ignore[operator]
+        modules = dict(model.named_modules())
+        names = [n for n in names if n.startswith(layers) and not f"{n}.".startswith(dense) and modules[n] is not answer]
     else:
         names = names[:-1]
     family = family or family_of(model)
