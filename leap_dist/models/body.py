@@ -6,8 +6,6 @@ the output embeddings, and what stands beside a block of experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
 POOLERS = ("pooler", "contact_head")
@@ -74,11 +72,11 @@ def find_routers(model: nn.Module) -> set[str]:
             parent = path.rpartition(".")[0]
             beside = {f"{parent}.{name}".lstrip("."): child for name, child in modules[parent].named_children()}
             del beside[path]
-            outputs = {name: set(_outputs(child)) for name, child in beside.items()}
-            if isinstance(module, nn.ModuleList | nn.ModuleDict) and not any(counts & seen for seen in outputs.values()):
+            outputs = {name: _answers(child) for name, child in beside.items()}
+            if isinstance(module, nn.ModuleList | nn.ModuleDict) and not counts & set(outputs.values()):
                 continue  # a list of modules that nothing chooses among
             asked = counts | {count + 1 for count in counts} | {1}
-            found |= {name for name, seen in outputs.items() if asked & seen}
+            found |= {name for name, answers in outputs.items() if answers in asked}
     return found
 
 
@@ -92,6 +90,9 @@ def _num_experts(module: nn.Module) -> set[int]:
     return {shape[0] for shape in shapes if len(shape) == 3 and min(shape[1:]) > 1 and shape[0] < max(shape[1:])}
 
 
-def _outputs(module: nn.Module) -> Iterator[int]:
-    """How many numbers each linear layer in a module gives."""
-    return (part.out_features for part in module.modules() if isinstance(part, nn.Linear))
+def _answers(module: nn.Module) -> int | None:
+    """How many numbers come out of a module's linear layers; None if they return to the width that they take."""
+    linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    if not linear or any(part.out_features == linear[0].in_features for part in linear):
+        return None
+    return linear[-1].out_features

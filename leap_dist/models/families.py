@@ -14,6 +14,7 @@ from torch import nn
 from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig, FfnFamily
 from leap_dist.models.body import find_routers, is_transformers, stacked
 
+
 def prunable_matrices(model: nn.Module, family: FamilyConfig | None = None) -> list[str]:
     """Names of the weights that gates cover by default, in the order of the model's parameters.
 
@@ -26,7 +27,9 @@ def prunable_matrices(model: nn.Module, family: FamilyConfig | None = None) -> l
         dense = tuple(f"{router}." for router in find_routers(model))
         answer = model.get_output_embeddings()  # type: ignore[operator]
         modules = dict(model.named_modules())
-        names = [n for n in names if n.startswith(layers) and not f"{n}.".startswith(dense) and modules[n] is not answer]
+        names = [
+            n for n in names if n.startswith(layers) and not f"{n}.".startswith(dense) and modules[n] is not answer
+        ]
     else:
         names = names[:-1]
     family = family or family_of(model)

@@ -12,6 +12,7 @@ import torch
 
 from leap_dist.config.sections import ModelConfig
 from leap_dist.errors import UserError
+from leap_dist.models.fit import check_loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -136,7 +137,6 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
 
     _check_folder(name)
     with _hub_errors(name, "model"):
-        stored = AutoConfig.from_pretrained(name)
         config = AutoConfig.from_pretrained(name, **labels)
     _check_size(config, task)
     _check_weights(name)
@@ -145,16 +145,16 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
             name,
             config=config,
             dtype=torch.float32,
-            ignore_mismatched_sizes=stored.num_labels != config.num_labels,
+            ignore_mismatched_sizes=True,  # looked at below: only the head may differ
             output_loading_info=True,
         )
-    _check_loaded(name, model, set(report["missing_keys"]))
+    check_loaded(name, model, report)
     return model
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no table of the weights that a new head lacks: `_check_loaded` looks at those."""
+    """No progress bars, and no table of the weights that a new head lacks: `check_loaded` looks at those."""
     from transformers.utils import logging
 
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -206,15 +206,6 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, key: str) -
     folder = Path(name).expanduser()
     if files and folder.is_dir() and not any((folder / file).is_file() for file in files):
         raise UserError(f'{key}: got "{name}"; that folder has no tokenizer ({" or ".join(files)})')
-
-
-def _check_loaded(name: str, model: PreTrainedModel, missing: set[str]) -> None:
-    """Something below the head must have come from the files."""
-    prefix = f"{model.base_model_prefix}."
-    body = {key for key, _ in model.named_parameters() if key.startswith(prefix)}
-    if body and body <= missing:
-        kind = model.config.model_type
-        raise UserError(f'model.name: got "{name}"; none of its weights fit its config.json, a {kind} model')
 
 
 def _check_size(config: PreTrainedConfig, task: Task) -> None:
