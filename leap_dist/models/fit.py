@@ -24,8 +24,8 @@ SHOWN = 3
 def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
     """Raises UserError for tensors below the head that transformers had to make anew, or found no place for.
 
-    report: what `from_pretrained(..., output_loading_info=True)` gives beside the model. What a new head lacks, and what
-    the file holds of a head for another task, is reported in one line each.
+    report: what `from_pretrained(..., output_loading_info=True)` gives beside the model. A new head, and the head for
+    another task that the files hold, are reported in one line each.
     """
     buffers = {key for key, _ in model.named_buffers()}
     missing = {key for key in report["missing_keys"] if not (key in buffers and key.endswith(CONSTANTS))}
