@@ -216,6 +216,8 @@ class DataConfig(Section):
     """Tokens an example is cut to, special tokens included; 384 for squad, 512 for lm where it is not given."""
     doc_stride: int | None = Field(default=None, ge=0, description="an integer >= 0, at most max_length / 2, or null")
     """squad: tokens that two neighbouring windows of a text share; null: a third of max_length."""
+    stride: int | None = Field(default=None, ge=1, description="an integer >= 1, at most max_length, or null")
+    """lm: new tokens of each block in validation, where blocks overlap and only those are judged; null: no overlap."""
     max_answer_length: int = Field(default=30, ge=1, description="an integer >= 1")
     """squad: tokens of the longest answer that is given."""
     n_best: int = Field(default=20, ge=1, description="an integer >= 1")
@@ -251,6 +253,8 @@ class DataConfig(Section):
             found.append(("max_length", f"got {length}; allowed: at least 32, for a question and a part of the text"))
         elif task in QA_TASKS and is_int(stride) and is_int(length) and stride > length // 2:
             found.append(("doc_stride", f"got {stride}; allowed: at most half of max_length, which is {length}"))
+        if is_int(raw.get("stride")) and is_int(length) and raw["stride"] > length:
+            found.append(("stride", f"got {raw['stride']}; allowed: at most max_length, which is {length}"))
         if raw.get("dataset") is not None:
             return found
         if "subset" in given:
@@ -269,7 +273,7 @@ MAX_LENGTHS = {"squad": 384, "squad_v2": 384, "lm": 512}
 """Where max_length is not given; other tasks have the field's default."""
 QA_TASKS = ("squad", "squad_v2")
 TASK_OPTIONS: dict[str, tuple[str, ...]] = dict.fromkeys(("doc_stride", "max_answer_length", "n_best"), QA_TASKS)
-TASK_OPTIONS |= {"null_score_threshold": ("squad_v2",), "mask_probability": ("mlm",)}
+TASK_OPTIONS |= {"null_score_threshold": ("squad_v2",), "mask_probability": ("mlm",), "stride": ("lm",)}
 """Options of DataConfig that only some tasks read."""
 
 

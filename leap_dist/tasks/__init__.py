@@ -53,7 +53,7 @@ def metric_names(task_name: str) -> tuple[str, ...]:
     if task_name in squad.NAMES:
         return "f1", "exact_match", "loss"
     if task_name in lm.NAMES:
-        return "perplexity", "accuracy", "loss"
+        return "perplexity", *(["bits_per_byte"] if task_name == lm.CAUSAL else []), "accuracy", "loss"
     known = glue.GLUE.get(task_name)
     return *(known.metrics if known else ("accuracy",)), "loss"
 

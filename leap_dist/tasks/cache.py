@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 
-FORMAT = "1"
+FORMAT = "2"
 """Changes with what the arrays mean."""
 SMALLEST = 2**20
 """Characters below which text is tokenised faster than it is worth a file."""
@@ -42,6 +42,8 @@ def cached(tokenizer: PreTrainedTokenizerBase, parts: Iterable[object], make: Ca
 
     parts: all that the arrays depend on beside the tokenizer, each with a `str` that tells it from others.
     """
+    if not tokenizer.is_fast:  # written in Python: nothing says all that decides which tokens come of a text
+        return make()
     digest, size = sha256(_tokenizer_state(tokenizer)), 0
     for part in parts:
         text = str(part).encode("utf-8", "surrogatepass")

@@ -16,7 +16,7 @@ from leap_dist.errors import UserError
 from leap_dist.tasks.base import Collator, Task, TokenTable, flat, joined, pad_id
 from leap_dist.tasks.cache import Arrays, cached
 from leap_dist.tasks.metrics import LabelEvaluation
-from leap_dist.tasks.tables import Table, hub_split, hub_table, load_hub, read_table
+from leap_dist.tasks.tables import Table, class_names, hub_split, hub_table, load_hub, read_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +57,9 @@ GLUE = {
 LOCAL = "text/classification"
 NAMES = (*GLUE, LOCAL)
 MAX_SCORE = 5.0
+NOT_NAMES = ("nan", "<na>", "inf", "-inf")
+"""What table programs write where there is no value."""
+NO_CLASS = "that is no class; allowed: a name or a number >= 0; fill it in, or remove the row"
 
 
 def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -134,22 +137,29 @@ def _tables(data: DataConfig, known: GlueTask | None) -> tuple[Table, dict[str, 
     if data.dataset:
         return _dataset_tables(data, text, label, names)
     assert data.train is not None and data.validation is not None
-    train = read_table("data.train", Path(data.train), text, label)
-    return train, {"validation": read_table("data.validation", Path(data.validation), text, label)}, names
+    train = read_table("data.train", Path(data.train).expanduser(), text, label)
+    return train, {"validation": read_table("data.validation", Path(data.validation).expanduser(), text, label)}, names
 
 
 def _dataset_tables(
     data: DataConfig, text: tuple[str, ...], label: str, names: tuple[str, ...] | None
 ) -> tuple[Table, dict[str, Table], tuple[str, ...] | None]:
-    """As `_tables`, of `data.dataset`; a dataset that names its classes has a say in them."""
+    """As `_tables`, of `data.dataset`; where it names its classes those are the label names."""
     assert data.dataset is not None
     splits = load_hub("data.dataset", data.dataset, data.subset)
-    tables = []
-    for key, split in (("data.train", data.train or "train"), ("data.validation", data.validation or "validation")):
-        rows = hub_split(splits, key, split)
-        tables.append(hub_table(rows, f"{data.dataset} {split}", text, label))
-        names = names or tuple(getattr(rows.features[label], "names", None) or ()) or None
-    return tables[0], {"validation": tables[1]}, names
+    chosen = (("data.train", data.train or "train"), ("data.validation", data.validation or "validation"))
+    rows = [hub_split(splits, key, split) for key, split in chosen]
+    tables = [
+        hub_table(part, f"{data.dataset} {split}", text, label) for part, (_, split) in zip(rows, chosen, strict=True)
+    ]
+    own, others = (class_names(part, label) for part in rows)
+    if own != others:
+        problem = f"train has the classes {_listing(own)}, validation {_listing(others)}"
+        raise UserError(f"data.dataset: {data.dataset}: {problem}; allowed: the same classes in both")
+    if own and names and len(own) != len(names):
+        problem = f"got {len(own)} classes ({_listing(own)})"
+        raise UserError(f"data.dataset: {data.dataset}: {problem}; allowed: {len(names)}, as {data.task} has")
+    return tables[0], {"validation": tables[1]}, own or names
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -159,28 +169,32 @@ def _labelled(number: Callable[[Any], float], table: Table, row: int) -> float:
     try:
         return number(table.labels[row])
     except ValueError as error:
-        raise UserError(f"{table.source}: row {row + 1}: label: {error}") from error
+        raise UserError(f"{table.place(row)}: got {_shown(table.labels[row])}; {error}") from error
 
 
 def _score(label: Any) -> float:
     """A similarity score; `ValueError` says what is allowed."""
     try:
-        score = float(label)
+        score = math.nan if isinstance(label, bool) else float(label)
     except (TypeError, ValueError):
         score = math.nan
     if not 0 <= score <= MAX_SCORE:
-        raise ValueError(f"got {label!r}; allowed: a number from 0 to {MAX_SCORE:g}")
+        raise ValueError(f"allowed: a number from 0 to {MAX_SCORE:g}")
     return score
 
 
 def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple[str, ...], Callable[[Any], float]]:
     """Label names, and the function from a raw label to its class id.
 
-    Integers 0..K-1 are kept. A GLUE task's own label names get the task's ids. Everything else is numbered in
-    sorted order over train. `expected` are a GLUE task's label names: there must be as many classes.
+    Integers 0..K-1 are kept. Known names (a GLUE task's, or a dataset's) have their ids. Everything else is numbered in
+    sorted order over train. `expected` are the known names: there must be as many classes.
     """
-    seen = sorted({_normal(label) for label in train.labels}, key=_order)
-    integers = [int(label) for label in seen if re.fullmatch(r"\d+", label)]
+    seen = sorted({_labelled(_class_name, train, row) for row in range(len(train.labels))}, key=_order)
+    integers = [label for label in seen if re.fullmatch(r"\d+", label)]
+    truths = [row for row, label in enumerate(train.labels) if isinstance(label, bool)]
+    if truths and integers:
+        shown = _shown(train.labels[truths[0]])
+        raise UserError(f"{train.place(truths[0])}: got {shown}, and other rows have numbers; allowed: one of both")
     if expected is not None and (set(seen) <= set(expected) or len(integers) == len(seen)):
         names, ids = expected, {name: i for i, name in enumerate(expected)}
         if integers:
@@ -193,23 +207,35 @@ def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple
         raise UserError(f"{train.source}: got {received}; allowed: {wanted}")
 
     def number(label: Any) -> float:
-        if _normal(label) not in ids:
-            raise ValueError(f"got {label!r}; allowed: {_listing(ids)}")
-        return ids[_normal(label)]
+        name = _class_name(label)
+        if name not in ids:
+            raise ValueError(f"allowed: {_listing(ids)}")
+        return ids[name]
 
     return names, number
 
 
-def _normal(label: Any) -> str:
-    """One spelling for a label, whichever file format it comes from: 1, 1.0 and "1" are the same."""
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    return str(label).strip()
+def _class_name(label: Any) -> str:
+    """One spelling for a label, whichever file format it comes from: 1, 1.0, "1" and " 1.0 " are the same.
+
+    `ValueError` for what stands for no label: nothing, NaN, a number below 0 (-1 marks it on the hub), a list.
+    """
+    if not isinstance(label, (str, int, float)):
+        raise ValueError(NO_CLASS)
+    name = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip()
+    if not name or name.lower() in NOT_NAMES or re.fullmatch(r"-\d+(\.\d+)?", name):
+        raise ValueError(NO_CLASS)
+    return re.sub(r"^(\d+)\.0+$", r"\1", name)
 
 
-def _order(label: str) -> tuple[int, float, str]:
+def _order(label: str) -> tuple[int, int, str]:
     """Integers by value, then strings by the alphabet."""
-    return (0, int(label), "") if re.fullmatch(r"-?\d+", label) else (1, 0, label)
+    return (0, int(label), label) if re.fullmatch(r"\d+", label) else (1, 0, label)
+
+
+def _shown(label: Any) -> str:
+    text = repr(label)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _listing(values: Iterable[str]) -> str:

@@ -1,15 +1,18 @@
 """Language modelling on plain text: the next word ("lm", causal) or words left out ("mlm", masked).
 
-The texts of a split are one stream of tokens, cut into blocks of `max_length`: no padding, nothing cut off. The part
-block at the end is dropped in training and judged in validation.
+The documents of a split are one stream of tokens, what ends a text after each, cut into blocks of `max_length`: no
+padding, nothing cut off. A block starts as the tokenizer starts a text (BOS), one of a masked model ends as it ends a
+text too ([SEP]). The part block at the end is dropped in training and judged in validation.
+
+With `data.stride` the blocks of validation overlap, each begins `stride` tokens after the one before, and only the
+tokens that no earlier block has are judged: https://huggingface.co/docs/transformers/perplexity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,34 +23,34 @@ from torch.nn import functional as F
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import IGNORED, Batch, Collator, Example, Task, TokenTable, pad_id
-from leap_dist.tasks.cache import Arrays, cached
-from leap_dist.tasks.tables import hub_column, hub_split, load_hub, read_cells, reading
+from leap_dist.tasks.cache import Arrays
+from leap_dist.tasks.documents import read_documents, token_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CAUSAL, MASKED = "lm", "mlm"
 NAMES = (CAUSAL, MASKED)
-TOKENIZE_CHARACTERS = 2**18
-"""Text that the tokenizer sees at once, give or take a line: bounds the memory of its answer."""
-TABLES = (".tsv", ".csv", ".jsonl")
-"""Files of rows, of which data.text names a column; any other file is plain text."""
+BYTES = "bytes"
+"""The number of an example: bytes of UTF-8 that its judged tokens stand for."""
 
 
 def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task from local files, or from `data.dataset`."""
     masked = data.task == MASKED
     masking = _masking(data, tokenizer) if masked else None
+    frame = frame_of(tokenizer, masked)
     train, validation = (
-        _blocks(source, _stream(text, tokenizer, data.task), tokenizer, data, whole)
-        for (source, text), whole in zip(_texts(data), (True, False), strict=True)
+        _blocks(source, token_stream(documents, tokenizer, frame.end), frame, data, whole)
+        for (source, documents), whole in zip(read_documents(data), (True, False), strict=True)
     )
+    validation = _masked(validation, masking, data.seed) if masking else _judged(validation)
     pad = pad_id(tokenizer)
     return Task(
         name=data.task,
         num_labels=2,
         train=train,
-        validation={"validation": _masked(validation, masking, data.seed) if masking else validation},
+        validation={"validation": validation},
         collate=Collator(pad, {}) if masked else CausalCollator(pad),
         evaluation=TokenEvaluation(causal=not masked),
         primary="perplexity",
@@ -60,14 +63,14 @@ def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
 
 
 class CausalCollator(Collator):
-    """Every token is the label of those before it; models shift by one themselves."""
+    """Every token is the label of those before it, if the examples have no labels; models shift by one themselves."""
 
     def __init__(self, pad_id: int) -> None:
-        super().__init__(pad_id, {})
+        super().__init__(pad_id, {BYTES: torch.int64})
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         batch = super().__call__(examples)
-        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
+        return {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)} | batch
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ class TokenEvaluation:
     causal: bool
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
-        """Sums over each example's labelled tokens, (batch,): loss (in float64), right, tokens."""
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        """Sums over each example's labelled tokens, (batch,): loss (in float64), right, tokens, and bytes if known."""
+        logits = model(**{key: value for key, value in batch.items() if key not in ("labels", BYTES)}).logits
         labels = batch["labels"]
         if self.causal:
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -88,14 +91,19 @@ class TokenEvaluation:
             for row, true in zip(logits, labels, strict=True)
         ]
         right = (logits.argmax(-1) == labels).sum(-1)
-        return {"loss": torch.stack(losses), "right": right, "tokens": (labels != IGNORED).sum(-1)}
+        known = {BYTES: batch[BYTES]} if BYTES in batch else {}
+        return {"loss": torch.stack(losses), "right": right, "tokens": (labels != IGNORED).sum(-1), **known}
 
     def score(self, split: str, kept: Mapping[str, Tensor]) -> dict[str, float]:
-        """perplexity = exp(loss), the part of words that are right, and the loss: means over all labelled tokens."""
-        tokens = kept["tokens"].sum().item()
-        loss = kept["loss"].sum().item() / tokens
-        accuracy = kept["right"].sum().item() / tokens
-        return {"perplexity": float(np.exp(loss)), "accuracy": accuracy, "loss": loss}
+        """perplexity = exp(loss), the part of words that are right, and the loss: means over all labelled tokens.
+
+        bits_per_byte: the loss in bits over the bytes of text that was judged; it compares models whose tokens differ.
+        """
+        tokens, total = kept["tokens"].sum().item(), kept["loss"].sum().item()
+        values = {"perplexity": float(np.exp(total / tokens))}
+        if BYTES in kept:
+            values["bits_per_byte"] = total / np.log(2.0) / max(kept[BYTES].sum().item(), 1)
+        return values | {"accuracy": kept["right"].sum().item() / tokens, "loss": total / tokens}
 
 
 # ---------------------------------------------------------------------------------------------- masking
@@ -135,95 +143,86 @@ def _masking(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Masking:
 def _masked(table: TokenTable, masking: Masking, seed: int) -> TokenTable:
     """Every row masked once and for all."""
     generator = torch.Generator().manual_seed(seed)
-    flat = {key: torch.from_numpy(table.columns[key])[None].long() for key in ("input_ids", "attention_mask")}
+    keys = ("input_ids", "attention_mask")
+    flat = {key: torch.from_numpy(table.columns[key])[None].long() for key in keys}
     rows = [
         masking({key: ids[:, a:b] for key, ids in flat.items()}, generator) for a, b in pairwise(table.starts.tolist())
     ]
-    new = {key: torch.cat([row[key][0] for row in rows]).int().numpy() for key in ("input_ids", "labels")}
-    return TokenTable({**table.columns, **new, "starts": table.starts})
+    new = {key: torch.cat([row[key][0] for row in rows]).int().numpy() for key in (*keys, "labels")}
+    return TokenTable({**new, "starts": table.starts})
 
 
 # ---------------------------------------------------------------------------------------------- blocks
 
 
-def _blocks(
-    source: str, stream: np.ndarray, tokenizer: PreTrainedTokenizerBase, data: DataConfig, whole: bool
-) -> TokenTable:
-    """Blocks of max_length tokens, of a masked model between its special tokens; `whole`: no part block."""
-    before, after = _frame(tokenizer) if data.task == MASKED else ([], [])
-    width = data.max_length - len(before) - len(after)
-    fewest = width if whole else (2 if data.task == CAUSAL else 1)
-    parts = [stream[start : start + width] for start in range(0, len(stream), width)]
-    parts = [part for part in parts if len(part) >= fewest]
-    if not parts:
-        least = f"{fewest} (a block of data.max_length)" if whole else str(fewest)
-        raise UserError(f"{source}: got {len(stream)} tokens; allowed: at least {least}")
-    framed = [np.concatenate([before, part, after]).astype(np.int32) for part in parts]
-    ids = np.concatenate(framed)
-    return TokenTable(
-        {"input_ids": ids, "attention_mask": np.ones_like(ids), "starts": np.cumsum([0, *map(len, framed)])}
-    )
+@dataclass(frozen=True)
+class Frame:
+    """Special tokens: before and after every block, and at the end of every document."""
+
+    before: list[int]
+    after: list[int]
+    end: list[int]
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that a single text has before and after it."""
+def frame_of(tokenizer: PreTrainedTokenizerBase, masked: bool) -> Frame:
+    """As the tokenizer starts and ends a text; one that ends none ends documents with its EOS token, if it has one."""
     probe = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a")["input_ids"]
     at = next(i for i in range(len(framed)) if framed[i : i + len(probe)] == probe)
-    return framed[:at], framed[at + len(probe) :]
+    before, after = framed[:at], framed[at + len(probe) :]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Frame(before, after if masked else [], after or eos)
 
 
-def _stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str) -> np.ndarray:
-    """All tokens of the texts, no special ones between them; int32."""
+def _blocks(source: str, stream: Arrays, frame: Frame, data: DataConfig, whole: bool) -> TokenTable:
+    """Blocks of max_length tokens: input_ids and attention_mask; `whole`: no part block, and none that overlap.
 
-    def make() -> Arrays:
-        parts = [np.zeros(0, dtype=np.int32)]
-        for text in texts:
-            encoded = tokenizer(text, add_special_tokens=False, verbose=False)
-            parts.append(np.array(encoded["input_ids"], dtype=np.int32))
-        return {"tokens": np.concatenate(parts)}
-
-    return cached(tokenizer, (task, *texts), make)["tokens"]
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def _texts(data: DataConfig) -> list[tuple[str, list[str]]]:
-    """(source, text in pieces) of train and validation."""
-    if not data.dataset and not data.train:
-        raise UserError(f"data.train: missing; {data.task} needs local files in train and validation, or data.dataset")
-    found = []
-    splits = load_hub("data.dataset", data.dataset, data.subset) if data.dataset else None
-    for key, name in (("data.train", data.train or "train"), ("data.validation", data.validation or "validation")):
-        if splits is not None:
-            source = f"{data.dataset} {name}"
-            rows = hub_column(hub_split(splits, key, name), "data.text", _column(data))
-            lines = [f"{row.removesuffix(chr(10))}\n" for row in rows]
-        else:
-            source, lines = f"{key}: {name}", _lines(key, Path(name), _column(data))
-        if not any(line.strip() for line in lines):
-            raise UserError(f"{source}: no text in it")
-        found.append((source, _pieces(lines)))
-    return found
+    Else also labels, which are the tokens that no earlier block has, and the bytes of each token.
+    """
+    tokens, num_bytes = stream["tokens"], stream["bytes"]
+    if frame.after:  # what ends the last block ends the last document
+        tokens = tokens[: len(tokens) - len(frame.end)]
+    width = data.max_length - len(frame.before) - len(frame.after)
+    stride = width if whole or data.stride is None else data.stride
+    if stride > width:
+        special = f"data.max_length without the {data.max_length - width} special tokens of a block"
+        raise UserError(f"data.stride: got {stride}; allowed: at most {width}, {special}")
+    fewest = width if whole else (2 if data.task == CAUSAL and not frame.before else 1)
+    spans = [(a, b, seen) for a, b, seen in _spans(len(tokens), width, stride) if b - a >= fewest]
+    if not spans:
+        least = f"{fewest} (a block of data.max_length)" if whole else str(fewest)
+        raise UserError(f"{source}: got {len(tokens)} tokens; allowed: at least {least}")
+    ids = _framed([tokens[a:b] for a, b, _ in spans], frame.before, frame.after)
+    lengths = [len(frame.before) + b - a + len(frame.after) for a, b, _ in spans]
+    table = {"input_ids": ids, "attention_mask": np.ones_like(ids), "starts": np.cumsum([0, *lengths])}
+    if not whole:
+        around = [[value] * len(part) for value in (IGNORED, 0) for part in (frame.before, frame.after)]
+        new = [np.concatenate([np.full(seen - a, IGNORED), tokens[seen:b]]) for a, b, seen in spans]
+        table["labels"] = _framed(new, *around[:2])
+        table[BYTES] = _framed([num_bytes[a:b] for a, b, _ in spans], *around[2:])
+    return TokenTable(table)
 
 
-def _column(data: DataConfig) -> str:
-    if data.text is not None and len(data.text) > 1:
-        raise UserError(f"data.text: got {', '.join(data.text)}; allowed: one column for {data.task}")
-    return data.text[0] if data.text else "text"
+def _spans(length: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, first token that no earlier span has) of all that `length` tokens give."""
+    seen = 0
+    for start in range(0, length, stride):
+        stop = min(start + width, length)
+        yield start, stop, seen
+        seen = stop
+        if stop == length:
+            break
 
 
-def _lines(key: str, file: Path, column: str) -> list[str]:
-    """The lines of a text file, or the rows of a column; each ends a line."""
-    if file.suffix.lower() in TABLES:
-        return [f"{row}\n" for (row,) in read_cells(key, file, [("data.text", column)])]
-    with reading(key, file):
-        return file.read_text("utf-8-sig").splitlines(keepends=True)
+def _framed(parts: Sequence[np.ndarray], before: Sequence[int], after: Sequence[int]) -> np.ndarray:
+    """All parts, each between `before` and `after`, int32."""
+    return np.concatenate([piece for part in parts for piece in (before, part, after)]).astype(np.int32)
 
 
-def _pieces(lines: Sequence[str]) -> list[str]:
-    """Whole lines in pieces of about TOKENIZE_CHARACTERS."""
-    ends = np.cumsum([len(line) for line in lines]) // TOKENIZE_CHARACTERS
-    cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(lines)]
-    return ["".join(lines[a:b]) for a, b in pairwise(cuts)]
+def _judged(table: TokenTable) -> TokenTable:
+    """The table with the bytes of what is judged in each block, in place of those of each token."""
+    columns = dict(table.columns)
+    judged = columns["labels"] != IGNORED
+    judged[table.starts[:-1]] = False  # no token before it predicts it
+    num_bytes = np.add.reduceat(np.where(judged, columns.pop(BYTES), 0), table.starts[:-1])
+    return TokenTable({**columns, "starts": table.starts}, **{BYTES: num_bytes})

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from leap_dist.config.section import is_int
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import Batch, Collator, Task, TokenTable, flat, joined, pad_id
 from leap_dist.tasks.cache import Arrays, cached
 from leap_dist.tasks.spans import best_spans, choose, n_best, squad_scores
-from leap_dist.tasks.tables import hub_column, hub_split, load_hub, reading
+from leap_dist.tasks.tables import cell_text, hub_column, hub_split, load_hub, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,6 +155,9 @@ def _window_arrays(
     rows = []
     for window, (number, chars) in enumerate(zip(owner, offsets, strict=True)):
         sides = encoded.sequence_ids(window)
+        if 1 not in sides:
+            problem = "the tokenizer keeps no character of its text"
+            raise UserError(f"data.train, data.validation: question {part[number].id}: {problem}; remove it")
         first, last = sides.index(1), len(sides) - 1 - sides[::-1].index(1)
         chars[:first] = chars[last + 1 :] = 0
         rows.append((*_answer_tokens(part[number].answers, chars, first, last), first, last, start + number))
@@ -195,21 +199,28 @@ def _questions(data: DataConfig) -> tuple[list[Question], list[Question]]:
         splits = load_hub(key, name, data.subset)
         chosen = (("data.train", data.train or "train"), ("data.validation", data.validation or "validation"))
         found = [
-            (f"{name} {split}", list(_hub_questions(hub_split(splits, setting, split)))) for setting, split in chosen
+            (f"{name} {split}", list(_hub_questions(hub_split(splits, setting, split), f"{name} {split}")))
+            for setting, split in chosen
         ]
     else:
         files = (("data.train", data.train), ("data.validation", data.validation))
-        found = [(f"{key}: {file}", list(_official(key, Path(str(file))))) for key, file in files]
+        found = [(f"{key}: {file}", list(_official(key, Path(str(file)).expanduser()))) for key, file in files]
     for source, questions in found:
         _check(source, questions, data.task)
     return found[0][1], found[1][1]
 
 
-def _hub_questions(rows: Any) -> Iterator[Question]:
+def _hub_questions(rows: Any, source: str) -> Iterator[Question]:
     columns = [hub_column(rows, "data.dataset", name) for name in ("id", "question", "context", "answers")]
-    for name, question, context, answers in zip(*columns, strict=True):
-        pairs = zip(answers["text"], answers["answer_start"], strict=True)
-        yield Question(str(name), question.strip(), context, tuple(pairs))
+    for row, (name, question, context, answers) in enumerate(zip(*columns, strict=True), start=1):
+        try:
+            pairs = zip(answers["text"], answers["answer_start"], strict=True)
+            yield _question(source, str(name), question, context, list(pairs))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            problem = f'got {str(answers)[:60]}; allowed: {{"text": [...], "answer_start": [...]}}, equally many'
+            raise UserError(f'{source}: row {row}, column "answers": {problem}') from error
 
 
 def _official(key: str, file: Path) -> Iterator[Question]:
@@ -221,12 +232,24 @@ def _official(key: str, file: Path) -> Iterator[Question]:
             for paragraph in article["paragraphs"]:
                 for entry in paragraph["qas"]:
                     answers = [] if entry.get("is_impossible") else _answers(file, entry)
-                    yield Question(str(entry["id"]), entry["question"].strip(), paragraph["context"], tuple(answers))
+                    yield _question(str(file), str(entry["id"]), entry["question"], paragraph["context"], answers)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'{key}: {file}: no SQuAD file: {error}; allowed: {{"data": [{{"paragraphs": [{{"context": ..., "qas": '
             '[{"id": ..., "question": ..., "answers": [{"text": ..., "answer_start": ...}]}]}]}]}'
         ) from error
+
+
+def _question(source: str, name: str, question: Any, context: Any, answers: Sequence[tuple[Any, Any]]) -> Question:
+    """A question whose parts are text and numbers."""
+    place = f"question {name}"
+    texts = [
+        cell_text(value, source, place, column) for value, column in ((question, "question"), (context, "context"))
+    ]
+    if wrong := [begin for _, begin in answers if not is_int(begin)]:
+        raise UserError(f"{source}: {place}: got {wrong[0]!r} as answer_start; allowed: an integer")
+    found = tuple((cell_text(text, source, place, "answers"), begin) for text, begin in answers)
+    return Question(name, texts[0].strip(), texts[1], found)
 
 
 def _answers(file: Path, entry: Mapping[str, Any]) -> list[tuple[str, int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from leap_dist.config.section import nearest
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, own_words
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 Row = tuple[int, dict[str, Any]]
 """Line number and cells by column."""
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+PACKED |= {b"PAR1": "Parquet", b"ARROW1": "Arrow"}
+"""How files begin that are no text."""
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,34 @@ class Table:
     source: str
     texts: list[tuple[str, ...]]
     labels: list[Any]
+    label: str
+    """The column of the labels."""
+    numbers: Sequence[int]
+    """The line or the row of each, counted from 1."""
+    unit: Literal["line", "row"]
+
+    def place(self, row: int) -> str:
+        """Where the label of a row stands."""
+        return f'{self.source}: {self.unit} {self.numbers[row]}, column "{self.label}"'
+
+
+def cell_text(value: Any, source: str, place: str, column: str) -> str:
+    """A cell as text. UserError for what is none: nothing, a list, true, no finite number, half a character."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start].encode("unicode_escape").decode()
+            raise UserError(
+                f'{source}: {place}, column "{column}": {half} at character {error.start + 1} is half of a surrogate '
+                "pair, no text; write the file anew as UTF-8"
+            ) from error
+        return value
+    if value is None:
+        raise UserError(f'{source}: {place}: nothing in column "{column}"')
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f'{source}: {place}, column "{column}": got {str(value)[:40]}; allowed: text')
+    return str(value)
 
 
 # ---------------------------------------------------------------------------------------------- hub
@@ -37,23 +71,32 @@ def load_hub(key: str, name: str, subset: str | None) -> DatasetDict:
     from datasets import load_dataset
 
     what = f'"{name}"' + (f' with subset "{subset}"' if subset else "")
-    try:
+    with _hub_errors(key, f"the dataset {what} could not be loaded"):
         splits: DatasetDict = load_dataset(name, subset) if subset else load_dataset(name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}: the dataset {what} could not be loaded ({error}); check its name and the network, or give local "
-            "files in data.train and data.validation"
-        ) from error
     return splits
 
 
+@contextmanager
+def _hub_errors(key: str, problem: str) -> Iterator[None]:
+    """Whatever `datasets` and the libraries below it say of the user's data, as one message."""
+    try:
+        yield
+    except Exception as error:  # network, files, scripts, features, missing decoders: dozens of classes without a base
+        raise UserError(
+            f"{key}: {problem} ({own_words(error)}); check its name and the network, or give local files in data.train "
+            "and data.validation"
+        ) from error
+
+
 def hub_split(splits: DatasetDict, key: str, name: str) -> Dataset:
-    """One split; `key` is the setting that names it."""
+    """One split, which has rows; `key` is the setting that names it."""
     if name not in splits:
         known = list(splits)
         raise UserError(
             f'{key}: got "{name}", no split of the dataset; allowed: {", ".join(known)}{nearest(name, known)}'
         )
+    if not len(splits[name]):
+        raise UserError(f'{key}: the split "{name}" of the dataset has no rows')
     return splits[name]
 
 
@@ -63,17 +106,28 @@ def hub_column(rows: Dataset, key: str, column: str) -> list[Any]:
         known = list(rows.column_names)
         problem = f'got "{column}", no column of the dataset'
         raise UserError(f"{key}: {problem}; allowed: {', '.join(known)}{nearest(column, known)}")
-    return list(rows[column])
+    with _hub_errors(key, f'the column "{column}" of the dataset cannot be read'):
+        return list(rows[column])
+
+
+def hub_texts(rows: Dataset, source: str, column: str) -> list[str]:
+    """The texts in a column of a split."""
+    values = hub_column(rows, "data.text", column)
+    return [cell_text(value, source, f"row {row}", column) for row, value in enumerate(values, start=1)]
 
 
 def hub_table(rows: Dataset, source: str, text: Sequence[str], label: str) -> Table:
     """The texts and labels of a split."""
-    columns = [hub_column(rows, "data.text", column) for column in text]
+    columns = [hub_texts(rows, source, column) for column in text]
     labels = hub_column(rows, "data.label", label)
-    for name, values in zip((*text, label), (*columns, labels), strict=True):
-        if None in values:
-            raise UserError(f'{source}: row {values.index(None) + 1}: nothing in column "{name}"')
-    return Table(source, [tuple(map(str, texts)) for texts in zip(*columns, strict=True)], labels)
+    if None in labels:
+        raise UserError(f'{source}: row {labels.index(None) + 1}: nothing in column "{label}"')
+    return Table(source, list(zip(*columns, strict=True)), labels, label, range(1, len(labels) + 1), "row")
+
+
+def class_names(rows: Dataset, label: str) -> tuple[str, ...]:
+    """What the dataset calls its classes; empty where it does not."""
+    return tuple(getattr(rows.features.get(label), "names", None) or ())
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -82,35 +136,62 @@ def hub_table(rows: Dataset, source: str, text: Sequence[str], label: str) -> Ta
 def read_table(key: str, file: Path, text: Sequence[str], label: str) -> Table:
     """The texts and labels of a file; `key` is the setting that holds its path."""
     columns = [*(("data.text", column) for column in text), ("data.label", label)]
-    rows = list(read_cells(key, file, columns))
-    return Table(str(file), [tuple(map(str, values[:-1])) for values in rows], [values[-1] for values in rows])
+    numbers, texts, labels = [], [], []
+    for number, cells in read_cells(key, file, columns):
+        numbers.append(number)
+        pairs = zip(cells, text, strict=False)
+        texts.append(tuple(cell_text(cell, str(file), f"line {number}", column) for cell, column in pairs))
+        labels.append(cells[-1])
+    return Table(str(file), texts, labels, label, numbers, "line")
 
 
-def read_cells(key: str, file: Path, columns: Sequence[tuple[str, str]]) -> Iterator[list[Any]]:
-    """The cells of every row, none of them null; columns: (setting, column) of each."""
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None and file.is_file():
-        raise UserError(f"{key}: got {file}; allowed: a file that ends in {', '.join(_READERS)}")
-    empty = True
+def read_texts(key: str, file: Path, column: str) -> list[str]:
+    """The texts in a column of a file."""
+    rows = read_cells(key, file, [("data.text", column)])
+    return [cell_text(cell, str(file), f"line {number}", column) for number, (cell,) in rows]
+
+
+def read_text(key: str, file: Path) -> str:
+    """All of a text file."""
     with reading(key, file):
-        for line, row in reader(file) if reader else ():
+        return file.read_text("utf-8-sig")
+
+
+def read_cells(key: str, file: Path, columns: Sequence[tuple[str, str]]) -> Iterator[tuple[int, list[Any]]]:
+    """Line number and cells of every row, none of them null; columns: (setting, column) of each."""
+    with reading(key, file):
+        reader = _READERS.get(file.suffix.lower())
+        if reader is None:
+            raise UserError(f"{key}: got {file}; allowed: a file that ends in {', '.join(_READERS)}")
+        empty = True
+        for line, row in reader(file):
             empty = False
-            yield [_cell(file, line, row, *column) for column in columns]
-    if empty:
-        raise UserError(f"{key}: {file}: no examples in it")
+            yield line, [_cell(file, line, row, *column) for column in columns]
+        if empty:
+            raise UserError(f"{key}: {file}: no examples in it")
 
 
 @contextmanager
 def reading(key: str, file: Path) -> Iterator[None]:
     """A file that is not there, or not what it should be, as the mistake of the setting `key`."""
-    if not file.is_file():
-        raise UserError(f"{key}: got {file}; there is no such file")
     try:
+        if file.is_dir():
+            raise UserError(f"{key}: got {file}; that is a folder; allowed: a file")
+        if not file.is_file():
+            raise UserError(f"{key}: got {file}; there is no such file")
+        with file.open("rb") as stream:
+            start = stream.read(8)
+        if packed := next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None):
+            raise UserError(f"{key}: {file}: is a {packed} file, no text; unpack or convert it first")
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+        hint = "; it looks like UTF-16" if start.startswith(UTF_16) else ""
+        problem = f"not UTF-8 text: {error.reason} at byte {error.start}{hint}; save it as UTF-8"
+        raise UserError(f"{key}: {file}: {problem}") from error
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{key}: {file}: cannot be read: {error.strerror or error}") from error
     except (csv.Error, ValueError, RecursionError) as error:  # of JSON: also too many digits, and too deep nesting
         raise UserError(f"{key}: {file}: cannot be read: {error}") from error
 
@@ -118,7 +199,9 @@ def reading(key: str, file: Path) -> Iterator[None]:
 def _cell(file: Path, line: int, row: dict[str, Any], key: str, column: str) -> Any:
     """The value of `column`, which must be there and not null."""
     if column not in row:
-        raise UserError(f'{key}: got "{column}", which is not a column of {file}; allowed: {", ".join(row)}')
+        known = list(row)
+        problem = f'got "{column}", which is not a column of {file}'
+        raise UserError(f"{key}: {problem}; allowed: {', '.join(known)}{nearest(column, known)}")
     if row[column] is None:
         raise UserError(f'{file}: line {line}: nothing in column "{column}"')
     return row[column]
@@ -133,14 +216,21 @@ def _read_csv(file: Path) -> Iterator[Row]:
 
 
 def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[Row]:
-    """(line number, row) of a file with a header; a short row lacks values (None), a long one is cut."""
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter, quoting=quoting)
-        header = next(reader, [])
-        for cells in reader:
-            if cells:
-                padded = [*cells, *[None] * (len(header) - len(cells))]
-                yield reader.line_num, dict(zip(header, padded, strict=False))
+    """(number of the first line, row) of a file with a header; a short row lacks values (None), a long one is cut."""
+    limit = csv.field_size_limit(sys.maxsize)  # a document in a cell may be of any length
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
+            header, before = next(reader, []), reader.line_num
+            for cells in reader:
+                if cells:
+                    padded = [*cells, *[None] * (len(header) - len(cells))]
+                    yield before + 1, dict(zip(header, padded, strict=False))
+                before = reader.line_num
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
@@ -149,7 +239,10 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{file}: line {number}: got {line.strip()[:40]}; allowed: a JSON object")
             yield number, row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from leap_dist.tracking.plots import COLOURS, Picture, trade_off
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Point:
 
 
 def higher_is_better(metric: str) -> bool:
-    """False for a loss and a perplexity, of any split."""
+    """False for a loss, a perplexity and bits per byte, of any split."""
     return not metric.endswith(LOWER_IS_BETTER)
 
 

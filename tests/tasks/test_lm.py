@@ -14,9 +14,9 @@ import torch
 
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
-from leap_dist.tasks import load_task
+from leap_dist.tasks import cache, documents, load_task
 from leap_dist.tasks.base import IGNORED
-from leap_dist.tasks.lm import _pieces
+from leap_dist.tasks.documents import token_stream
 
 WORDS = "a b c d good bad film plot"
 
@@ -39,42 +39,148 @@ def texts(tmp_path: Path) -> Callable[..., DataConfig]:
 # ------------------------------------------------------------------------------ blocks
 
 
-def test_blocks_hold_every_token_in_order(texts: Any, tokenizer: Any) -> None:
-    task = load_task(texts("\ufeffa b c d\n\ngood bad\nfilm\nplot a b", "a " * 19), tokenizer)
-    assert [example["input_ids"] for example in task.train] == [[4, 5, 6, 7, 8, 9, 10, 11]]  # the part block is dropped
+@pytest.fixture
+def decoder(tokenizer: Any) -> Any:
+    """The same words for a decoder: <s> 13 starts a text, </s> 14 is its EOS and put nowhere."""
+    return with_specials(tokenizer, "<s> $A", "<s>")
+
+
+@pytest.fixture
+def plain(tokenizer: Any) -> Any:
+    """The same words, and a tokenizer that puts nothing around a text, as GPT-2's."""
+    return with_specials(tokenizer, "$A")
+
+
+def with_specials(tokenizer: Any, template: str, bos: str | None = None) -> Any:
+    """A copy with <s> 13 and </s> 14, the latter EOS, and another frame."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<s>", "</s>"])
+    specials = [("<s>", 13)] if bos else []
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token="</s>", unk_token="[UNK]", pad_token="[PAD]"
+    )
+
+
+def ids_of(examples: Any) -> list[list[int]]:
+    return [example["input_ids"] for example in examples]
+
+
+def test_blocks_start_as_a_text_does_and_a_file_ends_with_eos(texts: Any, decoder: Any) -> None:
+    task = load_task(texts("\ufeffa b c d\n\ngood bad\nfilm\nplot a b", "a " * 15), decoder)
+    assert ids_of(task.train) == [[13, 4, 5, 6, 7, 8, 9, 10]]  # the part block is dropped
     blocks = task.validation["validation"]
-    assert [len(example["input_ids"]) for example in blocks] == [8, 8, 3]  # here it is not
-    assert (task.problem, task.primary, task.max_length, task.vocab_size) == ("causal_lm", "perplexity", 8, 13)
+    assert ids_of(blocks) == [[13, *[4] * 7], [13, *[4] * 7], [13, 4, 14]]  # here it is not
+    assert (task.problem, task.primary, task.max_length, task.vocab_size) == ("causal_lm", "perplexity", 8, 15)
     batch = task.collate([blocks[0], blocks[2]])
-    assert batch["labels"].tolist() == [[4] * 8, [4] * 3 + [IGNORED] * 5]
+    assert batch["labels"][:, 1:].tolist() == [[4] * 7, [4, 14] + [IGNORED] * 5]
     assert batch["attention_mask"].tolist() == [[1] * 8, [1] * 3 + [0] * 5]
+    assert task.collate(task.train[:])["labels"].tolist() == ids_of(task.train)
 
 
-def test_a_last_block_with_nothing_to_predict_is_dropped(texts: Any, tokenizer: Any) -> None:
-    assert len(load_task(texts("a " * 17), tokenizer).validation["validation"]) == 2
+def test_a_tokenizer_that_starts_a_text_with_nothing(texts: Any, plain: Any) -> None:
+    task = load_task(texts("a " * 16), plain)
+    assert ids_of(task.train) == [[4] * 8] * 2
+    assert ids_of(task.validation["validation"]) == [[4] * 8] * 2  # EOS alone has no token that predicts it
 
 
-def test_rows_of_a_table_are_lines(texts: Any, tokenizer: Any) -> None:
-    rows = "\n".join(json.dumps({"body": text}) for text in ("a b c d", "good bad film plot"))
-    task = load_task(texts(rows, suffix=".jsonl", text="body"), tokenizer)
-    assert task.train[0]["input_ids"] == list(range(4, 12))
-
-
-def test_a_dataset_of_rows(tmp_path: Path, tokenizer: Any) -> None:
+def test_rows_are_documents(texts: Any, tmp_path: Path, decoder: Any) -> None:
+    rows = "\n".join(json.dumps({"body": text}) for text in ("a b c d", " ", "good bad\nfilm plot"))
+    expected = [13, 4, 5, 6, 7, 14, 8, 9]
+    assert ids_of(load_task(texts(rows, suffix=".jsonl", text="body"), decoder).train) == [expected]
+    table = "body\na b c d\n\ngood bad film plot\n"
+    assert ids_of(load_task(texts(table, suffix=".tsv", text="body"), decoder).train) == [expected]
     folder = tmp_path / "rows"
     folder.mkdir()
     for split in ("train", "validation"):
         lines = [json.dumps({"text": text}) for text in ("a b c d\n", "", "good bad film plot")]
         (folder / f"{split}.jsonl").write_text("\n".join(lines), "utf-8")
-    task = load_task(DataConfig(task="lm", dataset=str(folder), max_length=8), tokenizer)
-    assert task.train[0]["input_ids"] == list(range(4, 12))
+    task = load_task(DataConfig(task="lm", dataset=str(folder), max_length=8), decoder)
+    assert ids_of(task.train) == [expected]
+    assert ids_of(task.validation["validation"]) == [expected, [13, 10, 11, 14]]
 
 
-def test_pieces_are_whole_lines() -> None:
-    lines = [f"{i} " * 5000 + "\n" for i in range(60)]
-    pieces = _pieces(lines)
-    assert "".join(pieces) == "".join(lines)
-    assert len(pieces) == 4 and all(piece.endswith("\n") for piece in pieces)
+def test_a_document_is_tokenised_as_a_whole(
+    texts: Any, decoder: Any, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
+) -> None:
+    """A tokenizer may join what stands on two lines; only a document that is too long is cut, at a line."""
+    seen: list[list[str]] = []
+    real = type(decoder).__call__
+
+    def spy(self: Any, text: Any, **settings: Any) -> Any:
+        seen.append(text if isinstance(text, list) else [text])
+        return real(self, text, **settings)
+
+    monkeypatch.setattr(type(decoder), "__call__", spy)
+    texts_given = ["a b\nc\n" * 3, "good\n", "bad film\nplot"]
+    whole = token_stream(texts_given, decoder, [14])
+    assert seen == [texts_given]
+    monkeypatch.setattr(documents, "TOKENIZE_CHARACTERS", 9)
+    seen.clear()
+    parts = token_stream(texts_given, decoder, [14])
+    assert seen == [["a b\nc\n"], ["a b\nc\n"], ["a b\nc\n"], ["good\n"], ["bad film\n"], ["plot"]]
+    assert parts["tokens"].tolist() == whole["tokens"].tolist()
+    assert parts["bytes"].sum() == whole["bytes"].sum() == sum(map(len, texts_given))
+
+
+def test_windows_judge_each_token_once(texts: Any, decoder: Any) -> None:
+    """19 words and EOS, windows of 7 behind <s>, 3 new ones each."""
+    words = (f"{WORDS} " * 3).split()[:19]
+    task = load_task(texts(WORDS, " ".join(words), stride=3), decoder)
+    stream = [decoder.convert_tokens_to_ids(word) for word in words] + [14]
+    blocks = task.validation["validation"]
+    assert ids_of(blocks) == [[13, *stream[start : start + 7]] for start in (0, 3, 6, 9, 12, 15)]
+    judged = [[label for label in example["labels"][1:] if label != IGNORED] for example in blocks]
+    assert judged == [stream[:7], *[stream[at : at + 3] for at in (7, 10, 13, 16)], stream[19:]]
+    assert len(task.train) == 1  # training blocks do not overlap
+
+
+def test_a_window_that_leaves_tokens_out(texts: Any, decoder: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.stride: got 8; allowed: at most 7, data\.max_length without the 1 spe"):
+        load_task(texts(WORDS, stride=8), decoder)
+
+
+def test_old_blocks_are_not_read_from_the_cache(texts: Any, decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SMALLEST", 0)
+    data = texts(f"{WORDS} a")
+    for _ in range(2):
+        assert ids_of(load_task(data, decoder).validation["validation"])[1] == [13, 11, 4, 14]
+    decoder.eos_token = "[SEP]"  # it stands beside the backend's file
+    assert ids_of(load_task(data, decoder).validation["validation"])[1] == [13, 11, 4, 3]
+
+
+# ------------------------------------------------------------------------------ bytes
+
+
+def bytes_of(task: Any) -> list[int]:
+    return [example["bytes"] for example in task.validation["validation"]]
+
+
+def test_bytes_of_what_is_judged(texts: Any, decoder: Any, plain: Any) -> None:
+    text = "a b  c\n\u00e9 good \U0001f600 film\n"
+    assert sum(bytes_of(load_task(texts(WORDS, text), decoder))) == len(text.encode())
+    assert sum(bytes_of(load_task(texts(WORDS, text, stride=2), decoder))) == len(text.encode())
+    assert bytes_of(load_task(texts(WORDS, "a b c d a b c d a b c d a b c d"), plain)) == [14, 14]  # no first words
+
+
+def test_bits_per_byte_by_hand(texts: Any, decoder: Any) -> None:
+    """A model that knows nothing: log2(15) bits for every word and for EOS."""
+    task = load_task(texts(WORDS, "good film a b c"), decoder)
+    batch = task.collate(task.validation["validation"][:])
+    values = scored(task, torch.zeros(1, 7, 15), batch)
+    assert values["bits_per_byte"] == pytest.approx(6 * math.log2(15) / 15)
+    assert values["perplexity"] == pytest.approx(15)
+
+
+def test_a_tokenizer_that_does_not_say_where_tokens_lie(texts: Any) -> None:
+    from transformers import ByT5Tokenizer
+
+    task = load_task(texts("good film " * 3, "\u00e9t\u00e9", max_length=16), ByT5Tokenizer())
+    assert bytes_of(task) == [5 - 1]  # ByT5 starts a text with nothing: its first byte is not judged
+    assert task.validation["validation"][0]["input_ids"][-1] == 1  # </s>
 
 
 # ------------------------------------------------------------------------------ masks
@@ -122,7 +228,7 @@ def test_perplexity_is_that_of_torchmetrics_over_all_tokens(texts: Any, tokenize
     """Blocks of two lengths: a mean over blocks would give something else."""
     from torchmetrics.text import Perplexity
 
-    task = load_task(texts(WORDS, f"{WORDS} a b c"), tokenizer)
+    task = load_task(texts(WORDS, f"{WORDS} a b"), tokenizer)
     batch = task.collate(task.validation["validation"][:])
     logits = torch.randn(2, 8, 13, generator=torch.Generator().manual_seed(0)) * 3
     metric = Perplexity(ignore_index=IGNORED)
@@ -133,11 +239,13 @@ def test_perplexity_is_that_of_torchmetrics_over_all_tokens(texts: Any, tokenize
 
 
 def test_a_model_that_knows_nothing_and_one_that_knows_all(texts: Any, tokenizer: Any) -> None:
-    task = load_task(texts(WORDS), tokenizer)
+    task = load_task(texts(WORDS, "a b c d good bad"), tokenizer)
     batch = task.collate(task.validation["validation"][:])
     assert scored(task, torch.zeros(1, 8, 13), batch)["perplexity"] == pytest.approx(13)
     following = torch.nn.functional.one_hot(batch["input_ids"].roll(-1, 1), 13) * 50.0
-    assert scored(task, following, batch) == pytest.approx({"perplexity": 1.0, "accuracy": 1.0, "loss": 0.0})
+    assert scored(task, following, batch) == pytest.approx(
+        {"perplexity": 1.0, "bits_per_byte": 0.0, "accuracy": 1.0, "loss": 0.0}
+    )
 
 
 def test_masked_words_alone_are_judged(texts: Any, tokenizer: Any) -> None:
@@ -155,7 +263,7 @@ def test_masked_words_alone_are_judged(texts: Any, tokenizer: Any) -> None:
     ("settings", "train", "message"),
     [
         ({}, " \n\n", r"data\.train: .*train\.txt: no text in it"),
-        ({}, "a b c", r"data\.train: .*: got 3 tokens; allowed: at least 8 \(a block of data\.max_length\)"),
+        ({}, "a b c", r"data\.train: .*: got 4 tokens; allowed: at least 7 \(a block of data\.max_length\)"),
         ({"text": ("a", "b")}, WORDS, r"data\.text: got a, b; allowed: one column for lm"),
         ({"suffix": ".csv"}, "body\na", r'data\.text: got "text", which is not a column of .*; allowed: body'),
     ],
@@ -165,9 +273,10 @@ def test_refused(texts: Any, tokenizer: Any, settings: dict[str, Any], train: st
         load_task(texts(train, **settings), tokenizer)
 
 
-def test_too_little_to_judge(texts: Any, tokenizer: Any) -> None:
+def test_too_little_to_judge(texts: Any, plain: Any) -> None:
+    plain.eos_token = None
     with pytest.raises(UserError, match=r"data\.validation: .*: got 1 tokens; allowed: at least 2"):
-        load_task(texts(WORDS, "a"), tokenizer)
+        load_task(texts(WORDS, "a"), plain)
 
 
 def test_nothing_named(tokenizer: Any) -> None:
@@ -184,7 +293,7 @@ def test_no_mask_token(texts: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPat
 # ------------------------------------------------------------------------------ real text
 
 
-def test_wikitext2_whole(data_dir: Path, tokenizer: Any) -> None:
+def test_wikitext2_whole(data_dir: Path, tokenizer: Any, plain: Any) -> None:
     """Every word of the file is in a block."""
     file = data_dir / "wikitext2" / "wiki.test.raw.txt"
     if not file.is_file():
@@ -192,6 +301,6 @@ def test_wikitext2_whole(data_dir: Path, tokenizer: Any) -> None:
     backend = tokenizer.backend_tokenizer.pre_tokenizer
     words = len(backend.pre_tokenize_str(file.read_text("utf-8")))
     data = DataConfig(task="lm", train=str(file), validation=str(file), max_length=128)
-    task = load_task(data, tokenizer)
-    assert sum(len(example["input_ids"]) for example in task.validation["validation"]) == words
-    assert len(task.train) == words // 128
+    task = load_task(data, plain)
+    assert sum(len(example["input_ids"]) for example in task.validation["validation"]) == words + 1  # EOS
+    assert len(task.train) == (words + 1) // 128
