@@ -83,11 +83,13 @@ def _tokenised(
         )
         for row, (piece, last) in enumerate(batch):
             ids = np.array(encoded["input_ids"][row], np.int32)
-            if tokenizer.is_fast:
-                ends = np.array(encoded["offset_mapping"][row], np.int64).reshape(-1, 2)[:, 1]
-            else:  # a tokenizer that does not say where tokens lie: evenly
-                ends = np.arange(1, len(ids) + 1) * len(piece) // max(len(ids), 1)
-            yield ids, _bytes_up_to(piece, ends), last
+            if not len(ids):
+                yield ids, ids, last
+            elif tokenizer.is_fast:
+                yield ids, _bytes_of(piece, np.array(encoded["offset_mapping"][row])[:, 1]), last
+            else:  # a tokenizer that does not say where its tokens lie: evenly
+                reached = np.arange(len(ids) + 1) * len(piece.encode()) // len(ids)
+                yield ids, np.diff(reached).astype(np.int32), last
 
 
 def _batches(documents: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
@@ -116,13 +118,10 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _bytes_up_to(text: str, ends: np.ndarray) -> np.ndarray:
+def _bytes_of(text: str, ends: np.ndarray) -> np.ndarray:
     """Bytes of each token, (tokens,) int32, by the character at which each ends; the last has the rest of the text."""
-    if not len(ends):
-        return np.zeros(0, np.int32)
     characters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (characters > 0x7F).astype(np.int64) + (characters > 0x7FF) + (characters > 0xFFFF)
-    bytes_before = np.concatenate([[0], np.cumsum(widths)])
-    reached = np.maximum.accumulate(bytes_before[ends])
-    reached[-1] = bytes_before[-1]
+    reached = np.maximum.accumulate(np.concatenate([[0], np.cumsum(widths)])[ends])
+    reached[-1] = len(text.encode())
     return np.diff(reached, prepend=0).astype(np.int32)

@@ -10,6 +10,7 @@ tokens that no earlier block has are judged: https://huggingface.co/docs/transfo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -102,7 +103,7 @@ class TokenEvaluation:
         tokens, total = kept["tokens"].sum().item(), kept["loss"].sum().item()
         values = {"perplexity": float(np.exp(total / tokens))}
         if BYTES in kept:
-            values["bits_per_byte"] = total / np.log(2.0) / max(kept[BYTES].sum().item(), 1)
+            values["bits_per_byte"] = total / math.log(2.0) / max(kept[BYTES].sum().item(), 1)
         return values | {"accuracy": kept["right"].sum().item() / tokens, "loss": total / tokens}
 
 

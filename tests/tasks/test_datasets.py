@@ -156,3 +156,81 @@ def test_lengths_by_task(task: str, length: int, shared: int) -> None:
 def test_settings_that_a_task_would_ignore(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         section(**settings)
+
+
+# ------------------------------------------------------------------------------ what `datasets` refuses
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], names: Any = None, others: Any = None) -> None:
+    """`datasets` gives these rows for any name, with these classes in train and validation."""
+    import datasets
+
+    def split(names: Any) -> Any:
+        made = datasets.Dataset.from_list(rows)
+        return made.cast_column("label", datasets.ClassLabel(names=names)) if names else made
+
+    made = datasets.DatasetDict(train=split(names), validation=split(others or names))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: made)
+
+
+def rows_of(labels: list[Any]) -> list[dict[str, Any]]:
+    return [{"text": "a", "label": label} for label in labels]
+
+
+@pytest.mark.parametrize("labels", [[0, 1, -1], ["x", "y", ""], [0.0, 1.0, float("nan")], [[0], [1], [1]]], ids=repr)
+def test_what_is_no_class(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, labels: list[Any]) -> None:
+    hub(monkeypatch, rows_of(labels))
+    row = 1 if isinstance(labels[0], list) else 3
+    with pytest.raises(
+        UserError, match=rf'some/set train: row {row}, column "label": got .*; that is no class; allowed'
+    ):
+        load_task(section(task="text/classification", dataset="some/set", text="text"), tokenizer)
+
+
+def test_classes_by_their_place_whatever_they_are_called(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, rows_of([0, 1, 2]), names=["2", "1", "0"])
+    task = load_task(section(task="text/classification", dataset="some/set", text="text"), tokenizer)
+    assert task.label_names == ("2", "1", "0")
+    assert [example["labels"] for example in task.train] == [0, 1, 2]
+    hub(monkeypatch, rows_of([0, 1]), names=["positive", "negative"])  # GLUE has them the other way round
+    task = load_task(section(task="glue/sst2", dataset="some/set", text="text"), tokenizer)
+    assert task.label_names == ("positive", "negative")
+
+
+def test_classes_that_do_not_fit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, rows_of([0, 1]), names=["a", "b"], others=["b", "a"])
+    with pytest.raises(UserError, match=r"some/set: train has the classes a, b, validation b, a; allowed: the same"):
+        load_task(section(task="text/classification", dataset="some/set", text="text"), tokenizer)
+    hub(monkeypatch, rows_of([0, 1]), names=["a", "b", "c"])
+    with pytest.raises(UserError, match=r"some/set: got 3 classes \(a, b, c\); allowed: 2, as glue/sst2 has"):
+        load_task(section(task="glue/sst2", dataset="some/set", text="text"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"set.py": "raise SystemExit"}, r"Dataset scripts are no longer supported"),
+        ({"train.jsonl": '{"text": "a"}\n{"text": '}, r"error occurred while generating.*JSON"),
+        ({"train.parquet": "PAR1 no"}, r"[Pp]arquet"),
+        ({"train.csv": "a,b\n1,2,3,4\n"}, r"Error tokenizing data"),
+    ],
+)
+def test_what_datasets_refuses_is_one_message(
+    tmp_path: Path, tokenizer: Any, files: dict[str, str], message: str
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content, "utf-8")
+    with pytest.raises(UserError, match=rf'^data\.dataset: the dataset ".*set" could not be loaded \(.*{message}'):
+        load_task(section(task="lm", dataset=str(folder)), tokenizer)
+
+
+def test_a_split_without_rows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    empty = datasets.Dataset.from_dict({"text": [], "label": []})
+    made = datasets.DatasetDict(train=empty, validation=empty)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: made)
+    with pytest.raises(UserError, match=r'data\.train: the split "train" of the dataset has no rows'):
+        load_task(section(task="text/classification", dataset="some/set", text="text"), tokenizer)

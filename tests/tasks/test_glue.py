@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -180,7 +181,7 @@ REFUSED = {
     "no rows": ({}, "sentence\tlabel\n", r"data\.train: .*train\.tsv: no examples in it"),
     "empty file": ({}, "", r"data\.train: .*train\.tsv: no examples in it"),
     "short row": ({}, GOOD + "alone\n", r'train\.tsv: line 4: nothing in column "label"'),
-    "label out of range": ({}, GOOD + "a\t2\n", r"train\.tsv: row 3: label: got '2'; allowed: 0, 1"),
+    "label out of range": ({}, GOOD + "a\t2\n", r"train\.tsv: line 4, column \"label\": got '2'; allowed: 0, 1"),
     "one class": (
         {"task": LOCAL, "text": "sentence"},
         "sentence\tlabel\na\tx\n",
@@ -191,12 +192,12 @@ REFUSED = {
     "score": (
         {"task": "glue/stsb", "text": "sentence"},
         "sentence\tlabel\na\t5.1\n",
-        r"row 1: label: got '5\.1'; allowed: a number from 0 to 5",
+        r"line 2, column \"label\": got '5\.1'; allowed: a number from 0 to 5",
     ),
     "score in words": (
         {"task": "glue/stsb", "text": "sentence"},
         "sentence\tlabel\na\thigh\n",
-        r"row 1: label: got 'high'; allowed: a number",
+        r"line 2, column \"label\": got 'high'; allowed: a number",
     ),
 }
 
@@ -207,9 +208,73 @@ def test_refused(files: Any, tokenizer: Any, settings: dict[str, Any], text: str
         load_task(files(text, **settings), tokenizer)
 
 
+NO_CLASSES = ["", "   ", "nan", "NaN", "<NA>", "inf", "-1", "-1.0", "-100"]
+NO_CLASS_VALUES = [None, float("nan"), float("inf"), -1, -1.0, [1], [], {"a": 1}, ""]
+
+
+@pytest.mark.parametrize("label", NO_CLASSES)
+@pytest.mark.parametrize("task", [LOCAL, "glue/sst2"])
+def test_what_is_no_class_in_a_table(files: Any, tokenizer: Any, task: str, label: str) -> None:
+    good = 's,label\na,1\n"b\nc",0\n'
+    for train, dev, name in ((good + f"d,{label}\n", good, "train"), (good, good + f"d,{label}\n", "dev")):
+        data = files(train, dev, suffix=".csv", task=task, text="s")
+        with pytest.raises(UserError, match=rf'{name}\.csv: line 5, column "label": got .*; that is no class; allowed'):
+            load_task(data, tokenizer)
+
+
+@pytest.mark.parametrize("label", NO_CLASS_VALUES, ids=repr)
+def test_what_is_no_class_in_json_lines(files: Any, tokenizer: Any, label: Any) -> None:
+    rows = [{"s": "a", "label": "x"}, {"s": "b", "label": "y"}, {"s": "c", "label": label}]
+    data = files("\n\n".join(map(json.dumps, rows)), suffix=".jsonl", task=LOCAL, text="s")
+    with pytest.raises(
+        UserError, match=r'train\.jsonl: line 5(, column "label": got .* no class|: nothing in column "l)'
+    ):
+        load_task(data, tokenizer)
+
+
+@pytest.mark.parametrize("label", ["nan", "inf", "", "high", [1.0], True, "-0.5"], ids=repr)
+def test_what_is_no_score(files: Any, tokenizer: Any, label: Any) -> None:
+    rows = [{"s": "a", "label": 4}, {"s": "b", "label": label}]
+    data = files("\n".join(map(json.dumps, rows)), suffix=".jsonl", task="glue/stsb", text="s")
+    with pytest.raises(UserError, match=r'train\.jsonl: line 2, column "label": got .*; allowed: a number from 0 to 5'):
+        load_task(data, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("labels", "ids", "names"),
+    [
+        ([1, 1.0, "1", " 1.0 ", 0], [1, 1, 1, 1, 0], ("0", "1")),
+        (["good ", "bad", " good"], [1, 0, 1], ("bad", "good")),
+        ([True, False, True], [1, 0, 1], ("False", "True")),
+        ([2.5, 3, "3.0"], [1, 0, 0], ("3", "2.5")),
+    ],
+)
+def test_one_class_has_one_spelling(
+    files: Any, tokenizer: Any, labels: list[Any], ids: list[int], names: tuple[str, ...]
+) -> None:
+    rows = [json.dumps({"s": "a", "label": label}) for label in labels]
+    task = load_task(files("\n".join(rows), suffix=".jsonl", task=LOCAL, text="s"), tokenizer)
+    assert [example["labels"] for example in task.train] == ids
+    assert task.label_names == names
+
+
+def test_true_beside_numbers(files: Any, tokenizer: Any) -> None:
+    rows = [json.dumps({"s": "a", "label": label}) for label in (1, 0, True)]
+    with pytest.raises(UserError, match=r'line 3, column "label": got True, and other rows have numbers'):
+        load_task(files("\n".join(rows), suffix=".jsonl", task=LOCAL, text="s"), tokenizer)
+
+
+@pytest.mark.parametrize("value", [None, ["a"], {"a": 1}, True, float("nan"), "half \ud83d"], ids=repr)
+def test_what_is_no_text(files: Any, tokenizer: Any, value: Any) -> None:
+    rows = [{"s": "a", "label": 0}, {"s": value, "label": 1}]
+    data = files("\n".join(map(json.dumps, rows)), suffix=".jsonl", text="s")
+    with pytest.raises(UserError, match=r'train\.jsonl: line 2.* column "s"'):
+        load_task(data, tokenizer)
+
+
 def test_a_label_that_train_does_not_have(files: Any, tokenizer: Any) -> None:
     data = files("s\ty\na\tx\nb\tz\n", "s\ty\na\tw\n", task=LOCAL, text="s", label="y")
-    with pytest.raises(UserError, match=r"dev\.tsv: row 1: label: got 'w'; allowed: x, z"):
+    with pytest.raises(UserError, match=r"dev\.tsv: line 2, column \"y\": got 'w'; allowed: x, z"):
         load_task(data, tokenizer)
 
 
@@ -231,6 +296,44 @@ def test_a_file_of_another_kind(files: Any, tokenizer: Any) -> None:
 def test_broken_jsonl(files: Any, tokenizer: Any, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_task(files(text, suffix=".jsonl"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "message"),
+    [
+        (gzip.compress(GOOD.encode()), ".tsv", r"train\.tsv: is a gzip file, no text; unpack or convert it first"),
+        (gzip.compress(GOOD.encode()), ".tsv.gz", r"train\.tsv\.gz: is a gzip file"),
+        (b"PAR1....PAR1", ".parquet", r"is a Parquet file"),
+        (GOOD.encode("utf-16"), ".tsv", r"not UTF-8 text: .* at byte 0; it looks like UTF-16; save it as UTF-8"),
+        (GOOD.replace("good", "g\u00f6d").encode("latin-1"), ".csv", r"not UTF-8 text: .*; save it as UTF-8"),
+        (b'sentence,label\n"a,1\nb,0\n', ".csv", r"train\.csv: cannot be read: line 3: unexpected end of data"),
+        (b'{"sentence": "a", "label": 1}\n{"sentence"\n', ".jsonl", r"cannot be read: line 2: Expecting ':'"),
+        (b"[" * 100_000, ".jsonl", r"cannot be read: line 1: maximum recursion|line 1: Expecting"),
+    ],
+)
+def test_a_file_that_cannot_be_read(files: Any, tokenizer: Any, content: bytes, suffix: str, message: str) -> None:
+    data = files("", suffix=suffix)
+    Path(data.train).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^data\.train: .*{message}"):
+        load_task(data, tokenizer)
+
+
+def test_a_folder_as_a_file(files: Any, tokenizer: Any, tmp_path: Path) -> None:
+    data = files(GOOD).model_copy(update={"train": str(tmp_path)})
+    for task in ("glue/sst2", "lm", "squad"):
+        with pytest.raises(UserError, match=r"^data\.train: got .*; that is a folder; allowed: a file$"):
+            load_task(data.model_copy(update={"task": task}), tokenizer)
+
+
+def test_a_name_that_no_file_can_have(files: Any, tokenizer: Any) -> None:
+    data = files(GOOD).model_copy(update={"train": "x" * 300 + ".tsv"})
+    with pytest.raises(UserError, match=r"^data\.train: x+\.tsv: cannot be read: File name too long"):
+        load_task(data, tokenizer)
+
+
+def test_a_cell_of_any_length(files: Any, tokenizer: Any) -> None:
+    task = load_task(files(f"sentence\tlabel\n{'a ' * 100_000}\t1\nb\t0\n"), tokenizer)
+    assert task.train.longest == 128
 
 
 def test_a_file_that_is_not_text(files: Any, tokenizer: Any) -> None:

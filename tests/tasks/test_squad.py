@@ -186,6 +186,12 @@ REFUSED = {
     "answer before the text": ([question(0, "a", -26)], r'answer "a" at character -26: the text reads "" there'),
     "no text": ([question(0, "", 0, "  ")], r"question q0: its question or its text is empty"),
     "no questions": ([], r"train\.json: no questions in it"),
+    "a text that vanishes": ([question(0, "\u200b", 0, "\u200b\u200b")], r"q0: the tokenizer keeps no character"),
+    "no text but a list": (
+        [question(0, "a", 0, ["a"])],
+        r"question q0, column \"context\": got \['a'\]; allowed: text",
+    ),
+    "a place in words": ([question(0, "a", "0")], r"question q0: got '0' as answer_start; allowed: an integer"),
     "no context": (
         [{"qas": [{"id": 1, "question": "a", "is_impossible": True}]}],
         r"no SQuAD file: 'context'; allowed",
