@@ -20,6 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--to", required=True, metavar="KINDS", help="hf, shrunk, onnx, mask, semi_structured; a,b,...")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the folders go (default: RUN/export)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that latencies are measured with")
+    parser.add_argument("--no-latency", action="store_true", help="measure no latencies")
     return parser.parse_args()
 
 
@@ -41,7 +42,7 @@ def main() -> int:
         run = read_run(arguments.run)
         output = arguments.output or arguments.run / EXPORTS
         cards = []
-        for card in export_run(run, kinds, output, threads):
+        for card in export_run(run, kinds, output, threads, not arguments.no_latency):
             console().print(f"{card.kind}: {output / card.kind}", markup=False, soft_wrap=True)
             cards.append(card)
         title = f"density {run.certificate.density:.4g}, dense → exported, {threads} thread{'s' * (threads > 1)}"

@@ -35,10 +35,10 @@ class Flops:
         return self.linear + self.attention
 
 
-def count_flops(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Flops:
-    """Count one forward pass with `inputs` (input_ids: batch, length)."""
+def count_flops(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: int) -> Flops:
+    """Count one forward pass with `inputs` (input_ids: batch, length) and further options of the model."""
     with plain_implementations(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(**inputs)
+        model(**inputs, **options)
     by_operator = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     tokens, length = inputs["input_ids"].numel(), inputs["input_ids"].shape[1]
     attention = sum(count for operator, count in by_operator.items() if operator.split(".")[1] in BATCHED)

@@ -15,10 +15,11 @@ from leap_dist.export import onnx
 from leap_dist.export.card import Card, Latency, Pair
 from leap_dist.export.flops import count_flops
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
-from leap_dist.export.latency import Runner, medians, torch_runner, torch_threads
+from leap_dist.export.latency import CALLS, LONGEST, Runner, keeps_logits, medians, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
+from leap_dist.export.progress import Progress
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
-from leap_dist.export.shrunk import Models, difference
+from leap_dist.export.shrunk import Models, compared_sizes, difference
 from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
 from leap_dist.files import staged
 from leap_dist.machine import machine
@@ -56,10 +57,11 @@ def parse_kinds(text: str) -> list[str]:
     return kinds
 
 
-def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int) -> Iterator[Card]:
+def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int, latency: bool = True) -> Iterator[Card]:
     """Write `output`/<kind> for every kind, and yield its card when it is there under its name.
 
-    Latencies are measured on `threads` threads. UserError, with nothing written, for what the user has to mend.
+    Latencies are measured, if asked for, on `threads` threads. UserError, with nothing written, for what the user has
+    to mend.
     """
     for kind in kinds:
         refuse_foreign(output / kind)
@@ -68,9 +70,11 @@ def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int) -> It
     if "semi_structured" in kinds:
         check_semi_structured(run)
     models = Models(run)
+    progress = Progress(sum(_work(kind, models, latency) for kind in kinds))
     for kind in kinds:
+        models.say = lambda text, work, kind=kind: progress.begin(f"{kind}: {text}", work)
         with staged(output / kind) as folder, torch_threads(threads):
-            card = _card(kind, models, KINDS[kind](models, folder, threads), folder, threads)
+            card = _card(kind, models, KINDS[kind](models, folder, threads), folder, threads, latency)
             card.write(folder)
         yield card
 
@@ -84,13 +88,26 @@ def refuse_foreign(folder: Path) -> None:
         raise UserError(f"--output: {folder} cannot be made: {place} is no folder that can be written to")
 
 
+def _work(kind: str, models: Models, latency: bool) -> float:
+    """About as many tokens go through a model for an export."""
+    if kind == "mask":
+        return 0.0
+    compared = 2 * sum(batch * length for batch, length in compared_sizes(models.masked))
+    measured = sum(map(_latency_work, [models.length] * len(BATCHES), BATCHES)) if latency else 0.0
+    return {"hf": 1, "shrunk": 2, "onnx": 2, "semi_structured": 0}[kind] * compared + 2 * models.length + measured
+
+
+def _latency_work(length: int, batch: int) -> float:
+    return 2 * (1 + CALLS) * length * batch
+
+
 # ---------------------------------------------------------------------------------------------- what is written
 
 
 def _hf(models: Models, folder: Path, threads: int) -> Exported:
     shutil.copytree(models.run.model, folder)
     model = load_exported(folder)
-    found = difference(models.masked, model)
+    found = difference(models.masked, model, models.say)
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
     notes = [f"A stock Hugging Face folder with the run's weights, byte for byte; {nonzero:,} parameters are not zero."]
     if "expert" in models.run.granularities:
@@ -98,7 +115,7 @@ def _hf(models: Models, folder: Path, threads: int) -> Exported:
             "Experts were removed: stock AutoModel would still route tokens to them, and compute something else than "
             f"the run measured: its logits differ by {found:.2g} of the largest. Serve the `shrunk` export."
         )
-    return Exported(notes, model, torch_runner(model), difference=found)
+    return Exported(notes, model, torch_runner(model, last=True), difference=found)
 
 
 def _shrunk(models: Models, folder: Path, threads: int) -> Exported:
@@ -107,9 +124,8 @@ def _shrunk(models: Models, folder: Path, threads: int) -> Exported:
     notes = [
         f"Load with `leap_dist.load_pruned(folder)`; {also}.",
         f"Its logits differ from the masked model's by {models.difference:.2g} of the largest (random inputs, fp32).",
-        *_block_notes(models),
     ]
-    return Exported(notes, model, torch_runner(model), difference=models.difference)
+    return Exported(notes, model, torch_runner(model, last=True), difference=models.difference)
 
 
 def _onnx(models: Models, folder: Path, threads: int) -> Exported:
@@ -150,7 +166,7 @@ def _semi_structured(models: Models, folder: Path, threads: int) -> Exported:
         "Load with `leap_dist.export.semi_structured.load_semi_structured(folder)`: on a GPU with torch's 2:4 "
         "kernels (not run by us), on the CPU dense.",
     ]
-    return Exported(notes, models.masked, torch_runner(models.masked), difference=0.0)
+    return Exported(notes, models.masked, torch_runner(models.masked, last=True), difference=0.0)
 
 
 KINDS: dict[str, Callable[[Models, Path, int], Exported]] = {
@@ -165,9 +181,13 @@ KINDS: dict[str, Callable[[Models, Path, int], Exported]] = {
 # ---------------------------------------------------------------------------------------------- the card
 
 
-def _card(kind: str, models: Models, exported: Exported, folder: Path, threads: int) -> Card:
+def _card(kind: str, models: Models, exported: Exported, folder: Path, threads: int, latency: bool) -> Card:
     certificate, model = models.run.certificate, exported.model
     inputs = example_inputs(models.masked, 1, models.length)
+    if model:
+        models.say("counting FLOPs", 2 * models.length)
+    times, left_out = _latencies(models, exported, threads) if latency else ([], [])
+    blocks = _block_notes(models) if latency and kind == "shrunk" else []
     return Card(
         kind=kind,
         target=certificate.target,
@@ -177,9 +197,9 @@ def _card(kind: str, models: Models, exported: Exported, folder: Path, threads: 
         parameters=Pair(_num_parameters(models.masked), _num_parameters(model)) if model else None,
         flops_before=count_flops(models.dense, inputs) if model else None,
         flops_after=count_flops(model, inputs) if model else None,
-        latency=[_latency(models, exported, batch, threads) for batch in BATCHES] if exported.runner else [],
+        latency=times,
         logit_difference=exported.difference,
-        notes=exported.notes,
+        notes=[*exported.notes, *blocks, *left_out],
         masks_sha256=certificate.masks_sha256,
         weights_sha256=certificate.weights_sha256,
         machine=machine(),
@@ -194,11 +214,29 @@ def _hub_id(run: Run) -> str | None:
     return None if local else name
 
 
-def _latency(models: Models, exported: Exported, batch: int, threads: int) -> Latency:
-    assert exported.runner is not None
-    inputs = onnx.model_inputs(models.masked, batch, models.length)
-    times = medians({"before": torch_runner(models.dense), "after": exported.runner}, inputs)
-    return Latency(exported.engine, threads, batch, models.length, times["before"], times["after"])
+def _latencies(models: Models, exported: Exported, threads: int) -> tuple[list[Latency], list[str]]:
+    """At every batch size, and what was not measured because a call takes too long.
+
+    Of a language model the last logits alone, where the export can give them alone.
+    """
+    found: list[Latency] = []
+    if exported.runner is None:
+        return found, []
+    last = exported.engine == "torch"
+    runners = {"before": torch_runner(models.dense, last), "after": exported.runner}
+    for batch in BATCHES:
+        models.say(f"measuring latency at batch {batch}", _latency_work(models.length, batch))
+        seconds = sum(time.before + time.after for time in found[-1:]) / 1e3 * batch
+        if seconds > LONGEST:
+            return found, [
+                f"Latency at batch {batch} is not measured: a call of each would take about {seconds:.0f} s."
+            ]
+        times = medians(runners, onnx.model_inputs(models.masked, batch, models.length))
+        found.append(Latency(exported.engine, threads, batch, models.length, times["before"], times["after"]))
+    if keeps_logits(models.masked):
+        which = "the last token alone, as in generation" if last else "all tokens"
+        return found, [f"Latency with the logits of {which}."]
+    return found, []
 
 
 def weight_bytes(folder: Path) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer, timer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,19 +19,33 @@ if TYPE_CHECKING:
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
 """Model inputs -> logits."""
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 50
-BUDGET = 4.0  # seconds for all rounds of all variants, once there are MIN_ROUNDS
+MAX_ROUNDS = 50
+CALLS = 3
+"""Calls that `Timer` makes for one that it measures: two go before, so that each finds its own weights in the cache."""
+BUDGET = 4.0
+"""Seconds for all rounds of all variants at one setting; the first call of each comes before them."""
+LONGEST = 30.0
+"""Seconds of the first calls of all variants, above which a setting is not measured."""
 
 
-def torch_runner(model: PreTrainedModel) -> Runner:
-    """Runs a model in eval mode, without autograd."""
+def torch_runner(model: PreTrainedModel, last: bool = False) -> Runner:
+    """Runs a model in eval mode, without autograd; `last`: a language model gives the logits of the last token alone.
+
+    That is what it does for each new token of a text; with a large vocabulary all others take longer than all layers.
+    """
     model.eval()
+    options = {"logits_to_keep": 1} if last and keeps_logits(model) else {}
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.inference_mode():
-            return logits_of(model(**inputs))
+            return logits_of(model(**inputs, **options))
 
     return run
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether the model can be asked for the logits of some tokens alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def logits_of(output: Any) -> Tensor:
@@ -42,25 +57,28 @@ def logits_of(output: Any) -> Tensor:
 
 
 def medians(runners: Mapping[str, Runner], inputs: Mapping[str, Tensor], budget: float = BUDGET) -> dict[str, float]:
-    """Milliseconds of a call by name.
+    """Milliseconds of a call by name; torch's Timer measures, which waits for a GPU.
 
-    Every round measures each runner once, in another order, so that slow spells and neighbours hit them all alike; a
-    call that is not measured goes before, so that each finds its own weights in the cache.
+    Every round measures each runner once, in another order, so that slow spells and neighbours hit them all alike. A
+    round that would go beyond `budget` (seconds) is not begun; without any the first calls count, cold as they are.
     """
     order = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    for run in runners.values():
+    seconds: dict[str, list[float]] = {}
+    for name, run in runners.items():
+        before = timer()
         run(inputs)
-    started = time.perf_counter()
-    for done in range(MAX_ROUNDS):
-        if done >= MIN_ROUNDS and time.perf_counter() - started > budget:
+        seconds[name] = [timer() - before]
+    timers = {
+        name: Timer("run(inputs)", globals={"run": run, "inputs": inputs}, num_threads=torch.get_num_threads())
+        for name, run in runners.items()
+    }
+    started = timer()
+    for _ in range(MAX_ROUNDS):
+        if timer() - started + CALLS * sum(values[-1] for values in seconds.values()) > budget:
             break
-        for name, run in order.sample(list(runners.items()), len(runners)):
-            run(inputs)
-            before = time.perf_counter()
-            run(inputs)
-            times[name].append(1e3 * (time.perf_counter() - before))
-    return {name: statistics.median(values) for name, values in times.items()}
+        for name, measured in order.sample(list(timers.items()), len(timers)):
+            seconds[name].append(measured.timeit(1).median)
+    return {name: 1e3 * statistics.median(values[1:] or values) for name, values in seconds.items()}
 
 
 @contextmanager

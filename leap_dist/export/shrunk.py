@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
+from leap_dist.export.latency import keeps_logits
 from leap_dist.models.routing import route_among_kept
 from leap_dist.models.shrink import example_inputs, load_pruned, logit_difference, save_shrunk, shrink_
 from leap_dist.run_folder import Run
@@ -21,13 +23,20 @@ if TYPE_CHECKING:
 LENGTH = 128  # tokens, where the model takes as many
 SHRUNK_TOLERANCE = 1e-5  # relative to the largest logit, fp32
 CHECKED_BATCHES = (1, 3)
+MOST_LOGITS = 2**24  # compared at once
+Say = Callable[[str, float], None]
+
+
+def silent(text: str, work: float) -> None:
+    """Says nothing."""
 
 
 class Models:
     """A run's models in fp32 on the CPU, each built when it is first asked for."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, say: Say = silent) -> None:
+        """`say`: what is called before a step that may take long, with its text and its work in tokens."""
+        self.run, self.say = run, say
         self.kept: dict[str, list[int]] = {}
         self.difference = 0.0
 
@@ -47,6 +56,7 @@ class Models:
     @cached_property
     def shrunk(self) -> PreTrainedModel:
         """The model without its dead units. RuntimeError if it does not compute what the masked one does."""
+        self.say("removing units", 0.0)
         model = load_exported(self.run.model)
         self.kept = shrink_(model, self.run.family)
         self._check(model)
@@ -63,6 +73,7 @@ class Models:
         RuntimeError if what `load_pruned` reads there does not compute what the masked model does.
         """
         model = self.shrunk
+        self.say("writing the model, and reading it again", 0.0)
         tokenizer = load_exported_tokenizer(self.run.model)
         extra = {"certificate": self.run.digest}
         manifest = save_shrunk(model, self.kept, folder, tokenizer, self.run.family, extra)
@@ -70,7 +81,7 @@ class Models:
         return manifest.stock
 
     def _check(self, shrunk: PreTrainedModel) -> None:
-        self.difference = difference(self.masked, shrunk)
+        self.difference = difference(self.masked, shrunk, self.say)
         if not self.difference <= SHRUNK_TOLERANCE:
             raise RuntimeError(
                 f"{self.run.model}: the logits of the shrunk model differ from the masked one's by "
@@ -78,11 +89,28 @@ class Models:
             )
 
 
-def difference(masked: PreTrainedModel, other: PreTrainedModel) -> float:
+def difference(masked: PreTrainedModel, other: PreTrainedModel, say: Say = silent) -> float:
     """Largest difference of logits, relative to the largest logit, over random inputs of several sizes."""
-    longest = min(LENGTH, max_length(masked))
-    sizes = [(batch, length) for batch in CHECKED_BATCHES for length in sorted({1, (longest + 1) // 2, longest})]
-    return max(logit_difference(masked, other, example_inputs(masked, batch, length)) for batch, length in sizes)
+    sizes, worst = compared_sizes(masked), 0.0
+    for number, (batch, length) in enumerate(sizes, start=1):
+        say(f"comparing logits with the masked model's, {number} of {len(sizes)}", 2 * batch * length)
+        inputs = example_inputs(masked, batch, length) | _some_logits(masked, batch, length)
+        worst = max(worst, logit_difference(masked, other, inputs))
+    return worst
+
+
+def compared_sizes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """(batch, length) of the inputs on which two models are compared."""
+    longest = min(LENGTH, max_length(model))
+    return [(batch, length) for batch in CHECKED_BATCHES for length in sorted({1, (longest + 1) // 2, longest})]
+
+
+def _some_logits(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
+    """Of a language model with a large vocabulary only as many tokens as MOST_LOGITS allow, spread over the text."""
+    most = max(MOST_LOGITS // (batch * model.config.get_text_config().vocab_size), 2)
+    if most >= length or not keeps_logits(model):
+        return {}
+    return {"logits_to_keep": torch.linspace(0, length - 1, most).long()}
 
 
 def max_length(model: PreTrainedModel) -> int:

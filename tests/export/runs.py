@@ -41,6 +41,15 @@ def classifier(kind: str = "bert", **settings: Any) -> Any:
     return model
 
 
+def language_model(**settings: Any) -> Any:
+    """A random Llama that predicts words."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in DECODER.items() if key != "num_labels"} | settings
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).eval()
+
+
 def element_masks(model: Any) -> Masks:
     """Half of two matrices of the first layer of a BERT."""
     return {name: torch.rand_like(model.get_parameter(name)) < 0.5 for name in (QUERY, UP)}

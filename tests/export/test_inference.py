@@ -52,3 +52,14 @@ def test_nothing_is_measured_where_answers_differ(run: Run, monkeypatch: pytest.
     monkeypatch.setattr(inference, "medians", lambda *_: pytest.fail("measured all the same"))
     with pytest.raises(RuntimeError, match=r"differ from the masked one's by 2e-05 of the largest, allowed 1e-05"):
         bench_inference(run, threads=[1])
+
+
+def test_a_setting_that_would_take_too_long_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr(inference, "LONGEST", 1e-6)
+    result = bench_inference(run, threads=[1, 2], batches=[4, 1], lengths=[4])
+    assert [(time["threads"], time["batch"]) for time in result["times"]] == [(1, 1)] * 3 + [(2, 1)] * 3
+    assert [note[:42] for note in result["notes"][1:]] == [
+        "not measured: 1 thread, batch 4, length 4:",
+        "not measured: 2 threads, batch 4, length 4",
+    ]

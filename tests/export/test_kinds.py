@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from leap_dist.errors import UserError
-from leap_dist.export import latency, onnx, shrunk
+from leap_dist.export import kinds, latency, onnx, shrunk
 from leap_dist.export.card import Card
 from leap_dist.export.hf import load_exported
 from leap_dist.export.kinds import KINDS, export_run, parse_kinds
@@ -18,7 +20,7 @@ from leap_dist.export.masks import load_masks
 from leap_dist.export.shrunk import Models, max_length
 from leap_dist.models.shrink import load_pruned
 from leap_dist.run_folder import Run, read_run
-from tests.export.runs import classifier, make_run, structure_masks
+from tests.export.runs import classifier, language_model, make_run, structure_masks
 
 IDS = torch.arange(1, 25).view(2, 12)
 HEAD, NEURONS, WIDTH = 8, 32, 32  # of layer 0: one of four heads of 8 is gone; of 48 neurons 32 are left
@@ -212,3 +214,71 @@ def test_the_longest_input_a_model_takes(kind: str, expected: int) -> None:
     assert max_length(model) == expected
     ids = torch.full((1, expected), 5)
     assert model(input_ids=ids).logits.shape == (1, 3)
+
+
+# ------------------------------------------------------------------------------ a language model with a large vocabulary
+
+
+@pytest.fixture(scope="module")
+def decoder_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A Llama that lost a third of the neurons of its first layer."""
+    model, neuron = language_model(), torch.arange(48) % 3 != 0
+    place = "model.layers.0.mlp."
+    masks = {f"{place}{part}_proj.weight": neuron[:, None].expand(48, 32).clone() for part in ("gate", "up")}
+    masks[f"{place}down_proj.weight"] = neuron.expand(32, 48).clone()
+    return read_run(make_run(tmp_path_factory.mktemp("runs") / "run", model, masks, "neuron"))
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of all logits that a Llama makes."""
+    from transformers import LlamaForCausalLM
+
+    shapes: list[tuple[int, ...]] = []
+    forward = LlamaForCausalLM.forward
+
+    def spy(self: Any, *args: Any, **settings: Any) -> Any:
+        output = forward(self, *args, **settings)
+        shapes.append(tuple(output.logits.shape))
+        return output
+
+    spy.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spy)
+    return shapes
+
+
+def test_logits_are_not_all_made(
+    decoder_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shrunk, "MOST_LOGITS", 4 * 3 * 40)
+    shapes = watch(monkeypatch)
+    (card,) = export_run(decoder_run, ["shrunk"], tmp_path, threads=1)
+    assert (3, 16, 40) not in shapes and (3, 4, 40) in shapes  # comparing
+    assert (32, 16, 40) not in shapes and (32, 1, 40) in shapes  # measuring
+    assert "Latency with the logits of the last token alone, as in generation." in card.page()
+    assert card.logit_difference is not None and card.logit_difference < 1e-5
+    shown = capsys.readouterr().err
+    assert "shrunk: comparing logits with the masked model's, 6 of 6" in shown
+    assert re.search(r"shrunk: measuring latency at batch 32 \(\d\d% done, about \d+:\d\d left\)", shown)
+
+
+def test_a_fault_at_any_compared_token_is_found(decoder_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shrunk, "MOST_LOGITS", 4 * 3 * 40)
+    models = Models(decoder_run)
+    wrong = load_exported(decoder_run.model)
+    with torch.no_grad():
+        wrong.model.layers[1].mlp.down_proj.weight[0, 0] += 0.1
+    assert shrunk.difference(models.masked, wrong) > 1e-3
+    assert shrunk.difference(models.masked, models.shrunk) < 1e-5
+
+
+def test_no_latency(decoder_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "medians", lambda *_: pytest.fail("measured all the same"))
+    (card,) = export_run(decoder_run, ["shrunk"], tmp_path, threads=1, latency=False)
+    assert card.latency == [] and "atency" not in card.page() and card.flops_after is not None
+
+
+def test_a_batch_that_would_take_too_long(decoder_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "LONGEST", 1e-6)
+    (card,) = export_run(decoder_run, ["shrunk"], tmp_path, threads=1)
+    assert [time.batch for time in card.latency] == [1]
+    assert "Latency at batch 32 is not measured: a call of each would take about " in card.page()

@@ -47,6 +47,15 @@ def test_an_export_ends_with_a_table(
     assert "dense → exported, 1 thread" in shown and "MFLOPs/token" in shown and "ms at 32x16" in shown
 
 
+def test_no_latency(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(monkeypatch, "export", str(run), "--to", "shrunk", "--output", str(tmp_path), "--no-latency") == 0
+    shown = capsys.readouterr()
+    assert "MFLOPs/token" in shown.out and "ms at" not in shown.out
+    assert "shrunk: counting FLOPs (" in shown.err and "latency" not in shown.err
+
+
 def test_exports_go_to_the_run_by_default(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch(monkeypatch, "export", str(run), "--to", "mask") == 0
     assert (run / "export" / "mask" / "card.json").is_file()

@@ -1,0 +1,29 @@
+"""What a long export is at, and about how long it still takes."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from leap_dist.console import duration
+
+
+class Progress:
+    """Lines on standard error, one for each step that begins.
+
+    total: work of all steps, in any unit (tokens that go through a model); what is left is taken to run as fast as
+    what is done.
+    """
+
+    def __init__(self, total: float) -> None:
+        self._total, self._done, self._begun = total, 0.0, 0.0
+        self._started = time.monotonic()
+
+    def begin(self, text: str, work: float) -> None:
+        """The step before is done; the next one is `work`."""
+        self._done += self._begun
+        self._begun = work
+        share = min(self._done / self._total, 1.0)
+        left = (time.monotonic() - self._started) * (1 - share) / share if share else None
+        about = "" if left is None else f", about {duration(left)} left"
+        print(f"{text} ({share:.0%} done{about})", file=sys.stderr, flush=True)
