@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,6 +223,10 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Itera
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
             header, before = next(reader, []), reader.line_num
+            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+                raise UserError(
+                    f'{file}: line 1: more than one column is called "{twice[0]}"; give each a name of its own'
+                )
             for cells in reader:
                 if cells:
                     padded = [*cells, *[None] * (len(header) - len(cells))]

@@ -216,7 +216,7 @@ def test_the_longest_input_a_model_takes(kind: str, expected: int) -> None:
     assert model(input_ids=ids).logits.shape == (1, 3)
 
 
-# ------------------------------------------------------------------------------ a language model with a large vocabulary
+# ------------------------------------------------------------------------------ language models
 
 
 @pytest.fixture(scope="module")

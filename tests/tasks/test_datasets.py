@@ -212,7 +212,7 @@ def test_classes_that_do_not_fit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch
         ({"set.py": "raise SystemExit"}, r"Dataset scripts are no longer supported"),
         ({"train.jsonl": '{"text": "a"}\n{"text": '}, r"error occurred while generating.*JSON"),
         ({"train.parquet": "PAR1 no"}, r"[Pp]arquet"),
-        ({"train.csv": "a,b\n1,2,3,4\n"}, r"Error tokenizing data"),
+        ({"train.csv": "a,b\n1,2\n1,2,3\n"}, r"Error tokenizing data"),
     ],
 )
 def test_what_datasets_refuses_is_one_message(

@@ -182,6 +182,7 @@ REFUSED = {
     "empty file": ({}, "", r"data\.train: .*train\.tsv: no examples in it"),
     "short row": ({}, GOOD + "alone\n", r'train\.tsv: line 4: nothing in column "label"'),
     "label out of range": ({}, GOOD + "a\t2\n", r"train\.tsv: line 4, column \"label\": got '2'; allowed: 0, 1"),
+    "one name twice": ({}, "sentence\tlabel\tlabel\na\t1\t0\n", r'train\.tsv: line 1: more than one .* "label"'),
     "one class": (
         {"task": LOCAL, "text": "sentence"},
         "sentence\tlabel\na\tx\n",
