@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from leap_dist.tasks.tables import Table, class_names, hub_split, hub_table, loa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Label = TypeVar("Label", str, float)
 
 HUB_DATASET = "nyu-mll/glue"
 TOKENIZE_ROWS = 1000
@@ -165,9 +167,10 @@ def _dataset_tables(
 # ---------------------------------------------------------------------------------------------- labels
 
 
-def _labelled(number: Callable[[Any], float], table: Table, row: int) -> float:
+def _labelled(read: Callable[[Any], Label], table: Table, row: int) -> Label:
+    """The label of a row as `read` has it; what it refuses is refused with its place."""
     try:
-        return number(table.labels[row])
+        return read(table.labels[row])
     except ValueError as error:
         raise UserError(f"{table.place(row)}: got {_shown(table.labels[row])}; {error}") from error
 

@@ -217,7 +217,8 @@ def _spans(length: int, width: int, stride: int) -> Iterator[tuple[int, int, int
 
 def _framed(parts: Sequence[np.ndarray], before: Sequence[int], after: Sequence[int]) -> np.ndarray:
     """All parts, each between `before` and `after`, int32."""
-    return np.concatenate([piece for part in parts for piece in (before, part, after)]).astype(np.int32)
+    pieces = [piece for part in parts for piece in (before, part, after)]
+    return np.concatenate(pieces, dtype=np.int32, casting="unsafe")  # numpy takes an empty list for floats
 
 
 def _judged(table: TokenTable) -> TokenTable:
