@@ -71,8 +71,9 @@ def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int, laten
         check_semi_structured(run)
     models = Models(run)
     progress = Progress(sum(_work(kind, models, latency) for kind in kinds))
+    models.say = progress.begin
     for kind in kinds:
-        models.say = lambda text, work, kind=kind: progress.begin(f"{kind}: {text}", work)
+        progress.of = kind
         with staged(output / kind) as folder, torch_threads(threads):
             card = _card(kind, models, KINDS[kind](models, folder, threads), folder, threads, latency)
             card.write(folder)

@@ -12,10 +12,11 @@ class Progress:
     """Lines on standard error, one for each step that begins.
 
     total: work of all steps, in any unit (tokens that go through a model); what is left is taken to run as fast as
-    what is done.
+    what is done. of: what the lines begin with.
     """
 
     def __init__(self, total: float) -> None:
+        self.of = ""
         self._total, self._done, self._begun = total, 0.0, 0.0
         self._started = time.monotonic()
 
@@ -26,4 +27,5 @@ class Progress:
         share = min(self._done / self._total, 1.0)
         left = (time.monotonic() - self._started) * (1 - share) / share if share else None
         about = "" if left is None else f", about {duration(left)} left"
+        text = f"{self.of}: {text}" if self.of else text
         print(f"{text} ({share:.0%} done{about})", file=sys.stderr, flush=True)
