@@ -172,6 +172,7 @@ def leap_traffic(plan: GatePlan, config: LeapConfig, hosting: Hosting) -> list[T
     found = [
         Traffic("gate gradients", 1, (gates + units) * FP32),
         Traffic("thresholds", 1 + regularised, (1 + regularised) * gates * FP32),
+        Traffic("finite scores", 1, INT32),
         Traffic("selection", NUM_PASSES, ranked * COUNTS * INT32),
         Traffic("masks of units", 1, -(-units // 8)),
     ]

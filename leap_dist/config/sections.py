@@ -166,10 +166,44 @@ class LeapConfig(Section):
         gates = as_objects(raw.get("gates", ()))
         if isinstance(gates, tuple) and len(set(map(str, gates))) < len(gates):
             found.append(("gates", f"got {show(gates)}; each gate may stand once"))
-        low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", 160.0)
+        low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", "auto")
         if is_number(low) and is_number(high) and low > high > 0:
             found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))
-        return found
+        return found or _without_effect(raw)
+
+
+def _without_effect(raw: Mapping[str, Any]) -> list[Conflict]:
+    """Settings of the leap section that the others leave no meaning."""
+
+    def given(key: str) -> Any:
+        return raw.get(key, LeapConfig.model_fields[key].default)
+
+    rule, projected = given("rule"), given("control") == "projected"
+    listed = as_objects(raw.get("gates", ()))
+    listed = listed if isinstance(listed, tuple) else ()
+    gates = [gate.get("granularity") if isinstance(gate, Mapping) else gate for gate in listed]
+    fixed = None  # why no threshold is learned
+    if rule in ("movement", "magnitude"):
+        fixed = f'rule "{rule}" gives all gates one share, which the schedule says'
+    elif gates and all(re.fullmatch(r"\d+:\d+", str(gate)) for gate in gates):
+        fixed = "an n:m pattern says what is kept, and there are no other gates"
+    no_penalty = 'control "projected" has no regulariser' if projected else None
+    scored = 'rule "magnitude" takes the weights as they are for scores' if rule == "magnitude" else None
+    follows = 'under control "projected" an automatic threshold_learning_rate follows it: give that a number'
+    reasons = {
+        "control": fixed,
+        "temperature": fixed or (follows if projected and given("threshold_learning_rate") == "auto" else None),
+        "threshold_learning_rate": fixed,
+        "lambda_max": fixed or no_penalty,
+        "lambda_min": fixed or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
+        "score_init": scored,
+        "score_learning_rate": scored,
+    }
+    return [
+        (key, f"got {show(raw[key])}, which has no effect here: {why}; remove it")
+        for key, why in reasons.items()
+        if why and raw.get(key, given(key)) != LeapConfig.model_fields[key].default
+    ]
 
 
 class ModelConfig(Section):

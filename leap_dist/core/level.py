@@ -1,5 +1,6 @@
 """The level: how much is kept in all, step by step, and exactly the target in the end."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,15 @@ from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from leap_dist.ops.reference import Adam
 
+NEAR = 1e-3  # a density that is off by less, to the target, needs no words
+
 
 class Level:
     """Holds the density of the masks at the scheduled level: by the regulariser ("paper") or by a shift of all
     thresholds ("projected"); `settle` makes it the target and freezes the masks. `bind` comes first.
 
-    kept_units: of every gate; kept_weights: prunable ones that the masks in place keep; calibration: density / R, as
+    kept_units: of every gate; kept_weights: prunable ones that the masks in place keep; lowest_weights: what the fewest
+    units that every gate keeps come to, by the scores at the start; calibration: density / R, as
     last measured; regulariser: lambda and L_reg of the last step, empty where there is none.
     """
 
@@ -31,7 +35,7 @@ class Level:
         self.settled = False
         self.calibration = 1.0
         self.kept_units = [gate.num_units for gate in plan.gates]
-        self.kept_weights = plan.prunable
+        self.kept_weights = self.lowest_weights = plan.prunable
         self.regulariser: dict[str, float] = {}
         self.task_size = th.TaskSize()
         self._made: list[int] | None = None  # kept counts of the masks that are in place
@@ -52,7 +56,7 @@ class Level:
     def _check_reachable(self) -> None:
         """Raise UserError if the target is below or above what the gates allow."""
         gates = self.plan.gates
-        lowest = self._count([gate.lowest for gate in gates])
+        lowest = self.lowest_weights = self._count([gate.lowest for gate in gates])
         highest = self._count([gate.lowest if gate.pattern else gate.num_units for gate in gates])
         self._masks.make(self.kept_units)
         self._made = None
@@ -73,6 +77,27 @@ class Level:
     def density(self) -> float:
         """Kept prunable weights / prunable weights, of the masks in place."""
         return self.kept_weights / max(self.plan.prunable, 1)
+
+    def note(self) -> str | None:
+        """Why the masks in place keep another part than the target, in words; None where they keep it (to 0.1 %)."""
+        plan, target, prunable = self.plan, self.config.target, max(self.plan.prunable, 1)
+        asked = target * prunable
+        slack = max(1.0, NEAR * asked)
+        if abs(self.kept_weights - asked) <= slack:
+            return None
+        said = f"the density is {self.density:.4f}, the target {target}: "
+        if self.kept_weights > asked and self.lowest_weights > asked + slack:
+            limits = [f"min_keep {gate.min_keep}" for gate in plan.gates if gate.min_keep > 1]
+            limits += [f"multiple_of {gate.multiple_of}" for gate in plan.gates if gate.multiple_of > 1]
+            why = ", ".join(dict.fromkeys(limits)) or "one unit in every gate"
+            lowest = f"{self.lowest_weights / prunable:.4f}"
+            return f"{said}no density below {lowest} is possible, because {why} stays; finer gates can go lower"
+        largest = max(plan.tied, key=plan.grain)
+        gate = plan.gates[largest[0]]
+        together = f", {gate.multiple_of} at a time (multiple_of)" if gate.multiple_of > 1 else ""
+        together += f", in {len(largest)} gates at once (uniform)" if len(largest) > 1 else ""
+        units = f"a unit of {gate.granularity} has {gate.unit_size} of the {prunable} weights and comes or goes whole"
+        return f"{said}{units}{together}; finer gates come nearer"
 
     def regulariser_gradient(self, task: Tensor, adam: Adam) -> Tensor:
         """lambda dL_reg/dsigma, (G,), for the task's gradient `task`; lambda is adaptive and detached."""
@@ -95,7 +120,7 @@ class Level:
             return
         self._made = None  # scores have moved
         level, temperature = self.schedule.level(step), self.config.temperature
-        sigma = self.remaining.with_patterns(self._gating.gather_thresholds(), temperature, level)
+        sigma = self.remaining.with_patterns(self._thresholds(), temperature, level)
         if self.config.control == "projected" or self.config.rule != "leap":
             sigma, self.calibration = th.project_level(
                 self.remaining, sigma, temperature, level, self.calibration, self._count
@@ -111,11 +136,19 @@ class Level:
         self._made = None  # scores have moved
         if self.plan.gates:
             temperature, target = self.config.temperature, self.config.target
-            sigma = self.remaining.with_patterns(self._gating.gather_thresholds(), temperature, level=0.0)
+            sigma = self.remaining.with_patterns(self._thresholds(), temperature, level=0.0)
             sigma, keep = th.project_exact(self.remaining, sigma, temperature, target, self._count)
             self._gating.write_thresholds(sigma)
             self._use(keep)
         self.settled = True
+
+    def _thresholds(self) -> Tensor:
+        sigma = self._gating.gather_thresholds()
+        if not torch.isfinite(sigma).all():
+            pairs = zip(self.plan.gates, sigma.tolist(), strict=True)
+            names = [gate.name for gate, value in pairs if not math.isfinite(value)]
+            raise FloatingPointError(f"the thresholds of {', '.join(names)} are NaN or infinite")
+        return sigma
 
     def _count(self, keep: list[int]) -> int:
         """Weights kept by kept counts: by arithmetic where that is exact, else counted on real masks."""

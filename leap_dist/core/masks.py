@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.flips import Flips
-from leap_dist.core.gating import MASK, SCORE, Gating
+from leap_dist.core.gating import MASK, SCORE, Gating, state_keys
 from leap_dist.core.pattern import PatternRun, PatternSelector
 from leap_dist.core.select import Runs, Selector
 from leap_dist.ops import dispatch as ops
@@ -20,6 +20,7 @@ class Masks:
     def __init__(self, gating: Gating) -> None:
         self._gating, self._communicator = gating, gating.communicator
         gates = gating.plan.gates
+        self._score_keys = (SCORE,) if SCORE in state_keys(gating.plan) else ()
         self._hybrid = any(map(gating.plan.hybrid, gating.plan.covers))
         self._spread: Tensor | None = None  # the unit masks that MASK holds now
         self._flips = Flips()
@@ -31,13 +32,36 @@ class Masks:
         self._patterns = PatternSelector(list(_pattern_runs(gating)), widest, self._communicator, gating.device)
 
     def make(self, keep: Sequence[int]) -> None:
-        """Set every mask to the top `keep` units of its gate by score, and MASK to their product."""
+        """Set every mask to the top `keep` units of its gate by score, and MASK to their product.
+
+        Raises FloatingPointError, on every rank, if a score is NaN or infinite: no order of units is right then.
+        """
         with self._communicator.stopwatch.measure("select"):
+            self._check_finite()
             self._selector.masks_(self._runs, [keep[index] for index in self._ranked])
             self._make_patterns(keep)
             self._gating.unit_mask = self._communicator.union(self._gating.own_units)
         with self._communicator.stopwatch.measure("mask"):
             self._spread_units()
+
+    def _check_finite(self) -> None:
+        """One small all-reduce, and no copy of scores; gates are looked for only where one is to be named."""
+        gating = self._gating
+        buffers = [scores for part in gating.parts for scores in gating.flat_states(part, *self._score_keys)]
+        buffers += [fragment.view(fragment.flat) for fragment in gating.hosted_scores]
+        broken = torch.zeros((), dtype=torch.int32, device=gating.device)
+        for scores in buffers:
+            lowest, highest = torch.aminmax(scores)  # both NaN where any is
+            broken += ~torch.isfinite(lowest) | ~torch.isfinite(highest)
+        if self._communicator.sum_(broken).item():
+            runs: list[_Run | PatternRun] = [*_ranked_runs(gating), *_pattern_runs(gating)]
+            mine = {
+                gating.plan.gates[run.gate].name
+                for run in runs
+                if not torch.isfinite(run.scores.detach().view(-1)[run.offset : run.offset + run.length]).all()
+            }
+            names = sorted(set[str]().union(*self._communicator.gather(mine)))
+            raise FloatingPointError(f"the scores of {', '.join(names)} hold NaN or infinity")
 
     def _make_patterns(self, keep: Sequence[int]) -> None:
         """The masks of n:m gates, of whose every m neighbours the same number is kept."""

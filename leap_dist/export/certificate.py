@@ -66,11 +66,13 @@ def build(
     unit: int,
     metrics: Mapping[str, Mapping[str, float]],
     seed: int,
+    note: str | None = None,
 ) -> dict[str, Any]:
     """The certificate, JSON-able, from what `count` returned.
 
     unit: prunable weights in the largest unit. metrics: {"dense": {...}, "pruned": {...}}; a value that is no
-    finite number becomes null. Raises RuntimeError if the density is not the target (`check_exact`).
+    finite number becomes null. note: why the density is not the target, where that is to be said.
+    Raises RuntimeError if the density is further off than one unit (`check_exact`).
     """
     check_exact(counts["kept"], counts["prunable"], target, unit)
     return {
@@ -86,6 +88,7 @@ def build(
         "weights_sha256": counts["weights_sha256"],
         "seed": seed,
         "versions": versions(),
+        **({"note": note} if note else {}),
     }
 
 

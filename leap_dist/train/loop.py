@@ -172,6 +172,7 @@ def _finish(job: Job, output: Path) -> dict[str, Any]:
         unit=leap.plan.unit,
         metrics=job.measured,
         seed=job.config.train.seed,
+        note=leap.level.note(),
     )
     cert.write(output / CERTIFICATE, certificate)
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)

@@ -57,6 +57,8 @@ def report(job: Job, certificate: Mapping[str, Any], output: Path) -> None:
         kept = certificate["kept"] if name == "pruned" else certificate["prunable"]
         rows.append({"model": name, "density": density, "weights": kept, primary: metrics[primary]})
     summary_table(rows, title=f"{job.task.name}, target density {certificate['target']}")
+    if "note" in certificate:
+        console().print(certificate["note"], markup=False, soft_wrap=True)
     if job.costs:
         console().print(_cost_line(job.costs), markup=False, soft_wrap=True)
     console().print(f"certificate and model: {output}", markup=False)

@@ -148,8 +148,8 @@ def finalize(engine: Any) -> dict[str, Any]:
     """Settle if that has not happened, count what is left in the weights themselves, and certify it.
 
     Returns target, density, unit, kept, prunable, gates, tensors, masks_sha256, and weights_sha256 over the model's
-    parameters (core/counting.py says how both are made). Raises RuntimeError if a pruned weight is not zero or the
-    density is not the target within one unit. Collective.
+    parameters (core/counting.py says how both are made), and "note" where the density is not quite the target: why.
+    Raises RuntimeError if a pruned weight is not zero or the density is not the target within one unit. Collective.
     """
     settle(engine)
     leap: LeapAdamW = engine.leap
@@ -159,7 +159,8 @@ def finalize(engine: Any) -> dict[str, Any]:
         counter.add(name, weight, next(masks)[1] if name in leap.plan.covers else None)
     count = counter.result()
     check_exact(count["kept"], count["prunable"], leap.config.target, leap.plan.unit)
-    return {"target": leap.config.target, "unit": leap.plan.unit, **count}
+    note = leap.level.note()
+    return {"target": leap.config.target, "unit": leap.plan.unit, **count, **({"note": note} if note else {})}
 
 
 def describe_gates(leap: LeapAdamW) -> list[dict[str, Any]]:

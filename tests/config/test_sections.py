@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -412,3 +413,54 @@ def test_a_family_section_is_kept_and_none_is_needed() -> None:
 def test_refused_families(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(UserError, match=match):
         parse_job(job(family={**FAMILY, **changes}))
+
+
+OTHER: dict[str, Any] = {  # a value of every key of the leap section that is not its default
+    "control": "paper", "temperature": 16.0, "score_init": "zero", "score_learning_rate": 0.02,
+    "threshold_learning_rate": 0.5, "lambda_max": 100.0, "lambda_min": 5.0, "dense_fraction": 0.1,
+    "settle_fraction": 0.3, "include": ["a.weight"], "exclude": ["b.weight"], "total_steps": 100, "target": 0.3,
+}  # fmt: skip
+ALWAYS = {"dense_fraction", "settle_fraction", "include", "exclude", "total_steps", "target", "score_init"}
+SCORED = ALWAYS | {"score_learning_rate"}
+READ: dict[str, set[str]] = {  # by rule, control and gates: the keys that have an effect, alone
+    "leap projected element": SCORED | {"control", "threshold_learning_rate"},
+    "leap projected row": SCORED | {"control", "threshold_learning_rate"},
+    "leap projected 2:4": SCORED,
+    "leap projected 2:4+head": SCORED | {"control", "threshold_learning_rate"},
+    "leap paper element": SCORED | {"temperature", "threshold_learning_rate", "lambda_max"},
+    "leap paper row": SCORED | {"temperature", "threshold_learning_rate", "lambda_max"},
+    "movement projected element": SCORED,
+    "movement projected 2:4": SCORED,
+    "magnitude projected element": ALWAYS - {"score_init"},
+    "magnitude projected head": ALWAYS - {"score_init"},
+}
+
+
+@pytest.mark.parametrize("case", READ)
+@pytest.mark.parametrize("key", OTHER)
+def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> None:
+    rule, control, gates = case.split()
+    section = {"target": 0.5, "rule": rule, "control": control, "gates": gates.split("+")} | {key: OTHER[key]}
+    if key in READ[case] or (key == "control" and control == OTHER["control"]):
+        parse_leap(section)
+    else:
+        with pytest.raises(UserError, match=rf"leap\.{key}: got .*, which has no effect here: .*; remove it"):
+            parse_leap(section)
+
+
+@pytest.mark.parametrize(
+    ("section", "refused"),
+    [
+        ({"lambda_min": 200}, 'control "projected" has no regulariser'),
+        ({"lambda_min": 200, "control": "paper"}, 'lambda_max is "auto"'),
+        ({"lambda_min": 200, "control": "paper", "lambda_max": 160}, "at most lambda_max, which is 160"),
+        ({"lambda_min": 200, "control": "paper", "lambda_max": 300}, None),
+        ({"temperature": 16, "threshold_learning_rate": 0.5}, None),
+    ],
+)
+def test_settings_count_together(section: dict[str, Any], refused: str | None) -> None:
+    if refused is None:
+        parse_leap({"target": 0.5, **section})
+    else:
+        with pytest.raises(UserError, match=re.escape(refused)):
+            parse_leap({"target": 0.5, **section})
