@@ -8,12 +8,12 @@ from typing import Any
 
 from leap_dist.errors import UserError
 
-CODES = "Exit codes: 0 done; 2 a mistake in the call, or a folder that is not right; 1 a fault of ours."
+CODES = "Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run; 1 a fault of ours."
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure; nothing is reported where a result is wrong.", epilog=CODES)
+    parser = argparse.ArgumentParser(description="Measure; nothing is reported if a result is wrong.", epilog=CODES)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     overhead = commands.add_parser("overhead", help="a training step: dense, pruned, and masks in the forward pass")
     overhead.add_argument("--model", metavar="FOLDER", help="folder or hub id of a model (default: a tiny one)")

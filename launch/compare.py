@@ -14,14 +14,14 @@ from leap_dist.errors import UserError
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="What finished runs have come to, side by side; without a choice all runs of the store.",
+        description="Compare finished runs, side by side; all runs of the store if none are chosen.",
         epilog="Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake in the call.",
     )
     add = parser.add_argument
     add("--uri", help="the MLflow store (default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db; with --sync the run's)")
-    add("--experiment", action="append", default=[], metavar="NAME", help="runs of an experiment; may come again")
+    add("--experiment", action="append", default=[], metavar="NAME", help="runs of an experiment; repeatable")
     add("--sweep", metavar="PARENT_RUN_ID", help="the trials of a sweep")
-    add("--tag", action="append", default=[], metavar="KEY=VALUE", help='such as "leap.rule=movement"; may come again')
+    add("--tag", action="append", default=[], metavar="KEY=VALUE", help='such as "leap.rule=movement"; repeatable')
     add("--runs", nargs="+", default=[], metavar="ID", help="runs by id, by the beginning of an id, or by name")
     add("--metric", metavar="NAME", help="such as accuracy (default: the first that all runs have)")
     add("--pareto", action="store_true", help="only the runs that no other beats in both density and metric")
@@ -29,10 +29,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--masks", action="store_true", help="how much the runs' masks overlap (IoU), from their folders")
     add("--diff", nargs=2, metavar=("A", "B"), help="the parameters that two runs differ in, and nothing else")
     add("--plot", type=Path, metavar="FILE", help="the metric over density, .png or .svg")
-    add("--report", type=Path, metavar="FILE", help="a page of all these runs, .html: sort, filter, look at each")
+    add("--report", type=Path, metavar="FILE", help="a page of these runs, .html, with each one's pictures")
     add("--csv", type=Path, metavar="FILE", help="the table for programs")
     add("--json", metavar="FILE", help="the same; - for standard output, without anything else on it")
-    add("--sync", type=Path, metavar="FOLDER", help="send what a run's folder still has for MLflow, and nothing else")
+    add("--sync", type=Path, metavar="FOLDER", help="send the records that a run could not send, and nothing else")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """Export a finished run: python launch/export.py RUN --to hf,shrunk,onnx,mask,semi_structured [--output DIR]
 
-Exit codes: 0 done; 2 a mistake in the call, or a folder that is not right; 1 a fault of ours.
+Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run; 1 a fault of ours.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from leap_dist.errors import UserError
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Hand out a pruned model, each kind in a folder of its own with a card of its size and speed.",
-        epilog="Exit codes: 0 done; 2 a mistake in the call, or a folder that is not right; 1 a fault of ours.",
+        description="Export a pruned model, each kind in a folder of its own with a card of its size and speed.",
+        epilog="Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run; 1 a fault of ours.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of launch/prune.py")
     parser.add_argument("--to", required=True, metavar="KINDS", help="hf, shrunk, onnx, mask, semi_structured; a,b,...")

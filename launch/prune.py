@@ -2,7 +2,7 @@
 What it takes: python launch/prune.py --config ds_leap.json --plan 64
 From an old config: python launch/prune.py --import-compression old_ds_config.json [--output new_job.json]
 
-SIGTERM, SIGINT and SIGUSR1: the step in progress is finished, and a checkpoint saved; the same command goes on from it.
+SIGTERM, SIGINT and SIGUSR1: the step in progress is finished, and a checkpoint saved; the same command resumes from it.
 Exit codes: 0 done; 1 a fault; 2 a mistake in the config, the data or the call; 3 stopped by a signal.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from leap_dist.errors import UserError
 
 PATIENCE = 10.0
-"""Seconds that other ranks leave the first one to tell of a mistake. The launcher ends every rank as soon as one has
-ended, so a rank that is still there has seen what the first one did not, and tells it itself."""
+"""Seconds that other ranks leave the first one to report a mistake. The launcher ends every rank as soon as one has
+ended, so a rank that is still there has seen what the first one did not, and reports it itself."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,11 +24,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help="job file, or the name of one in configs/")
-    source.add_argument("--import-compression", type=Path, metavar="FILE", help="make an old config a job file")
+    source.add_argument("--import-compression", type=Path, metavar="FILE", help="make a job file of an old config")
     add = parser.add_argument
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key; repeatable")
     add("--output", type=Path, help="run folder (default: outputs/<config name>), or the new job file")
-    add("--resume", action="store_true", help="go on with the run in the folder; fail if there is none")
+    add("--resume", action="store_true", help="resume the run in the folder; fail if there is none")
     world = int(os.environ.get("WORLD_SIZE", 1))
     add("--plan", type=int, nargs="?", const=world, metavar="N", help="print what the job takes on N ranks, and end")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def complain(error: UserError, first: bool) -> int:
-    """Tell of a mistake, on rank 0 first; the exit code."""
+    """Report a mistake, on rank 0 first; the exit code."""
     if not first:
         time.sleep(PATIENCE)
     print(f"error: {error}", file=sys.stderr)

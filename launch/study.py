@@ -13,7 +13,7 @@ from leap_dist.errors import UserError
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Run every combination of a study's settings, and show what came of them.",
+        description="Run every combination of a study's settings, and show the results.",
         epilog="Exit codes: 0 done; 1 a cell failed, or a fault of ours; 2 a mistake in the study file or the call.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY", help="a study file")

@@ -1,7 +1,7 @@
 """Run many jobs on Ray: python launch/sweep.py --config configs/sweep_ratios.json [--address auto] [--output DIR]
 
 Exit codes: 0 all trials are done, or the budget is used up; 1 a trial failed, or a fault of ours; 2 a mistake in the
-sweep file or the call; 3 stopped by Ctrl-C: the same command goes on.
+sweep file or the call; 3 stopped by Ctrl-C: the same command resumes it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
         "--address", help='"auto", host:port or ray://host:port of a Ray cluster (default: Ray on this machine alone)'
     )
     parser.add_argument("--output", metavar="DIR", help="a folder, or a URI for fsspec (default: outputs/<name>)")
-    parser.add_argument("--resume", action="store_true", help="go on with a sweep, and refuse to start a new one")
+    parser.add_argument("--resume", action="store_true", help="resume a sweep; fail if there is none")
     parser.add_argument("--budget", metavar="KEY=N", help="end after trials=N, hours=N or gpu_hours=N")
     return parser.parse_args()
 
@@ -40,7 +40,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
+        print("stopped; the same command resumes it", file=sys.stderr)
         return 3
     return 1 if any(result.outcome == "failed" for result in results) else 0
 

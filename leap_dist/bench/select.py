@@ -142,7 +142,7 @@ def _too_much(size: int, seconds: float) -> str | None:
 
 
 def free_memory() -> int | None:
-    """Bytes that a process may still take, where Linux tells."""
+    """Bytes that a process may still take, where Linux says so."""
     try:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
     except OSError:

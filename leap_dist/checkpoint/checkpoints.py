@@ -1,6 +1,6 @@
 """Checkpoints: written in the background by all ranks, read at any number of ranks and any ZeRO stage.
 
-Saving copies a rank's state to host memory; a thread writes it while training goes on. Loading looks up, for every
+Saving copies a rank's state to host memory; a thread writes it while training continues. Loading looks up, for every
 fragment that a rank holds now, the stored runs that overlap it, and opens only the files that hold them.
 """
 
@@ -49,8 +49,8 @@ class Checkpoints:
     def save(self, engine: Any, progress: Mapping[str, Any], score: float | None = None) -> None:
         """Begin to write `step-<n>`; `progress` is JSON-able, of a score higher is better.
 
-        Waits for the save before this one. If that one failed, CheckpointError tells so once this one has begun: a
-        caller that goes on misses nothing. What goes wrong with this one is told by the next `save` or `wait`.
+        Waits for the save before this one. If that one failed, CheckpointError says so once this one has begun: a
+        caller that continues misses nothing. What goes wrong with this one is reported by the next `save` or `wait`.
         """
         failure = self._finish()
         agreement(engine, self._ranks)
@@ -73,7 +73,7 @@ class Checkpoints:
     def load(self, engine: Any) -> dict[str, Any] | None:
         """Put the newest intact checkpoint into an engine built from the same model and gates; returns its `progress`.
 
-        None if there is no checkpoint. A damaged one is passed over with a line of warning. Random states are taken
+        None if there is no checkpoint. A damaged one is skipped with a line of warning. Random states are taken
         over if the number of ranks is the same. Raises UserError if none is intact, or if it is of another model, of
         other gates or of another version.
         """
@@ -116,7 +116,7 @@ class Checkpoints:
             gates=gate_table(engine),
             tensors=tensor_table(engine),
             engine=engine_state(engine),
-            progress=copy.deepcopy(dict(progress)),  # the caller goes on
+            progress=copy.deepcopy(dict(progress)),  # the caller continues
             score=score,
         )
 

@@ -43,7 +43,7 @@ ACTIONS = {
 
 
 class CheckpointError(UserError):
-    """A checkpoint could not be written; older ones are as they were, and the run could go on without."""
+    """A checkpoint could not be written; older ones are as they were, and the run could continue without."""
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -81,7 +81,7 @@ def make_room(final: Path) -> None:
 
 
 def write_part(final: Path, rank: int, tensors: Mapping[str, Tensor], runs: Mapping[str, tuple[int, int]]) -> None:
-    """Write a rank's file and then its record. Raises CheckpointError, which the record tells the first rank."""
+    """Write a rank's file and then its record. Raises CheckpointError, which the record reports to the first rank."""
     path = partial_of(final) / file_name(rank)
     try:
         size, sha256 = write_tensors(path, tensors)

@@ -1,6 +1,6 @@
 """manifest.json: what the files of a checkpoint have to be, and what they hold.
 
-It is written last, so a folder without it is not complete; a checksum over its own content tells every change. A folder
+It is written last, so a folder without it is not complete; a checksum over its own content shows every change. A folder
 may be damaged or come from anywhere: everything in it is checked before it is used, and nothing is executed.
 """
 
@@ -110,8 +110,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise Damaged(f"{MANIFEST} was changed: its checksum does not fit")
     if body.get("format") != FORMAT:
         raise UserError(
-            f"{checkpoint}: got format {body.get('format')!r}; this version of leap_dist reads format {FORMAT}: go on "
-            "with the version that wrote it"
+            f"{checkpoint}: got format {body.get('format')!r}; this version of leap_dist reads format {FORMAT}: use "
+            "the version that wrote it"
         )
     try:
         manifest = Manifest.model_validate_json(json.dumps(body))

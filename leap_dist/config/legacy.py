@@ -203,7 +203,7 @@ class Reader:
         return tuple(patterns)
 
     def _steps(self, found: dict[str, int], place: str, shared: Mapping[str, Any]) -> None:
-        """A number of steps, as it is later told of."""
+        """A number of steps, as it is reported later."""
         steps = shared.get(place.rpartition(".")[2], 0)
         if not is_int(steps) or steps < 0:
             self.problems.append(f"{place}: got {show(steps)}; allowed: an integer >= 0")

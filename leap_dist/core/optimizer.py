@@ -144,7 +144,7 @@ class LeapAdamW(torch.optim.Optimizer):
         return bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)))
 
     def pass_over(self) -> None:
-        """A step whose update is left out, on every rank, because its gradient is not finite; the schedule goes on."""
+        """A step whose update is left out, on every rank, because its gradient is not finite; the schedule moves."""
         self.num_left_out += 1
         self.num_steps += 1
         for state in self.state.values():

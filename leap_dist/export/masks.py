@@ -99,7 +99,7 @@ def _mask(name: str, weights: ExportedWeights, tensor: TensorCount, block: tuple
             return mask
     raise UserError(
         f"{name}: {tensor.zeros_kept} of its {tensor.kept} kept weights are exactly zero, as removed ones are: "
-        "its mask cannot be told from the weights; export hf instead"
+        "its mask cannot be read from the weights; export hf instead"
     )
 
 

@@ -71,7 +71,7 @@ def auto_class(problem: Problem) -> Any:
 
 
 def _labels(task: Task) -> dict[str, Any]:
-    """What a model's config is told of the task."""
+    """What a model's config says of the task."""
     if not task.label_names:
         return {"num_labels": task.num_labels} if task.problem == "question_answering" else {}
     return {

@@ -175,7 +175,7 @@ def _replace_input(model: nn.Module, path: str) -> None:
 class KeptHeads:
     """Hooks of an attention module that is given a position bias (batch, heads, queries, keys) of all heads.
 
-    The module sees the part of its own heads, and the bias of all heads goes on to the next one. A bias that the
+    The module sees the part of its own heads, and the bias of all heads is passed to the next one. A bias that the
     module makes from a table passes through here too: the table stays whole.
     """
 

@@ -45,7 +45,7 @@ RESULTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 def shrink_(model: nn.Module, family: FamilyConfig | None = None) -> dict[str, list[int]]:
     """Remove every head, neuron and expert that is dead in the weights; returns the units left, by structure.
 
-    `model.config` goes on describing the model as it was, and `save_shrunk` counts units by it: shrink a model once.
+    `model.config` still describes the model as it was, and `save_shrunk` counts units by it: shrink a model once.
     """
     blocks = find_blocks(model, family)
     modules, tensors = dict(model.named_modules()), dict(model.named_parameters())

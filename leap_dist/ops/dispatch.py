@@ -37,7 +37,7 @@ def reasons(device: torch.device, dtypes: Set[torch.dtype] = frozenset()) -> lis
 
 @functools.cache
 def runs_on_triton(device: torch.device, dtypes: frozenset[torch.dtype] = frozenset()) -> bool:
-    """Whether the Triton kernels can run; a GPU on which they cannot is told of once, with all reasons."""
+    """Whether the Triton kernels can run; a GPU on which they cannot is reported once, with all reasons."""
     found = reasons(device, dtypes)
     if found and device.type == "cuda":
         warnings.warn(f"LEAP runs on {device} without its fused kernels: {'; '.join(found)}", stacklevel=2)

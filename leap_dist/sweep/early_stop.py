@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from threading import Lock
 
-REDUCTION = 2  # one of so many goes on
+REDUCTION = 2  # one of so many continues
 
 
 class Halving:
-    """Decides as trials come up: one goes on if it is among the best 1/REDUCTION of those seen with its target.
+    """Decides as trials come up: one continues if it is among the best 1/REDUCTION of those seen with its target.
 
     A verdict stands: a trial that comes to the rung a second time, after it was cut off, gets the one it had.
     """
@@ -35,7 +35,7 @@ class Halving:
         return self._verdicts.get(trial)
 
     def goes_on(self, trial: str, target: float, value: float) -> bool:
-        """The verdict; the first trial of a target always goes on."""
+        """The verdict; the first trial of a target always continues."""
         if (before := self.verdict(trial)) is not None:
             return before
         self.note(trial, target, value, True)

@@ -1,7 +1,7 @@
 """A ladder: one run walks down to the lowest target, and at each higher one a short run branches off to settle there.
 
 The walk is an ordinary run to the lowest target. Its level comes down step by step, so it passes every higher target;
-one step before it does, it leaves a snapshot. A rung is a job that goes on from there as if it had been interrupted:
+one step before it does, it leaves a snapshot. A rung is a job that resumes from there as if it had been interrupted:
 its schedule says that the prune phase ends with the next step, exactly at its own target, and that as many steps
 follow to settle as in the walk. n targets cost one run and n - 1 settle phases.
 """

@@ -41,7 +41,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended. lost: not by its own fault, a rank or a node is gone; it can go on from its checkpoint."""
+    """How a trial ended. lost: not by its own fault, a rank or a node is gone; it can resume from its checkpoint."""
 
     kind: Kind
     seconds: float = 0.0

@@ -106,7 +106,7 @@ class RaySweep:
                 look, lost = partial(self._look, trial), partial(self._lost, trial)
                 self._end(trial, slot.run(self._work(trial), look, lost))
         except Interrupted:
-            pass  # by `run`, which ends all slots: their trials go on with the next call
+            pass  # by `run`, which ends all slots: the next call resumes their trials
         except BaseException as error:
             self._fault, self._stop = error, True
         finally:
@@ -160,7 +160,7 @@ class RaySweep:
         return verdict
 
     def _lost(self, trial: Trial, error: str) -> None:
-        self._board.tell(f"{trial.name}: {error}; it goes on from its last checkpoint")
+        self._board.tell(f"{trial.name}: {error}; it resumes from its last checkpoint")
 
     def _note(self, trial: Trial) -> None:
         """What an earlier call of the sweep has seen of a trial counts in this one's verdicts."""
@@ -173,7 +173,7 @@ class RaySweep:
             self._halving.note(trial.name, trial.config.leap.target, value, judged["goes_on"])
 
     def _end(self, trial: Trial, outcome: Outcome) -> None:
-        """Write down how a trial ended, and let those go on that wait for it."""
+        """Write down how a trial ended, and let those start that wait for it."""
         if outcome.kind == "done" and not self._is_done(trial):
             where = self._storage.folder / trial.name
             outcome = replace(outcome, kind="failed", error=f"{where} is not seen here: nodes have to share the output")

@@ -44,7 +44,7 @@ class Slot:
         self._ranks: list[Any] = []
 
     def run(self, work: Work, watched: Callable[[State], bool | None], lost: Callable[[str], None]) -> Outcome:
-        """A trial to its end; if ranks are lost, which is told to `lost`, it goes on from its checkpoint on others."""
+        """A trial to its end; if ranks are lost, which `lost` hears of, it resumes from its checkpoint on others."""
         seconds = 0.0
         for _ in range(RETRIES + 1):
             outcome = self._try(work, watched)
@@ -134,7 +134,7 @@ class Slot:
         first = self._ranks[0]
         try:
             state: State = ray.get(first.state.remote(), timeout=POLL)
-        except RayError:  # busy, or gone: then its call tells
+        except RayError:  # busy, or gone: then its call says so
             return
         verdict = watched(state)
         if verdict is not None:

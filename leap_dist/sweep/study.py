@@ -1,6 +1,6 @@
 """A study: one job with some keys varied, each cell a normal run; one table, one picture, mean and spread over seeds.
 
-Cells that are done are not run again; one that was stopped goes on from its last checkpoint, if it wrote any.
+Cells that are done are not run again; one that was stopped resumes from its last checkpoint, if it wrote any.
 """
 
 from __future__ import annotations

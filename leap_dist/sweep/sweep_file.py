@@ -84,7 +84,7 @@ class SweepConfig(Section):
     mode: Literal["grid", "ladder"] = Field(default="grid", description='"grid" or "ladder"')
     """"ladder": one run walks down the targets, and a short one branches off to settle at each."""
     early_stop: Literal["asha"] | None = Field(default=None, description='"asha" or null')
-    """"asha": of the trials with one target only the better half goes on into the settle phase."""
+    """"asha": of the trials with one target only the better half enters the settle phase."""
     budget: BudgetConfig = Field(default=BudgetConfig(), description="an object with trials, hours or gpu_hours")
 
     @staticmethod
@@ -113,7 +113,7 @@ class Trial:
     snapshots: dict[int, str] = field(default_factory=dict)
     """Step -> folder: what a ladder's walk leaves for its rungs."""
     branch: str | None = None
-    """The snapshot that a rung goes on from; it can run as soon as that is there."""
+    """The snapshot that a rung resumes from; it can run as soon as that is there."""
 
 
 def read_sweep(file: Path) -> SweepConfig:

@@ -8,9 +8,9 @@ arbitrary (a seeded permutation), so a model must learn what each stands for. An
 and its label says whether the second time lies within the half turn after the first (1) or before it (0).
 Times that are equal or exactly opposite are left out. What follows by construction:
 
-- whatever the first time is, half of the second times are after it: no word, no time alone tells anything;
+- whatever the first time is, half of the second times are after it: no word, no time alone says anything;
 - swapping the two times flips the label and keeps the bag of words; both orders are in the same split. So a
-  bag of words tells nothing, both splits are exactly balanced, and a validation pair is in train in no order;
+  bag of words says nothing, both splits are exactly balanced, and a validation pair is in train in no order;
 - the hour decides most examples, the minute some, the second few: an accuracy that degrades by degrees.
 """
 

@@ -1,7 +1,7 @@
 """Tokenised data on disk, by what it was made from: the texts, the tokenizer and every setting.
 
 Files are safetensors in $HF_HOME/leap_dist/tokens (~/.cache/huggingface by default), named by the sha256 of what
-went in; they may be removed at any time. Where nothing can be written, data is tokenised anew for every run.
+went in; they may be removed at any time. Where nothing can be written, data is tokenised again for every run.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _read(file: Path) -> Arrays | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s): tokenised anew", file, error)
+        logger.warning("%s cannot be read (%s): tokenised again", file, error)
         return None
 
 

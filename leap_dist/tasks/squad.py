@@ -51,7 +51,7 @@ class Question:
 def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task from the hub, or from what `data` names: official JSON files, or another dataset."""
     if not tokenizer.is_fast:
-        raise UserError(f"model.name: its tokenizer does not tell where tokens lie in the text; {data.task} needs that")
+        raise UserError(f"model.name: its tokenizer does not say where tokens are in the text; {data.task} needs that")
     train_questions, questions = _questions(data)
     train, validation = (_windows(part, tokenizer, data) for part in (train_questions, questions))
     longest = max(train.longest, validation.longest)

@@ -23,7 +23,7 @@ MAX_BATCH = 100  # parameters or tags in one request
 MAX_METRICS = 1000  # metrics in one request
 PAUSE = 2.0  # seconds between two batches
 LONGEST_PAUSE = 60.0  # seconds between two tries while MLflow takes nothing
-SHARE = 0.004  # of the time, at most, the thread computes while the run goes on: Python runs one thread at a time
+SHARE = 0.004  # of the time, at most, the thread computes during the run: Python runs one thread at a time
 PATIENCE = 10.0  # seconds that the end of a run waits for a store that takes nothing
 UPLOAD_RATE = 1e6  # bytes a second; an artifact is waited for as long as it takes at this rate
 
@@ -53,7 +53,7 @@ class Delivery:
         try:
             self._client = self._client or connect(self._uri)
             run_id = self._begun(self._client)
-        except Exception as error:  # whatever a client raises: it is told at the end of the run, and tried again
+        except Exception as error:  # whatever a client raises: it is reported at the end of the run, and tried again
             self.problem = first_line(error)
             return
         for kind, (size, limit, deliver) in KINDS.items():

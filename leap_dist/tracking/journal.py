@@ -26,7 +26,7 @@ Record = dict[str, Any]
 class Journal:
     """The records of one run, in order; any thread may add and take.
 
-    folder: where the file is, and where one that is there already is gone on with; None: memory alone. Only one process
+    folder: where the file is, and where one that is there already is continued; None: memory alone. Only one process
     has a journal open. Raises UserError if another has it, and for a damaged file.
 
     run: what MLflow has to know to begin the run, and its id ("run_id") once it has begun.

@@ -46,13 +46,13 @@ MAX_VALUE = 500  # characters of a parameter's value that every MLflow server si
 class Tracker:
     """An MLflow run as a context manager; without `enabled`, or with a null URI, it does nothing.
 
-    config: the resolved job, logged as parameters with dotted keys. run_id: a run to go on with (a resumed
+    config: the resolved job, logged as parameters with dotted keys. run_id: a run to resume (a resumed
     job); its parameters stay as they are. tags: what runs are found by later, such as the commit; those of a
-    resumed run are set anew. folder: where the journal is, and an earlier one is gone on with; None: in memory. Leaving
+    resumed run are set anew. folder: where the journal is, and an earlier one is continued; None: in memory. Leaving
     the context ends the run: FINISHED, KILLED on an interrupt, FAILED on any other exception.
 
     Raises UserError on entering if the store cannot be reached or refuses the run. A job that is resumed, and a trial
-    of a sweep, go on where the store is down: their records wait in the journal.
+    of a sweep, run where the store is down: their records wait in the journal.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Tracker:
             self._tell(f"has not taken {left} records of this run: {problem}; {kept}")
 
     def _begin(self, uri: str) -> None:
-        """Begin the run, or go on with it, and start to send."""
+        """Begin the run, or resume it, and start to send."""
         journal = Journal(self._folder) if self._folder and (self._folder / JOURNAL).is_file() else None
         earlier = journal.run if journal else {}
         run_id, resumed = earlier.get("run_id") or self._run_id, bool(self._run_id or earlier)
@@ -161,7 +161,7 @@ class Tracker:
                     journal.close(remove=False)
                 raise
             kept = f"its records wait in {self._folder / JOURNAL}" if self._folder else "its records wait in memory"
-            self._tell(f"cannot be reached: {first_line(error.__cause__ or error)}; the run goes on, {kept}")
+            self._tell(f"cannot be reached: {first_line(error.__cause__ or error)}; the run continues, {kept}")
         self._journal = journal or Journal(self._folder)
         begun = {"run_id": run_id} if run_id else {}
         self._journal.describe(uri=without_credentials(uri), status="RUNNING", **self._about, **begun)

@@ -12,7 +12,7 @@ from leap_dist.export.masks import masks_of
 from leap_dist.run_folder import read_run
 from leap_dist.tracking.runs import FOLDER, StoredRun
 
-MOST_RUNS = 20  # more make a table that nobody reads
+MOST_RUNS = 20  # more make a table that is too large to read
 
 Packed = dict[str, np.ndarray]
 """Masks by tensor name, one bit a weight."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN = COLOURS[:3]
-MOST_POINTS = 1000  # of a curve; more cannot be told apart
+MOST_POINTS = 1000  # of a curve; more cannot be seen
 MOST_NUMBERED = 24  # layers, and matrices in them, whose cells have room for their numbers
 MOST_LABELS = 40  # along one side of a picture
 PARTS = {"head": "heads", "expert": "experts"}  # gates whose units are drawn one by one

@@ -22,7 +22,7 @@ MOST_LISTED = 20  # names in one message
 
 @dataclass(frozen=True, eq=False)
 class StoredRun:
-    """One run. metrics: the last value of each; seconds: None while it goes on."""
+    """One run. metrics: the last value of each; seconds: None while it is running."""
 
     id: str
     name: str

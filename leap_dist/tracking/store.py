@@ -1,4 +1,4 @@
-"""Reaching an MLflow store: a client, an experiment, a run; and what a user is told where that fails.
+"""Reaching an MLflow store: a client, an experiment, a run; and what a user reads where that fails.
 
 MLflow's client is used with explicit run ids, without its global state, so that several runs in one process do not
 meet. What MLflow would print about itself is kept off the console.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 QUIET = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-"""One retry: a wrong address is told in seconds, and an address that is back is found in seconds."""
+"""One retry: a wrong address is reported in seconds, and an address that is back is found in seconds."""
 AT_START = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # seconds for one request; MLflow would wait for minutes
 CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
@@ -45,7 +45,7 @@ def connect(uri: str) -> MlflowClient:
 def begin(client: MlflowClient, uri: str, run: Mapping[str, Any]) -> str:
     """The id of a new run; run: its "experiment", "name" and "parent".
 
-    A trial has one run, not one a try: the run that a try which was cut off has begun is gone on with.
+    A trial has one run, not one a try: the run that a try which was cut off has begun is continued.
     """
     experiment, name, parent = _experiment_id(client, uri, run["experiment"]), run["name"], run["parent"]
     tags = {PARENT: parent} if parent else None
@@ -142,7 +142,7 @@ def check_is_store(uri: str) -> None:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """A server that does not answer is told of soon."""
+    """A server that does not answer is reported soon."""
     with _environment(AT_START):
         yield
 
@@ -157,7 +157,7 @@ def user_errors(uri: str, problem: str = "", remedy: str = "") -> Iterator[None]
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
         problem = problem or f"tracking: MLflow at {hide_secrets(uri)} does not take the run"
-        remedy = remedy or "mend tracking.mlflow_uri or tracking.experiment, or set tracking.mlflow_uri to null"
+        remedy = remedy or "correct tracking.mlflow_uri or tracking.experiment, or set tracking.mlflow_uri to null"
         if isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403):
             remedy = CREDENTIALS
         raise UserError(f"{problem}: {first_line(error)}; {remedy}") from error

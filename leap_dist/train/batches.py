@@ -1,4 +1,4 @@
-"""The order of training data: a pure function of seed, step and rank, so that a resumed run goes on where it was."""
+"""The order of training data: a pure function of seed, step and rank, so that a resumed run continues where it was."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -135,7 +135,7 @@ class Heartbeats:
                 who = ", ".join(f"rank {rank} ({where})" for rank, where in silent.items())
                 print(
                     f"error: no sign of life for {self._limit / 60.0:.3g} minutes from {who}; the other ranks wait for "
-                    f"it after step {self.step}; end what is left of it and start the job again: it goes on from its "
+                    f"it after step {self.step}; end what is left of it and start the job again: it resumes from its "
                     "last checkpoint",
                     file=sys.stderr,
                     flush=True,

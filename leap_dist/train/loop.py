@@ -39,7 +39,7 @@ from leap_dist.zero.ranks import Ranks, torch_linear_put_back
 def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: Watch = NOTHING) -> dict[str, Any]:
     """Run a job into the folder `output`; returns the certificate (on rank 0; {} on the others).
 
-    A folder that holds an unfinished run of this job is gone on with; `resume` asks for one.
+    A folder that holds an unfinished run of this job is resumed; `resume` asks for one.
     Raises UserError, with nothing written, for what the user has to mend; Stopped and Interrupted if `watch` says so.
     """
     goes_on = ranks.on_first(lambda: check_output(output, resume, config, ranks.world_size))

@@ -1,4 +1,4 @@
-"""The run folder: what may be done with one that is there, and what is written to it while a run goes on.
+"""The run folder: what may be done with one that is there, and what is written to it during a run.
 
 A run may be killed at any moment, so every file is either whole or not there; of metrics.jsonl a last line may be torn.
 """
@@ -34,13 +34,13 @@ FREE_TO_CHANGE = (
     "steps_per_print",
     "wall_clock_breakdown",
 )
-"""Settings that a run may go on with others of: what it writes, and how the same steps are spread over ranks."""
+"""Settings that may differ when a run is resumed: what it writes, and how the same steps are spread over ranks."""
 
 
 def check_output(output: Path, resume: bool, config: JobConfig, world_size: int) -> bool:
-    """Whether the folder holds a run to go on with; False: a new one starts there.
+    """Whether the folder holds a run to resume; False: a new one starts there.
 
-    Without `resume` a run that is unfinished is gone on with too. Raises UserError if the folder does not allow it.
+    Without `resume` a run that is unfinished is resumed too. Raises UserError if the folder does not allow it.
     """
     option = "--resume" if resume else "--output"
     if (output / CERTIFICATE).is_file():
@@ -114,7 +114,7 @@ def without_secrets(value: Any) -> Any:
 def _check_same_job(
     option: str, output: Path, before: Mapping[str, Any], now: Mapping[str, Any], world_size: int
 ) -> list[str]:
-    """A run goes on as the job that it was started as; the changes that do not matter to it, one text each."""
+    """A run is resumed as the job that it was started as; the changes that do not matter to it, one text each."""
     old, new = _flat(before), _flat(now)
     if BATCH not in old:  # a folder that a sweep has made
         new.pop(BATCH)
@@ -157,9 +157,9 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
 
 
 def _tell(output: Path, accepted: list[str], told: bool) -> None:
-    """Say in a line that a run goes on, and what of it is new."""
+    """Say in a line that a run is resumed, and what of it is new."""
     if told:
-        console().print(f"{output} holds an unfinished run of this job: it goes on", markup=False, soft_wrap=True)
+        console().print(f"{output} holds an unfinished run of this job: it is resumed", markup=False, soft_wrap=True)
     if accepted:
         console().print(f"changed since it was started: {'; '.join(accepted)}", markup=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""A job as a process of its own: signals, faults, and the exit code that tells how it ended."""
+"""A job as a process of its own: signals, faults, and the exit code that says how it ended."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_process(config: JobConfig, output: Path, resume: bool) -> int:
             if ranks.world_size > 1 and peer_is_gone(error):
                 print(
                     f"error: rank {ranks.rank} has lost another rank ({str(error).splitlines()[0]}); start the job "
-                    "again: it goes on from its last checkpoint",
+                    "again: it resumes from its last checkpoint",
                     file=sys.stderr,
                 )
                 return 1

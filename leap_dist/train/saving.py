@@ -54,7 +54,7 @@ class Meetings:
 class Saver:
     """Saves and stops a run of `total` steps, where `watch` and the job's settings say so.
 
-    Without checkpoints nothing is saved, and what is stopped leaves nothing to go on from.
+    Without checkpoints nothing is saved, and what is stopped leaves nothing to resume from.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Saver:
         state = {**progress, "step": done}
         if done in self._watch.snapshots:
             snapshot = Checkpoints(self._watch.snapshots[done], self._ranks, keep=1)
-            snapshot.save(self._engine, {**state, "run_id": None})  # what goes on from it is another MLflow run
+            snapshot.save(self._engine, {**state, "run_id": None})  # what resumes from it is another MLflow run
             snapshot.wait()
         due = self._every is not None and done % self._every == 0
         if done >= self._meetings.next:
@@ -112,12 +112,12 @@ class Saver:
         self._telling(partial(self._checkpoints.save, self._engine, state, score))
 
     def _telling(self, action: Callable[[], None]) -> None:
-        """A checkpoint that could not be written is told of, and the run goes on; the next one is tried again."""
+        """A checkpoint that could not be written is reported, and the run continues; the next one is tried again."""
         try:
             action()
         except CheckpointError as error:
             if self._ranks.first:
-                console().print(f"warning: {error}; the run goes on", markup=False, soft_wrap=True)
+                console().print(f"warning: {error}; the run continues", markup=False, soft_wrap=True)
 
     def _stop(self, state: Mapping[str, Any]) -> None:
         reasons = self._ranks.gather_objects(self._watch.asked())

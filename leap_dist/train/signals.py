@@ -23,11 +23,11 @@ LOOK = 1.0  # seconds between two looks at the launcher
 
 
 class Interrupted(Exception):
-    """A run that was asked to end, and has, after a whole step; `saved`: whether it can go on from there."""
+    """A run that was asked to end, and has, after a whole step; `saved`: whether it can resume from there."""
 
     def __init__(self, why: str, step: int, saved: bool) -> None:
-        goes_on = f"saved; the same command goes on from step {step}" if saved else "nothing was saved"
-        super().__init__(f"stopped by {why} after step {step}: {goes_on}")
+        outlook = f"saved; the same command resumes from step {step}" if saved else "nothing was saved"
+        super().__init__(f"stopped by {why} after step {step}: {outlook}")
 
 
 class Signals:

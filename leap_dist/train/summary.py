@@ -20,7 +20,7 @@ def flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def tags_of(job: Job, output: Path) -> dict[str, str]:
-    """What runs are told apart by in MLflow, beside their parameters. The first rank's."""
+    """What distinguishes runs in MLflow, beside their parameters. The first rank's."""
     here, device = machine(), job.ranks.device
     found = {
         "commit": here["commit"] or "unknown",

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on, and what it is asked for beside its job."""
+"""What a run reports while it is running, and what it is asked for beside its job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Watch:
-    """By default nothing is told and nothing is asked for."""
+    """By default nothing is reported and nothing is asked for."""
 
     told: Callable[[int, int, Mapping[str, float]], None] | None = None
     """Called on every rank with the step, the number of steps and the measures, as often as measures are logged."""
@@ -27,7 +27,7 @@ NOTHING = Watch()
 
 
 class Stopped(Exception):
-    """A run that does not go on into the settle phase; `metrics` are those of its pruned model."""
+    """A run that does not enter the settle phase; `metrics` are those of its pruned model."""
 
     def __init__(self, metrics: Mapping[str, float]) -> None:
         super().__init__("stopped before the settle phase")

@@ -23,8 +23,8 @@ def agreement(engine: Any, ranks: Ranks) -> None:
     ]
     if wrong:
         raise RuntimeError(
-            f"ranks do not prune alike after step {engine.leap.num_steps}: than rank 0, {'; '.join(wrong)}; go on from "
-            "the last checkpoint, and look at these ranks' machines if it happens again"
+            f"ranks do not prune alike after step {engine.leap.num_steps}: than rank 0, {'; '.join(wrong)}; resume "
+            "from the last checkpoint, and look at these ranks' machines if it happens again"
         )
 
 

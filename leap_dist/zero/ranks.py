@@ -109,7 +109,7 @@ def start_ranks(minutes: float = 30.0) -> Ranks:
 
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to heed
-    with contextlib.redirect_stdout(io.StringIO()):  # every rank would tell that the extension is built
+    with contextlib.redirect_stdout(io.StringIO()):  # every rank would say that the extension is built
         deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=minutes))
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
@@ -124,7 +124,7 @@ def join_alone() -> None:
 
 
 def peer_is_gone(error: Exception) -> bool:
-    """Whether an error tells of another rank's end: what torch raises where a connection breaks, or is silent."""
+    """Whether an error means another rank's end: what torch raises where a connection breaks, or is silent."""
     broken = ("gloo", "connection closed", "connection reset", "broken pipe", "connection refused")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in broken)
 

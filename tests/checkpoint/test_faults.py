@@ -1,4 +1,4 @@
-"""Saves that fail cost no checkpoint but their own, and are told on every rank; ranks that do not prune alike, too."""
+"""Saves that fail lose only their own checkpoint, and every rank reports them; ranks that do not prune alike, too."""
 
 import resource
 import threading
@@ -84,6 +84,6 @@ def disagree(rank: int) -> None:
 
 def test_ranks_that_do_not_prune_alike_are_named(ranks: RankPools) -> None:
     with pytest.raises(
-        RuntimeError, match="after step 0: than rank 0, rank 2 has other phase, kept counts; go on from"
+        RuntimeError, match="after step 0: than rank 0, rank 2 has other phase, kept counts; resume from"
     ):
         ranks(3).run(disagree, 2)

@@ -1,4 +1,4 @@
-"""Old configs with compression_training: what becomes of them, and what they are told is lost."""
+"""Old configs with compression_training: what becomes of them, and what they hear is lost."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_killed_in_every_phase_and_resumed(tmp_path: Path) -> None:
     assert signal_at(start(config, broken), broken, 5, signal.SIGKILL)[0] == -9  # dense: steps 0 to 9
     finish(undisturbed)
     code, printed = signal_at(start(config, broken), broken, 20, signal.SIGTERM)  # prune
-    assert code == 3 and f"{broken} holds an unfinished run of this job: it goes on\n" in printed
+    assert code == 3 and f"{broken} holds an unfinished run of this job: it is resumed\n" in printed
     assert "\nstopped by SIGTERM after step " in printed and "Traceback" not in printed
     assert signal_at(start(config, broken, "--resume"), broken, 34, signal.SIGKILL)[0] == -9  # settle: from step 30
     phases = [json.loads(line)["phase"] for line in (broken / "metrics.jsonl").read_text().splitlines()]

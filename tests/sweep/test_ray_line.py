@@ -82,7 +82,7 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is(
     run(tmp_path, sweep)
     assert SEEN == ["0.5", "0.01", "0.3", "0.01"]
     printed = capsys.readouterr().out
-    assert "0.5: a rank is gone; it goes on from its last checkpoint" in printed
+    assert "0.5: a rank is gone; it resumes from its last checkpoint" in printed
     assert "2/3  0.01  FAILED: no luck  0:01" in printed and "3 trials, 1 to run, up to 1 at a time" in printed
 
 

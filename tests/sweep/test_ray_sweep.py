@@ -69,7 +69,7 @@ def test_a_killed_rank_and_a_killed_driver_lose_and_repeat_nothing(
     wait_until(lambda: has_checkpoint(out / "0.3"), driver, tmp_path / told)
     driver.kill()
     driver.wait()
-    assert "0.5: another rank is gone; it goes on" in (text := (tmp_path / told).read_text()) or "is gone (" in text
+    assert "0.5: another rank is gone; it resumes" in (text := (tmp_path / told).read_text()) or "is gone (" in text
     finished = (out / "0.5" / "certificate.json").stat().st_mtime_ns
     assert not (out / "0.3" / "certificate.json").exists()
     again = start(file, out, three_nodes)

@@ -1,4 +1,4 @@
-"""What MLflow is told of the data: its digest follows its contents, wherever they are from."""
+"""What MLflow records of the data: its digest follows its contents, wherever they are from."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_a_trial_and_a_resumed_run_start_without_a_server(
         raise RuntimeError
     told = capsys.readouterr().out
     assert "MLflow at http://127.0.0.1:9 cannot be reached: Failed to establish a new connection: " in told
-    assert f"; the run goes on, its records wait in {tmp_path / JOURNAL}" in told
+    assert f"; the run continues, its records wait in {tmp_path / JOURNAL}" in told
     assert "MLflow at http://127.0.0.1:9 has not taken 4 records of this run: " in told
     with Tracker(nowhere, JOB, True, tags=tags, folder=tmp_path) as tracker:  # a second try
         tracker.log(20, {"loss": 0.05})

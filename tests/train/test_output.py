@@ -43,7 +43,7 @@ def test_an_unfinished_run_is_gone_on_with(tmp_path: Path, capsys: pytest.Captur
     begin(tmp_path)
     assert checked(tmp_path, resume=True) and capsys.readouterr().out == ""
     assert checked(tmp_path)
-    assert capsys.readouterr().out == f"{tmp_path} holds an unfinished run of this job: it goes on\n"
+    assert capsys.readouterr().out == f"{tmp_path} holds an unfinished run of this job: it is resumed\n"
 
 
 def test_changes_that_do_not_matter_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

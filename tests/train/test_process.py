@@ -31,12 +31,12 @@ def ended(monkeypatch: pytest.MonkeyPatch, world_size: int, error: Exception | N
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(monkeypatch, 1, None) == 0
     assert ended(monkeypatch, 1, Interrupted("SIGTERM", 7, saved=True)) == STOPPED == 3
-    assert capsys.readouterr().out == "stopped by SIGTERM after step 7: saved; the same command goes on from step 7\n"
+    assert capsys.readouterr().out == "stopped by SIGTERM after step 7: saved; the same command resumes from step 7\n"
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer\nmore")
     assert ended(monkeypatch, 2, lost) == 1
     assert capsys.readouterr().err == (
         "error: rank 0 has lost another rank ([gloo/transport/tcp/pair.cc:553] Connection closed by peer); start the "
-        "job again: it goes on from its last checkpoint\n"
+        "job again: it resumes from its last checkpoint\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""When a run saves and stops: ranks agree, failures are told, and what was asked of one rank is heeded by all."""
+"""When a run saves and stops: ranks agree, failures are reported, and what was asked of one rank is heeded by all."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(ranks: 
     printed, interrupted = ranks(1).run(run_with_a_broken_store, str(tmp_path / "run"))[0]
     warnings = [line for line in printed.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3 and not interrupted  # those after 5, 10 and 15 steps
-    assert "step-00000005 could not be written" in warnings[0] and warnings[0].endswith("; the run goes on")
+    assert "step-00000005 could not be written" in warnings[0] and warnings[0].endswith("; the run continues")
     assert (tmp_path / "run" / "certificate.json").is_file()
 
 
@@ -104,9 +104,9 @@ def test_what_one_rank_is_asked_all_do_and_the_run_goes_on_without_being_told(ra
     assert one == other and one.startswith("stopped by SIGTERM after step ")
     (checkpoint,) = checkpoints_in(folder / "checkpoints")
     step = int(checkpoint.name.removeprefix("step-"))
-    assert step >= 7 and one.endswith(f"saved; the same command goes on from step {step}")
+    assert step >= 7 and one.endswith(f"saved; the same command resumes from step {step}")
     printed, interrupted = ranks(2).run(run_until_asked, str(folder), 10**6)[0]
-    assert printed.startswith(f"{folder} holds an unfinished run of this job: it goes on") and not interrupted
+    assert printed.startswith(f"{folder} holds an unfinished run of this job: it is resumed") and not interrupted
     left = {path.name for path in folder.iterdir()}
     assert {"certificate.json", "model"} <= left and not left & {"checkpoints", ".ranks"}
 

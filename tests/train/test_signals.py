@@ -77,6 +77,6 @@ def test_this_process_was_not_started_by_a_launcher() -> None:
 
 def test_what_an_interrupted_run_says() -> None:
     assert str(Interrupted("SIGTERM", 7, saved=True)) == (
-        "stopped by SIGTERM after step 7: saved; the same command goes on from step 7"
+        "stopped by SIGTERM after step 7: saved; the same command resumes from step 7"
     )
     assert str(Interrupted("SIGINT", 7, saved=False)) == "stopped by SIGINT after step 7: nothing was saved"
