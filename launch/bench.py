@@ -3,10 +3,10 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from leap_dist.errors import UserError
+from leap_dist.files import user_path
 
 CODES = "Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run; 1 a fault of ours."
 
@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     commands.add_parser("select", help="an exact selection: ours against sort, topk and kthvalue")
     commands.add_parser("scale", help="bytes held and sent against ranks and parameters")
     inference = commands.add_parser("inference", help="a run's model: dense, masked and shrunk; torch and onnxruntime")
-    inference.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of launch/prune.py")
+    inference.add_argument("run", type=user_path, metavar="RUN", help="folder of a finished run of launch/prune.py")
     inference.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     for name, command in commands.choices.items():
         command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")

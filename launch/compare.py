@@ -6,9 +6,9 @@ Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake i
 
 import argparse
 import sys
-from pathlib import Path
 
 from leap_dist.errors import UserError
+from leap_dist.files import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,11 +28,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--best", metavar="CONDITION", help='the run of smallest density with, for example, "accuracy>=0.9"')
     add("--masks", action="store_true", help="how much the runs' masks overlap (IoU), from their folders")
     add("--diff", nargs=2, metavar=("A", "B"), help="the parameters that two runs differ in, and nothing else")
-    add("--plot", type=Path, metavar="FILE", help="the metric over density, .png or .svg")
-    add("--report", type=Path, metavar="FILE", help="a page of these runs, .html, with each one's pictures")
-    add("--csv", type=Path, metavar="FILE", help="the table for programs")
+    add("--plot", type=user_path, metavar="FILE", help="the metric over density, .png or .svg")
+    add("--report", type=user_path, metavar="FILE", help="a page of these runs, .html, with each one's pictures")
+    add("--csv", type=user_path, metavar="FILE", help="the table for programs")
     add("--json", metavar="FILE", help="the same; - for standard output, without anything else on it")
-    add("--sync", type=Path, metavar="FOLDER", help="send the records that a run could not send, and nothing else")
+    add("--sync", type=user_path, metavar="FOLDER", help="send the records that a run could not send, and nothing else")
     return parser.parse_args()
 
 

@@ -5,9 +5,9 @@ Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run;
 
 import argparse
 import sys
-from pathlib import Path
 
 from leap_dist.errors import UserError
+from leap_dist.files import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -16,9 +16,9 @@ def parse_arguments() -> argparse.Namespace:
         description="Export a pruned model, each kind in a folder of its own with a card of its size and speed.",
         epilog="Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run; 1 a fault of ours.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of launch/prune.py")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a finished run of launch/prune.py")
     parser.add_argument("--to", required=True, metavar="KINDS", help="hf, shrunk, onnx, mask, semi_structured; a,b,...")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the folders go (default: RUN/export)")
+    parser.add_argument("--output", type=user_path, metavar="DIR", help="where the folders go (default: RUN/export)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that latencies are measured with")
     parser.add_argument("--no-latency", action="store_true", help="measure no latencies")
     return parser.parse_args()

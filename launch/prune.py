@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from leap_dist.errors import UserError
+from leap_dist.files import user_path
 
 PATIENCE = 10.0
 """Seconds that other ranks leave the first one to report a mistake. The launcher ends every rank as soon as one has
@@ -24,10 +25,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help="job file, or the name of one in configs/")
-    source.add_argument("--import-compression", type=Path, metavar="FILE", help="make a job file of an old config")
+    source.add_argument("--import-compression", type=user_path, metavar="FILE", help="make a job file of an old config")
     add = parser.add_argument
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key; repeatable")
-    add("--output", type=Path, help="run folder (default: outputs/<config name>), or the new job file")
+    add("--output", type=user_path, help="run folder (default: outputs/<config name>), or the new job file")
     add("--resume", action="store_true", help="resume the run in the folder; fail if there is none")
     world = int(os.environ.get("WORLD_SIZE", 1))
     add("--plan", type=int, nargs="?", const=world, metavar="N", help="print what the job takes on N ranks, and end")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from leap_dist.errors import UserError
+from leap_dist.files import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -16,8 +17,9 @@ def parse_arguments() -> argparse.Namespace:
         description="Run every combination of a study's settings, and show the results.",
         epilog="Exit codes: 0 done; 1 a cell failed, or a fault of ours; 2 a mistake in the study file or the call.",
     )
-    parser.add_argument("study", type=Path, metavar="STUDY", help="a study file")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the runs go (default: outputs/<study name>)")
+    parser.add_argument("study", type=user_path, metavar="STUDY", help="a study file")
+    where = "where the runs go (default: outputs/<study name>)"
+    parser.add_argument("--output", type=user_path, metavar="DIR", help=where)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
     return parser.parse_args()
 

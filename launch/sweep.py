@@ -6,9 +6,9 @@ sweep file or the call; 3 stopped by Ctrl-C: the same command resumes it.
 
 import argparse
 import sys
-from pathlib import Path
 
 from leap_dist.errors import UserError
+from leap_dist.files import user_path
 
 EXIT_CODES = "Exit codes: 0 done; 1 a trial failed, or a fault of ours; 2 a mistake; 3 stopped by Ctrl-C."
 
@@ -19,7 +19,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Run a job with some keys varied, as trials on Ray: a table, a Pareto front, a picture.",
         epilog=EXIT_CODES,
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="SWEEP", help="a sweep file")
+    parser.add_argument("--config", type=user_path, required=True, metavar="SWEEP", help="a sweep file")
     parser.add_argument(
         "--address", help='"auto", host:port or ray://host:port of a Ray cluster (default: Ray on this machine alone)'
     )

@@ -28,6 +28,11 @@ def staged(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def user_path(text: str) -> Path:
+    """A path as a user writes it: "~" and "~name" are home folders, if there are such."""
+    return Path(os.path.expanduser(text))
+
+
 def write_text(path: Path, text: str) -> None:
     """The file is the old one or the new one, whenever this is cut off."""
     partial = path.with_name(f".{path.name}.partial")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from leap_dist.config.section import Section, is_int, nearest, show
 from leap_dist.config.sections import DEEPSPEED_KEYS, GATE_NAMES, OPTIONAL, SECTIONS, JobConfig, LeapConfig
 from leap_dist.errors import UserError
-from leap_dist.files import shipped
+from leap_dist.files import shipped, user_path
 
 CONFIG_FOLDER = shipped("configs")
 
@@ -29,7 +29,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     A bare name is looked up in the configs/ that come with leap_dist too, and ".json" may be left out. The part of an
     override after "=" is JSON, or else a plain string.
     """
-    file = _find(Path(path))
+    file = _find(user_path(str(path)))
     raw = read_json(file)
     problems = [problem for text in overrides if (problem := _override(raw, text))]
     return _parse_job(raw, str(file), problems)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from leap_dist.errors import hide_secrets
+from leap_dist.files import user_path
 
 Conflict = tuple[str, str]
 """A key (relative to its section, "" for the section itself) and what is wrong about it."""
@@ -49,6 +50,12 @@ def as_tuple(value: Any) -> Any:
 def as_objects(value: Any) -> Any:
     """The same where an item may be a JSON object."""
     return (value,) if isinstance(value, Mapping) else as_tuple(value)
+
+
+def with_home(value: str | None) -> str | None:
+    """The value with the home folder in place of "~" where it begins a path, in "sqlite:///~/mlflow.db" too."""
+    scheme, slashes, path = value.rpartition(":///") if value and ":///~" in value else ("", "", value)
+    return f"{scheme}{slashes}{user_path(path)}" if path and path.startswith("~") else value
 
 
 def _tensor_pattern(value: str) -> str:

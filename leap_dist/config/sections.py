@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from leap_dist.config.family import FamilyConfig
@@ -26,6 +26,7 @@ from leap_dist.config.section import (
     is_int,
     is_number,
     show,
+    with_home,
 )
 
 DEEPSPEED_KEYS = (
@@ -216,6 +217,8 @@ class ModelConfig(Section):
     )
     """An architecture with random weights, in place of `name`."""
 
+    _home = field_validator("name")(with_home)
+
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
         found = _exactly_one(raw, "name", "from_config")
@@ -262,6 +265,8 @@ class DataConfig(Section):
     """mlm: part of the words that are left out."""
     seed: int = Field(default=0, ge=0, description="an integer >= 0")
     """Decides what a builtin task generates, and which words mlm leaves out in validation."""
+
+    _home = field_validator("dataset", "train", "validation", "tokenizer")(with_home)
 
     @property
     def shared_tokens(self) -> int:
@@ -379,6 +384,7 @@ class DistillConfig(Section):
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ] = Field(default="auto", description='a list of integers, or "auto"')
     """The teacher's layer for each of ours, counted from 0; "auto": spread evenly over the teacher's depth."""
+    _home = field_validator("teacher")(with_home)
 
 
 def default_store() -> str:
@@ -401,6 +407,7 @@ class TrackingConfig(Section):
     """The run that this one is shown below; a sweep fills it in."""
     log_model: bool = Field(default=False, description="true or false")
     """Also store the pruned model with the run, for MLflow to load and serve: a copy of all its weights."""
+    _home = field_validator("mlflow_uri")(with_home)
 
 
 class JobConfig(Section):

@@ -39,6 +39,20 @@ def prunable_matrices(model: nn.Module, family: FamilyConfig | None = None) -> l
     return [name for name in every if name in chosen or name.endswith(fused)]
 
 
+def computed_weights(model: nn.Module) -> dict[str, str]:
+    """Linear layers in the body whose weight is no parameter but made from others, and what makes it."""
+    layers = (stacked(model) if is_transformers(model) else ()) or ("",)
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        if linear and name.startswith(layers) and f"{name}.weight".removeprefix(".") not in own:
+            parametrized = getattr(getattr(module, "parametrizations", None), "weight", ())
+            makers = [type(maker).__name__ for maker in (*parametrized, *module._forward_pre_hooks.values())]
+            found[name] = ", ".join(makers) or "something else"
+    return found
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, whose weight is transposed: (inputs, outputs)."""
     from transformers.pytorch_utils import Conv1D

@@ -13,6 +13,7 @@ import torch
 from leap_dist.config.sections import ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.models.fit import check_loaded
+from leap_dist.models.padding import POSITIONS_FROM_PADDING, agree_on_padding, highest_id, num_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,8 +27,7 @@ HEADS: dict[Problem, str] = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
 }
-POSITIONS_FROM_PADDING = ("camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta")
-"""Architectures whose first token has the position after that of padding: they take that many tokens less."""
+LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -42,8 +42,10 @@ def load_tokenizer(model: ModelConfig, other: str | None = None) -> PreTrainedTo
     key = "data.tokenizer" if other else "model.name"
     _check_folder(name, key)
     with _hub_errors(name, "tokenizer", key):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     _check_vocabulary(name, tokenizer, key)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoders have none; what is exported has to pad as we did
     return tokenizer
 
 
@@ -58,8 +60,7 @@ def load_model(model: ModelConfig, task: Task) -> PreTrainedModel:
     else:
         assert model.name is not None
         loaded = _pretrained_model(model.name, labels, task)
-    if task.label_names and getattr(loaded.config, "pad_token_id", None) is None:
-        loaded.config.pad_token_id = task.pad_id
+    agree_on_padding(loaded, task)
     return loaded
 
 
@@ -88,7 +89,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
     _check_folder(name)
     with _hub_errors(name, "config"):
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 # ---------------------------------------------------------------------------------------------- from a config
@@ -96,14 +97,14 @@ def load_config(name: str) -> PreTrainedConfig:
 
 def _random_model(settings: dict[str, Any], task: Task) -> PreTrainedModel:
     """A model with random weights from a transformers config object."""
-    from huggingface_hub.errors import StrictDataclassError
-
+    if settings["model_type"] in POSITIONS_FROM_PADDING and task.pad_id is not None:
+        settings = {"pad_token_id": task.pad_id, **settings}
     config = _config_from(settings)
     _check_size(config, task)
     try:
-        return auto_class(task.problem).from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, StrictDataclassError) as error:
-        raise UserError(f"model.from_config: transformers refuses it: {_first_line(error)}") from error
+        return auto_class(task.problem).from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # whatever transformers' code comes to on the user's config
+        raise UserError(f"model.from_config: transformers refuses it: {cause(error)}") from error
 
 
 def _config_from(settings: dict[str, Any]) -> PreTrainedConfig:
@@ -125,7 +126,7 @@ def _config_from(settings: dict[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(kind, **rest)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.from_config: transformers refuses it: {_first_line(error)}") from error
+        raise UserError(f"model.from_config: transformers refuses it: {cause(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------- pretrained
@@ -137,7 +138,7 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
 
     _check_folder(name)
     with _hub_errors(name, "model"):
-        config = AutoConfig.from_pretrained(name, **labels)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **labels)
     _check_size(config, task)
     _check_weights(name)
     with _hub_errors(name, "model"), quiet_transformers():
@@ -145,6 +146,8 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
             name,
             config=config,
             dtype=torch.float32,
+            trust_remote_code=False,
+            weights_only=True,  # of a .bin file: no pickled code
             ignore_mismatched_sizes=True,  # looked at below: only the head may differ
             output_loading_info=True,
         )
@@ -171,19 +174,45 @@ def quiet_transformers() -> Iterator[None]:
 @contextmanager
 def _hub_errors(name: str, what: str, key: str = "model.name") -> Iterator[None]:
     """transformers' refusals as the user's mistake: a wrong name, no network, a broken folder."""
+    _check_pointers(name, key)
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers' code comes to on the user's files is said in its words
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f'{key}: got "{name}"; its {what} comes with code of its own (auto_map), which is never run here; '
+                f"allowed: what transformers {_version()} knows itself; it would take a version of transformers that "
+                "has this architecture, or a folder converted to one that it has"
+            ) from error
         content = "a tokenizer" if what == "tokenizer" else "config.json and weights"
         raise UserError(
-            f'{key}: got "{name}"; its {what} cannot be loaded: {_first_line(error)}; '
+            f'{key}: got "{name}"; its {what} cannot be loaded: {cause(error)}; '
             f"allowed: a local folder with {content}, or a hub id (needs network, or its cache)"
         ) from error
 
 
+def _version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def _check_pointers(name: str, key: str) -> None:
+    """A clone without Git LFS holds pointers of three lines in place of large files."""
+    folder = Path(name)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+            raise UserError(
+                f'{key}: got "{name}"; {file.name} there is a pointer of Git LFS, not the file itself; '
+                "run git lfs pull in that folder, or download the file"
+            )
+
+
 def _check_folder(name: str, key: str = "model.name") -> None:
     """A name that can only be a path must be a folder; a model's holds a config.json."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
     if is_path and not folder.is_dir():
         raise UserError(f'{key}: got "{name}"; there is no such folder')
@@ -195,7 +224,7 @@ def _check_folder(name: str, key: str = "model.name") -> None:
 
 def _check_weights(name: str) -> None:
     """A local folder must hold weights."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir() and not any(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
         raise UserError(f'model.name: got "{name}"; that folder has no weights ({" or ".join(WEIGHT_FILES)})')
 
@@ -203,7 +232,7 @@ def _check_weights(name: str) -> None:
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
     """A local folder must hold the words: transformers would make a tokenizer of special tokens alone."""
     files = sorted(set(tokenizer.vocab_files_names.values()))
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if files and folder.is_dir() and not any((folder / file).is_file() for file in files):
         raise UserError(f'{key}: got "{name}"; that folder has no tokenizer ({" or ".join(files)})')
 
@@ -211,13 +240,10 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, key: str) -
 def _check_size(config: PreTrainedConfig, task: Task) -> None:
     """The model must have a row for every token id and a position for every token, and read as the task asks."""
     text = config.get_text_config()
-    places = getattr(text, "max_position_embeddings", None)
-    if places is not None and config.model_type in POSITIONS_FROM_PADDING:
-        places -= (text.pad_token_id or 0) + 1
     hint = "; or set data.max_length to what the model has"
     for key, size, needed, what in (
-        ("vocab_size", getattr(text, "vocab_size", None), task.vocab_size, "token ids"),
-        ("max_position_embeddings", places, task.max_length, f"tokens in its longest example{hint}"),
+        ("vocab_size", getattr(text, "vocab_size", None), highest_id(task), "token ids"),
+        ("max_position_embeddings", num_positions(config), task.max_length, f"tokens in its longest example{hint}"),
     ):
         if size is not None and needed is not None and size < needed:
             raise UserError(f"model: {key} is {size}; allowed: at least {needed}, {task.name} has {needed} {what}")
@@ -241,6 +267,9 @@ def _nearest(value: str, names: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _first_line(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """The first line of what an error says, with its kind where the words alone say little."""
     text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    if text and isinstance(error, OSError | ValueError | RuntimeError):
+        return text[0]
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

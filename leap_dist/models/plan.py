@@ -11,7 +11,7 @@ from leap_dist.config.family import FamilyConfig
 from leap_dist.config.sections import GateConfig, LeapConfig
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.errors import UserError
-from leap_dist.models.families import prunable_matrices
+from leap_dist.models.families import computed_weights, prunable_matrices
 from leap_dist.models.structures import Part, Structure, find_structures, find_sublayers, tensor_shapes
 from leap_dist.models.views import Owners
 from leap_dist.ops.slices import Slice
@@ -45,6 +45,7 @@ def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None 
 
     Raises UserError where nothing is chosen, or a choice does not fit the model.
     """
+    _refuse_computed(model, config)
     maker = _Maker(model, config, family)
     gates: list[Gate] = []
     for number, entry in enumerate(config.gates):
@@ -55,6 +56,19 @@ def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None 
             _check_uniform(key, [gate for gate in gates if gate.tie == _tie(key, entry)])
     _check_once(gates)
     return GatePlan(gates)
+
+
+def _refuse_computed(model: nn.Module, config: LeapConfig) -> None:
+    """Weight norm, spectral norm and torch's own pruning would otherwise leave their layers dense without a word."""
+    computed = computed_weights(model)
+    if computed and not config.include:
+        listed = ", ".join(f"{name} ({maker})" for name, maker in list(computed.items())[:3])
+        more = f" and {len(computed) - 3} more" if len(computed) > 3 else ""
+        raise UserError(
+            f"leap.gates: the weight of {listed}{more} is no parameter, but made from others, so it cannot be pruned; "
+            "make it plain first (torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm, "
+            "parametrize.remove_parametrizations), or name the tensors to prune in leap.include"
+        )
 
 
 class _Maker:

@@ -135,13 +135,14 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class Collator:
-    """Pads a list of examples to the longest of them, on the right.
+    """Pads a list of examples to the longest of them, on the right; on the left where `left` is set.
 
     Lists of ids become int64 (batch, longest): input_ids padded with `pad_id`, labels with IGNORED, attention_mask
     and token_type_ids with 0. The keys of `numbers` become (batch,) of that dtype. Other keys are left out.
     """
 
     def __init__(self, pad_id: int, numbers: Mapping[str, torch.dtype]) -> None:
+        self.pad_id, self.left = pad_id, False
         self.padding = {"input_ids": pad_id, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
         self.numbers = dict(numbers)
 
@@ -153,6 +154,7 @@ class Collator:
             if key in self.numbers:
                 batch[key] = torch.tensor(values, dtype=self.numbers[key])
             elif key in self.padding:
-                fill = self.padding[key]
-                batch[key] = torch.tensor([[*ids, *[fill] * (longest - len(ids))] for ids in values])
+                lacking = [[self.padding[key]] * (longest - len(ids)) for ids in values]
+                pairs = zip(lacking, values, strict=True) if self.left else zip(values, lacking, strict=True)
+                batch[key] = torch.tensor([[*first, *second] for first, second in pairs])
         return batch

@@ -62,12 +62,17 @@ def cached(tokenizer: PreTrainedTokenizerBase, parts: Iterable[object], make: Ca
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
     """All that decides which tokens come of a text."""
     import tokenizers
+    import transformers
 
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for key in ("truncation", "padding"):  # those of its last call
-        state.pop(key, None)
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for key in ("truncation", "padding"):  # those of its last call
+            state.pop(key, None)
+    else:  # written in Python: ESM, ByT5, CANINE
+        vocabulary = tokenizer.get_vocab() if tokenizer.vocab_files_names else {}  # else its code has all of it
+        state = [type(tokenizer).__name__, transformers.__version__, vocabulary, tokenizer.init_kwargs]
     sides = (tokenizer.truncation_side, tokenizer.model_input_names)
-    return json.dumps([FORMAT, tokenizers.__version__, sides, state], sort_keys=True).encode()
+    return json.dumps([FORMAT, tokenizers.__version__, sides, state], sort_keys=True, default=str).encode()
 
 
 def _read(file: Path) -> Arrays | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_a_decoder_that_classifies_learns_which_token_pads() -> None:
     assert model.config.pad_token_id == 7
     padded = model(torch.tensor([[1, 2], [3, 7]]), attention_mask=torch.tensor([[1, 1], [1, 0]])).logits
     assert torch.allclose(padded[1], model(torch.tensor([[3]])).logits[0], atol=1e-6)
-    assert load_model(from_config(pad_token_id=2), task).config.pad_token_id == 2
+    assert load_model(from_config(pad_token_id=2), task).config.pad_token_id == 7
 
 
 # ------------------------------------------------------------------------------ refused
@@ -276,3 +277,78 @@ def test_tokenizer_of_a_folder(folder: Path) -> None:
         load_tokenizer(ModelConfig(name=str(folder)))
     with pytest.raises(UserError, match=r"data\.tokenizer: .*there is no such folder"):
         load_tokenizer(from_config(), str(folder))
+
+
+# ------------------------------------------------------------------------------ files that are not what they should be
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+@pytest.mark.parametrize(
+    ("file", "break_", "message"),
+    [
+        (
+            "model.safetensors",
+            lambda file: file.write_bytes(POINTER),
+            r"safetensors there is a pointer of Git LFS",
+        ),
+        ("model.safetensors", cut, r"cannot be loaded: SafetensorError: .*"),
+        ("model.safetensors", lambda file: file.write_bytes(b"\xff" * 64), r"cannot be loaded: SafetensorError: .*"),
+        ("model.safetensors", lambda file: file.write_bytes(b""), r"cannot be loaded: SafetensorError: .*"),
+        ("config.json", lambda file: file.write_text("[]"), r"cannot be loaded: "),
+        ("config.json", lambda file: file.write_text('{"model_type": "bert", "hidden_size": "x"}'), "cannot be loaded"),
+    ],
+)
+def test_a_broken_file_is_said_in_the_causes_words(file: str, break_: Any, message: str, folder: Path) -> None:
+    break_(folder / file)
+    with pytest.raises(UserError, match=rf'^model\.name: got ".*"; .*{message}'):
+        load_model(ModelConfig(name=str(folder)), make_task())
+
+
+class Boom:
+    """A pickle that would make a file when it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_no_code_of_a_pickle_is_run(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"bert.pooler.dense.bias": Boom(folder / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"^model\.name: .*cannot be loaded: .*[Ww]eights.only"):
+        load_model(ModelConfig(name=str(folder)), make_task())
+    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
+    with pytest.raises(UserError, match=r"^model\.name: .*cannot be loaded: "):
+        load_model(ModelConfig(name=str(folder)), make_task())
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("what", ["config", "tokenizer"])
+def test_code_that_comes_with_a_model_is_never_run(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the user asked: a prompt would wait on a terminal, and end in EOFError without one."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    code = {"AutoConfig": "own.C", "AutoModelForSequenceClassification": "own.M", "AutoTokenizer": ["own.T", None]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "homemade", "auto_map": code}))
+    refusal = rf"its {what} comes with code of its own \(auto_map\), which is never run here; .*; it would take"
+    with pytest.raises(UserError, match=refusal.replace("its config", "its (config|model)")):
+        if what == "tokenizer":
+            (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": code}))
+            load_tokenizer(ModelConfig(name=str(folder)))
+        else:
+            load_model(ModelConfig(name=str(folder)), make_task())
+    assert not (folder / "ran").exists()
+
+
+def test_home_is_meant_by_a_tilde(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    model = ModelConfig(name=f"~/{folder.name}")
+    assert model.name == str(folder)
+    load_model(model, make_task())

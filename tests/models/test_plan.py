@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from leap_dist.config.job_file import parse_leap
 from leap_dist.core.gates import GatePlan
@@ -278,3 +279,26 @@ def test_what_does_not_fit_the_model_is_refused(bert: nn.Module, gates: list[Any
 def test_a_head_on_a_model_that_has_none_is_refused() -> None:
     with pytest.raises(UserError, match=r"^leap\.gates\[0\]: got 'head'; Sequential has none that is known here"):
         plan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), gates=["head"])
+
+
+# ------------------------------------------------------------------------------ weights that are made from others
+
+
+@pytest.mark.parametrize(
+    ("change", "maker"),
+    [
+        (nn.utils.parametrizations.weight_norm, "_WeightNorm"),
+        (nn.utils.parametrizations.spectral_norm, "_SpectralNorm"),
+        (nn.utils.spectral_norm, "SpectralNorm"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "L1Unstructured"),
+    ],
+    ids=["weight norm", "spectral norm", "spectral norm of old", "torch's pruning"],
+)
+@pytest.mark.parametrize("gate", ["element", "row"])
+def test_a_weight_that_is_made_from_others_is_refused_by_name(change: Any, maker: str, gate: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    change(model[0])
+    with pytest.raises(UserError, match=rf"^leap\.gates: the weight of 0 \({maker}\) is no parameter.*leap\.include"):
+        make_plan(model, parse_leap({"target": 0.5, "gates": gate}))
+    plan = make_plan(model, parse_leap({"target": 0.5, "gates": gate, "include": "1.weight"}))
+    assert [gate.slices[0].tensor for gate in plan.gates] == ["1.weight"]
