@@ -126,7 +126,7 @@ def test_a_database_that_cannot_be_written_is_the_users_error(
     monkeypatch.chdir(tmp_path)
     file = store.removeprefix("sqlite:///")
     with (
-        pytest.raises(UserError, match=r"tracking: MLflow at .*readonly.*mend tracking\.mlflow_uri"),
+        pytest.raises(UserError, match=r"tracking: MLflow at .*readonly.*correct tracking\.mlflow_uri"),
         Tracker(TrackingConfig(mlflow_uri=f"sqlite:///file:{file}?mode=ro&uri=true"), JOB, True),
     ):
         pass
