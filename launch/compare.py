@@ -7,7 +7,7 @@ Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake i
 import argparse
 import sys
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, printable, show_fault
 from leap_dist.files import user_path
 
 
@@ -51,7 +51,7 @@ def compare(arguments: argparse.Namespace) -> int:
     runs = read_runs(uri, Selection(arguments.experiment, arguments.sweep, arguments.tag, named))
     answer = c.differences(*runs) if arguments.diff else c.compare(runs, request, all_named=bool(named))
     for note in answer.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     if arguments.json != "-":
         for title, lines in answer.tables.items():
             summary_table(lines, title=title)
@@ -61,12 +61,13 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """Parse, compare; the exit code."""
+    sys.excepthook = show_fault
     arguments = parse_arguments()
     try:
         if arguments.sync is not None:
             from leap_dist.tracking.mlflow import sync
 
-            print(sync(arguments.sync, arguments.uri))
+            print(printable(sync(arguments.sync, arguments.uri)))
             return 0
         return compare(arguments)
     except UserError as error:

@@ -6,7 +6,7 @@ Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run;
 import argparse
 import sys
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, show_fault
 from leap_dist.files import user_path
 
 
@@ -26,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Parse, export, report; the exit code."""
+    sys.excepthook = show_fault
     arguments = parse_arguments()
     try:
         import torch

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from leap_dist.errors import printable
 
 PLAIN_WIDTH = 120  # columns of what is written to a file or a pipe
+
+
+class _Console(Console):
+    """Names, labels and messages come from outside: a terminal shows what is in them, and does not obey it."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
 
 @cache
 def console() -> Console:
     """The console of the process, on standard output."""
-    shown = Console(highlight=False)
+    shown = _Console(highlight=False)
     if not shown.is_terminal:
         shown.width = PLAIN_WIDTH
     return shown

@@ -1,27 +1,26 @@
 """Errors that are the user's to mend."""
 
 import re
+import sys
+import traceback
+from types import TracebackType
 
-USER = re.compile(r"://(?:[^/@\s:]*:[^@\s]*|[^/@\s]+)@")
-TOKEN = re.compile(
-    r"([?&][^=&\s]*(?:token|password|passwd|pwd|secret|key|signature)[^=&\s]*=)[^&\s\"',;)]+", re.IGNORECASE
-)
+from leap_dist.secrets import hide_secrets
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves the cursor, colours, rings, or turns the direction of writing; a tab and a new line are none of it."""
 
 
 class UserError(ValueError):
     """A mistake of the user: bad config, bad data, bad folder.
 
     Launch scripts print the message alone, on rank 0, and exit with code 2. The message names the dotted
-    key or the path, the value received, what is allowed, and what to do. It shows addresses without their secrets.
+    key or the path, the value received, what is allowed, and what to do. It shows addresses without their secrets,
+    and control characters as escapes.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(hide_secrets(message))
-
-
-def hide_secrets(text: str) -> str:
-    """A text with user, password and tokens of every address in it left out."""
-    return TOKEN.sub(r"\1***", USER.sub("://***@", text))
+        super().__init__(printable(hide_secrets(message)))
 
 
 def own_words(error: BaseException) -> str:
@@ -34,3 +33,14 @@ def own_words(error: BaseException) -> str:
             said.append(words if len(words) <= 400 else f"{words[:400]}...")
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return ": ".join(said)
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: control characters as Python writes them."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For sys.excepthook: the traceback of a fault of ours, without secrets."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(printable(hide_secrets(text)), end="", file=sys.stderr)

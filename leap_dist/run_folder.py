@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,9 @@ EXPORTS, CARD = "export", "card.json"  # RUN/export/<kind>/card.json
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 COST = "leap_ms_"  # what the measures of LEAP's own time begin with
 
+STEP_KEYS = {"step", "phase", "loss", "level", "density", "remaining"}  # of a line of metrics.jsonl
+SEAL = "sha256"  # the key of a file's digest of its own content
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -42,6 +46,9 @@ class GateCount(_Part):
 
     granularity: str
     tensors: list[str]
+    kept: int
+    prunable: int
+    density: float
 
 
 class TensorCount(_Part):
@@ -50,6 +57,9 @@ class TensorCount(_Part):
     shape: list[int]
     kept: int
     zeros_kept: int
+    numel: int
+    density: float
+    counted: bool
 
 
 class Certificate(_Part):
@@ -57,6 +67,7 @@ class Certificate(_Part):
 
     target: float
     density: float
+    unit: int
     kept: int
     prunable: int
     metrics: dict[str, dict[str, float | None]]
@@ -141,11 +152,11 @@ def read_run(folder: Path) -> Run:
     """Read a run folder of launch/prune.py. Raises UserError for one that is not finished, or not as it was left."""
     job = _read_job(folder)
     certificate = _read_certificate(folder)
-    found = _weights_sha256(folder / MODEL)
-    if found != certificate.weights_sha256:
+    _check_weights(folder, certificate)
+    if SEAL not in _json(folder / CERTIFICATE):
         raise UserError(
-            f"{folder / MODEL}: the weights are not those of the certificate: their sha256 is {found}, "
-            f"{CERTIFICATE} says {certificate.weights_sha256}; restore the folder, or run the job again"
+            f"{folder / CERTIFICATE}: has no {SEAL} of its own content, by which an edited one is known: export the "
+            "run with the version of leap_dist that wrote it, or run the job again"
         )
     return Run(folder, job, certificate)
 
@@ -179,30 +190,84 @@ def _read_certificate(folder: Path) -> Certificate:
             f"launch/prune.py --config {folder / RESOLVED} --output {folder} --resume"
         )
     try:
-        return Certificate.model_validate_json(path.read_bytes())
+        certificate = Certificate.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{path}: damaged: {place}: {first['msg']}; restore it, or run the job again") from error
+    return certificate
 
 
-def _weights_sha256(folder: Path) -> str:
+def _check_weights(folder: Path, certificate: Certificate) -> None:
+    """Raises UserError unless the weights are those of the certificate, and its counts are theirs."""
     from safetensors import SafetensorError
 
-    from leap_dist.core.counting import Counter
+    from leap_dist.core.counting import Counter, check_exact
 
-    counter = Counter([])
+    counter, problems = Counter([]), _wrong_sums(certificate)
     try:
-        with ExportedWeights(folder) as weights:
+        with ExportedWeights(folder / MODEL) as weights:
+            problems += [f"tensors.{name} is no weight" for name in certificate.tensors.keys() - set(weights.names())]
             for name in weights.names():
-                counter.add(name, weights.read(name), None)
+                weight = weights.read(name)
+                counter.add(name, weight, None)
+                if name in certificate.tensors:
+                    problems += _wrong_counts(name, certificate.tensors[name], weight)
     except (RuntimeError, SafetensorError, OSError, ValueError, LookupError) as error:
-        problem = str(error).removeprefix(f"{folder}: ")
+        problem = str(error).removeprefix(f"{folder / MODEL}: ")
         raise UserError(
-            f"{folder}: the weights cannot be read: {problem}; restore the folder, or run the job again"
+            f"{folder / MODEL}: the weights cannot be read: {problem}; restore the folder, or run the job again"
         ) from error
-    digest: str = counter.result()["weights_sha256"]
-    return digest
+    found = counter.result()["weights_sha256"]
+    if found != certificate.weights_sha256:
+        raise UserError(
+            f"{folder / MODEL}: the weights are not those of the certificate: their sha256 is {found}, "
+            f"{CERTIFICATE} says {certificate.weights_sha256}; restore the folder, or run the job again"
+        )
+    try:
+        check_exact(certificate.kept, certificate.prunable, certificate.target, certificate.unit)
+    except (RuntimeError, ZeroDivisionError) as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError(
+            f"{folder / CERTIFICATE}: does not say what the weights are: {problems[0]}; restore it, or run the job "
+            "again"
+        )
+
+
+def _wrong_counts(name: str, tensor: TensorCount, weight: Tensor) -> list[str]:
+    """What a certificate says of a tensor that its weights do not."""
+    nonzero, size = int((weight != 0).sum()), weight.numel()
+    said = (tensor.shape, tensor.numel, tensor.kept - tensor.zeros_kept, tensor.density)
+    true = (list(weight.shape), size, nonzero, _share(tensor.kept, size))
+    if said == true and tensor.zeros_kept >= 0 and tensor.kept <= size:
+        return []
+    return [f"tensors.{name} has shape, size, weights that are not zero and density {said}; they are {true}"]
+
+
+def _wrong_sums(certificate: Certificate) -> list[str]:
+    """What is not the sum of its parts."""
+    tensors = certificate.tensors
+    counted = {name for gate in certificate.gates for name in gate.tensors}
+    if lacking := sorted(counted - tensors.keys()):
+        return [f"gates prune {lacking[0]}, which is not among tensors"]
+    problems = [
+        f"tensors.{name}.counted is not whether a gate prunes it"
+        for name, tensor in tensors.items()
+        if tensor.counted != (name in counted)
+    ]
+    sums: list[tuple[str, Certificate | GateCount, set[str]]] = [("", certificate, counted)]
+    sums += [(f"gates[{place}].", gate, set(gate.tensors)) for place, gate in enumerate(certificate.gates)]
+    for where, part, names in sums:
+        kept, prunable = (sum(getattr(tensors[name], key) for name in names) for key in ("kept", "numel"))
+        said, true = (part.kept, part.prunable, part.density), (kept, prunable, _share(kept, prunable))
+        if said != true:
+            problems.append(f"{where}kept, prunable and density are {said}; the sums over its tensors are {true}")
+    return problems
+
+
+def _share(kept: int, size: int) -> float:
+    return kept / size if size else 1.0
 
 
 # ---------------------------------------------------------------------------------------------- what is shown
@@ -247,7 +312,7 @@ def read_files(folder: Path) -> RunFiles:
         raise UserError(f"{folder} holds no finished run: it has no {CERTIFICATE}")
     job = _json(folder / RESOLVED) if (folder / RESOLVED).is_file() else {}
     scores = _json(folder / SCORES) if (folder / SCORES).is_file() else {}
-    return RunFiles(folder, _json(folder / CERTIFICATE), job, _steps(folder / METRICS), scores)
+    return RunFiles(folder, _json(folder / CERTIFICATE), job, steps_in(folder), scores)
 
 
 def exports(folder: Path | None) -> list[Export]:
@@ -261,22 +326,54 @@ def exports(folder: Path | None) -> list[Export]:
     return sorted(found, key=lambda export: (export.latency is None, export.latency or 0.0))
 
 
-def _steps(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; the last one of a run that was killed may be torn."""
-    if not path.is_file():
+def steps_in(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; the last one of a run that was killed may be torn, and is left out.
+
+    Raises UserError for a line that is none of ours.
+    """
+    path = folder / METRICS
+    if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; restore the file, or run the job again") from error
+    found = [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    for number, line in enumerate(found, start=1):
+        numbers = [value for key, value in line.items() if key != "phase"]
+        whole = line.keys() >= STEP_KEYS and isinstance(line["phase"], str) and type(line["step"]) is int
+        if not whole or any(type(value) not in (int, float) for value in numbers):
+            raise UserError(
+                f"{path}:{number}: damaged: got {json.dumps(line)[:80]}; allowed: an object with "
+                f"{', '.join(sorted(STEP_KEYS))}, and more numbers; remove the line, or run the job again"
+            )
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return _parsed(path.read_text(encoding="utf-8"), str(path))
+    """The object in a file, whose digest fits if it has one. Raises UserError."""
+    try:
+        found = _parsed(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; restore the file, or run the job again") from error
+    if SEAL in found and found != sealed(found):
+        raise UserError(
+            f"{path}: was changed: its {SEAL} is not that of its content; restore the file, or run the job again"
+        )
+    return found
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON-able content with its own digest, by which a change is seen."""
+    rest = {key: value for key, value in body.items() if key != SEAL}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _parsed(text: str, place: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: damaged: {error}; restore the file, or run the job again") from error
     if not isinstance(found, dict):
         raise UserError(f"{place}: damaged: no JSON object; restore the file, or run the job again")

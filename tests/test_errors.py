@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import json
+from urllib.parse import quote
+
 import pytest
 
 from leap_dist.config.job_file import parse_job
-from leap_dist.errors import UserError, hide_secrets
+from leap_dist.errors import UserError
+from leap_dist.secrets import hide_secrets
 
 SECRETS = {
     "postgresql://user:secret@host/db": "postgresql://***@host/db",
@@ -29,3 +35,99 @@ def test_a_job_file_with_a_mistake_tells_no_secret() -> None:
     with pytest.raises(UserError, match=r"tracking\.mlflow_url: got \"http://\*\*\*@host\", unknown key") as caught:
         parse_job({"leap": {"target": 0.5}, "tracking": {"mlflow_url": uri}})
     assert "secret" not in str(caught.value) and "uuu" not in str(caught.value)
+
+
+NASTY = [
+    "p@ssw0rd-tail",
+    "two@ats@in-it",
+    "with some spaces",
+    "comma,inside,it",
+    "semi;colon;inside",
+    "hash#inside#it",
+    "slash/inside/it",
+    "percent%inside%41",
+    "ünïcödé-秘密-пароль",
+    "\"double\" 'single' quotes",
+    "question?mark=x&y=z",
+    "colon:inside:it",
+    "back\\slash\\inside",
+    "[brackets]{braces}",
+    "<b>markup</b>&amp;",
+    "$HOME`id`|pipe",
+    "plus+plus+plus==",
+    "tab\tinside-it",
+    "://scheme://inside@",
+    "s3cret",
+    "%40%2F%23-quoted",
+    "trailing-at@",
+]
+
+
+@pytest.mark.parametrize("password", NASTY)
+def test_no_form_of_a_password_is_shown(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leap_dist.secrets._remembered", {})
+    for address in (f"postgresql+psycopg2://user:{password}@host:5432/db", f"http://user:{quote(password)}@host/x"):
+        assert password not in hide_secrets(address) and quote(password) not in hide_secrets(address)
+        assert "@host" in hide_secrets(address)
+        with pytest.raises(UserError) as caught:
+            parse_job({"leap": {"target": 0.5}, "tracking": {"mlflow_url": address}})
+        assert password not in str(caught.value) and quote(password) not in str(caught.value)
+        for text in others_words(password):
+            shown = hide_secrets(f"it failed: {text}.")
+            assert shown.startswith("it failed: ") and "***" in shown
+            assert password not in shown and quote(password, safe="") not in shown
+
+
+def others_words(password: str) -> list[str]:
+    """A password as other libraries quote it."""
+    return [
+        f"wrong password '{password}'",
+        f"cannot connect to host {password.rpartition('@')[2]}@host" if "@" in password[:-1] else password,
+        json.dumps({"password": password}),
+        repr(password),
+        f"GET /?user=u&p={quote(password, safe='')}",
+        f"{{'Authorization': 'Basic {base64.b64encode(f'user:{password}'.encode()).decode()}'}}",
+        html.escape(password),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://hub/x?token=ab,cd;ef gh", "https://hub/x?token=***"),
+        ("s3://b/k?X-Amz-Signature=abc&X-Amz-Credential=AKIA/x&list=2", "s3://b/k?X-Amz-Signature=***&X-Amz-Credential=***&list=2"),
+        ("sent Authorization: Bearer abc.def-ghi, got 401", "sent Authorization: ***, got 401"),
+        ("{'authorization': 'Basic dXNlcjpwdw=='}", "{'authorization': ***}"),
+        ("no access with hf_abcdefghijklmnopqrstuvwxyz", "no access with ***"),
+        ("https://host/path?page=2", "https://host/path?page=2"),
+        ("https://host/path@v2", "https://host/path@v2"),
+    ],
+)  # fmt: skip
+def test_tokens_are_hidden(text: str, shown: str) -> None:
+    assert hide_secrets(text) == shown
+
+
+def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "from the environment, #1")
+    monkeypatch.setenv("HF_TOKEN", "token-of-the-hub")
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:of-the-proxy@proxy:80")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    said = hide_secrets(
+        "false: from the environment, #1; token-of-the-hub; of-the-proxy; from%20the%20environment%2C%20%231"
+    )
+    assert said == "false: ***; ***; ***; ***"
+
+
+def test_control_characters_are_shown_as_escapes() -> None:
+    assert str(UserError("a\x1b[31mred\x07\x9b2J \u202eabc\r\n\tb")) == r"a\x1b[31mred\x07\x9b2J \u202eabc\r" + "\n\tb"
+
+
+def test_what_is_printed_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    from leap_dist.console import console, summary_table
+
+    console.cache_clear()
+    summary_table([{"run\x1b]0;title\x07": "name\x1b[2J"}], title="\x1b[31mtitle")
+    console().print("line\x1b[2J", markup=False)
+    console.cache_clear()
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out and r"name\x1b[2J" in out and r"line\x1b[2J" in out

@@ -27,8 +27,8 @@ from leap_dist.checkpoint.engine_state import (
     written_by,
 )
 from leap_dist.checkpoint.folders import CheckpointError, checkpoints_in
-from leap_dist.checkpoint.manifest import Damaged, Manifest
-from leap_dist.errors import UserError
+from leap_dist.checkpoint.manifest import MANIFEST, Damaged, Manifest
+from leap_dist.errors import UserError, printable
 from leap_dist.zero.agreement import agreement
 from leap_dist.zero.ranks import Ranks
 
@@ -84,11 +84,12 @@ class Checkpoints:
             if plan is not None:
                 plan.fill()
                 restore_engine(engine, plan.manifest.engine)
+                _check_masks(self._folder / name, engine, plan.manifest)
                 restore_random(plan.random)
                 agreement(engine, self._ranks)
                 return dict(plan.manifest.progress)
             if self._ranks.first:
-                print(f"warning: {self._folder / name} is damaged and not used: {damage}", flush=True)
+                print(printable(f"warning: {self._folder / name} is damaged and not used: {damage}"), flush=True)
         if names:
             raise UserError(
                 f"--resume: no checkpoint in {self._folder} is intact; the oldest, {names[-1]}: {damage}; "
@@ -176,6 +177,16 @@ class Checkpoints:
                 raise UserError(words)
         damages = [words for words, _ in told if words is not None]
         return (None, damages[0]) if damages else (plan, "")
+
+
+def _check_masks(checkpoint: Path, engine: Any, manifest: Manifest) -> None:
+    """Raises UserError on all ranks if the masks do not keep what the manifest says of them. Collective."""
+    said = manifest.engine.leap
+    if said.masked and (found := engine.leap.masks.count_kept()) != said.kept_weights:
+        raise UserError(
+            f"--resume: {checkpoint / MANIFEST} was changed: engine.leap.kept_weights is {said.kept_weights}, the "
+            f"masks keep {found}; remove that checkpoint to resume from an older one, or start a new run"
+        )
 
 
 def _words(error: Exception) -> str:

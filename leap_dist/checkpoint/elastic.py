@@ -3,6 +3,7 @@
 Everything is checked here, before anything of the engine changes.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from leap_dist.checkpoint.engine_state import fragment_states, gate_table, random_states, scheduler_state, tensor_table
-from leap_dist.checkpoint.manifest import Damaged, Manifest, check_file, file_name, read_manifest
+from leap_dist.checkpoint.folders import step_of
+from leap_dist.checkpoint.manifest import MANIFEST, Damaged, EngineState, Manifest, check_file, file_name, read_manifest
 from leap_dist.core.fragments import Fragment
+from leap_dist.core.gates import GatePlan
+from leap_dist.core.thresholds import CALIBRATIONS
 from leap_dist.errors import UserError
 from leap_dist.zero.binding import find_fragments
 from leap_dist.zero.ranks import Ranks
@@ -106,6 +110,25 @@ def _check_fits(checkpoint: Path, manifest: Manifest, engine: Any) -> None:
     counts = zip(saved.leap.kept_units, leap.plan.gates, strict=False)
     if len(saved.leap.kept_units) != len(leap.plan.gates) or any(kept > gate.num_units for kept, gate in counts):
         raise Damaged("it keeps more units than there are")
+    if problem := _wrong_values(step_of(checkpoint), saved, leap.plan):
+        raise Damaged(f"{MANIFEST} was changed: {problem}")
+
+
+def _wrong_values(step: int, saved: EngineState, plan: GatePlan) -> str:
+    """What no run can have written of its state after `step` steps; "" if all may be true."""
+    leap = saved.leap
+    if leap.num_steps != step:
+        return f"engine.leap.num_steps is {leap.num_steps}, the folder is of step {step}"
+    if not CALIBRATIONS[0] <= leap.calibration <= CALIBRATIONS[1]:
+        return f"engine.leap.calibration is {leap.calibration}; allowed: {CALIBRATIONS[0]:g} to {CALIBRATIONS[1]:g}"
+    if leap.kept_weights > plan.prunable or not leap.task_size >= 0.0:
+        return "engine.leap.kept_weights or task_size is out of range"
+    whole = [gate.num_units for gate in plan.gates], plan.prunable
+    if not leap.masked and (list(leap.kept_units), leap.kept_weights) != whole:
+        return "engine.leap.masked is false, and yet units or weights are pruned"
+    if not all(0.0 <= rate < math.inf for rate in saved.lr):
+        return f"engine.lr is {list(saved.lr)}; allowed: finite numbers >= 0"
+    return ""
 
 
 def _numbered(gates: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:

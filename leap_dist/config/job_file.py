@@ -7,7 +7,9 @@ nearest right name.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -17,8 +19,13 @@ from leap_dist.config.section import Section, is_int, nearest, show
 from leap_dist.config.sections import DEEPSPEED_KEYS, GATE_NAMES, OPTIONAL, SECTIONS, JobConfig, LeapConfig
 from leap_dist.errors import UserError
 from leap_dist.files import shipped, user_path
+from leap_dist.secrets import remember, remember_all
 
 CONFIG_FOLDER = shipped("configs")
+LARGEST_FILE = 16 * 2**20  # bytes
+MOST_LEVELS = 64  # of lists and objects in each other, and parts of a dotted key
+MOST_PROBLEMS = 50  # in one message
+MOST_SHOWN = 200  # characters of an override or a key in a message
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -29,9 +36,13 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     A bare name is looked up in the configs/ that come with leap_dist too, and ".json" may be left out. The part of an
     override after "=" is JSON, or else a plain string.
     """
+    for text in overrides:
+        remember(text)
     file = _find(user_path(str(path)))
     raw = read_json(file)
     problems = [problem for text in overrides if (problem := _override(raw, text))]
+    keys = Counter(text.partition("=")[0].strip() for text in overrides)
+    problems += [f"override: {_cut(key)} is given {num} times; keep one" for key, num in keys.items() if num > 1]
     return _parse_job(raw, str(file), problems)
 
 
@@ -49,6 +60,8 @@ def parse_leap(raw: Mapping[str, Any]) -> LeapConfig:
 
 def parse_section(cls: type[SectionT], name: str, raw: Any) -> SectionT:
     """Validate one section alone."""
+    _check_depth(name, raw)
+    remember_all(raw)
     problems: list[str] = []
     section = _parse_section(cls, name, raw, problems)
     _raise_if(problems, name)
@@ -75,6 +88,8 @@ def _find(path: Path) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; UserError where there is none."""
     try:
+        if (size := file.stat().st_size) > LARGEST_FILE:
+            raise UserError(f"{file}: has {size} bytes; allowed: at most {LARGEST_FILE}")
         text = file.read_text("utf-8-sig")
         raw = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except OSError as error:
@@ -84,6 +99,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not JSON: {where}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
     except RecursionError as error:
@@ -93,12 +110,34 @@ def read_json(file: Path) -> dict[str, Any]:
     return raw
 
 
+class _Twice(ValueError):
+    """An object with a key that stands in it twice."""
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
+    twice = sorted(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
     if twice:
-        raise ValueError(f"the same key stands twice: {', '.join(twice)}; keep one")
+        raise _Twice(f"the same key stands twice: {', '.join(map(_cut, twice[:MOST_PROBLEMS]))}; keep one")
     return dict(pairs)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
+
+def _check_depth(source: str, value: Any) -> None:
+    """Raises UserError for what is nested so deeply that no part of the program could walk through it."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, Mapping | list | tuple)
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+        ]
+        if not level:
+            return
+    raise UserError(f"{source}: lists or objects are nested too deeply; allowed: {MOST_LEVELS} levels")
 
 
 def _no_constant(name: str) -> Any:
@@ -109,21 +148,27 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
     """Set one dotted key in `raw`; the problem, if the text or the place is wrong."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
-        return f'override: got "{text}"; allowed: section.key=value, such as leap.target=0.05'
+    if not equals or not all(parts) or len(parts) > MOST_LEVELS:
+        return f'override: got "{_cut(text)}"; allowed: section.key=value, such as leap.target=0.05'
+    try:
+        found = _override_value(value.strip())
+    except _Twice as error:
+        return f'override: got "{_cut(text)}"; {error}'
     place = raw
     for depth, part in enumerate(parts[:-1], start=1):
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
             above = ".".join(parts[:depth])
-            return f'override: got "{text}"; {above} holds {show(place)}, which has no keys'
-    place[parts[-1]] = _override_value(value.strip())
+            return f'override: got "{_cut(text)}"; {above} holds {show(place)}, which has no keys'
+    place[parts[-1]] = found
     return None
 
 
 def _override_value(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except _Twice:
+        raise
     except (ValueError, RecursionError):
         return text
 
@@ -132,9 +177,11 @@ def _override_value(text: str) -> Any:
 
 
 def _parse_job(raw: Mapping[str, Any], source: str, problems: list[str]) -> JobConfig:
+    _check_depth(source, raw)
+    remember_all(raw)
     deepspeed = {key: value for key, value in raw.items() if key not in SECTIONS}
     unknown = {key: value for key, value in deepspeed.items() if key not in DEEPSPEED_KEYS}
-    problems += [_unknown_top_level(key, value) for key, value in unknown.items()]
+    problems += [_unknown_top_level(key, value) for key, value in islice(unknown.items(), MOST_PROBLEMS + 1)]
     problems += _deepspeed_problems(deepspeed)
     given = {name: cls for name, cls in SECTIONS.items() if name in raw or name not in OPTIONAL}
     sections = {name: _parse_section(cls, name, raw.get(name, {}), problems) for name, cls in given.items()}
@@ -144,6 +191,9 @@ def _parse_job(raw: Mapping[str, Any], source: str, problems: list[str]) -> JobC
 
 
 def _raise_if(problems: list[str], source: str) -> None:
+    if len(problems) > MOST_PROBLEMS:
+        lines = [f"{source}: more than {MOST_PROBLEMS} problems; the first are", *problems[:MOST_PROBLEMS]]
+        raise UserError("\n  ".join(lines))
     if problems:
         plural = "problem" if len(problems) == 1 else "problems"
         raise UserError("\n  ".join([f"{source}: {len(problems)} {plural}", *problems]))
@@ -159,7 +209,7 @@ def _parse_section(cls: type[SectionT], name: str, raw: Any, problems: list[str]
     try:
         section = cls.model_validate(dict(raw))
     except ValidationError as error:
-        lines += _field_lines(cls, name, error)
+        lines += islice(_field_lines(cls, name, error), MOST_PROBLEMS + 1)
         section = None
     problems += list(dict.fromkeys(lines))
     return section
@@ -167,9 +217,10 @@ def _parse_section(cls: type[SectionT], name: str, raw: Any, problems: list[str]
 
 def _field_lines(cls: type[Section], section: str, error: ValidationError) -> Iterable[str]:
     """One line for each field that pydantic refuses."""
-    places = [item["loc"] for item in error.errors()]
-    for item in error.errors():
-        inside = any(place[:-1] == item["loc"] for place in places)
+    found = error.errors()
+    parents = {item["loc"][:-1] for item in found}
+    for item in found:
+        inside = item["loc"] in parents
         if not item["loc"] or inside:  # a conflict, or an item of the field is wrong: these have lines of their own
             continue
         place, owner, key = _place(cls, section, item["loc"])

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from leap_dist.errors import hide_secrets
 from leap_dist.files import user_path
+from leap_dist.secrets import hide_in, hide_secrets
 
 Conflict = tuple[str, str]
 """A key (relative to its section, "" for the section itself) and what is wrong about it."""
@@ -28,7 +28,7 @@ def nearest(value: Any, choices: Iterable[Any], prefix: str = "") -> str:
 
 def show(value: Any) -> str:
     """A received value as it stands in the file, without secrets, shortened."""
-    text = hide_secrets(json.dumps(value, default=str))
+    text = hide_secrets(json.dumps(hide_in(value), default=str))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from leap_dist.core.gates import GatePlan
 
 START = 5.0  # sigma starts at 5 T: k = 0.9933
+CALIBRATIONS = 1e-3, 1e3  # the least and the greatest density / R
 RATIO = 4.0  # the regulariser's gradient against the task's, until the target is near
 LANDING = 4.0  # memories of the threshold's Adam, 1 / (1 - beta1) steps each, over which R comes to rest
 SATURATED = 40.0  # beyond sigma = 40 T a keep ratio is 1 in float64, so no shift has to go further
@@ -171,7 +172,8 @@ def level_shift(remaining: Remaining, sigma: Tensor, temperature: float, level: 
 
 def calibrate(density: float, remaining: float) -> float:
     """density / R, the correction for what R does not know of hybrids and edge blocks."""
-    return min(max(density / remaining, 1e-3), 1e3)
+    lowest, highest = CALIBRATIONS
+    return min(max(density / remaining, lowest), highest)
 
 
 def project_level(

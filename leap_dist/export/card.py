@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.export.flops import Flops
-from leap_dist.run_folder import CARD
+from leap_dist.run_folder import CARD, sealed
 
 README = "README.md"
 TITLES = {
@@ -63,7 +63,7 @@ class Card:
 
     def write(self, folder: Path) -> None:
         """card.json and README.md."""
-        (folder / CARD).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        (folder / CARD).write_text(json.dumps(sealed(asdict(self)), indent=2) + "\n", "utf-8")
         (folder / README).write_text(self.page(), "utf-8")
 
     def page(self) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from leap_dist.core.counting import Counter, check_exact
-from leap_dist.run_folder import ExportedWeights
+from leap_dist.run_folder import ExportedWeights, sealed
 
 PACKAGES = ("leap_dist", "torch", "deepspeed", "transformers")
 
@@ -73,9 +73,10 @@ def build(
     unit: prunable weights in the largest unit. metrics: {"dense": {...}, "pruned": {...}}; a value that is no
     finite number becomes null. note: why the density is not the target, where that is to be said.
     Raises RuntimeError if the density is further off than one unit (`check_exact`).
+    The key sha256 is the digest of all others.
     """
     check_exact(counts["kept"], counts["prunable"], target, unit)
-    return {
+    certificate = {
         "target": target,
         "density": counts["density"],
         "unit": unit,
@@ -90,6 +91,7 @@ def build(
         "versions": versions(),
         **({"note": note} if note else {}),
     }
+    return sealed(certificate)
 
 
 def versions() -> dict[str, str | None]:

@@ -56,13 +56,14 @@ def load_masks(folder: Path) -> dict[str, Tensor]:
         packed = load_file(folder / PACKED)
         shapes: dict[str, list[int]] = index["shapes"]
         masks = {name: _unpack(packed[name], shapes[name]) for name in sorted(shapes)}
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        said = index["masks_sha256"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder}: no masks can be read there: {error}; export them again, with --to mask") from error
     digest = hashlib.sha256()
     for name in masks:
         digest.update(name.encode() + b"\0")
         digest.update(packed[name].numpy().data)
-    if digest.hexdigest() != index["masks_sha256"]:
+    if digest.hexdigest() != said:
         raise UserError(f"{folder}: the masks are not those of {INDEX}; export them again, with --to mask")
     return masks
 
@@ -122,5 +123,10 @@ def _whole_blocks(nonzero: Tensor, block: tuple[int, ...]) -> Tensor:
 
 
 def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
+    """A mask of that shape, which has to be that of the bits that are there: ValueError before anything is made."""
+    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not whole or packed.dtype != torch.uint8 or packed.shape != (-(-prod(shape) // 8),):
+        said = f"{INDEX} says shape {str(shape)[:80]}"
+        raise ValueError(f"{said}, {PACKED} holds {packed.numel()} bytes of {packed.dtype}")
     bits = np.unpackbits(packed.numpy(), count=prod(shape))
     return torch.from_numpy(bits.astype(bool)).view(shape)

@@ -5,22 +5,29 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from leap_dist.errors import UserError
+
 Settings = dict[str, Any]
 """Dotted key of a job file -> value."""
 
 MAX_NAME = 80  # characters
+MOST_CELLS = 10_000
 PLAIN_TEXT = re.compile(r"[a-z][a-z0-9]*(/[a-z][a-z0-9]*|:[0-9][a-z0-9]*)*|[0-9]+:[0-9]+")
 PLAIN_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?|true|false|null")
 """A name made of such values alone can be read back: "-" before a letter was "/", before a digit ":"."""
 
 
 def expand(vary: Mapping[str, Sequence[Any]]) -> list[Settings]:
-    """All combinations, the last key changing fastest."""
+    """All combinations, the last key changing fastest. Raises UserError for more than MOST_CELLS."""
+    num = math.prod(map(len, vary.values()))
+    if num > MOST_CELLS:
+        raise UserError(f"vary: got {num} combinations; allowed: at most {MOST_CELLS}; give fewer values, or part it")
     return [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
 
 

@@ -17,6 +17,7 @@ from leap_dist.config.sections import JobConfig
 from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from leap_dist.files import staged
+from leap_dist.secrets import hide_in
 from leap_dist.sweep.grid import Settings, names
 from leap_dist.sweep.sweep_file import TARGET, SweepConfig, Trial, combinations, job_of
 
@@ -86,10 +87,9 @@ def is_there(snapshot: Path) -> bool:
 def branch_off(snapshot: Path, output: Path, config: JobConfig) -> None:
     """Make a run folder that looks as if the rung had been interrupted at the snapshot."""
     from leap_dist.run_folder import CHECKPOINTS, RESOLVED
-    from leap_dist.train.output import without_secrets
 
     checkpoint = next(snapshot.glob("step-*"))
     with staged(output) as partial:
         shutil.copytree(checkpoint, partial / CHECKPOINTS / checkpoint.name)
-        job = without_secrets(config.resolved())
+        job = hide_in(config.resolved())
         (partial / RESOLVED).write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")

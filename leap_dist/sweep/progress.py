@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from time import monotonic
 
+from rich.text import Text
+
 from leap_dist.console import console, duration
+from leap_dist.errors import printable
 from leap_dist.sweep.rank import Outcome, State
 
 LINE_EVERY = 10.0  # seconds between two plain lines
@@ -49,7 +52,7 @@ class Board:
         now = ", ".join(f"{name} {part:.0%}" for name, part in parts.items()) or "none"
         text = f"{self._ended}/{self._total} ended  running: {now}  {rate}"
         if self._status:
-            self._status.update(text)
+            self._status.update(Text(printable(text)))
         elif monotonic() - self._last >= LINE_EVERY:
             self._last = monotonic()
             self.tell(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from leap_dist.config.job_file import load_job, parse_section, read_json
 from leap_dist.config.section import Conflict, PositiveFloat, Section, as_objects, is_int, is_number, show
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.errors import UserError
-from leap_dist.sweep.grid import Settings, expand, names
+from leap_dist.sweep.grid import MOST_CELLS, Settings, expand, names
 from leap_dist.tracking.mlflow import parameters
 
 TARGET = "leap.target"
@@ -123,9 +124,13 @@ def read_sweep(file: Path) -> SweepConfig:
 
 def combinations(sweep: SweepConfig) -> list[Settings]:
     """Every case with every combination of `vary`, in order. Raises UserError if one comes twice."""
-    found = [{**case, **settings} for case in sweep.cases or ({},) for settings in expand(sweep.vary)]
+    grid, cases = expand(sweep.vary), sweep.cases or ({},)
+    if len(grid) * len(cases) > MOST_CELLS:
+        raise UserError(f"cases: got {len(grid) * len(cases)} combinations with vary; allowed: at most {MOST_CELLS}")
+    found = [{**case, **settings} for case in cases for settings in grid]
     seen = [json.dumps(settings, sort_keys=True) for settings in found]
-    twice = next((settings for text, settings in zip(seen, found, strict=True) if seen.count(text) > 1), None)
+    times = Counter(seen)
+    twice = next((settings for text, settings in zip(seen, found, strict=True) if times[text] > 1), None)
     if twice is not None:
         raise UserError(f"vary: the same combination comes twice: {show(twice)}; leave one out")
     return found

@@ -34,6 +34,7 @@ from leap_dist.tracking.runs import StoredRun
 NOT_SET = "(not set)"
 PICTURES, PAGE = (".png", ".svg"), ".html"
 MOST_NAMED = 5  # runs in one part of a message
+FORMULA = ("=", "+", "-", "@", "|", "%", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also in full width
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -236,9 +237,14 @@ def write(answer: Answer, json_target: str | None, csv_path: Path | None) -> Non
             with csv_path.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, list(lines[0]) if lines else [])
                 writer.writeheader()
-                writer.writerows(lines)
+                writer.writerows({name: _plain(value) for name, value in line.items()} for line in lines)
     except OSError as error:
         raise UserError(f"--json, --csv: {error.filename} cannot be written: {error.strerror}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A cell that a spreadsheet takes for text, also where a name begins as a formula does."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(FORMULA) else value
 
 
 def plot(rows: Sequence[Row], metric: str, path: Path) -> None:

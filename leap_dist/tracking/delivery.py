@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from leap_dist.errors import UserError
+from leap_dist.run_folder import JOURNAL
 from leap_dist.tracking.journal import Journal, Record
 from leap_dist.tracking.store import begin, connect, first_line
 
@@ -142,6 +144,19 @@ def _batches(records: Sequence[Record], size: Callable[[Record], int], limit: in
         batch.append(record)
     if batch:
         yield batch
+
+
+def check_paths(folder: Path, records: Sequence[Record]) -> None:
+    """Raises UserError for a record of a file that is not in the folder: a journal may come from anywhere."""
+    root = folder.resolve()
+    for text in (record["path"] for record in records if "path" in record):
+        path = folder / text if isinstance(text, str) else root.parent
+        inside = [path, *path.rglob("*")] if path.is_dir() else [path]
+        if any(not found.resolve().is_relative_to(root) or found.is_symlink() for found in inside):
+            raise UserError(
+                f"--sync: {folder / JOURNAL} names {text!r}, which is not in that folder, or is a link; allowed: files "
+                "of the run folder; remove the record"
+            )
 
 
 def _bytes(path: Path) -> int:

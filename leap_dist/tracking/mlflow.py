@@ -15,11 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from leap_dist.config.sections import DataConfig, TrackingConfig
+from leap_dist.config.sections import DataConfig, TrackingConfig, default_store
 from leap_dist.console import console
-from leap_dist.errors import UserError, hide_secrets
+from leap_dist.errors import UserError
 from leap_dist.run_folder import JOURNAL
-from leap_dist.tracking.delivery import MAX_BATCH, Delivery, Sender
+from leap_dist.secrets import hide_in, hide_secrets, remember
+from leap_dist.tracking.delivery import MAX_BATCH, Delivery, Sender, check_paths
 from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.store import (
     begin,
@@ -31,6 +32,7 @@ from leap_dist.tracking.store import (
     starting,
     user_errors,
     without_credentials,
+    without_own_credentials,
 )
 from leap_dist.tracking.system import System
 
@@ -66,6 +68,7 @@ class Tracker:
     ) -> None:
         self._config = config
         self._uri = tracking.mlflow_uri if enabled else None
+        remember(self._uri or "")
         name = tracking.run_name or (folder.resolve().name if folder else None)
         self._about = {"experiment": tracking.experiment, "name": name, "parent": tracking.parent_run}
         self._run_id = run_id
@@ -139,7 +142,8 @@ class Tracker:
             self._journal.close(remove=status == "FINISHED")
             self._held.close()
         if left := len(self._journal.waiting()):
-            wait = f"they wait in {self._journal.path}; to send them: {SYNC} {shlex.quote(str(self._folder))}"
+            command = f"{SYNC} {shlex.quote(str(self._folder))}{_named(str(self._uri))}"
+            wait = f"they wait in {self._journal.path}; to send them: {command}"
             kept = wait if self._folder else "they are lost"
             self._tell(f"has not taken {left} records of this run: {problem}; {kept}")
 
@@ -172,7 +176,7 @@ class Tracker:
         if resumed:
             self._add("status", status="RUNNING")
         else:
-            params = [(key, hide_secrets(text)) for key, text in parameters(self._config).items()]
+            params = list(parameters(self._config).items())
             for start in range(0, len(params), MAX_BATCH):
                 self._add("params", values=dict(params[start : start + MAX_BATCH]))
         if self._tags:
@@ -180,7 +184,8 @@ class Tracker:
 
     def _add(self, kind: str, **content: Any) -> None:
         if self._sender is not None and self._journal is not None:
-            self._journal.add(kind, time=int(time.time() * 1000), **content)
+            shown = {key: value if key == "path" else hide_in(value) for key, value in content.items()}
+            self._journal.add(kind, time=int(time.time() * 1000), **shown)
 
     def _relative(self, path: Path) -> str:
         """A path as a journal has it: one in the journal's folder moves with it."""
@@ -195,15 +200,26 @@ class Tracker:
 def sync(folder: Path, uri: str | None) -> str:
     """Send what a run that has ended could not; a line that says what was sent.
 
-    uri: another address than the run's, or the same with its credentials. Raises UserError if not all could be sent.
+    uri: another address than the run's, or the same. Credentials go only to an address that is given here or
+    configured: anybody may have made the folder. Raises UserError, with nothing sent, for a record of a file outside
+    the folder; and if not all could be sent.
     """
     if not (folder / JOURNAL).is_file():
         raise UserError(f"--sync: got {folder}; there is no {JOURNAL} in it: nothing waits there for MLflow")
+    if (folder / JOURNAL).is_symlink():
+        raise UserError(f"--sync: {folder / JOURNAL} is a link; allowed: a file of the run folder")
     journal = Journal(folder)
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: journal.close(remove=journal.run.get("status") == "FINISHED"))
         stack.enter_context(held_back())
-        uri = uri or str(journal.run.get("uri"))
+        check_paths(folder, journal.waiting())
+        stored, configured = journal.run.get("uri"), default_store()
+        if uri is None and stored == without_credentials(configured):
+            uri = configured
+        if uri is None:
+            uri = stored if isinstance(stored, str) else ""
+            stack.enter_context(without_own_credentials(uri))
+        remember(uri)
         with user_errors(uri, f"--sync: MLflow at {hide_secrets(uri)} cannot be reached", "name it with --uri"):
             check_is_store(uri)
         delivery = Delivery(journal, uri)
@@ -214,18 +230,27 @@ def sync(folder: Path, uri: str | None) -> str:
                 f"--sync: MLflow at {hide_secrets(uri)} has not taken {left} records: {delivery.problem}; "
                 "try again when it does, or name another address with --uri"
             )
-        return f"MLflow at {hide_secrets(uri)} has taken {delivery.num_taken} records of run {journal.run['run_id']}"
+        return (
+            f"MLflow at {hide_secrets(uri)} has taken {delivery.num_taken} records of run {journal.run.get('run_id')}"
+        )
+
+
+def _named(uri: str) -> str:
+    """The address as --sync needs it, where it would not be given credentials otherwise."""
+    found = uri == default_store() or uri.startswith("sqlite:")
+    return "" if found else f" --uri {shlex.quote(without_credentials(uri))}"
 
 
 def parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: dotted keys, values as text, both cut to what MLflow takes."""
+    """Nested settings as MLflow parameters: dotted keys, values as text without secrets, cut to what MLflow takes."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             flat |= parameters(value, f"{name}.")
         else:
-            flat[re.sub(r"[^\w.\- :/]", "_", name)[:MAX_KEY]] = str(value)[:MAX_VALUE]
+            text = hide_secrets(str(hide_in(value)))  # before it is cut: the rest of a secret would be left
+            flat[re.sub(r"[^\w.\- :/]", "_", name)[:MAX_KEY]] = text[:MAX_VALUE]
     return flat
 
 

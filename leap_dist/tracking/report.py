@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leap_dist.errors import hide_secrets
 from leap_dist.files import write_text
 from leap_dist.run_folder import PLOTS, REPORT, RunFiles, exports, read_files
+from leap_dist.secrets import hide_in, hide_secrets
 from leap_dist.tracking import run_plots
 from leap_dist.tracking.plots import Picture, inline, save, save_all
 
@@ -136,7 +136,7 @@ def run_page(files: RunFiles) -> str:
         gate_rows=[{"units": None, "kept_units": None} | gate for gate in found["gates"]],
         tensor_columns=TENSORS,
         tensor_rows=[t | {"tensor": name, "shape": "×".join(map(str, t["shape"]))} for name, t in tensors],
-        job=hide_secrets(json.dumps(files.job, indent=2, ensure_ascii=False)),
+        job=hide_secrets(json.dumps(hide_in(files.job), indent=2, ensure_ascii=False)),
         versions=found["versions"] | {key: found[key] for key in ("masks_sha256", "weights_sha256")},
     )
 

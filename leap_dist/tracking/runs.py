@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from leap_dist.errors import UserError, hide_secrets
+from leap_dist.errors import UserError
+from leap_dist.secrets import hide_secrets
 from leap_dist.tracking.store import PARENT, reading
 
 if TYPE_CHECKING:

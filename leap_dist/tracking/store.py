@@ -7,17 +7,20 @@ meet. What MLflow would print about itself is kept off the console.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from leap_dist.errors import UserError, hide_secrets
+from leap_dist.errors import UserError
+from leap_dist.secrets import hide_secrets, plain_address, remember
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,8 +28,12 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 QUIET = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 """One retry: a wrong address is reported in seconds, and an address that is back is found in seconds."""
+LONGEST_NAME = 200  # bytes; file systems take 255
 AT_START = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # seconds for one request; MLflow would wait for minutes
 CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+OWN_CREDENTIALS = [
+    f"MLFLOW_TRACKING_{name}" for name in ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4", "CLIENT_CERT_PATH")
+]
 LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 
 
@@ -66,13 +73,20 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     file = _sqlite_file(uri)
-    location = None if file is None else (file.parent / "mlruns" / quote(name, safe="")).as_uri()
+    location = None if file is None else (file.parent / "mlruns" / _folder_name(name)).as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=location))
     except MlflowException:
         if (made := client.get_experiment_by_name(name)) is None:
             raise
         return str(made.experiment_id)  # another job has made it meanwhile
+
+
+def _folder_name(experiment: str) -> str:
+    """A file name for an experiment: quoted, and cut with a digest where file systems would not take it."""
+    quoted = quote(experiment, safe="")
+    digest = hashlib.sha256(experiment.encode()).hexdigest()[:16]
+    return quoted if len(quoted) <= LONGEST_NAME else f"{quoted[: LONGEST_NAME - 17]}-{digest}"
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -89,6 +103,7 @@ def reading(uri: str) -> Iterator[MlflowClient]:
 
     Raises UserError, also for what goes wrong inside the block, if the store cannot be reached or read.
     """
+    remember(uri)
     words = f"--uri: MLflow at {hide_secrets(uri)} cannot be read", "name the store that the jobs wrote to"
     with held_back(), starting(), user_errors(uri, *words):
         from mlflow import MlflowClient
@@ -100,7 +115,7 @@ def reading(uri: str) -> Iterator[MlflowClient]:
 def without_credentials(uri: str) -> str:
     """An address that can be stored: neither user and password nor options; that of a sqlite file is absolute."""
     file = _sqlite_file(uri)
-    return f"sqlite:///{file}" if file else hide_secrets(uri).replace("://***@", "://").partition("?")[0]
+    return f"sqlite:///{file}" if file else plain_address(uri)
 
 
 def is_down(error: BaseException | None) -> bool:
@@ -161,6 +176,26 @@ def user_errors(uri: str, problem: str = "", remedy: str = "") -> Iterator[None]
         if isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403):
             remedy = CREDENTIALS
         raise UserError(f"{problem}: {first_line(error)}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def without_own_credentials(uri: str) -> Iterator[None]:
+    """This user's credentials are out of MLflow's reach: an address that a folder names may be anybody's.
+
+    Raises UserError for a kind of store whose credentials cannot be kept from it.
+    """
+    if not uri.startswith(("sqlite:", "http:", "https:")):
+        raise UserError(f'--sync: the run was recorded at "{uri}"; to send there, name the address with --uri')
+    kept = dict(os.environ)
+    with tempfile.TemporaryDirectory() as empty:
+        for name in OWN_CREDENTIALS:
+            os.environ.pop(name, None)
+        os.environ |= {"NETRC": os.devnull, "HOME": empty}  # of requests, and of ~/.mlflow/credentials
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(kept)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from leap_dist.train.job import Job, build_job
 from leap_dist.train.meter import Meter
 from leap_dist.train.output import append_metrics, check_output, prepared, shown
 from leap_dist.train.progress import Progress
-from leap_dist.train.saving import Saver
+from leap_dist.train.saving import Saver, read_progress
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.summary import ending, flat, report, tags_of
 from leap_dist.train.watch import NOTHING, Stopped, Watch
@@ -50,10 +50,11 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     job.watch = watch
     job.measured |= reference
     checkpoints = Checkpoints(output / CHECKPOINTS, ranks, config.train.keep_checkpoints)
-    progress = checkpoints.load(job.engine) if goes_on else None
-    if progress is not None:
-        job.start, job.measured, job.left_out = (progress[key] for key in ("step", "measured", "left_out"))
-    run_id = progress["run_id"] if progress else None
+    found, run_id = checkpoints.load(job.engine) if goes_on else None, None
+    if found is not None:
+        progress = read_progress(found, job.engine.leap.num_steps, job.phases.dense_end)
+        job.start, job.measured, job.left_out = progress.step, dict(progress.measured), progress.left_out
+        run_id = progress.run_id
     settings = shown(job.config, ranks.world_size)
     tags = tags_of(job, output) if ranks.first else {}
     with (

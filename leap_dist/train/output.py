@@ -18,9 +18,10 @@ from leap_dist.config.job_file import parse_job
 from leap_dist.config.section import show
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.console import console
-from leap_dist.errors import UserError, hide_secrets
+from leap_dist.errors import UserError
 from leap_dist.files import write_text
-from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, RESOLVED, job_in
+from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, RESOLVED, job_in, steps_in
+from leap_dist.secrets import hide_in
 from leap_dist.train.batches import accumulation
 
 BATCH = "train_batch_size"
@@ -48,6 +49,7 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
         raise UserError(f"{option}: {done}" + ("" if resume else "; choose another folder, or remove it"))
     before = _started_as(output)
     if before is not None:
+        steps_in(output)  # raises for what is none of ours
         lock(output).close()
         accepted = _check_same_job(option, output, before, shown(config, world_size), world_size)
         _tell(output, accepted, told=not resume)
@@ -98,17 +100,8 @@ def shown(config: JobConfig, world_size: int) -> dict[str, Any]:
     """The job as it is written and logged: every default filled in, the examples of a step, and no secrets."""
     micro = config.deepspeed["train_micro_batch_size_per_gpu"]
     batch = micro * accumulation(config.deepspeed, world_size) * world_size
-    resolved: dict[str, Any] = without_secrets(config.resolved() | {BATCH: batch})
+    resolved: dict[str, Any] = hide_in(config.resolved() | {BATCH: batch})
     return resolved
-
-
-def without_secrets(value: Any) -> Any:
-    """Nested settings, with what hide_secrets leaves out of every text."""
-    if isinstance(value, Mapping):
-        return {key: without_secrets(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(inner) for inner in value]
-    return hide_secrets(value) if isinstance(value, str) else value
 
 
 def _check_same_job(
@@ -169,8 +162,12 @@ def _tell(output: Path, accepted: list[str], told: bool) -> None:
 
 def lock(output: Path) -> Any:
     """An open file that keeps other processes out of the folder until it is closed, or this process ends."""
-    (output / RANKS).mkdir(parents=True, exist_ok=True)
-    file = (output / RANKS / "lock").open("w")
+    folder = output / RANKS
+    file_path = folder / "lock"
+    if folder.is_symlink() or file_path.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--output: {folder} is a link, or holds one; remove it, no run needs it once it has ended")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = file_path.open("w")
     with suppress(OSError):  # a file system without locks
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

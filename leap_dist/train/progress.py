@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as LiveProgress
 
 from leap_dist.console import cell, console, duration
+from leap_dist.errors import printable
 
 LINE_EVERY = 5.0  # seconds between two plain lines
 RATE_OVER = 50  # updates over which steps/s is measured
@@ -46,7 +47,7 @@ class Progress:
         self._clock.append((now, step))
         text = f"{_fields_text(fields)}  {self._rate_text(step)}"
         if self._live and self._task is not None:
-            self._live.update(self._task, completed=step, description=phase, text=text)
+            self._live.update(self._task, completed=step, description=phase, text=printable(text))
         elif self._last_line is None or now - self._last_line >= LINE_EVERY or step >= self._total:
             self._last_line = now
             line = f"step {step}/{self._total}  {phase}  {text}"

@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from leap_dist.checkpoint.checkpoints import CheckpointError, Checkpoints
 from leap_dist.config.sections import TrainConfig
 from leap_dist.console import console
+from leap_dist.errors import UserError
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.watch import Watch
 from leap_dist.zero.agreement import agreement
@@ -49,6 +51,34 @@ class Meetings:
     def saved(self) -> None:
         """The clock starts anew."""
         self._saved = time.monotonic()
+
+
+class RunProgress(BaseModel):
+    """What a checkpoint of a job holds beside the engine: optimizer steps, metrics by model, steps left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    step: int = Field(ge=0)
+    measured: dict[str, dict[str, float]]
+    left_out: int = Field(ge=0)
+    run_id: str | None
+
+
+def read_progress(found: Mapping[str, Any], num_steps: int, dense_end: int) -> RunProgress:
+    """The progress in a checkpoint of a run with `num_steps` steps. Raises UserError for what no run has written."""
+    try:
+        progress = RunProgress.model_validate(dict(found))
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    else:
+        if progress.step == num_steps and ("dense" in progress.measured or num_steps <= dense_end):
+            return progress
+        problem = f"it is of step {progress.step} and has metrics of {list(progress.measured)}"
+    raise UserError(
+        f"--resume: the progress in the checkpoint of step {num_steps} is not what the run wrote: {problem}; remove "
+        "that checkpoint to resume from an older one, or start a new run"
+    )
 
 
 class Saver:

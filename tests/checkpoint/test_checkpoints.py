@@ -282,6 +282,15 @@ MISFITS = {
         "its learning rate follows another scheduler",
     ),
     "many units": (put("engine", "leap", "kept_units", 0, 10**6), "it keeps more units than there are"),
+    "another step": (put("engine", "leap", "num_steps", 10**9), "num_steps is 1000000000, the folder is of step 2"),
+    "no calibration": (
+        put("engine", "leap", "calibration", -1.0),
+        "calibration is -1.0; allowed: 0.001 to",
+    ),
+    "a false calibration": (put("engine", "leap", "calibration", False), "engine.leap.calibration.*valid number"),
+    "more weights": (put("engine", "leap", "kept_weights", 10**6), "kept_weights or task_size is out of range"),
+    "a weight less": (put("engine", "leap", "kept_weights", 1), "masked is false, and yet units or weights are pruned"),
+    "a rate": (put("engine", "lr", 0, float("nan")), r"engine.lr is \[nan, .*; allowed: finite numbers >= 0"),
     "a gap": (put("files", FIRST, "runs", "1.weight", None), "element 0 of '1.weight' is in no file"),
     "another dtype": (put("tensors", "0.weight", "states", "hosted", "BOOL"), "tensor '0.weight' was"),
     "a shorter tensor": (

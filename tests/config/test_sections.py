@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -464,3 +466,48 @@ def test_settings_count_together(section: dict[str, Any], refused: str | None) -
     else:
         with pytest.raises(UserError, match=re.escape(refused)):
             parse_leap({"target": 0.5, **section})
+
+
+# What is too large
+
+
+def refused_quickly(tmp_path: Path, text: str, *overrides: str) -> str:
+    """What is said of a job file; it takes less than three seconds, on a busy machine too."""
+    file = tmp_path / "job.json"
+    file.write_text(text)
+    began = time.process_time()
+    with pytest.raises(UserError) as caught:
+        load_job(file, overrides)
+    assert time.process_time() - began < 3.0 and len(str(caught.value)) < 20_000
+    return str(caught.value)
+
+
+def test_forty_thousand_keys(tmp_path: Path) -> None:
+    keys = {f"key{number}": 1 for number in range(40_000)}
+    assert "more than 50 problems; the first are" in refused_quickly(tmp_path, json.dumps(keys))
+    assert "more than 50 problems" in refused_quickly(tmp_path, json.dumps({"train": keys, "leap": {"target": 0.5}}))
+    gates = [{"granularity": "row", "colour": number} for number in range(10_000)]
+    assert "more than 50 problems" in refused_quickly(tmp_path, json.dumps({"leap": {"target": 0.5, "gates": gates}}))
+    twice = ",".join(f'"k{number}": 1' for number in [*range(20_000), *range(20_000)])
+    assert "the same key stands twice: k0, k1, " in refused_quickly(tmp_path, f"{{{twice}}}")
+
+
+def test_deep_keys_and_values(tmp_path: Path) -> None:
+    assert 'override: got "a.a.a.' in refused_quickly(tmp_path, "{}", ".".join("a" * 50_000) + "=1")
+    assert "nested too deeply" in refused_quickly(tmp_path, "{}", "leap.gates=" + "[" * 900 + "]" * 900)
+    assert "nested too deeply" in refused_quickly(tmp_path, '{"a":' * 900 + "1" + "}" * 900)
+
+
+def test_a_key_that_is_given_twice_on_the_command_line(tmp_path: Path) -> None:
+    said = refused_quickly(tmp_path, "{}", "leap.target=0.1", "leap.target=0.2")
+    assert "override: leap.target is given 2 times; keep one" in said
+    assert "the same key stands twice: target; keep one" in refused_quickly(
+        tmp_path, "{}", 'leap={"target": 1, "target": 2}'
+    )
+
+
+def test_a_job_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "job.json").touch()
+    os.truncate(tmp_path / "job.json", 5 * 2**30)  # a file with a hole
+    with pytest.raises(UserError, match=r"job.json: has 5368709120 bytes; allowed: at most"):
+        load_job(tmp_path / "job.json")

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from leap_dist.export import certificate
+from leap_dist.run_folder import INDEX_FILE
 
 GATES = [
     {"name": "a:row", "granularity": "row", "tensors": ["a.weight"]},
@@ -122,7 +123,7 @@ def test_files_with_an_index_count_like_one_file(tmp_path: Path) -> None:
     for file, names in parts.items():
         save_file({name: weights[name] for name in names}, tmp_path / "two" / file)
     index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}
-    (tmp_path / "two" / certificate.INDEX_FILE).write_text(json.dumps(index))
+    (tmp_path / "two" / INDEX_FILE).write_text(json.dumps(index))
     assert certificate.count(tmp_path / "two", masks.items(), GATES) == one
 
 
@@ -229,6 +230,7 @@ def test_certificate_has_the_keys_that_others_rely_on(tmp_path: Path) -> None:
         "weights_sha256",
         "seed",
         "versions",
+        "sha256",
     ]
     assert read["metrics"]["pruned"] == {"accuracy": 0.8, "pearson": None}
     assert list(read["versions"]) == ["leap_dist", "torch", "deepspeed", "transformers", "python"]

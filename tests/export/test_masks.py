@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from leap_dist.errors import UserError
 from leap_dist.export.masks import load_masks, save_masks
@@ -106,3 +107,14 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         load_masks(folder)
     with pytest.raises(UserError, match="no masks can be read there"):
         load_masks(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[200000, 200000], [2**62, 2**62], [-1, 4], [1.5], "ab", [10**30], [True]])
+def test_a_shape_that_the_bits_do_not_fill_allocates_nothing(tmp_path: Path, shape: Any) -> None:
+    save_file({"a": torch.zeros(1, dtype=torch.uint8)}, tmp_path / "masks.safetensors")
+    (tmp_path / "masks.json").write_text(json.dumps({"masks_sha256": "0" * 64, "shapes": {"a": shape}}))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"no masks can be read there: masks.json says shape .*safetensors holds 1"):
+        load_masks(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from leap_dist.errors import UserError
 from leap_dist.export.hf import load_exported
 from leap_dist.export.kinds import refuse_foreign, weight_bytes
 from leap_dist.files import staged
-from leap_dist.run_folder import read_run
+from leap_dist.run_folder import exports, read_files, read_run, sealed
 from tests.export.runs import QUERY, classifier, element_masks, make_run
+from tests.tracking.folders import export_card
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,74 @@ def change_one_weight(run: Path) -> None:
 def edit(run: Path, **changes: object) -> None:
     file = run / "certificate.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_knowing(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the certificate as somebody would who knows about its digest."""
+    file = run / "certificate.json"
+    body = json.loads(file.read_text())
+    change(body)
+    file.write_text(json.dumps(sealed(body)))
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "target": lambda c: c.update(target=0.1),
+    "density": lambda c: c.update(density=0.1),
+    "unit": lambda c: c.update(unit=10**6),
+    "kept": lambda c: c.update(kept=5),
+    "prunable": lambda c: c.update(prunable=10**6),
+    "a metric": lambda c: c["metrics"]["pruned"].update(accuracy=1.0),
+    "a gate": lambda c: c["gates"][0].update(granularity="head"),
+    "a gate's density": lambda c: c["gates"][0].update(density=0.01),
+    "a gate less": lambda c: c["gates"].pop(),
+    "a tensor's shape": lambda c: c["tensors"][QUERY].update(shape=[2, 2]),
+    "a tensor's count": lambda c: c["tensors"][QUERY].update(kept=1),
+    "a tensor's zeros": lambda c: c["tensors"][QUERY].update(zeros_kept=3),
+    "counted": lambda c: c["tensors"][QUERY].update(counted=False),
+    "masks": lambda c: c.update(masks_sha256="0" * 64),
+    "the seed": lambda c: c.update(seed=4),
+    "versions": lambda c: c["versions"].update(torch="1"),
+    "its digest": lambda c: c.pop("sha256"),
+    "another key": lambda c: c.update(more=1),
+}
+RECOUNTED = {"density", "kept", "prunable", "a gate's density", "a gate less", "a tensor's shape", "a tensor's count"}
+RECOUNTED |= {"a tensor's zeros", "counted"}
+
+
+@pytest.mark.parametrize("edited", EDITS)
+def test_an_edited_certificate_is_refused(run: Path, edited: str) -> None:
+    body = json.loads((run / "certificate.json").read_text())
+    EDITS[edited](body)
+    (run / "certificate.json").write_text(json.dumps(body))
+    with pytest.raises(
+        UserError, match=r"certificate.json: (was changed|does not say what the weights are|has no sha256)"
+    ):
+        read_run(run)
+    if edited != "its digest":
+        with pytest.raises(UserError, match=r"certificate.json: was changed: its sha256 is not that of its content"):
+            read_files(run)
+
+
+@pytest.mark.parametrize("edited", sorted(RECOUNTED))
+def test_an_edited_certificate_with_its_digest_is_recounted(run: Path, edited: str) -> None:
+    edit_knowing(run, EDITS[edited])
+    with pytest.raises(UserError, match=r"certificate.json: does not say what the weights are: "):
+        read_run(run)
+
+
+def test_an_edited_target_is_not_within_a_unit(run: Path) -> None:
+    edit_knowing(run, EDITS["target"])
+    with pytest.raises(UserError, match="does not say what the weights are: the density is not the target"):
+        read_run(run)
+
+
+def test_an_edited_card_is_refused(run: Path) -> None:
+    export_card(run, "hf", 3.0)
+    assert exports(run)[0].latency == 3.0
+    card = run / "export" / "hf" / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"density": 0.01}))
+    with pytest.raises(UserError, match=r"card.json: was changed"):
+        exports(run)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,10 @@ def test_pictures_and_a_page_of_all_cells(tmp_path: Path) -> None:
     assert files[0].read_bytes().startswith(b"\x89PNG") and "accuracy" in files[1].read_text("utf-8")
     page = Page(files[-1].read_text("utf-8"))
     assert page.count["tbody"] == 2 and "★ cell1" in page.text and "★ cell0" not in page.text
+
+
+def test_a_grid_of_ten_million_cells_is_refused_at_once() -> None:
+    began = time.process_time()
+    with pytest.raises(UserError, match="vary: got 10000000 combinations; allowed: at most 10000"):
+        expand({f"train.key{number}": list(range(10)) for number in range(7)})
+    assert time.process_time() - began < 1.0

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from leap_dist.config.sections import TrackingConfig
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
+from leap_dist.run_folder import SINGLE_FILE
 from leap_dist.tracking import runs as runs_module
 from leap_dist.tracking.compare import (
+    Answer,
     Request,
     choose_metric,
     compare,
@@ -338,7 +340,7 @@ def test_records_are_written(store: str, tmp_path: Path, capsys: pytest.CaptureF
 def run_folder(folder: Path, mask: torch.Tensor) -> Path:
     """The least that is a finished run: one pruned matrix."""
     (folder / "model").mkdir(parents=True)
-    save_file({"layer.weight": mask.float()}, folder / "model" / cert.SINGLE_FILE)
+    save_file({"layer.weight": mask.float()}, folder / "model" / SINGLE_FILE)
     gates = [{"granularity": "element", "tensors": ["layer.weight"]}]
     counts = cert.count(folder / "model", [("layer.weight", mask)], gates)
     made = cert.build(counts, target=counts["density"], unit=1, metrics={}, seed=1)
@@ -364,3 +366,10 @@ def test_masks_are_compared_weight_by_weight(tmp_path: Path) -> None:
         overlaps([runs[0], stored("e", 0.5, {})])
     with pytest.raises(UserError, match=r"^--masks: got 1 runs; allowed: 2 to 20"):
         overlaps(runs[:1])
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\uff1d1", "|cmd"])
+def test_a_name_is_no_formula_in_a_spreadsheet(tmp_path: Path, name: str) -> None:
+    write(Answer({}, [{"run": name, "difference": -0.5}], []), None, tmp_path / "runs.csv")
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{"run": f"'{name}", "difference": "-0.5"}]

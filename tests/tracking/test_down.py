@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import shutil
 import sqlite3
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -139,3 +143,101 @@ def test_jobs_that_start_together_make_one_experiment(store: str) -> None:
     with ThreadPoolExecutor(8) as threads:
         ids = set(threads.map(lambda _: begin(MlflowClient(store), store, run), range(8)))
     assert len(ids) == 8 and len({read_run(store, run_id).info.experiment_id for run_id in ids}) == 1
+
+
+class Heard(http.server.BaseHTTPRequestHandler):
+    """A server that notes what it is sent, and takes nothing."""
+
+    requests: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.requests.append(f"{self.path} {dict(self.headers)} {body!r}")
+        self.send_error(404)
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing on the console."""
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    """The address of somebody else's server."""
+    Heard.requests.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Heard) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def foreign(folder: Path, uri: str, *paths: str) -> None:
+    """A folder that somebody else made."""
+    folder.mkdir()
+    journal = Journal(folder)
+    journal.describe(uri=uri, experiment="x", name="x", parent=None, run_id="0" * 32, status="FINISHED")
+    journal.add("tags", values={"a": "b"})
+    for path in paths:
+        journal.add("artifact", path=path)
+    journal.close(remove=False)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_credentials_go_only_where_the_user_says(
+    stranger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    (home / ".mlflow").mkdir(parents=True)
+    (home / ".mlflow" / "credentials").write_text(
+        "[mlflow]\nmlflow_tracking_username = me\nmlflow_tracking_password = p"
+    )
+    (home / ".netrc").write_text("machine 127.0.0.1 login me password mine\n")
+    monkeypatch.setenv("HOME", str(home))
+    foreign(tmp_path / "run", stranger)
+    for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        with pytest.raises(UserError, match=rf"--sync: MLflow at {stranger} has not taken 1 records"):
+            sync(tmp_path / "run", None)
+        monkeypatch.setenv(name, "of-this-user")
+    assert Heard.requests and not any("uthorization" in request for request in Heard.requests)
+    with pytest.raises(UserError, match="has not taken"):
+        sync(tmp_path / "run", stranger)  # named
+    assert "uthorization" in Heard.requests[-1]
+    Heard.requests.clear()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", stranger)
+    with pytest.raises(UserError, match="has not taken"):
+        sync(tmp_path / "run", None)  # configured
+    assert "uthorization" in Heard.requests[-1]
+    foreign(tmp_path / "database", "postgresql://host/db")
+    with pytest.raises(UserError, match=r'--sync: the run was recorded at "postgresql://host/db"; .* with --uri'):
+        sync(tmp_path / "database", None)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../x", "plots/../../x", "link", "folder", "..", "nowhere/../../x"])
+def test_nothing_outside_the_folder_is_sent(stranger: str, tmp_path: Path, path: str) -> None:
+    foreign(tmp_path / "run", stranger, path)
+    (tmp_path / "x").write_text("precious")
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "x")
+    (tmp_path / "run" / "folder").mkdir()
+    (tmp_path / "run" / "folder" / "link").symlink_to(tmp_path / "x")
+    (tmp_path / "run" / "plots").mkdir()
+    with pytest.raises(UserError, match=r"--sync: .*mlflow.jsonl names .*, which is not in that folder, or is a link"):
+        sync(tmp_path / "run", stranger)
+    assert not Heard.requests
+
+
+def test_a_journal_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.jsonl").symlink_to(__file__)
+    with pytest.raises(UserError, match=r"mlflow.jsonl is a link"):
+        sync(tmp_path, None)
+
+
+@pytest.mark.parametrize("name", ["\u5b9e" * 33, "x" * 256, "a/b" * 100])
+def test_an_experiment_with_a_long_name_has_artifacts(empty_store: Path, tmp_path: Path, name: str) -> None:
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
+    (tmp_path / "result.json").write_text("{}")
+    config = TrackingConfig(mlflow_uri=uri, experiment=name)
+    with Tracker(config, JOB, True, folder=tmp_path) as tracker:
+        tracker.artifact(tmp_path / "result.json")
+    assert artifacts(uri, tracker.run_id) == ["result.json"] and not (tmp_path / JOURNAL).exists()

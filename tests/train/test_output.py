@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,29 @@ def test_no_secret_is_written_and_the_run_goes_on_with_it(tmp_path: Path) -> Non
     begin(tmp_path, **secret)
     assert "secret" not in (tmp_path / "config.json").read_text()
     assert checked(tmp_path, **secret)
+
+
+@pytest.mark.parametrize("line", ["junk", "[1]", "{}", '{"step": 1}', '{"step": "1", "phase": "dense"}', "[" * 100_000])
+def test_a_junk_line_of_metrics_is_refused_before_anything_runs(tmp_path: Path, line: str) -> None:
+    begin(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: damaged: "):
+        checked(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".ranks", ".ranks/lock"])
+def test_a_link_in_place_of_our_files_is_refused_and_what_it_leads_to_is_left(tmp_path: Path, name: str) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    begin(folder)
+    shutil.rmtree(folder / ".ranks", ignore_errors=True)
+    elsewhere.mkdir()
+    (elsewhere / "lock").write_text("precious")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(elsewhere if name == ".ranks" else elsewhere / "lock")
+    with pytest.raises(UserError, match=r"--output: .*\.ranks is a link, or holds one; remove it"):
+        checked(folder)
+    assert (elsewhere / "lock").read_text() == "precious"
+    shutil.rmtree(folder / ".ranks") if name != ".ranks" else (folder / ".ranks").unlink()
+    (folder / ".ranks").write_text("")
+    with pytest.raises(UserError, match=r"--output: .*\.ranks is a link, or holds one"):
+        checked(folder)
