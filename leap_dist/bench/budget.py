@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from leap_dist.config.sections import LeapConfig
+from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, MASK, state_keys
 from leap_dist.core.select import COUNTS, NUM_PASSES
@@ -69,7 +70,8 @@ class Hosting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. gradients: at the step; state: fp32 masters and Adam's moments; extra: LEAP's own state."""
+    """Bytes on one rank. gradients: at the step; state: fp32 masters and Adam's moments, those of the gates' own
+    values too; extra: LEAP's own state."""
 
     weights: int
     gradients: int
@@ -88,13 +90,12 @@ class Memory:
 
 
 def parameter_groups(model: nn.Module, plan: GatePlan | None) -> list[list[int]]:
-    """Sizes of the trained parameters, in the engine's groups: gated with the gates' own, matrices, vectors."""
+    """Sizes of the trained parameters, in the engine's groups: gated, matrices, vectors."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     covers = plan.covers if plan else {}
     gated = [p.numel() for name, p in trained if name in covers]
     rest = [p for name, p in trained if name not in covers]
-    own = [size for size in (len(plan.gates), plan.num_structured_units) if size] if plan else []
-    groups = [gated + own, [p.numel() for p in rest if p.dim() >= 2], [p.numel() for p in rest if p.dim() < 2]]
+    groups = [gated, [p.numel() for p in rest if p.dim() >= 2], [p.numel() for p in rest if p.dim() < 2]]
     return [group for group in groups if group]
 
 
@@ -114,15 +115,17 @@ def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting) -> Memory:
         held = numel if hosting.stage == 1 else shard
         gradients = held * hosting.width + max(map(hosting.shard, groups)) * FP32  # fp32 for the group that steps
         state = 3 * shard * FP32
-    return Memory(weights, gradients, state, _extra(groups[0], plan, hosting) if plan and plan.gates else 0)
+    if plan is None or not plan.gates:
+        return Memory(weights, gradients, state)
+    sizes = gate_sizes(plan).values()
+    own = sum(sizes) if hosting.stage == 0 else sum(-(-size // hosting.ranks) for size in sizes)
+    return Memory(weights, gradients, state + 3 * own * FP32, _extra(groups[0], plan, hosting))
 
 
 def _extra(gated: list[int], plan: GatePlan, hosting: Hosting) -> int:
     """Bytes of the state that LEAP adds to Adam's, on the flat partition of the gated group."""
-    own = len(plan.gates) + plan.num_structured_units  # without partitions these are buffers of their own
-    elements = sum(gated) - own if hosting.stage == 0 else hosting.shard(gated)
     keys = [key for key in state_keys(plan) if key not in (EXP_AVG, EXP_AVG_SQ)]
-    return elements * sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
+    return hosting.shard(gated) * sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
 
 
 # ---------------------------------------------------------------------------------------------- traffic

@@ -124,9 +124,10 @@ def sent_by(engine: Any) -> tuple[int, int]:
 
 
 def held_state(engine: Any) -> int:
-    """Bytes of this rank's fp32 partitions and of all tensors of the optimizer's state."""
+    """Bytes of this rank's fp32 partitions, of all tensors of the optimizer's state, and of the gates' own values."""
+    values = engine.leap.gating.values
     state = [value for values in engine.leap.state.values() for value in values.values() if torch.is_tensor(value)]
-    return sum(tensor.nbytes for tensor in (*state, *flat_partitions(engine)))
+    return sum(tensor.nbytes for tensor in (*state, *flat_partitions(engine), values.flat, *values.state.values()))
 
 
 def check_model(rows: Sequence[dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from leap_dist.core.fragments import Fragment
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.thresholds import CALIBRATIONS
 from leap_dist.errors import UserError
-from leap_dist.zero.binding import find_fragments
+from leap_dist.zero.binding import all_fragments
 from leap_dist.zero.ranks import Ranks
 
 
@@ -56,7 +56,7 @@ def plan(checkpoint: Path, engine: Any, ranks: Ranks) -> Plan:
     _check_fits(checkpoint, manifest, engine)
     runs = _runs_by_tensor(manifest)
     pieces: dict[Path, list[Piece]] = {}
-    for fragment in find_fragments(engine):
+    for fragment in all_fragments(engine):
         for name, first, offset, length in overlaps(fragment, runs):
             for key, view in fragment_states(engine, fragment):
                 piece = Piece(f"{fragment.tensor}/{key}", first, first + length, view[offset : offset + length])

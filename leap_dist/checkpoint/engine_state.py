@@ -4,6 +4,7 @@ Nothing depends on how flat buffers are laid out, so other ranks or another ZeRO
 under gates are W * M, made again from the latent weights and the masks.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from leap_dist.core.gating import (
     state_keys,
 )
 from leap_dist.core.update import write_
-from leap_dist.zero.binding import find_fragments, hosted_parameters, refresh_hosted
+from leap_dist.zero.binding import all_fragments, refresh_hosted, trained_shapes
 
 HOSTED = "hosted"  # the fp32 masters of what no gate covers
 ON_ELEMENTS = SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ, ELEMENT_MASK
@@ -45,10 +46,10 @@ def tensor_table(engine: Any) -> dict[str, TensorEntry]:
     plan = engine.leap.plan
     return {
         name: TensorEntry(
-            numel=getattr(parameter, "ds_numel", parameter.numel()),
+            numel=math.prod(shape),
             states={key: "BOOL" if key in (MASK, ELEMENT_MASK) else "F32" for key in stored_keys(plan, name)},
         )
-        for name, parameter in hosted_parameters(engine)
+        for name, shape in trained_shapes(engine).items()
     }
 
 
@@ -60,14 +61,14 @@ def gate_table(engine: Any) -> tuple[tuple[str, int], ...]:
 def fragment_states(engine: Any, fragment: Fragment) -> Iterator[tuple[str, Tensor]]:
     """(key, view of shape (length,)) of every state of a fragment that is stored."""
     for key in stored_keys(engine.leap.plan, fragment.tensor):
-        yield key, fragment.view(fragment.flat if key == HOSTED else engine.leap.state[fragment.flat][key])
+        yield key, fragment.view(fragment.flat if key == HOSTED else engine.leap.states_of(fragment.flat)[key])
 
 
 def written_by(engine: Any, rank: int) -> list[Fragment]:
     """The fragments that a rank writes: under stage 0 all ranks hold all, and the first writes it."""
     if engine.zero_optimization_stage() == 0 and rank > 0:
         return []
-    return [fragment for fragment in find_fragments(engine) if fragment.length]
+    return [fragment for fragment in all_fragments(engine) if fragment.length]
 
 
 def random_states() -> dict[str, Tensor]:

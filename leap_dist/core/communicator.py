@@ -24,11 +24,21 @@ class Communicator:
         self.num_bytes = 0
         self.stopwatch = Stopwatch()
 
+    @property
+    def rank(self) -> int:
+        """This rank's place among those that share the model."""
+        return 0 if self._group is None else torch.distributed.get_rank(self._group)
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks share the model."""
+        return 1 if self._group is None else torch.distributed.get_world_size(self._group)
+
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in rank order; for tables made once, not for the step."""
         if self._group is None:
             return [value]
-        gathered = [value] * torch.distributed.get_world_size(self._group)
+        gathered = [value] * self.world_size
         torch.distributed.all_gather_object(gathered, value, group=self._group)
         return gathered
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
+from leap_dist.core.gate_values import SCORES, THRESHOLDS, GateValues
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.parts import Part
 from leap_dist.ops import dispatch as ops
@@ -18,8 +19,6 @@ from leap_dist.ops import dispatch as ops
 EXP_AVG, EXP_AVG_SQ, LATENT, MASK = "exp_avg", "exp_avg_sq", "latent", "mask"
 SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ = "score", "score_exp_avg", "score_exp_avg_sq"
 ELEMENT_MASK = "element_mask"  # the element gates' own masks, in a plan where some tensor has several gates
-# Names under which a model hosts the gates' own parameters.
-THRESHOLDS, SCORES = "leap.thresholds", "leap.scores"
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -35,31 +34,34 @@ def state_keys(plan: GatePlan) -> tuple[str, ...]:
 
 
 class Gating:
-    """Local fragments of gated tensors and of the gates' own parameters.
+    """Local fragments of gated tensors and of the gates' own values.
 
-    fragments: this rank's fragments of the gated group, gate parameters included; state: the optimizer's, made
-    before; no_decay: tensors without weight decay. `unit_mask` is the mask of all structured units, shape
-    (num_structured_units,), on this rank's device, the same on every rank; `own_units` has this rank's share of it.
+    fragments: this rank's fragments of the gated group; values: its share of thresholds and structured scores; state:
+    the optimizer's, made before; no_decay: tensors without weight decay. `unit_mask` is the mask of all structured
+    units, shape (num_structured_units,), on this rank's device, the same on every rank; `own_units` has this rank's
+    share of it.
     """
 
     def __init__(
         self,
         plan: GatePlan,
         fragments: Sequence[Fragment],
+        values: GateValues,
         state: State,
         communicator: Communicator,
         no_decay: Collection[str],
     ) -> None:
         self.plan = plan
         self.weights = [f for f in fragments if f.tensor in plan.covers and f.length]
-        self.hosted_thresholds = [f for f in fragments if f.tensor == THRESHOLDS and f.length]
-        self.hosted_scores = [f for f in fragments if f.tensor == SCORES and f.length]
+        self.values = values
+        self.own_thresholds = [f for f in values.fragments if f.tensor == THRESHOLDS and f.length]
+        self.own_scores = [f for f in values.fragments if f.tensor == SCORES and f.length]
         self._state = state
         self.communicator = communicator
         flats = {id(f.flat): f.flat for f in self.weights}
         owned = {key: [f for f in self.weights if id(f.flat) == key] for key in flats}
         self.parts = [Part(plan, flat, owned[key], no_decay) for key, flat in flats.items()]
-        self.device = fragments[0].flat.device if fragments else torch.device("cpu")
+        self.device = values.flat.device
         self.element_key = ELEMENT_MASK if ELEMENT_MASK in state_keys(plan) else MASK
         self.unit_mask = torch.ones(plan.num_structured_units, dtype=torch.bool, device=self.device)
         self.own_units = torch.zeros_like(self.unit_mask)
@@ -106,12 +108,12 @@ class Gating:
     def gather_thresholds(self) -> Tensor:
         """All thresholds, fp32 of shape (G,), from the fragments on all ranks."""
         sigma = torch.zeros(len(self.plan.gates), device=self.device)
-        for fragment in self.hosted_thresholds:
+        for fragment in self.own_thresholds:
             sigma[fragment.start : fragment.start + fragment.length] = fragment.view(fragment.flat)
         return self.communicator.sum_(sigma).cpu()
 
     def write_thresholds(self, sigma: Tensor) -> None:
         """Put new thresholds (G,) into the fragments that this rank holds."""
-        for fragment in self.hosted_thresholds:
+        for fragment in self.own_thresholds:
             own = sigma[fragment.start : fragment.start + fragment.length]
             fragment.view(fragment.flat).copy_(own, non_blocking=True)

@@ -46,7 +46,7 @@ def _write(gating: Gating, totals: Tensor, units: Tensor, scaled: bool) -> None:
     for index in gating.plan.structured:
         sizes = gates[index].unit_sizes.to(units.device, non_blocking=True)
         units[gating.plan.units(index)] /= sizes * (means[index] if scaled else 1.0)
-    for fragment in gating.hosted_scores:
+    for fragment in gating.own_scores:
         run = units[fragment.start : fragment.start + fragment.length]
         fragment.view(fragment.flat).copy_(run)
     for fragment in gating.weights if scaled else ():

@@ -154,7 +154,7 @@ def _ranked_runs(gating: Gating) -> Iterator[_Run]:
             if gate.elementwise and gate.pattern is None:
                 scores, mask = gating.buffer(f, SCORE), gating.buffer(f, gating.element_key)
                 yield _Run(scores, mask, f.offset, f.length, cover.gate, f.start)
-    for f in gating.hosted_scores:
+    for f in gating.own_scores:
         scores, mask = f.view(f.flat), gating.own_units[f.start : f.start + f.length]
         for index in gating.plan.structured:
             units = gating.plan.units(index)

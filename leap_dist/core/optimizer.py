@@ -12,7 +12,7 @@ step over the fragments that this rank holds of the gated parameter group:
 5. write    the hosted partition becomes W * M. Local.
 
 Latent weights, element scores, masks and moments have the flat partition's shape; thresholds and structured scores
-are two parameters of the hosted model, in the gated group. Fragments may be empty, uneven and cut anywhere.
+are the optimizer's own, sharded like them (core/gate_values.py). Fragments may be empty, uneven and cut anywhere.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +25,7 @@ from leap_dist.config.sections import LeapConfig
 from leap_dist.core import thresholds as th
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
+from leap_dist.core.gate_values import GateValues
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, Gating, state_keys
 from leap_dist.core.level import Level
@@ -36,16 +37,16 @@ from leap_dist.errors import UserError
 from leap_dist.ops import dispatch as ops
 from leap_dist.ops.reference import Adam
 
-GATED = "leap_gated"  # key of a parameter group: True for the one that holds gated tensors and gates
+GATED = "leap_gated"  # key of a parameter group: True for the one that holds the gated tensors
 
 
 class LeapAdamW(torch.optim.Optimizer):
     """AdamW that prunes as it steps.
 
-    params: parameter groups; at most one carries `leap_gated: True` and holds the gated tensors and the gates' own
-    parameters, in whatever shards. Its key `no_decay` names gated tensors without weight decay. `bind` must
-    be called before the first step; a scheduler may change a group's "lr", which scales the score's rate with it: their
-    ratio is to "base_lr", the rate that the group started with, or to "max_lr" where a scheduler has set that.
+    params: parameter groups; at most one carries `leap_gated: True` and holds the gated tensors, in whatever shards.
+    Its key `no_decay` names gated tensors without weight decay. `bind` must be called before the first step; a
+    scheduler may change a group's "lr", which scales the score's rate with it: their ratio is to "base_lr", the rate
+    that the group started with, or to "max_lr" where a scheduler has set that.
     """
 
     def __init__(
@@ -94,9 +95,16 @@ class LeapAdamW(torch.optim.Optimizer):
         self._communicator = communicator
         if fragments:
             communicator.stopwatch = Stopwatch(fragments[0].flat.device)
-        self._gating = Gating(self.plan, fragments, self.state, communicator, no_decay)
+        device = fragments[0].flat.device if fragments else torch.device("cpu")
+        values = GateValues(self.plan, communicator, device, (EXP_AVG, EXP_AVG_SQ))
+        self._gating = Gating(self.plan, fragments, values, self.state, communicator, no_decay)
         self.masks = Masks(self._gating)
         self.level.bind(self._gating, self.masks)
+
+    def states_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """The state tensors of a fragment's flat buffer, each of its shape."""
+        values = self.gating.values
+        return values.state if flat is values.flat else self.state[flat]
 
     @property
     def gating(self) -> Gating:
@@ -202,7 +210,7 @@ class LeapAdamW(torch.optim.Optimizer):
         self, group: dict[str, Any], phase: Phase, unit_adam: Adam, sigma_grad: Tensor, unit_grad: Tensor
     ) -> None:
         """Phase 2 of the step: this rank's structured scores and thresholds."""
-        for fragment in self.gating.hosted_scores:
+        for fragment in self.gating.own_scores:
             self._adam_on(fragment, unit_grad, unit_adam)
         if phase != "prune" or self.config.rule != "leap":
             return
@@ -211,13 +219,14 @@ class LeapAdamW(torch.optim.Optimizer):
         if self.config.control == "paper":
             sigma_grad = sigma_grad + self.level.regulariser_gradient(sigma_grad, adam)
         sigma_grad = self.level.remaining.share_gradient(sigma_grad)
-        for fragment in self.gating.hosted_thresholds:
+        for fragment in self.gating.own_thresholds:
             self._adam_on(fragment, sigma_grad, adam)
 
     def _adam_on(self, fragment: Fragment, grad: Tensor, adam: Adam) -> None:
-        """Adam on this rank's fragment of a gate parameter whose whole gradient is `grad`."""
+        """Adam on this rank's fragment of gate values whose whole gradient is `grad`."""
         local = grad[fragment.start : fragment.start + fragment.length].to(fragment.flat, non_blocking=True)
-        moments = self.gating.state(fragment, EXP_AVG), self.gating.state(fragment, EXP_AVG_SQ)
+        state = self.gating.values.state
+        moments = fragment.view(state[EXP_AVG]), fragment.view(state[EXP_AVG_SQ])
         ops.adamw_(fragment.view(fragment.flat), local, *moments, adam)
 
     @property

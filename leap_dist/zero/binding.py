@@ -12,11 +12,12 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
+from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gating import ELEMENT_MASK, MASK
 
 
 def hosted_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of everything that the engine trains, the gates' own parameters included."""
+    """(name, parameter) of everything that the engine trains."""
     return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
@@ -47,6 +48,17 @@ def find_fragments(engine: Any) -> list[Fragment]:
             offset = int(view.storage_offset() - flat.storage_offset())
             found.append(Fragment(name, start, length, flat, offset))
     return found
+
+
+def all_fragments(engine: Any) -> list[Fragment]:
+    """The fragments of every parameter and of the gates' own values that this rank holds."""
+    return [*find_fragments(engine), *engine.leap.gating.values.fragments]
+
+
+def trained_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """The whole shape of everything that is trained, by name: parameters and the gates' own values."""
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in hosted_parameters(engine)}
+    return shapes | {name: (size,) for name, size in gate_sizes(engine.leap.plan).items()}
 
 
 def _zero12_view(parameter: Any) -> tuple[Tensor | None, int, int]:
@@ -101,15 +113,15 @@ def gather(engine: Any, names: Iterable[str], key: str | None = None) -> Iterato
     `key` names an optimizer state; None gives the fp32 masters. Collective: every rank takes every item.
     """
     fragments: dict[str, list[Fragment]] = {}
-    for fragment in find_fragments(engine):
+    for fragment in all_fragments(engine):
         fragments.setdefault(fragment.tensor, []).append(fragment)
     communicator = make_communicator(engine)
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in hosted_parameters(engine)}
+    shapes = trained_shapes(engine)
     for name in names:
         dtype = torch.uint8 if key in (MASK, ELEMENT_MASK) else torch.float32
         full = torch.zeros(torch.Size(shapes[name]).numel(), dtype=dtype)
         for f in fragments.get(name, ()):
-            source = f.flat if key is None else engine.leap.state[f.flat][key]
+            source = f.flat if key is None else engine.leap.states_of(f.flat)[key]
             full[f.start : f.start + f.length] = f.view(source).cpu()
         full = communicator.sum_(full).view(shapes[name])
         yield name, full.bool() if dtype == torch.uint8 else full.add_(0.0)  # +0.0 turns -0.0 into 0.0

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,8 @@ from leap_dist.config.family import FamilyConfig
 from leap_dist.config.job_file import parse_leap, parse_section
 from leap_dist.config.sections import SECTIONS, LeapConfig
 from leap_dist.core.counting import Counter, check_exact
-from leap_dist.core.gates import GatePlan
-from leap_dist.core.gating import MASK, SCORES, THRESHOLDS
-from leap_dist.core.optimizer import GATED, LeapAdamW
+from leap_dist.core.gating import MASK
+from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.errors import UserError
 from leap_dist.models.plan import make_plan
 from leap_dist.models.routing import route_among_kept
@@ -33,23 +33,11 @@ from leap_dist.zero.groups import parameter_groups
 from leap_dist.zero.ranks import errors_only, join_alone
 from leap_dist.zero.refusals import check_engine_config, check_hosting
 
-PREFIX = THRESHOLDS.split(".")[0]  # the submodule that hosts the gates' parameters
 ALL_IN_ONE = 10**15  # a ZeRO-3 sub-group that is never full: one step sees all of a gate
 
 
-class LeapGates(nn.Module):
-    """The gates' own parameters, hosted by the model so that DeepSpeed shards and reports them; no forward pass."""
-
-    def __init__(self, plan: GatePlan) -> None:
-        super().__init__()
-        self.hooks: list[RemovableHandle] = []  # on the model's routers, if experts are pruned
-        self.thresholds = nn.Parameter(torch.zeros(len(plan.gates)))
-        if plan.num_structured_units:
-            self.scores = nn.Parameter(torch.zeros(plan.num_structured_units))
-
-    def forward(self, hidden: Any) -> Any:
-        """Pass through: a model that is an nn.Sequential calls every child."""
-        return hidden
+_HOOKS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
+"""On the routers of models that are hosted, if experts are pruned."""
 
 
 def initialize(
@@ -109,9 +97,9 @@ def host(
     """LEAP's optimizer for a model whose engine something else builds: Accelerate, Fabric, deepspeed.initialize.
 
     optimizer and config are as in `initialize`; "auto" in the config is left to whoever fills it in. Give what comes
-    back in the place of `optimizer`, and call `attach` once the engine is there. The model gets a submodule "leap"
-    with the gates' own parameters; `release` takes it away. Raises UserError, with nothing changed, for what cannot
-    work.
+    back in the place of `optimizer`, and call `attach` once the engine is there. The model stays as it is, but for
+    hooks on its routers where experts are pruned; `release` takes them away. Raises UserError, with nothing changed,
+    for what cannot work.
     """
     raw = _read_config(None, config)
     check_hosting(raw, model, optimizer)
@@ -136,12 +124,9 @@ def attach(engine: Any) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Make a model as it was before `host`: without the gates' parameters, so that it can be saved by others."""
-    gates = model.get_submodule(PREFIX)
-    assert isinstance(gates, LeapGates)
-    for hook in gates.hooks:
+    """Make a model as it was before `host`: without hooks on its routers. Harmless where there are none."""
+    for hook in _HOOKS.pop(model, []):
         hook.remove()
-    delattr(model, PREFIX)
 
 
 def finalize(engine: Any) -> dict[str, Any]:
@@ -192,13 +177,11 @@ def gather_masks(engine: Any) -> Iterator[tuple[str, Tensor]]:
 def gather_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor on the CPU) of the hosted model's parameters in name order, masked, in the parameter's dtype.
 
-    The gates' own parameters are left out. Collective.
+    Collective.
     """
-    trained = {name for name, _ in hosted_parameters(engine) if not name.startswith(f"{PREFIX}.")}
+    trained = {name for name, _ in hosted_parameters(engine)}
     masters = gather(engine, sorted(trained))
     for name, parameter in sorted(engine.module.named_parameters(), key=lambda item: item[0]):
-        if name.startswith(f"{PREFIX}."):
-            continue
         if name in trained:
             yield name, next(masters)[1].to(parameter.dtype)
         else:
@@ -261,37 +244,28 @@ def engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _host(model: nn.Module, raw: Mapping[str, Any], optimizer: Any, model_parameters: Any) -> LeapAdamW:
-    """Hang the gates on the model and make their optimizer; everything that can fail comes first."""
+    """The optimizer of a model's gates, and hooks on its routers; everything that can fail comes first."""
     leap = _leap_config(raw)
     family = parse_section(FamilyConfig, "family", raw["family"]) if raw.get("family") else None
     plan = make_plan(model, leap, family)
     train = raw.get("train") or {}
     defaults = {"lr": train.get("learning_rate", 1e-3), "weight_decay": train.get("weight_decay", 0.01)}
     groups = parameter_groups(model, plan, optimizer, model_parameters, defaults)
-    gates = _host_gates(model, plan)
+    base = LeapAdamW(groups, plan, leap)
+    release(model)
     if any(gate.granularity == "expert" for gate in plan.gates):
-        gates.hooks = route_among_kept(model, family)
-    next(group for group in groups if group[GATED])["params"].extend(gates.parameters())
-    return LeapAdamW(groups, plan, leap)
+        _HOOKS[model] = route_among_kept(model, family)
+    return base
 
 
 def _check_sub_group(engine: Any, base: LeapAdamW) -> None:
     """Under stage 3 DeepSpeed steps one sub-group at a time; a gate has to be seen whole."""
     if engine.zero_optimization_stage() != 3:
         return
-    hosted = hosted_parameters(engine)
-    numel = sum(p.partition_numel() for n, p in hosted if n in base.plan.covers or n.startswith(f"{PREFIX}."))  # type: ignore[attr-defined]  # DeepSpeed's
+    gated = [p for name, p in hosted_parameters(engine) if name in base.plan.covers]
+    numel = sum(p.partition_numel() for p in gated)  # type: ignore[attr-defined]  # DeepSpeed's
     if engine.zero_sub_group_size() < numel:
         raise UserError(
             f"zero_optimization.sub_group_size: got {engine.zero_sub_group_size()}; the gated weights have to be in "
             f"one sub-group: at least {numel} here, or {ALL_IN_ONE} for any model"
         )
-
-
-def _host_gates(model: nn.Module, plan: GatePlan) -> LeapGates:
-    """Hang the gates' parameters on the model, beside its own and on their device."""
-    gates = LeapGates(plan).to(next(model.parameters()).device)
-    model.add_module(PREFIX, gates)
-    hosted = {name for name, _ in model.named_parameters()}
-    assert THRESHOLDS in hosted and (SCORES in hosted) == bool(plan.num_structured_units)
-    return gates

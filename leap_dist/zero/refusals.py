@@ -125,8 +125,6 @@ def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: A
             "model: got a PEFT model; LEAP prunes weights that are trained, and adapters leave those frozen: merge "
             "them first, and prune model.merge_and_unload().requires_grad_(True)"
         )
-    if hasattr(model, "leap"):
-        yield "model.leap: the model has an attribute of this name already; LEAP hosts its gates there"
     yield from _unready_parameters(model)
     if any(hasattr(p, "allreduce") and not p.allreduce for p in model.parameters()):
         yield "model: expert parallel parameters are not supported yet"

@@ -24,7 +24,7 @@ from leap_dist.config.sections import DataConfig, LeapConfig
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.counting import check_exact
 from leap_dist.core.fragments import whole
-from leap_dist.core.gating import MASK, SCORES, THRESHOLDS
+from leap_dist.core.gating import MASK
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.models.plan import make_plan
 from leap_dist.tasks import builtin
@@ -69,15 +69,13 @@ class Classifier(nn.Module):
 
 
 def make_optimizer(model: nn.Module, config: LeapConfig) -> LeapAdamW:
-    """LeapAdamW over whole tensors, with the gates' own parameters beside the model's."""
+    """LeapAdamW over whole tensors."""
     plan = make_plan(model, config)
     named = dict(model.named_parameters())
-    sizes = {THRESHOLDS: len(plan.gates), SCORES: plan.num_structured_units}
-    gates = {name: nn.Parameter(torch.zeros(size)) for name, size in sizes.items()}
-    gated = {"params": [*(named[name] for name in plan.covers), *gates.values()], GATED: True}
+    gated = {"params": [named[name] for name in plan.covers], GATED: True}
     rest = {"params": [p for name, p in named.items() if name not in plan.covers]}
     optimizer = LeapAdamW([gated, rest], plan, config, lr=LR)
-    optimizer.bind(whole((named | gates).items()), Communicator())
+    optimizer.bind(whole(named.items()), Communicator())
     return optimizer
 
 

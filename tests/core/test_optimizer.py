@@ -11,7 +11,7 @@ from leap_dist.config.sections import LeapConfig
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import whole
 from leap_dist.core.gates import GatePlan
-from leap_dist.core.gating import LATENT, MASK, SCORE, SCORES, THRESHOLDS
+from leap_dist.core.gating import LATENT, MASK, SCORE
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.core.oracle import Oracle, best_units, top_k, unit_index
 from leap_dist.core.stopwatch import TIMINGS, Stopwatch
@@ -22,18 +22,15 @@ STEPS = 40
 
 
 def build(model: nn.Module, config: LeapConfig, kind: str = "element") -> LeapAdamW:
-    """The optimizer over whole tensors, with the gates' parameters beside the model's."""
+    """The optimizer over whole tensors."""
     plan = plan_of(kind, model, config)
     named = dict(model.named_parameters())
-    gates = {THRESHOLDS: nn.Parameter(torch.zeros(len(plan.gates)))}
-    if plan.num_structured_units:
-        gates[SCORES] = nn.Parameter(torch.zeros(plan.num_structured_units))
     gated = [p for name, p in named.items() if name in plan.covers]
     rest = [p for name, p in named.items() if name not in plan.covers]
     no_decay = frozenset(biases(plan))
-    groups = [{"params": [*gated, *gates.values()], GATED: True, "no_decay": no_decay}, {"params": rest}]
+    groups = [{"params": gated, GATED: True, "no_decay": no_decay}, {"params": rest}]
     optimizer = LeapAdamW(groups, plan, config, lr=LR, weight_decay=WEIGHT_DECAY)
-    optimizer.bind(whole((named | gates).items()), Communicator())
+    optimizer.bind(whole(named.items()), Communicator())
     return optimizer
 
 

@@ -11,7 +11,8 @@ from tests.zero.test_engine import STEPS, pruned_engine, run_steps
 
 def histograms(kind: str, stage: int) -> tuple[list[dict[str, Any]], dict[str, tuple[Any, Any]]]:
     """What is counted after a whole run, and by gate name the whole scores and masks as numpy arrays."""
-    from leap_dist.core.gating import ELEMENT_MASK, MASK, SCORE, SCORES
+    from leap_dist.core.gate_values import SCORES
+    from leap_dist.core.gating import ELEMENT_MASK, MASK, SCORE
     from leap_dist.core.histograms import score_histograms
     from leap_dist.zero.binding import gather
     from leap_dist.zero.engine import settle
