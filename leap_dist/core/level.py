@@ -184,11 +184,16 @@ class Level:
 
     def load_progress(self, saved: Mapping[str, Any]) -> None:
         """Go on from `progress()`, after the scores were put in place: the masks follow from them. Collective."""
+        self.take_progress(saved)
+        if self._made is not None:
+            self._masks.make(self._made)
+            self._masks.note_flips()
+
+    def take_progress(self, saved: Mapping[str, Any]) -> None:
+        """Go on from `progress()`, after scores and masks were put in place. Local."""
         self.settled, self.calibration = saved["settled"], saved["calibration"]
         self.regulariser, self.task_size.mean_square = dict(saved["regulariser"]), saved["task_size"]
         self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]
         self._made = list(self.kept_units) if saved["masked"] else None
         self._masks.forget()
-        if self._made is not None:
-            self._masks.make(self._made)
-        self._masks.count_flips()  # the next report counts from here
+        self._masks.note_flips()  # the next report counts from here

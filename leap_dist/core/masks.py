@@ -88,6 +88,10 @@ class Masks:
         """MASK was changed from outside: write all of it the next time."""
         self._spread = None
 
+    def note_flips(self) -> None:
+        """The next count of flips starts from the masks of now. Local."""
+        self._flips.count(self._counted())
+
     def _counted(self) -> Iterator[Tensor]:
         """MASK where prunable weights lie on this rank: flat views, always the same."""
         for part in self._gating.parts:

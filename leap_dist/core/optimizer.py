@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.config.sections import LeapConfig
+from leap_dist.core import host_state
 from leap_dist.core import thresholds as th
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
@@ -65,7 +66,7 @@ class LeapAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
-            group.setdefault("no_decay", frozenset())
+            group["no_decay"] = sorted(group.get("no_decay", ()))
         self.plan = plan
         self.config = config
         self.schedule = Schedule(config.total_steps, config.dense_fraction, config.settle_fraction, config.target)
@@ -76,6 +77,7 @@ class LeapAdamW(torch.optim.Optimizer):
         self._gating: Gating | None = None
         self._communicator = Communicator()
         self._communicated = 0, 0  # collectives and bytes of the last step
+        self._early: tuple[list[Tensor], Mapping[str, Any]] | None = None  # a state_dict loaded before `bind`
 
     # Binding
 
@@ -100,6 +102,9 @@ class LeapAdamW(torch.optim.Optimizer):
         self._gating = Gating(self.plan, fragments, values, self.state, communicator, no_decay)
         self.masks = Masks(self._gating)
         self.level.bind(self._gating, self.masks)
+        if self._early is not None:
+            host_state.restore(self, *self._early)
+            self._early = None
 
     def states_of(self, flat: Tensor) -> dict[str, Tensor]:
         """The state tensors of a fragment's flat buffer, each of its shape."""
@@ -243,7 +248,27 @@ class LeapAdamW(torch.optim.Optimizer):
             self.level.settle()
             write_(self.gating)
 
-    # Checkpoints: tensors are the optimizer's state, the rest is this
+    # Checkpoints of the host
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with an entry "leap" for what is in no tensor of a parameter; of this rank's shards."""
+        saved = super().state_dict()
+        return saved if self._gating is None else {**saved, host_state.LEAP: host_state.entry(self)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copy what `state_dict` gave, at the same number of ranks and ZeRO stage, into the bound tensors; before
+        `bind` it is kept until then. The hosted weights are the host's to load.
+
+        Raises UserError, with nothing changed, if it is of another optimizer, config, model or sharding.
+        """
+        flats = [flat for group in self.param_groups for flat in group["params"]]
+        if self._gating is None:
+            self._early = flats, state_dict
+        else:
+            host_state.restore(self, flats, state_dict)
+
+    # Our own checkpoints: tensors are the optimizer's state, the rest is this
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint has to hold besides tensors, JSON-able."""

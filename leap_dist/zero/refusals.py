@@ -83,6 +83,13 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for name in ("tensor_parallel", "expert_parallel", "hybrid_engine", "compression_training"):
         if _section(config, name).get("enabled", name in config):
             yield f"{name}: not supported together with LEAP yet; remove the section"
+    if zero.get("elastic_checkpoint"):
+        yield "zero_optimization.elastic_checkpoint: such checkpoints hold no progress of LEAP; remove it"
+    if _section(config, "checkpoint").get("load_universal"):
+        yield (
+            "checkpoint.load_universal: universal checkpoints hold no latent weights, scores and masks; remove it, and "
+            "load the checkpoint itself at the number of ranks that wrote it"
+        )
     clipping = config.get("gradient_clipping", 1.0)
     if not isinstance(clipping, int | float) or isinstance(clipping, bool) or not clipping >= 0:
         yield f"gradient_clipping: got {clipping!r}; allowed: a number >= 0"

@@ -19,7 +19,8 @@ class LeapCallback(TrainerCallback):
     come from the arguments, the length of the schedule from the Trainer's steps; "leap.total_steps" may be left out.
 
     When train() is over the density is exact, `certificate` is what `leap_dist.finalize` returns, and the model is a
-    plain one with zeros, for `trainer.save_model`. Raises UserError for what cannot work.
+    plain one with zeros, for `trainer.save_model`. `resume_from_checkpoint` resumes bit for bit;
+    `load_best_model_at_end` chooses among the models whose masks are frozen. Raises UserError for what cannot work.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -27,11 +28,6 @@ class LeapCallback(TrainerCallback):
             raise UserError(
                 "trainer: got one without DeepSpeed; allowed: one with TrainingArguments(deepspeed=...), a config "
                 'with a "leap" section'
-            )
-        if trainer.args.load_best_model_at_end:
-            raise UserError(
-                "load_best_model_at_end: got True; allowed: False: the best model may be one from before the target "
-                "density was reached"
             )
         self.certificate: dict[str, Any] | None = None
         self._trainer = trainer
@@ -43,11 +39,6 @@ class LeapCallback(TrainerCallback):
     def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """LEAP's optimizer with the groups and settings of the one that the Trainer would have made."""
         trainer = self._trainer
-        if trainer.state.global_step:
-            raise UserError(
-                "resume_from_checkpoint: a Trainer's checkpoints do not hold what LEAP needs to go on; start anew, or "
-                "use a job file, whose runs --resume goes on with"
-            )
         trainer.optimizer_cls_and_kwargs = self._theirs
         plain = trainer.create_optimizer()
         config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
@@ -67,11 +58,35 @@ class LeapCallback(TrainerCallback):
         return section | {"total_steps": steps}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The engine is there, no step has been taken."""
+        """The engine is there, with a checkpoint's state in it if one is resumed; no step has been taken."""
         attach(self._trainer.deepspeed)
+        if args.load_best_model_at_end:
+            self._check_best(args, state)
+
+    def _check_best(self, args: Any, state: Any) -> None:
+        """Raise UserError if no model is evaluated after the masks are frozen."""
+        last = (
+            state.max_steps if args.eval_strategy == "epoch" else state.max_steps // state.eval_steps * state.eval_steps
+        )
+        if self._trainer.deepspeed.leap.schedule.phase(last) != "settle":
+            raise UserError(
+                f"load_best_model_at_end: got True, but the last evaluation, after step {last}, comes before the masks "
+                "are frozen: the best model would be none at the target; give a smaller eval_steps, a larger "
+                "leap.settle_fraction, or False"
+            )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A model from before the masks were frozen is not the best one: it is not at the target."""
+        if not self._trainer.deepspeed.leap.settled:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All steps are taken, on every rank."""
+        """All steps are taken, on every rank, and the best model is loaded if that was asked for."""
         engine: Any = self._trainer.deepspeed
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and not engine.leap.settled:
+            raise UserError(
+                f"load_best_model_at_end: the best model, {state.best_model_checkpoint}, is from before the masks were "
+                "frozen; resume from a later checkpoint, with load_best_model_at_end=False"
+            )
         self.certificate = finalize(engine)
         release(engine.module)

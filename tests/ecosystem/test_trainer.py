@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,8 +32,16 @@ def make_trainer(folder: str, stage: int, section: dict[str, Any] | None, **argu
         "disable_tqdm": True,
         "use_cpu": True,
     }
+    callbacks = arguments.pop("callbacks", None)
     arguments = {"num_train_epochs": 2, **settings, **arguments}
-    return Trainer(model=tiny_bert(), args=TrainingArguments(folder, **arguments), train_dataset=rows(160))
+    data = rows(176)
+    return Trainer(
+        tiny_bert(),
+        TrainingArguments(folder, **arguments),
+        train_dataset=data[:160],
+        eval_dataset=data[160:],
+        callbacks=callbacks,
+    )
 
 
 def train(folder: str, stage: int) -> dict[str, Any]:
@@ -72,50 +78,116 @@ def test_a_trainer_reaches_the_exact_target(ranks: RankPools, tmp_path: Path, st
     assert found == {name: tensor["kept"] - tensor["zeros_kept"] for name, tensor in first["tensors"].items()}
 
 
-def refused(folder: str, section: dict[str, Any] | None, steps_done: int) -> str:
+SAVED = (1, 8, 18)  # steps in the dense, the prune and the settle phase
+SECTION = {"target": 0.25, "dense_fraction": 0.1}
+
+
+def run(folder: str, stage: int, resume: str | None, **arguments: Any) -> dict[str, Any]:
+    """A whole run, or the rest of one: its certificate, rates and losses by step, and the Trainer's state."""
+    import leap_dist
+
+    with accelerate_left_behind():
+        trainer = make_trainer(folder, stage, SECTION, logging_steps=1, **arguments)
+        leap = leap_dist.LeapCallback(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        state, phase = trainer.state, trainer.deepspeed.leap.schedule.phase
+        rates = {row["step"]: (row["learning_rate"], row["loss"]) for row in state.log_history if "loss" in row}
+        trainer.deepspeed.destroy()
+    losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
+    best = {"best": state.best_global_step, "folder": state.best_model_checkpoint, "losses": losses}
+    return {"certificate": leap.certificate, "rates": rates, "phases": [phase(n) for n in SAVED], **best}
+
+
+def resumed(folder: str, stage: int) -> bool:
+    """Whether runs that are resumed in every phase end as the one that was not cut off."""
+    from transformers import TrainerCallback
+
+    class SaveAt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = state.global_step in SAVED
+
+    whole = run(folder, stage, None, save_strategy="steps", save_steps=1000, callbacks=[SaveAt()])
+    assert whole["phases"] == ["dense", "prune", "settle"]
+    found = True
+    for step in SAVED:
+        again = run(folder, stage, f"{folder}/checkpoint-{step}")
+        found &= again["certificate"] == whole["certificate"] and again["rates"] == whole["rates"]
+    return found
+
+
+@pytest.mark.parametrize(("stage", "world"), [(2, 2), (3, 2), (0, 1)])
+def test_a_resumed_trainer_ends_bit_for_bit(ranks: RankPools, tmp_path: Path, stage: int, world: int) -> None:
+    assert all(ranks(world).run(resumed, str(tmp_path), stage))
+
+
+BEST = {
+    "load_best_model_at_end": True,
+    "save_strategy": "steps",
+    "eval_strategy": "steps",
+    "metric_for_best_model": "loss",
+}
+
+
+def best(folder: str, stage: int) -> dict[str, Any]:
+    return run(folder, stage, None, eval_steps=2, save_steps=2, save_total_limit=1, **BEST)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_best_model_is_chosen_among_settled_ones(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    first, second = ranks(2).run(best, str(tmp_path), stage)
+    certificate = first["certificate"]
+    assert certificate == second["certificate"] and certificate["density"] == 0.25
+    settled = {step: loss for step, loss in first["losses"].items() if step >= SAVED[-1] - 2}
+    assert first["best"] == min(settled, key=lambda step: settled[step])
+    model = AutoModelForSequenceClassification.from_pretrained(first["folder"])
+    kept = {name: int(model.get_parameter(name).count_nonzero()) for name in certificate["tensors"]}
+    assert kept == {n: t["kept"] - t["zeros_kept"] for n, t in certificate["tensors"].items()}
+
+
+def too_early(folder: str) -> str:
+    with pytest.raises(UserError) as refusal:
+        run(folder, 2, None, eval_steps=12, save_steps=12, **BEST)
+    return str(refusal.value)
+
+
+def test_a_best_model_from_before_the_masks_are_frozen_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+    message = ranks(1).run(too_early, str(tmp_path))[0]
+    assert message.startswith("load_best_model_at_end: got True, but the last evaluation, after step 12, comes before")
+
+
+def refused(folder: str, section: dict[str, Any] | None) -> str:
     """What LeapCallback says in train()."""
     import leap_dist
 
     with accelerate_left_behind():
         trainer = make_trainer(folder, 2, section, max_steps=STEPS)
         leap_dist.LeapCallback(trainer)
-        if steps_done:
-            state = {"global_step": steps_done, "max_steps": STEPS, "train_batch_size": 4}
-            (Path(folder) / "trainer_state.json").write_text(json.dumps(state), "utf-8")
         try:
-            trainer.train(resume_from_checkpoint=folder if steps_done else None)
+            trainer.train()
         except UserError as error:
-            assert not hasattr(trainer.model, "leap")
             return str(error)
     return ""
 
 
 @pytest.mark.parametrize(
-    ("section", "steps_done", "message"),
+    ("section", "message"),
     [
-        (None, 0, 'leap: the config has no "leap" section'),
-        ([0.1], 0, "leap: got [0.1]; allowed: a JSON object"),
-        ({"target": 0.1, "total_steps": 30}, 0, "leap.total_steps: got 30; the Trainer takes 20; leave it out"),
-        ({"target": 0.1}, 5, "resume_from_checkpoint: a Trainer's checkpoints do not hold what LEAP needs"),
+        (None, 'leap: the config has no "leap" section'),
+        ([0.1], "leap: got [0.1]; allowed: a JSON object"),
+        ({"target": 0.1, "total_steps": 30}, "leap.total_steps: got 30; the Trainer takes 20; leave it out"),
     ],
-    ids=["no section", "no object", "other length", "resumed"],
+    ids=["no section", "no object", "other length"],
 )
-def test_what_a_trainer_cannot_do_is_refused(
-    ranks: RankPools, tmp_path: Path, section: Any, steps_done: int, message: str
-) -> None:
-    assert message in ranks(1).run(refused, str(tmp_path), section, steps_done)[0]
+def test_what_a_trainer_cannot_do_is_refused(ranks: RankPools, tmp_path: Path, section: Any, message: str) -> None:
+    assert message in ranks(1).run(refused, str(tmp_path), section)[0]
 
 
-def stand_in(plugin: Any, best: bool) -> Any:
-    """What LeapCallback looks at before it touches a Trainer."""
-    state = SimpleNamespace(deepspeed_plugin=plugin)
-    return SimpleNamespace(accelerator=SimpleNamespace(state=state), args=SimpleNamespace(load_best_model_at_end=best))
+def test_a_trainer_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
 
-
-def test_a_trainer_that_does_not_fit_is_refused_at_once() -> None:
     from leap_dist import LeapCallback
 
     with pytest.raises(UserError, match="trainer: got one without DeepSpeed"):
-        LeapCallback(stand_in(None, False))
-    with pytest.raises(UserError, match="load_best_model_at_end: got True; allowed: False"):
-        LeapCallback(stand_in(object(), True))
+        LeapCallback(Trainer(tiny_bert(), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")))

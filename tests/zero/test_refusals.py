@@ -51,6 +51,7 @@ def schedule(optimizer: torch.optim.Optimizer) -> Any:
         {"zero_optimization": {"stage": 3, **OTHER_SHARDING}},
         {"bf16": {"enabled": False}, "hybrid_engine": {"enabled": False}, "tensor_parallel": {"enabled": False}},
         {"sequence_parallel_size": 1, "leap": {"target": 0.5}},
+        {"zero_optimization": {"elastic_checkpoint": False}, "checkpoint": {"load_universal": False}},
     ],
 )
 def test_what_works_passes(config: dict[str, Any]) -> None:
@@ -98,6 +99,14 @@ def test_what_works_passes(config: dict[str, Any]) -> None:
         ({"gradient_clipping": "one"}, r"gradient_clipping: got 'one'; allowed: a number >= 0"),
         ({"gradient_clipping": -1}, r"gradient_clipping: got -1; allowed: a number >= 0"),
         ({"gradient_clipping": True}, r"gradient_clipping: got True; allowed: a number >= 0"),
+        (
+            {"zero_optimization": {"stage": 2, "elastic_checkpoint": True}},
+            r"zero_optimization\.elastic_checkpoint: such checkpoints hold no progress of LEAP; remove it",
+        ),
+        (
+            {"checkpoint": {"load_universal": True}},
+            r"checkpoint\.load_universal: universal checkpoints hold no latent weights, scores and masks; remove it",
+        ),
         ({"sequence_parallel_size": 2}, r"sequence_parallel_size: not supported together with LEAP yet; use 1"),
     ],
 )

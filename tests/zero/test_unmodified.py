@@ -16,10 +16,10 @@ STEPS = 10
 
 
 def bare() -> nn.Sequential:
-    """A frozen part, a buffer, matrices under both kinds of gates."""
+    """A buffer, and matrices under both kinds of gates."""
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Embedding(20, 9), nn.Linear(9, 13), nn.BatchNorm1d(13), nn.Linear(13, 5), nn.Linear(5, 2))
-    model[0].requires_grad_(False)
+    model = nn.Sequential(nn.Embedding(20, 9), nn.Linear(9, 13), nn.LayerNorm(13), nn.Linear(13, 5), nn.Linear(5, 2))
+    model.register_buffer("places", torch.arange(3))
     return model
 
 
@@ -47,7 +47,7 @@ def shown(folder: str, stage: int, bf16: bool) -> dict[str, Any]:
     model, plain = bare(), bare()
     engine = engine_of(model, stage, **({"bf16": {"enabled": True}} if bf16 else {}))
     take(engine, STEPS)
-    certificate = leap_dist.finalize(engine)
+    leap_dist.finalize(engine)
     found = {
         "children": [type(child) for child in model.children()] == [type(child) for child in plain.children()],
         "length": len(model) == len(plain),
@@ -68,13 +68,7 @@ def shown(folder: str, stage: int, bf16: bool) -> dict[str, Any]:
         files["checkpoint"] = state["module"]
     for name, tensors in files.items():
         plain.load_state_dict(tensors, strict=True)
-        close = all(
-            torch.equal(p, weights[n].float()) for n, p in plain.named_parameters() if n != "0.weight" or not bf16
-        )
-        kept = sum(int(plain.get_parameter(n).count_nonzero()) for n in certificate["tensors"])
-        found[name] = close and kept == certificate["kept"] - sum(
-            t["zeros_kept"] for t in certificate["tensors"].values()
-        )
+        found[name] = all(torch.equal(p.to(weights[n].dtype), weights[n]) for n, p in plain.named_parameters())
     leap_dist.release(model)
     leap_dist.release(model)
     engine.destroy()
@@ -92,10 +86,9 @@ def test_nothing_of_leap_shows_in_a_model_or_its_files(
         assert len(found) == 6 + (3 if 0 < stage < 3 else 2)
 
 
-def test_a_model_with_an_attribute_of_leaps_old_name_is_hosted() -> None:
+def test_a_model_with_an_attribute_of_leaps_name_is_hosted() -> None:
     model = bare()
     model.leap = nn.Linear(2, 2)
-    optimizer = leap_dist.host(model, None, {"leap": {"target": 0.5, "total_steps": 4}})
-    assert {name.split(".")[0] for name in optimizer.plan.covers} <= {"1", "3", "4", "leap"}
+    leap_dist.host(model, torch.optim.AdamW(model.parameters()), {"leap": {"target": 0.5, "total_steps": 10}})
     leap_dist.release(model)
     assert isinstance(model.leap, nn.Linear)
