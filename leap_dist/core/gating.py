@@ -81,6 +81,10 @@ class Gating:
         """This fragment's part of a state tensor, shape (length,)."""
         return fragment.view(self._state[fragment.flat][key])
 
+    def states(self, flat: Tensor) -> dict[str, Tensor]:
+        """All state tensors of a flat buffer."""
+        return self._state[flat]
+
     def buffer(self, fragment: Fragment, key: str) -> Tensor:
         """The state tensor that this fragment's part lies in, the same object at every call."""
         return self._state[fragment.flat][key]

@@ -16,6 +16,7 @@ are the optimizer's own, sharded like them (core/gate_values.py). Fragments may 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from leap_dist.core.gate_values import GateValues
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, Gating, state_keys
 from leap_dist.core.level import Level
+from leap_dist.core.loaded import Loaded
 from leap_dist.core.masks import Masks
 from leap_dist.core.phases import Phase, Schedule
 from leap_dist.core.stopwatch import Stopwatch
@@ -82,8 +84,15 @@ class LeapAdamW(torch.optim.Optimizer):
     # Binding
 
     @torch.no_grad()
-    def bind(self, fragments: Sequence[Fragment], communicator: Communicator) -> None:
+    def bind(
+        self,
+        fragments: Sequence[Fragment],
+        communicator: Communicator,
+        copies: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    ) -> None:
         """Tell which parts of which tensors this rank's flat buffers hold, and make the whole state.
+
+        copies: for each flat buffer that the host copies after a step, what forward passes read, in its shape.
 
         Raises UserError if the target is below what one unit in every gate keeps.
         """
@@ -102,9 +111,11 @@ class LeapAdamW(torch.optim.Optimizer):
         self._gating = Gating(self.plan, fragments, values, self.state, communicator, no_decay)
         self.masks = Masks(self._gating)
         self.level.bind(self._gating, self.masks)
+        self._loaded = Loaded(self._gating, fragments, copies)
+        self._started = False
         if self._early is not None:
             host_state.restore(self, *self._early)
-            self._early = None
+            self._early, self._started = None, True
 
     def states_of(self, flat: Tensor) -> dict[str, Tensor]:
         """The state tensors of a fragment's flat buffer, each of its shape."""
@@ -143,6 +154,10 @@ class LeapAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure
         """One optimizer step for the groups that hold parameters now (ZeRO calls once a group)."""
         assert closure is None, "LeapAdamW takes no closure"
+        if not self._started:
+            self._take_over()
+        for flat in (flat for group in self.param_groups for flat in group["params"]):
+            self._loaded.check(flat)
         if self.check_gradient and not self._gradient_is_finite():
             self.pass_over()
             return
@@ -151,6 +166,12 @@ class LeapAdamW(torch.optim.Optimizer):
                 self._step_gated(group)
             elif group["params"]:
                 self._step_plain(group)
+
+    def _take_over(self) -> None:
+        """Before the first step: weights that were loaded since `bind` are the start, as if they had been there."""
+        if self._loaded.take_over():
+            self.level.bind(self.gating, self.masks)
+        self._started = True
 
     def _gradient_is_finite(self) -> bool:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -267,6 +288,7 @@ class LeapAdamW(torch.optim.Optimizer):
             self._early = flats, state_dict
         else:
             host_state.restore(self, flats, state_dict)
+            self._started = True
 
     # Our own checkpoints: tensors are the optimizer's state, the rest is this
 
@@ -277,7 +299,7 @@ class LeapAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_progress(self, saved: Mapping[str, Any]) -> None:
         """Go on from `progress()`, after the state's tensors were put in place. Collective."""
-        self.num_steps = saved["num_steps"]
+        self.num_steps, self._started = saved["num_steps"], True
         for state in self.state.values():
             state["step"] = self.num_steps
         self.level.load_progress(saved)

@@ -34,6 +34,17 @@ def flat_partitions(engine: Any) -> list[Tensor]:
     return []
 
 
+def forward_copies(engine: Any) -> dict[Tensor, Tensor]:
+    """Of every flat partition, what this rank's part of the parameters that forward passes read is kept in."""
+    optimizer, flats = engine.optimizer, flat_partitions(engine)
+    if engine.zero_optimization_stage() == 3:
+        return dict(zip(flats, optimizer.fp16_partitioned_groups_flat, strict=True))
+    parts = getattr(optimizer, "parallel_partitioned_bit16_groups", [])
+    groups = getattr(optimizer, "real_dp_process_group", [])
+    found = zip(flats, parts, groups, strict=True)
+    return {flat: whole[torch.distributed.get_rank(group)] for flat, whole, group in found}
+
+
 def find_fragments(engine: Any) -> list[Fragment]:
     """The fragment of every parameter that this rank holds."""
     stage = engine.zero_optimization_stage()

@@ -24,6 +24,7 @@ from leap_dist.models.plan import make_plan
 from leap_dist.models.routing import route_among_kept
 from leap_dist.zero.binding import (
     find_fragments,
+    forward_copies,
     gather,
     hosted_parameters,
     make_communicator,
@@ -116,7 +117,7 @@ def attach(engine: Any) -> None:
         kind = f"{type(engine).__name__} that steps with {type(base).__name__}"
         raise UserError(f"engine: got a {kind}; allowed: the DeepSpeed engine with the optimizer of leap_dist.host")
     _check_sub_group(engine, base)
-    base.bind(find_fragments(engine), make_communicator(engine))
+    base.bind(find_fragments(engine), make_communicator(engine), forward_copies(engine))
     base.check_gradient = engine.zero_optimization_stage() == 0
     for group, peak in zip(base.param_groups, getattr(engine.lr_scheduler, "max_lrs", ()), strict=False):
         group["max_lr"] = peak  # of a scheduler that sets rates, whatever the group started with

@@ -83,6 +83,8 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for name in ("tensor_parallel", "expert_parallel", "hybrid_engine", "compression_training"):
         if _section(config, name).get("enabled", name in config):
             yield f"{name}: not supported together with LEAP yet; remove the section"
+    if zero.get("load_from_fp32_weights") is False:
+        yield "zero_optimization.load_from_fp32_weights: got False; LEAP resumes from the fp32 weights: remove it"
     if zero.get("elastic_checkpoint"):
         yield "zero_optimization.elastic_checkpoint: such checkpoints hold no progress of LEAP; remove it"
     if _section(config, "checkpoint").get("load_universal"):

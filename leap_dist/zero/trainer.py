@@ -57,9 +57,13 @@ class LeapCallback(TrainerCallback):
             raise UserError(f"leap.total_steps: got {section['total_steps']}; the Trainer takes {steps}; leave it out")
         return section | {"total_steps": steps}
 
+    @property
+    def _engine(self) -> Any:
+        return self._trainer.deepspeed
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The engine is there, with a checkpoint's state in it if one is resumed; no step has been taken."""
-        attach(self._trainer.deepspeed)
+        attach(self._engine)
         if args.load_best_model_at_end:
             self._check_best(args, state)
 
@@ -68,7 +72,7 @@ class LeapCallback(TrainerCallback):
         last = (
             state.max_steps if args.eval_strategy == "epoch" else state.max_steps // state.eval_steps * state.eval_steps
         )
-        if self._trainer.deepspeed.leap.schedule.phase(last) != "settle":
+        if self._engine.leap.schedule.phase(last) != "settle":
             raise UserError(
                 f"load_best_model_at_end: got True, but the last evaluation, after step {last}, comes before the masks "
                 "are frozen: the best model would be none at the target; give a smaller eval_steps, a larger "
@@ -77,12 +81,12 @@ class LeapCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A model from before the masks were frozen is not the best one: it is not at the target."""
-        if not self._trainer.deepspeed.leap.settled:
+        if not self._engine.leap.settled:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All steps are taken, on every rank, and the best model is loaded if that was asked for."""
-        engine: Any = self._trainer.deepspeed
+        engine = self._engine
         if args.load_best_model_at_end and state.best_model_checkpoint is not None and not engine.leap.settled:
             raise UserError(
                 f"load_best_model_at_end: the best model, {state.best_model_checkpoint}, is from before the masks were "

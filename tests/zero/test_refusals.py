@@ -104,6 +104,10 @@ def test_what_works_passes(config: dict[str, Any]) -> None:
             r"zero_optimization\.elastic_checkpoint: such checkpoints hold no progress of LEAP; remove it",
         ),
         (
+            {"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}},
+            r"zero_optimization\.load_from_fp32_weights: got False; LEAP resumes from the fp32 weights: remove it",
+        ),
+        (
             {"checkpoint": {"load_universal": True}},
             r"checkpoint\.load_universal: universal checkpoints hold no latent weights, scores and masks; remove it",
         ),
