@@ -13,7 +13,7 @@ import leap_dist
 from leap_dist.config.job_file import parse_leap
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import whole
-from leap_dist.core.gating import SCORE, SCORES, THRESHOLDS
+from leap_dist.core.gating import SCORE
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.errors import UserError
 from leap_dist.models.plan import make_plan
@@ -38,13 +38,8 @@ def bound(model: nn.Module, optimizer: torch.optim.AdamW, section: dict[str, Any
     """LEAP's optimizer with the groups of another one, over whole tensors."""
     config = parse_leap(section)
     plan = make_plan(model, config)
-    gates = {THRESHOLDS: nn.Parameter(torch.zeros(len(plan.gates)))}
-    if plan.num_structured_units:
-        gates[SCORES] = nn.Parameter(torch.zeros(plan.num_structured_units))
-    groups = parameter_groups(model, plan, optimizer, None, {})
-    groups[0]["params"] += gates.values()
-    made = LeapAdamW(groups, plan, config)
-    made.bind(whole({**dict(model.named_parameters()), **gates}.items()), Communicator())
+    made = LeapAdamW(parameter_groups(model, plan, optimizer, None, {}), plan, config)
+    made.bind(whole(model.named_parameters()), Communicator())
     return made
 
 
