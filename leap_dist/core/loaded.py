@@ -37,6 +37,8 @@ class Loaded:
         for flat, copy in self._copies.items():
             if _digest(flat) == self._digests[flat]:
                 flat.data.copy_(copy)
+            else:
+                copy.data.copy_(flat)
         changed = torch.zeros((), device=self._gating.device)
         for part in self._gating.parts:
             (latent,) = self._gating.flat_states(part, LATENT)

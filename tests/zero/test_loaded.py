@@ -56,7 +56,9 @@ def load(engine: Any, way: str, stage: int, folder: str) -> None:
 
 def loaded(way: str, stage: int, folder: str, bf16: bool) -> tuple[str, str, str]:
     """Hashes of a run from weights that were loaded, and of one whose model had them; what loading later says."""
-    more = {"bf16": {"enabled": True}} if bf16 else {}
+    more: dict[str, Any] = {"bf16": {"enabled": True}} if bf16 else {}
+    if stage == 1:
+        more["data_types"] = {"grad_accum_dtype": "fp32"}  # an optimizer of DeepSpeed's own
     dtype = torch.bfloat16 if bf16 else torch.float32
     engine = engine_of(other(), stage, **more)
     engine.save_checkpoint(folder)
