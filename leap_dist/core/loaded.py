@@ -77,7 +77,7 @@ def _probes(fragments: Sequence[Fragment]) -> Tensor:
 
 def _digest(flat: Tensor) -> int:
     """A sum over the bits of all elements."""
-    return int(flat.detach().view(torch.int32).sum(dtype=torch.int64).item())
+    return int(flat.detach().view(torch.int16).sum(dtype=torch.int64).item())
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import leap_dist
 from leap_dist.errors import UserError
+from leap_dist.zero.binding import refresh_hosted
 from tests.peers.nets import leap, net
 from tests.ranks import RankPools
 from tests.zero.test_engine import engine_config, run_steps, schedule
@@ -42,6 +43,7 @@ def load(engine: Any, way: str, stage: int, folder: str) -> None:
     if way == "masters":
         for name, parameter in engine.module.named_parameters():
             safe_set_full_fp32_param(parameter, weights[name])
+        refresh_hosted(engine)  # DeepSpeed does so after the first step only
     elif way == "a checkpoint's module":
         engine.load_checkpoint(folder, load_module_only=True)
     elif way == "a checkpoint without the optimizer":
