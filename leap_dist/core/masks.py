@@ -48,7 +48,7 @@ class Masks:
         """One small all-reduce, and no copy of scores; gates are looked for only where one is to be named."""
         gating = self._gating
         buffers = [scores for part in gating.parts for scores in gating.flat_states(part, *self._score_keys)]
-        buffers += [fragment.view(fragment.flat) for fragment in gating.hosted_scores]
+        buffers += [fragment.view(fragment.flat) for fragment in gating.own_scores]
         broken = torch.zeros((), dtype=torch.int32, device=gating.device)
         for scores in buffers:
             lowest, highest = torch.aminmax(scores)  # both NaN where any is

@@ -52,7 +52,7 @@ def test_a_target_that_is_met_needs_no_words(kind: str) -> None:
 
 def broken(optimizer: LeapAdamW, place: str, value: float) -> None:
     """Put a value into the scores of the gate where all others are worse."""
-    for fragment in optimizer.gating.weights + optimizer.gating.hosted_scores + optimizer.gating.hosted_thresholds:
+    for fragment in optimizer.gating.weights + optimizer.gating.own_scores + optimizer.gating.own_thresholds:
         if place in (THRESHOLDS, SCORES) and fragment.tensor == place:
             fragment.view(fragment.flat)[0] = value
             return
