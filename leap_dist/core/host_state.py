@@ -4,23 +4,18 @@ The entry holds what is in no tensor of a parameter: progress, masks of structur
 what config and gates they came about.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leap_dist.errors import UserError
 
-if TYPE_CHECKING:
-    from leap_dist.core.optimizer import LeapAdamW
-
 LEAP = "leap"
 
 
-def entry(optimizer: LeapAdamW) -> dict[str, Any]:
+def entry(optimizer: Any) -> dict[str, Any]:
     """The entry, of plain values and tensors."""
     values = optimizer.gating.values
     return {
@@ -32,14 +27,14 @@ def entry(optimizer: LeapAdamW) -> dict[str, Any]:
     }
 
 
-def made_by(optimizer: LeapAdamW) -> dict[str, Any]:
+def made_by(optimizer: Any) -> dict[str, Any]:
     """What has to be the same for a state to fit, by name: every key of the leap section, and every gate."""
     settings = {f"leap.{key}": value for key, value in optimizer.config.model_dump(mode="json").items()}
     gates = {f"gate {gate.granularity} {gate.name!r}": gate.num_units for gate in optimizer.plan.gates}
     return {**settings, **gates}
 
 
-def restore(optimizer: LeapAdamW, flats: Sequence[Tensor], saved: Mapping[str, Any]) -> None:
+def restore(optimizer: Any, flats: Sequence[Tensor], saved: Mapping[str, Any]) -> None:
     """Copy a state_dict into the tensors that are bound. flats: those of all groups, in their order.
 
     Raises UserError, with nothing changed, if it is of another config, of other gates, or sharded in another way.
@@ -64,7 +59,7 @@ def restore(optimizer: LeapAdamW, flats: Sequence[Tensor], saved: Mapping[str, A
     optimizer.level.take_progress(saved[LEAP]["progress"])
 
 
-def _check(optimizer: LeapAdamW, saved: Mapping[str, Any]) -> None:
+def _check(optimizer: Any, saved: Mapping[str, Any]) -> None:
     if LEAP not in saved:
         raise UserError(
             "checkpoint: the optimizer that wrote it was not LEAP's; only its weights can be taken over, before the "

@@ -14,7 +14,6 @@ from leap_dist.config.job_file import parse_leap
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import whole
 from leap_dist.core.gates import GatePlan
-from leap_dist.core.gating import SCORES, THRESHOLDS
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.core.oracle import unit_index
 from leap_dist.errors import UserError
@@ -110,10 +109,8 @@ def test_a_dead_channel_takes_its_own_bias_and_no_other_through_a_run() -> None:
     model = Holder(nn.Conv1d(4, 8, 3))
     config = parse_leap({"target": 0.5, "total_steps": 20, "include": ["c.weight"], "gates": ["row"]})
     found = make_plan(model, config)
-    own = {THRESHOLDS: nn.Parameter(torch.zeros(1)), SCORES: nn.Parameter(torch.zeros(8))}
-    params = [*model.parameters(), *own.values()]
-    optimizer = LeapAdamW([{"params": params, GATED: True}], found, config)
-    optimizer.bind(whole([*model.named_parameters(), *own.items()]), Communicator())
+    optimizer = LeapAdamW([{"params": model.parameters(), GATED: True}], found, config)
+    optimizer.bind(whole(model.named_parameters()), Communicator())
     for _ in range(20):
         model.zero_grad()
         model(torch.randn(5, 4, 7)).square().mean().backward()
