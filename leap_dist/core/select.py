@@ -2,7 +2,9 @@
 
 For each gate the cut is the keep-th largest score of all ranks. Scores move little from step to step, so a bracket
 around the expected cut decides nearly all of them in one pass: what lies above is kept, what lies below is not, and
-the candidates between are collected. A gate whose cut has left its bracket is searched again among all its scores.
+the candidates between are collected. Where too many lie between (a level that jumps, many equal scores), nothing is
+collected: the same passes go over the scores where they lie, which takes no memory. A gate whose cut has left its
+bracket is aimed at anew with a sample of its scores, and if that misses too it is searched among all of them.
 Ranks map the candidates' fp32 scores to integer keys of the same order, measured from the low end of their bracket and
 aligned at the top, and narrow the cut digit by digit: local histograms for all gates at once, one all-reduce, choose
 the digit; the first brings the counts above the brackets along. The first NUM_PASSES digits tell any two scores in a
@@ -11,7 +13,7 @@ all scores that share its digits are kept. Scores equal to the cut are kept by l
 many it holds, and takes its share after the fragments before it. The result depends only on the scores, bit for bit,
 whatever the number of ranks and the split.
 
-On a GPU the host waits once for each buffer of scores (how many candidates are to be stored) and once at the end.
+On a GPU the host waits twice for the candidates' number and once at the end.
 """
 
 import math
@@ -24,10 +26,13 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.ops import dispatch
-from leap_dist.ops.reference import DIGIT_BITS, GATE, KEY_BITS, PLACE
+from leap_dist.ops.reference import DIGIT_BITS, GATE, KEY_BITS, LENGTH, PLACE, to_keys
 
 MANY, STRIDE = 1 << 16, 64  # gates of so many units are first aimed at with every 64th score
 AIM_SHIFT = 18  # such an aim is as coarse as a key without so many bits: 1/32 of a power of two
+JUMP = 1 / 64  # of a gate's units: when its kept count moves by more, its last cut says nothing of the next one
+FEW, SMALL = 32, 1 << 16  # collected are scores that are at most 1 in so many, or so few in all: each takes 55 bytes
+MOST = 1 << 62
 WIDEN = 6.0  # a bracket reaches this many times the last error of its prediction to either side
 ANYWHERE = -math.inf, math.inf  # the edges of a bracket that is not known
 SHIFTS = tuple(range(KEY_BITS - DIGIT_BITS, -1, -DIGIT_BITS))  # of the digits of a key
@@ -84,19 +89,80 @@ class Plan(NamedTuple):
     wanted: Tensor
 
 
-class Candidates(NamedTuple):
+class Collected(NamedTuple):
     """The scores inside the brackets on this rank, (n,) each: aligned key, gate, place; and how they were found.
 
-    first: for every place the number of candidates before its own; num_above: (G,), of this rank; positions: of every
-    Runs, those of its candidates.
+    runs: what they are of; first: for every place the number of candidates before its own; positions: of every Runs,
+    those of its candidates.
     """
 
+    runs: Sequence[Runs]
     keys: Tensor
     gates: Tensor
     places: Tensor
     first: Tensor
-    num_above: Tensor
     positions: list[Tensor]
+
+    def histogram(self, prefix: Tensor, shift: int) -> Tensor:
+        """How often each digit stands in the keys with their gate's prefix, int64 of shape (G, digits)."""
+        return dispatch.histogram(self.keys, self.gates, prefix, shift)
+
+    def count_ties(self, cuts: "Cuts", scores: Tensor) -> Tensor:
+        """How many equal the cut of their gate, by place."""
+        tie = self.keys == cuts.keys[self.gates]
+        return torch.zeros_like(self.first).index_add_(0, self.places, tie.long())
+
+    def write_(self, cuts: "Cuts", scores: Tensor, shares: Tensor | None) -> None:
+        """The masks: from the cuts on, or of those that equal it the first `shares` of every place."""
+        kept = self.keys >= cuts.keys[self.gates]
+        if shares is not None:
+            tie = self.keys == cuts.keys[self.gates]
+            number = torch.cat([tie.new_zeros(1), tie]).cumsum(0)
+            kept &= ~tie | (number[1:] - number[self.first[self.places]] <= shares[self.places])
+        parts = kept.split([len(positions) for positions in self.positions])
+        for run, positions, part in zip(self.runs, self.positions, parts, strict=True):
+            run.mask[positions] = part
+
+
+class InPlace(NamedTuple):
+    """The same of scores that are too many to be collected: each pass goes over all of them where they lie.
+
+    plan: of the search; num_places: on all ranks.
+    """
+
+    runs: Sequence[Runs]
+    plan: Plan
+    num_places: int
+
+    def histogram(self, prefix: Tensor, shift: int) -> Tensor:
+        """As Collected.histogram."""
+        edges, base, room, _ = self.plan
+        total = base.new_zeros(len(base), 1 << DIGIT_BITS)
+        for run in self.runs:
+            total += dispatch.score_histogram(run.table, run.scores, edges, base, room, prefix, shift)
+        return total
+
+    def count_ties(self, cuts: "Cuts", scores: Tensor) -> Tensor:
+        """As Collected.count_ties."""
+        ties = cuts.need.new_zeros(self.num_places)
+        for run in self.runs:
+            ties.index_add_(0, run.table[:, PLACE], self._ties(run, scores))
+        return ties
+
+    def write_(self, cuts: "Cuts", scores: Tensor, shares: Tensor | None) -> None:
+        """As Collected.write_."""
+        for run in self.runs:
+            if shares is None:
+                left = torch.full_like(run.table[:, PLACE], MOST)
+            else:  # the rows of a place follow each other, and take their share in turn
+                ties, places = self._ties(run, scores), run.table[:, PLACE]
+                before = ties.cumsum(0) - ties
+                first = torch.full_like(shares, MOST).scatter_reduce_(0, places, before, "amin")
+                left = shares[places] - (before - first[places])
+            dispatch.cut_(run.table, run.scores, scores, left, run.mask)
+
+    def _ties(self, run: Runs, scores: Tensor) -> Tensor:
+        return dispatch.count_inside(run.table, run.scores, torch.stack([scores, scores]))[:, 1]
 
 
 class Cuts(NamedTuple):
@@ -143,29 +209,35 @@ class Selector:
         self._fragment_gates = torch.tensor(fragment_gates, dtype=torch.int64, device=self._device)
         self._communicator = communicator
         self._brackets = [Bracket() for _ in num_units]
+        self._keep = list(num_units)  # the kept counts of the last call
 
     def masks_(self, runs: Sequence[Runs], keep: Sequence[int]) -> None:
         """Write the mask of every run; `keep`: the kept count of every gate.
 
         Raises FloatingPointError if a gate's scores hold NaN.
         """
-        self._aim(runs, keep)
-        edges = [bracket.edges for bracket in self._brackets]
-        found, cuts, read = self._search(runs, edges, keep)
-        if any(missed := read.missed):
-            edges = [ANYWHERE if again else known for known, again in zip(edges, missed, strict=True)]
+        for gate, (now, before, num) in enumerate(zip(keep, self._keep, self._num_units, strict=True)):
+            if num >= MANY and abs(now - before) > JUMP * num:
+                self._brackets[gate] = Bracket()
+        self._keep = list(keep)
+        for attempt in range(3):  # where the cuts are expected; by a sample; anywhere
+            if attempt < 2:
+                self._aim(runs, keep)
+            edges = [bracket.edges for bracket in self._brackets]
             found, cuts, read = self._search(runs, edges, keep)
-            counts = zip(missed, read.num_inside, self._num_units, strict=True)
-            if lost := [gate for gate, (again, inside, num) in enumerate(counts) if again and inside < num]:
+            counts = zip(edges, read.num_inside, self._num_units, strict=True)
+            if lost := [gate for gate, (e, inside, num) in enumerate(counts) if e == ANYWHERE and inside < num]:
                 raise FloatingPointError(f"the scores of gates {lost} hold NaN")
+            if not any(read.missed):
+                break
+            self._brackets = [
+                Bracket() if again else bracket for bracket, again in zip(self._brackets, read.missed, strict=True)
+            ]
         for bracket, score in zip(self._brackets, read.scores, strict=True):
             bracket.follow(score)
-        kept = found.keys >= cuts.keys[found.gates]
-        if any(read.parted):  # a cut goes through equal scores
-            kept &= self._lowest(found, cuts)
-        parts = kept.split([len(positions) for positions in found.positions])
-        for run, positions, part in zip(runs, found.positions, parts, strict=True):
-            run.mask[positions] = part
+        scores = torch.tensor(read.scores, dtype=torch.float32).to(self._device, non_blocking=True)
+        shares = self._shares(found, cuts, scores) if any(read.parted) else None  # a cut goes through equal scores
+        found.write_(cuts, scores, shares)
 
     def _aim(self, runs: Sequence[Runs], keep: Sequence[int]) -> None:
         """Brackets for large gates that have none yet, from a sample of their scores. One all-reduce if there are."""
@@ -178,7 +250,7 @@ class Selector:
         for run in runs:
             for offset, length, gate, _ in run.table.tolist():
                 if gate in number:
-                    sampled = _to_keys(run.scores[offset : offset + length : STRIDE]) >> AIM_SHIFT
+                    sampled = to_keys(run.scores[offset : offset + length : STRIDE]) >> AIM_SHIFT
                     histogram[number[gate]] += torch.bincount(sampled, minlength=bins)
         at_least = self._communicator.sum_(histogram).cpu().flip(1).cumsum(1).flip(1)
         for gate, counts in zip(cold, at_least, strict=True):
@@ -192,15 +264,17 @@ class Selector:
 
     def _search(
         self, runs: Sequence[Runs], edges: Sequence[tuple[float, float]], keep: Sequence[int]
-    ) -> tuple[Candidates, Cuts, ReadBack]:
+    ) -> tuple[Collected | InPlace, Cuts, ReadBack]:
         """Part the scores by the edges, and find the cuts between them."""
         plan, wide = _plan(edges, keep, self._device)
-        collected = [dispatch.collect_(run.table, run.scores, plan.edges, run.mask) for run in runs]
-        found = self._candidates(runs, collected, plan)
+        counts = [dispatch.count_inside(run.table, run.scores, plan.edges) for run in runs]
+        found = self._found(runs, counts, plan)
         start = torch.zeros_like(plan.wanted)
-        first = dispatch.histogram(found.keys, found.gates, start, SHIFTS[0])
-        counts = self._sum(torch.cat([first, found.num_above[:, None]], 1))
-        histogram, need = counts[:, :-1], plan.wanted - counts[:, -1]
+        above = torch.zeros_like(start)
+        for run, count in zip(runs, counts, strict=True):
+            above.index_add_(0, run.table[:, GATE], count[:, 0])
+        summed = self._sum(torch.cat([found.histogram(start, SHIFTS[0]), above[:, None]], 1))
+        histogram, need = summed[:, :-1], plan.wanted - summed[:, -1]
         inside = histogram.sum(1)
         missed = (need < 1) | (need > inside)
         cuts = self._narrow(found, _choose(histogram, Cuts(start, need, inside), SHIFTS[0]), SHIFTS[1:-REST])
@@ -210,25 +284,26 @@ class Selector:
             read = _read_back(plan, cuts, missed, inside)
         return found, cuts, read
 
-    def _candidates(self, runs: Sequence[Runs], collected: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> Candidates:
-        """The scores that `collected` gives, by runs: what collect_ returns for them and the plan's edges."""
+    def _found(self, runs: Sequence[Runs], counts: Sequence[Tensor], plan: Plan) -> Collected | InPlace:
+        """The scores inside the brackets: collected where they are few, whatever other ranks do with theirs."""
         empty = torch.empty(0, dtype=torch.int64, device=self._device)
         table = torch.cat([empty.view(0, 4), *(run.table for run in runs)])
-        above, inside = torch.cat([empty.view(0, 2), *(counts for counts, _ in collected)]).unbind(1)
-        positions = [positions for _, positions in collected]
-        num = sum(map(len, positions))
+        inside = torch.cat([empty, *(count[:, 1] for count in counts)])
+        num, total = torch.stack([inside.sum(), table[:, LENGTH].sum()]).tolist()
+        if num * FEW > total + SMALL:
+            return InPlace(runs, plan, len(self._fragment_gates))
+        positions = [dispatch.collect_(run.table, run.scores, plan.edges, run.mask)[1] for run in runs]
         gates, places = torch.repeat_interleave(table[:, [GATE, PLACE]], inside, dim=0, output_size=num).unbind(1)
-        keys = torch.cat([empty, *(_to_keys(run.scores[at]) for run, at in zip(runs, positions, strict=True))])
+        keys = torch.cat([empty, *(to_keys(run.scores[at]) for run, at in zip(runs, positions, strict=True))])
         keys = (keys - plan.base[gates]) << plan.room[gates]
         first = torch.full_like(self._fragment_gates, num)
         first.scatter_reduce_(0, table[:, PLACE], inside.cumsum(0) - inside, "amin")
-        num_above = torch.zeros_like(plan.wanted).index_add_(0, table[:, GATE], above)
-        return Candidates(keys, gates, places, first, num_above, positions)
+        return Collected(runs, keys, gates, places, first, positions)
 
-    def _narrow(self, found: Candidates, cuts: Cuts, shifts: Iterable[int]) -> Cuts:
+    def _narrow(self, found: Collected | InPlace, cuts: Cuts, shifts: Iterable[int]) -> Cuts:
         """The cuts with the digits at these shifts. One all-reduce for each."""
         for shift in shifts:
-            histogram = dispatch.histogram(found.keys, found.gates, cuts.keys >> (shift + DIGIT_BITS), shift)
+            histogram = found.histogram(cuts.keys >> (shift + DIGIT_BITS), shift)
             cuts = _choose(self._sum(histogram), cuts, shift)
         return cuts
 
@@ -236,22 +311,18 @@ class Selector:
         """Counts of units, summed over the ranks."""
         return self._communicator.sum_(counts.to(self._counts)).long()
 
-    def _lowest(self, found: Candidates, cuts: Cuts) -> Tensor:
-        """False for the candidates that equal the cut of their gate and are not among the `need` lowest."""
-        tie = found.keys == cuts.keys[found.gates]
-        ties = torch.zeros_like(self._fragment_gates).index_add_(0, found.places, tie.long())
-        self._communicator.sum_(ties)
+    def _shares(self, found: Collected | InPlace, cuts: Cuts, scores: Tensor) -> Tensor:
+        """How many of the scores that equal the cut of their gate are kept, by place: the lowest go first."""
+        ties = self._communicator.sum_(found.count_ties(cuts, scores))
         of_gate = torch.zeros_like(cuts.need).index_add_(0, self._fragment_gates, ties)
         earlier = (of_gate.cumsum(0) - of_gate)[self._fragment_gates]  # ties of all gates before a fragment's own
-        share = cuts.need[self._fragment_gates] - (ties.cumsum(0) - ties - earlier)
-        number = torch.cat([tie.new_zeros(1), tie]).cumsum(0)
-        return ~tie | (number[1:] - number[found.first[found.places]] <= share[found.places])
+        return cuts.need[self._fragment_gates] - (ties.cumsum(0) - ties - earlier)
 
 
 def _plan(edges: Sequence[tuple[float, float]], keep: Sequence[int], device: torch.device) -> tuple[Plan, list[bool]]:
     """A search on the device, in one transfer; and for which gates the first digits of a key are not all of it."""
     rounded = torch.tensor(edges, dtype=torch.float32).view(-1, 2).T
-    low, high = _to_keys(rounded)
+    low, high = to_keys(rounded)
     _, bits = torch.frexp((high - low).double())  # the bits of the largest key
     room = KEY_BITS - bits
     rows = torch.stack([*rounded.double(), low, room, torch.tensor(keep)]).to(device, non_blocking=True)
@@ -274,13 +345,7 @@ def _read_back(plan: Plan, cuts: Cuts, missed: Tensor, inside: Tensor) -> ReadBa
     return ReadBack(*rows)
 
 
-def _to_keys(scores: Tensor) -> Tensor:
-    """fp32 -> int64 in [0, 2^32), in the same order; -0.0 and 0.0 share a key."""
-    bits = (scores + 0.0).view(torch.int32).long()
-    return torch.where(bits >= 0, bits + 2**31, ~bits)
-
-
 def _to_scores(keys: Tensor) -> Tensor:
-    """The inverse of `_to_keys`."""
+    """The inverse of `to_keys`."""
     bits = torch.where(keys >= 2**31, keys - 2**31, ~keys)
     return bits.to(torch.int32).view(torch.float32)

@@ -86,6 +86,14 @@ def _fake_histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> 
     return keys.new_empty(len(prefix), 1 << reference.DIGIT_BITS)
 
 
+def _fake_count(table: Tensor, scores: Tensor, bracket: Tensor) -> Tensor:
+    return table.new_empty(len(table), 2)
+
+
+def _fake_score_histogram(table: Tensor, scores: Tensor, bracket: Tensor, base: Tensor, *rest: Any) -> Tensor:
+    return base.new_empty(len(base), 1 << reference.DIGIT_BITS)
+
+
 def _fake_best_of(table: Tensor, scores: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
     return mask.new_empty(len(table))
 
@@ -103,6 +111,9 @@ element_adamw_ = _register(reference.element_adamw_, LATENT_STATE + SCORE_STATE,
 write_masked_ = _register(reference.write_masked_, ("hosted",), _nothing)
 collect_ = _register(reference.collect_, ("mask",), _fake_collect)
 histogram = _register(reference.histogram, (), _fake_histogram)
+count_inside = _register(reference.count_inside, (), _fake_count)
+score_histogram = _register(reference.score_histogram, (), _fake_score_histogram)
+cut_ = _register(reference.cut_, ("mask",), _nothing)
 best_of_ = _register(reference.best_of_, ("mask",), _fake_best_of)
 unit_sums = _register(units.unit_sums, (), _fake_sums)
 expand_units_ = _register(units.expand_units_, ("mask",), _nothing)

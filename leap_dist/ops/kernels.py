@@ -15,7 +15,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from leap_dist.ops.reference import DIGIT_BITS, Adam
+from leap_dist.ops.reference import DIGIT_BITS, KEY_BITS, Adam
 
 BLOCK = 1024
 EXACT = {"enable_fp_fusion": False}  # no FMAs: an update with a mask of ones has the bits of the plain one
@@ -165,6 +165,45 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _score_histogram_kernel(  # type: ignore[no-untyped-def]
+    table, scores, bracket, base, room, prefix, counts, num_gates, shift,
+    WHOLE: tl.constexpr, DIGIT_BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Digits of the keys of one row's scores inside the bracket; WHOLE: the first digit, which has no prefix."""
+    row = tl.program_id(0).to(tl.int64)
+    offset, length, gate = tl.load(table + 4 * row), tl.load(table + 4 * row + 1), tl.load(table + 4 * row + 2)
+    low, high = tl.load(bracket + gate), tl.load(bracket + num_gates + gate)
+    first, left, known = tl.load(base + gate), tl.load(room + gate), tl.load(prefix + gate)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        s = tl.load(scores + offset + at, mask=at < length, other=float("nan"))
+        bits = (s + 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+        key = tl.where(bits >= 0, bits + 2147483648, -1 - bits)
+        heads = ((key - first) << left) >> shift
+        inside = (s >= low) & (s <= high)
+        if not WHOLE:
+            inside &= (heads >> DIGIT_BITS) == known
+        digit = heads & ((1 << DIGIT_BITS) - 1)
+        tl.atomic_add(counts + (gate << DIGIT_BITS) + digit, tl.full((BLOCK,), 1, tl.int64), mask=inside)
+
+
+@triton.jit
+def _cut_kernel(table, scores, cuts, shares, mask, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """mask = score > cut on one row, and the first of those that equal it."""
+    row = tl.program_id(0).to(tl.int64)
+    offset, length, gate = tl.load(table + 4 * row), tl.load(table + 4 * row + 1), tl.load(table + 4 * row + 2)
+    cut, share = tl.load(cuts + gate), tl.load(shares + row)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        within = at < length
+        s = tl.load(scores + offset + at, mask=within, other=float("nan"))
+        tie = s == cut
+        number = tl.cumsum(tie.to(tl.int32), 0)
+        tl.store(mask + offset + at, ((s > cut) | (tie & (number <= share))).to(tl.int8), mask=within)
+        share -= tl.sum(tie.to(tl.int32), 0)
+
+
+@triton.jit
 def _best_of_kernel(table, scores, kept, mask, broken, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The n:m mask of one row; counts how many of its group go before an element, by m loads that meet in the cache."""
     row = tl.program_id(0).to(tl.int64)
@@ -270,6 +309,33 @@ def collect_(table: Tensor, scores: Tensor, bracket: Tensor, mask: Tensor) -> tu
         table, scores, bracket, firsts, _bytes(mask), places, num_gates, BLOCK=BLOCK, **EXACT
     )
     return counts, places
+
+
+def count_inside(table: Tensor, scores: Tensor, bracket: Tensor) -> Tensor:
+    """As reference.count_inside."""
+    counts = torch.empty(len(table), 2, dtype=torch.int64, device=scores.device)
+    if len(table):
+        _count_kernel[(len(table),)](table, scores, bracket, counts, bracket.shape[1], BLOCK=BLOCK, **EXACT)
+    return counts
+
+
+def score_histogram(
+    table: Tensor, scores: Tensor, bracket: Tensor, base: Tensor, room: Tensor, prefix: Tensor, shift: int
+) -> Tensor:
+    """As reference.score_histogram."""
+    counts = base.new_zeros(len(prefix), 1 << DIGIT_BITS)
+    if len(table):
+        _score_histogram_kernel[(len(table),)](
+            table, scores, bracket, base, room, prefix, counts, bracket.shape[1], shift,
+            WHOLE=shift + DIGIT_BITS >= KEY_BITS, DIGIT_BITS=DIGIT_BITS, BLOCK=BLOCK, **EXACT,
+        )  # fmt: skip
+    return counts
+
+
+def cut_(table: Tensor, scores: Tensor, cuts: Tensor, shares: Tensor, mask: Tensor) -> None:
+    """As reference.cut_."""
+    if len(table):
+        _cut_kernel[(len(table),)](table, scores, cuts, shares, _bytes(mask), BLOCK=BLOCK, **EXACT)
 
 
 def histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> Tensor:

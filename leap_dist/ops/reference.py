@@ -198,6 +198,66 @@ def collect_(table: Tensor, scores: Tensor, bracket: Tensor, mask: Tensor) -> tu
     return counts, torch.cat(found)
 
 
+def count_inside(table: Tensor, scores: Tensor, bracket: Tensor) -> Tensor:
+    """The counts that collect_ gives, alone: (above, inside) of every row, int64 of shape (rows, 2)."""
+    counts = torch.zeros(len(table), 2, dtype=torch.int64, device=scores.device)
+    lows, highs = bracket.tolist()
+    for row, (run, gate, _) in enumerate(runs_of(table)):
+        for b in blocks(run.stop - run.start, scores.device):
+            here = scores[run.start + b.start : run.start + b.stop]
+            above = torch.count_nonzero(here > highs[gate])
+            counts[row, 0] += above
+            counts[row, 1] += torch.count_nonzero(here >= lows[gate]) - above
+    return counts
+
+
+def to_keys(scores: Tensor) -> Tensor:
+    """fp32 -> int64 in [0, 2^32), in the same order; -0.0 and 0.0 share a key."""
+    bits = (scores + 0.0).view(torch.int32).long()
+    return torch.where(bits >= 0, bits + 2**31, ~bits)
+
+
+def score_histogram(
+    table: Tensor, scores: Tensor, bracket: Tensor, base: Tensor, room: Tensor, prefix: Tensor, shift: int
+) -> Tensor:
+    """As histogram, of the scores inside the bracket of their gate where they lie: nothing is collected.
+
+    The key of a score is (to_keys(score) - base) << room, by its gate; bracket: (2, G), fp32; base, room, prefix: (G,).
+    """
+    bins = 1 << DIGIT_BITS
+    counts = torch.zeros(len(prefix), bins, dtype=torch.int64, device=scores.device)
+    lows, highs = bracket.tolist()
+    bases, rooms, prefixes = base.tolist(), room.tolist(), prefix.tolist()
+    for run, gate, _ in runs_of(table):
+        for b in blocks(run.stop - run.start, scores.device):
+            here = scores[run.start + b.start : run.start + b.stop]
+            inside = (here >= lows[gate]).logical_and_(here <= highs[gate])
+            heads = ((to_keys(here[inside]) - bases[gate]) << rooms[gate]) >> shift
+            if shift + DIGIT_BITS < KEY_BITS:
+                heads = heads[(heads >> DIGIT_BITS) == prefixes[gate]]
+            counts[gate] += torch.bincount(heads & (bins - 1), minlength=bins)
+    return counts
+
+
+def cut_(table: Tensor, scores: Tensor, cuts: Tensor, shares: Tensor, mask: Tensor) -> None:
+    """mask = score > cut of its gate, and of those that equal it the first `shares` of every row.
+
+    cuts: fp32 of shape (G,); shares: int64 of shape (rows,); scores fp32 and mask bool, flat.
+    """
+    values = cuts.tolist()
+    for (run, gate, _), share in zip(runs_of(table), shares.tolist(), strict=True):
+        for b in blocks(run.stop - run.start, scores.device):
+            here = slice(run.start + b.start, run.start + b.stop)
+            torch.gt(scores[here], values[gate], out=mask[here])
+            ties = scores[here] == values[gate]
+            num = int(torch.count_nonzero(ties))
+            if num > share > 0:
+                ties &= ties.cumsum(0, dtype=torch.int32) <= share
+            if share > 0:
+                mask[here] |= ties
+            share -= num
+
+
 def _true_places(flags: Tensor) -> Tensor:
     """The indices of the true among bool flags (n,), ascending; eight at a time where they are rare."""
     whole = flags.numel() // 8 * 8

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from leap_dist.core import select
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.oracle import top_k
-from leap_dist.core.select import ANYWHERE, NUM_PASSES, Bracket, Runs, Selector, _to_keys, _to_scores
-from leap_dist.ops.reference import run_table
+from leap_dist.core.select import ANYWHERE, NUM_PASSES, Bracket, Runs, Selector, _to_scores
+from leap_dist.ops.reference import run_table, to_keys
 from tests.ranks import RankPools
 
 SIZES = [1, 2, 1001, 5000]
@@ -70,6 +71,37 @@ def select_everywhere(kind: str, split: str) -> bool:
         if not all(torch.equal(m, expected[g][a:b]) for m, (g, a, b) in zip(masks, local, strict=True)):
             return False
     return True
+
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda s: s,
+    "equal": lambda s: torch.full_like(s, 0.25),
+    "two values": lambda s: (s > 0.3).float(),
+    "denormals": lambda s: (s * 1000).round().abs() * 1e-45,
+    "sorted": lambda s: s.sort().values,
+    "ties": lambda s: (s * 4).round(),
+}
+
+
+@pytest.mark.parametrize("few", [32, 10**12], ids=["collected where few", "all in place"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_level_that_jumps_gives_the_masks_of_a_full_sort(
+    kind: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One large gate, and small ones in a buffer of their own."""
+    monkeypatch.setattr(select, "FEW", few)
+    monkeypatch.setattr(select, "SMALL", 0)
+    sizes = [100_000, 1000, 50]
+    scores = [SHAPES[kind](torch.randn(n, generator=torch.Generator().manual_seed(n))) for n in sizes]
+    selector = Selector(sizes, [0, 1, 2], Communicator())
+    table = run_table([(0, 1000, 1, 1), (1000, 50, 2, 2)], 777)
+    for share in (1.0, 0.99, 0.2, 0.6, 1e-5):
+        keep = [max(1, int(share * n)) for n in sizes]
+        small = Runs(torch.cat(scores[1:]), torch.ones(1050, dtype=torch.bool), table)
+        large = Runs(scores[0], torch.ones(sizes[0], dtype=torch.bool), run_table([(0, sizes[0], 0, 0)], 4096))
+        selector.masks_([large, small], keep)
+        assert torch.equal(large.mask, top_k(scores[0], keep[0]))
+        assert torch.equal(small.mask, torch.cat([top_k(s, k) for s, k in zip(scores[1:], keep[1:], strict=True)]))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -158,7 +190,7 @@ def test_a_bracket_follows_its_cut_and_recovers() -> None:
 def test_keys_keep_the_order_of_scores() -> None:
     values = [float("-inf"), -3e38, -1.5, -1e-45, -0.0, 0.0, 1e-45, 1.5, 3e38, float("inf")]
     scores = torch.tensor(values)
-    keys = _to_keys(scores)
+    keys = to_keys(scores)
     assert keys.tolist() == sorted(keys.tolist()) and keys.unique().numel() == len(values) - 1
     assert torch.equal(_to_scores(keys), scores + 0.0)
     assert int(keys.min()) >= 0 and int(keys.max()) < 2**32
