@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from leap_dist.models.shrink import load_pruned
+    from leap_dist.models.pruned_folder import load_pruned
     from leap_dist.zero.engine import attach, finalize, host, initialize, release
     from leap_dist.zero.trainer import LeapCallback
 
@@ -16,7 +16,7 @@ _HOMES = {
     "finalize": "leap_dist.zero.engine",
     "host": "leap_dist.zero.engine",
     "initialize": "leap_dist.zero.engine",
-    "load_pruned": "leap_dist.models.shrink",
+    "load_pruned": "leap_dist.models.pruned_folder",
     "release": "leap_dist.zero.engine",
 }
 

@@ -162,7 +162,7 @@ class Checkpoints:
 
     # Loading
 
-    def _agreed_plan(self, checkpoint: Path, engine: Any) -> tuple[elastic.Plan | None, str]:
+    def _agreed_plan(self, checkpoint: Path, engine: Any) -> tuple[elastic.Restoring | None, str]:
         """How this rank reads a checkpoint, if all ranks can; else what is damaged. Raises UserError on all ranks."""
         plan, damage, wrong = None, None, None
         try:

@@ -35,7 +35,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Restoring:
     """A checkpoint that can be read: pieces by file, and this rank's random states if the ranks are as many."""
 
     manifest: Manifest
@@ -50,7 +50,7 @@ class Plan:
                     piece.target.copy_(file.get_slice(piece.key)[piece.first : piece.last])
 
 
-def plan(checkpoint: Path, engine: Any, ranks: Ranks) -> Plan:
+def plan(checkpoint: Path, engine: Any, ranks: Ranks) -> Restoring:
     """How this rank reads a checkpoint. Raises Damaged or OSError; UserError if it does not fit the engine."""
     manifest = read_manifest(checkpoint)
     _check_fits(checkpoint, manifest, engine)
@@ -66,7 +66,7 @@ def plan(checkpoint: Path, engine: Any, ranks: Ranks) -> Plan:
     for path in pieces.keys() | ({own} if same_ranks else set()):
         check_file(path, manifest.files[path.name])
         _check_pieces(path, manifest, pieces.get(path, []))
-    return Plan(manifest, pieces, _random_of(own) if same_ranks else {})
+    return Restoring(manifest, pieces, _random_of(own) if same_ranks else {})
 
 
 def overlaps(fragment: Fragment, runs: Mapping[str, list[tuple[int, int, str]]]) -> Iterator[tuple[str, int, int, int]]:

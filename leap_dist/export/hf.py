@@ -15,10 +15,12 @@ import torch
 
 from leap_dist.errors import UserError
 from leap_dist.files import staged
-from leap_dist.models.load import quiet_transformers
+from leap_dist.models.load import others_code, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RESTORE = "restore the folder, or run the job again"
 
 
 def save_model(
@@ -85,8 +87,8 @@ def load_exported(folder: Path) -> PreTrainedModel:
     """The model in a Hugging Face folder, with the class that its config names; fp32, on the CPU, for inference."""
     import transformers
 
-    with quiet_transformers():
-        config = transformers.AutoConfig.from_pretrained(folder)
+    with others_code(f"{folder}: its model", RESTORE), quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model_class = getattr(transformers, config.architectures[0])
         return model_class.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -97,4 +99,5 @@ def load_exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    with others_code(f"{folder}: its tokenizer", RESTORE):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

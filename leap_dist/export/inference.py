@@ -14,7 +14,7 @@ from leap_dist.export.latency import LONGEST, Runner, keeps_logits, medians, tor
 from leap_dist.export.progress import Progress
 from leap_dist.export.shrunk import Models, max_length
 from leap_dist.machine import machine
-from leap_dist.models.shrink import example_inputs
+from leap_dist.models.compare import example_inputs
 from leap_dist.run_folder import Run
 
 if TYPE_CHECKING:

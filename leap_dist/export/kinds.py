@@ -23,7 +23,7 @@ from leap_dist.export.shrunk import Models, compared_sizes, difference
 from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
 from leap_dist.files import staged
 from leap_dist.machine import machine
-from leap_dist.models.shrink import example_inputs
+from leap_dist.models.compare import example_inputs
 from leap_dist.run_folder import CARD, Run
 
 if TYPE_CHECKING:

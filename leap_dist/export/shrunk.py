@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import keeps_logits
+from leap_dist.models.compare import example_inputs, logit_difference
+from leap_dist.models.pruned_folder import load_pruned, save_shrunk
 from leap_dist.models.routing import route_among_kept
-from leap_dist.models.shrink import example_inputs, load_pruned, logit_difference, save_shrunk, shrink_
+from leap_dist.models.shrink import shrink_
 from leap_dist.run_folder import Run
 
 if TYPE_CHECKING:

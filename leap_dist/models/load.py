@@ -174,23 +174,28 @@ def quiet_transformers() -> Iterator[None]:
 @contextmanager
 def _hub_errors(name: str, what: str, key: str = "model.name") -> Iterator[None]:
     """transformers' refusals as the user's mistake: a wrong name, no network, a broken folder."""
+    content = "a tokenizer" if what == "tokenizer" else "config.json and weights"
+    allowed = f"allowed: a local folder with {content}, or a hub id (needs network, or its cache)"
     _check_pointers(name, key)
+    with others_code(f'{key}: got "{name}"; its {what}', allowed):
+        yield
+
+
+@contextmanager
+def others_code(what: str, allowed: str) -> Iterator[None]:
+    """Where transformers' code reads a user's files: whatever it raises is one message with the cause's words."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever transformers' code comes to on the user's files is said in its words
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f'{key}: got "{name}"; its {what} comes with code of its own (auto_map), which is never run here; '
-                f"allowed: what transformers {_version()} knows itself; it would take a version of transformers that "
-                "has this architecture, or a folder converted to one that it has"
+                f"{what} comes with code of its own (auto_map), which is never run here; allowed: what transformers "
+                f"{_version()} knows itself; it would take a version of transformers that has this architecture, or a "
+                "folder converted to one that it has"
             ) from error
-        content = "a tokenizer" if what == "tokenizer" else "config.json and weights"
-        raise UserError(
-            f'{key}: got "{name}"; its {what} cannot be loaded: {cause(error)}; '
-            f"allowed: a local folder with {content}, or a hub id (needs network, or its cache)"
-        ) from error
+        raise UserError(f"{what} cannot be loaded: {cause(error)}; {allowed}") from error
 
 
 def _version() -> str:

@@ -12,7 +12,7 @@ from leap_dist.config.sections import GateConfig, LeapConfig
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.errors import UserError
 from leap_dist.models.families import computed_weights, prunable_matrices
-from leap_dist.models.structures import Part, Structure, find_structures, find_sublayers, tensor_shapes
+from leap_dist.models.structures import Structure, UnitRun, find_structures, find_sublayers, tensor_shapes
 from leap_dist.models.views import Owners
 from leap_dist.ops.slices import Slice
 
@@ -149,7 +149,7 @@ class _Maker:
         return gates
 
 
-def part_slice(part: Part, shape: Shape, num_units: int) -> Slice:
+def part_slice(part: UnitRun, shape: Shape, num_units: int) -> Slice:
     """The slice that a part is: its tensor seen as a matrix whose rows (axis 0) or columns (axis 1) units run along."""
     rows, cols = shape[0], math.prod(shape[1:])
     length = part.size * num_units

@@ -34,7 +34,7 @@ class WeightFile(Section):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class Manifest(Section):
+class PrunedJson(Section):
     """The contents of pruned.json. stock: config.json alone describes the model, and transformers loads it."""
 
     format: Literal[1] = 1
@@ -54,11 +54,11 @@ def describe_file(path: Path) -> WeightFile:
     return WeightFile(size=path.stat().st_size, sha256=digest)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: PrunedJson) -> None:
     (folder / NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> PrunedJson:
     """The manifest of a folder, sound in itself. Raises UserError if it is damaged or not there."""
     path = folder / NAME
     if not folder.is_dir():
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"{folder}: holds no pruned model: it has no {NAME}; give a folder that an export made")
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = PrunedJson.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_files(folder: Path, manifest: Manifest) -> list[Path]:
+def check_files(folder: Path, manifest: PrunedJson) -> list[Path]:
     """The weight files, whole and unchanged; UserError else."""
     for name, stored in manifest.files.items():
         path = folder / name

@@ -11,7 +11,7 @@ from torch import nn
 
 from leap_dist.config.family import AttentionFamily, ExpertsFamily, FfnFamily
 from leap_dist.models.families import is_conv1d
-from leap_dist.models.structures import Block, Part, Resize
+from leap_dist.models.structures import Block, Resize, UnitRun
 
 
 def remove_units_(model: nn.Module, blocks: Iterable[Block], kept: Mapping[str, Sequence[int]]) -> None:
@@ -30,9 +30,9 @@ def remove_units_(model: nn.Module, blocks: Iterable[Block], kept: Mapping[str, 
         _tell_balance_loss(model, experts)
 
 
-def _cut_tensors(model: nn.Module, parts: Iterable[Part], units: Sequence[int]) -> None:
+def _cut_tensors(model: nn.Module, parts: Iterable[UnitRun], units: Sequence[int]) -> None:
     """Select the kept indices of every tensor; the sizes that linear layers remember follow."""
-    places: dict[tuple[str, int], list[Part]] = {}
+    places: dict[tuple[str, int], list[UnitRun]] = {}
     for part in parts:
         places.setdefault((part.tensor, part.axis), []).append(part)
     for (tensor, axis), runs in places.items():
@@ -48,7 +48,7 @@ def _cut_tensors(model: nn.Module, parts: Iterable[Part], units: Sequence[int]) 
             module.nx, module.nf = module.weight.shape  # type: ignore[assignment, misc]
 
 
-def _indices(part: Part, units: Sequence[int]) -> torch.Tensor:
+def _indices(part: UnitRun, units: Sequence[int]) -> torch.Tensor:
     starts = torch.tensor(units, dtype=torch.long)[:, None] * part.size + part.start
     return (starts + torch.arange(part.size)).flatten()
 

@@ -25,7 +25,7 @@ BlockFamily = AttentionFamily | FfnFamily | ExpertsFamily
 
 
 @dataclass(frozen=True)
-class Part:
+class UnitRun:
     """Unit u covers the indices [start + u * size, start + (u + 1) * size) along `axis` of `tensor`.
 
     `tensor` is a name of model.named_parameters(). `counted` is False for biases and routers: they follow their unit,
@@ -60,7 +60,7 @@ class Structure:
     name: str
     role: str
     num_units: int
-    parts: tuple[Part, ...]
+    parts: tuple[UnitRun, ...]
     resizes: tuple[Resize, ...] = ()
 
 
@@ -239,18 +239,18 @@ class _Layer:
     def inputs(self, name: str) -> int:
         return self.shapes[f"{self.full(name)}.weight"][1 - self._out(name)]
 
-    def rows(self, name: str, size: int, start: int = 0) -> tuple[Part, ...]:
+    def rows(self, name: str, size: int, start: int = 0) -> tuple[UnitRun, ...]:
         """The outputs of a module with its bias, or a vector's elements; nothing where the name does not exist."""
         full = self.full(name)
         parts = []
         if f"{full}.weight" in self.shapes:
-            parts.append(Part(f"{full}.weight", self._out(name), start, size))
+            parts.append(UnitRun(f"{full}.weight", self._out(name), start, size))
         vectors = (vector for vector in (f"{full}.bias", full) if vector in self.shapes)
-        return (*parts, *(Part(vector, 0, start, size, counted=False) for vector in vectors))
+        return (*parts, *(UnitRun(vector, 0, start, size, counted=False) for vector in vectors))
 
-    def columns(self, name: str, size: int) -> tuple[Part, ...]:
+    def columns(self, name: str, size: int) -> tuple[UnitRun, ...]:
         """The inputs of a module."""
-        return (Part(f"{self.full(name)}.weight", 1 - self._out(name), 0, size),)
+        return (UnitRun(f"{self.full(name)}.weight", 1 - self._out(name), 0, size),)
 
     def bias(self, name: str) -> tuple[str, ...]:
         bias = f"{self.full(name)}.bias"
@@ -301,7 +301,7 @@ class _Layer:
 
     def _separate(
         self, entry: AttentionFamily, heads: int, size: int
-    ) -> tuple[int, tuple[Part, ...], tuple[Part, ...]]:
+    ) -> tuple[int, tuple[UnitRun, ...], tuple[UnitRun, ...]]:
         """Units, all parts, and those of the values, where queries, keys and values are each in one run of rows."""
         if entry.qkv is not None:
             units = (self.width(entry.qkv) // size - heads) // 2
@@ -346,11 +346,14 @@ class _Layer:
     def _experts(self, key: str, entry: ExpertsFamily) -> Block:
         router = f"{self.full(entry.router)}.weight"
         units = self.shapes[router][0]
-        parts = (Part(router, 0, 0, 1, counted=False), *(Part(self.full(name), 0, 0, 1) for name in entry.tensors))
+        parts = (
+            UnitRun(router, 0, 0, 1, counted=False),
+            *(UnitRun(self.full(name), 0, 0, 1) for name in entry.tensors),
+        )
         structure = self._structure(key, "expert", entry, units, parts)
         return Block(structure, self.path, self.index, entry, (tuple(_spans(parts)),))
 
-    def _structure(self, key: str, kind: Kind, entry: BlockFamily, units: int, parts: tuple[Part, ...]) -> Structure:
+    def _structure(self, key: str, kind: Kind, entry: BlockFamily, units: int, parts: tuple[UnitRun, ...]) -> Structure:
         covered: dict[tuple[str, int], int] = {}
         for part in parts:
             place = (part.tensor, part.axis)
@@ -377,12 +380,12 @@ class _Layer:
             yield Resize(self.full(holder), attribute, value // units if units else 0)
 
 
-def _spans(parts: Iterable[Part]) -> list[Span]:
+def _spans(parts: Iterable[UnitRun]) -> list[Span]:
     return [Span(part.tensor, part.axis, part.start, part.size, part.size) for part in parts]
 
 
 def _sublayer(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Structure:
     """The whole block as one unit."""
     counted = {part.tensor: part.counted for part in block.structure.parts} | dict.fromkeys(block.biases, False)
-    parts = tuple(Part(tensor, 0, 0, shapes[tensor][0], flag) for tensor, flag in counted.items())
+    parts = tuple(UnitRun(tensor, 0, 0, shapes[tensor][0], flag) for tensor, flag in counted.items())
     return Structure("layer", block.structure.name, block.structure.role, 1, parts)

@@ -73,8 +73,8 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         from leap_dist.export.hf import load_exported, load_exported_tokenizer
+        from leap_dist.models.pruned_folder import load_pruned
         from leap_dist.models.pruned_json import NAME
-        from leap_dist.models.shrink import load_pruned
 
         self._model = load_pruned(folder) if (folder / NAME).is_file() else load_exported(folder)
         self._tokenizer = load_exported_tokenizer(folder)

@@ -12,10 +12,11 @@ from leap_dist.config.job_file import parse_leap
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.oracle import unit_index
 from leap_dist.errors import UserError
+from leap_dist.models.compare import example_inputs, logit_difference
 from leap_dist.models.families import FAMILIES
 from leap_dist.models.plan import make_plan
 from leap_dist.models.routing import route_among_kept
-from leap_dist.models.shrink import example_inputs, logit_difference, shrink_
+from leap_dist.models.shrink import shrink_
 from tests.models.tiny import EAGER_ONLY, tiny
 
 GRANULARITIES = ("element", "row", "column", "block:4x4", "2:4", "head", "neuron", "expert", "layer")

@@ -46,7 +46,6 @@ LAST_TOKEN: dict[str, dict[str, Any]] = {kind: SETTINGS[kind] for kind in DECODE
     "openai-gpt": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
     "stablelm": SIZES | {"intermediate_size": 24, "num_key_value_heads": 4},
     "starcoder2": SIZES | {"intermediate_size": 24, "num_key_value_heads": 2},
-    "t5": SETTINGS["t5"],
     "bart": {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
     | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24},
     "xlnet": {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 24},

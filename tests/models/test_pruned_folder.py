@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from leap_dist.errors import UserError
-from leap_dist.models.pruned_json import Manifest, describe_file
-from leap_dist.models.shrink import load_pruned, save_shrunk
+from leap_dist.models.pruned_folder import load_pruned, save_shrunk
+from leap_dist.models.pruned_json import PrunedJson, describe_file
 from tests.models.tiny import mask_some_, save_masked, tiny
 
 
@@ -43,7 +43,7 @@ def edit(folder: Path, change: Any, name: str = "pruned.json") -> None:
 
 def test_the_manifest_says_what_is_left(saved: Path) -> None:
     content = json.loads((saved / "pruned.json").read_text())
-    assert set(content) == set(Manifest.model_fields)
+    assert set(content) == set(PrunedJson.model_fields)
     assert (content["model_class"], content["stock"], content["extra"]) == ("T5Model", False, {"note": [1, None]})
     assert content["structures"][0]["num_units"] == 4
     assert not list(saved.parent.glob(".*"))

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from leap_dist.models.pruned_json import Manifest
-from leap_dist.models.shrink import save_shrunk, shrink_
+from leap_dist.models.pruned_folder import save_shrunk
+from leap_dist.models.pruned_json import PrunedJson
+from leap_dist.models.shrink import shrink_
 from leap_dist.models.structures import Structure, find_structures
 
 BASE = {
@@ -101,7 +102,7 @@ def mask_some_(model: nn.Module) -> dict[str, list[int]]:
     return left
 
 
-def save_masked(model: PreTrainedModel, folder: Path, **arguments: Any) -> tuple[Manifest, PreTrainedModel]:
+def save_masked(model: PreTrainedModel, folder: Path, **arguments: Any) -> tuple[PrunedJson, PreTrainedModel]:
     """Shrink a copy and save it; the manifest and the copy."""
     shrunk = copy.deepcopy(model)
     return save_shrunk(shrunk, shrink_(shrunk), folder, **arguments), shrunk

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from leap_dist.config.sections import TrackingConfig
-from leap_dist.models.shrink import load_pruned, save_shrunk, shrink_
+from leap_dist.models.pruned_folder import load_pruned, save_shrunk
+from leap_dist.models.shrink import shrink_
 from leap_dist.tracking.mlflow import Tracker
 from tests.export.runs import classifier, structure_masks
 

@@ -46,7 +46,8 @@ def shrunk_logits(folder: Path, target: Path) -> tuple[torch.nn.Module, torch.Te
     """Shrink the export at `folder`, save it to `target` and load that: the model, its logits, what is left."""
     import leap_dist
     from leap_dist.export.hf import load_exported
-    from leap_dist.models.shrink import save_shrunk, shrink_
+    from leap_dist.models.pruned_folder import save_shrunk
+    from leap_dist.models.shrink import shrink_
 
     model = load_exported(folder)
     kept = shrink_(model)

@@ -1,0 +1,59 @@
+"""Whether two models say the same: inputs that fit any of them, and the difference of what they give."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from leap_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RESULTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+"""What is compared of a model's output, as far as it is there."""
+
+
+def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> dict[str, torch.Tensor]:
+    """Inputs that fit a model: token ids without special ones and a full mask, or an image. Always the same."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        images = torch.randn(batch, config.num_channels, height, width, generator=generator)
+        return {"pixel_values": images.to(model.device, model.dtype)}
+    special: set[int | None] = set()
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, key, None)
+        special |= set(value) if isinstance(value, list) else {value}
+    words = torch.tensor([token for token in range(config.get_text_config().vocab_size) if token not in special])
+    tokens = words[torch.randint(len(words), (batch, length), generator=generator)].to(model.device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if config.is_encoder_decoder and config.eos_token_id is not None:
+        tokens[:, -1] = config.eos_token_id  # classifiers read the state of the last one
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = tokens.clone()
+    return inputs
+
+
+def logit_difference(masked: nn.Module, shrunk: nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
+    """max |a - b| / max |a| over the logits, or over the last hidden states of a model without a head."""
+    expected, received = _result(masked, inputs).double(), _result(shrunk, inputs).double()
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((expected - received).abs().max() / scale)
+
+
+def _result(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model(**inputs)
+    model.train(training)
+    found = [output[key].flatten() for key in RESULTS if key in output]
+    if not found:
+        raise UserError(f"{type(model).__name__}: gives none of {', '.join(RESULTS)}; got {', '.join(output)}")
+    return torch.cat(found)

@@ -1,0 +1,244 @@
+"""A shrunk model in a folder: `save_shrunk` writes it, `load_pruned` reads it.
+
+Where all layers lose alike and the architecture's config can say so, transformers loads it without this package.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig
+from leap_dist.config.section import nearest
+from leap_dist.errors import UserError
+from leap_dist.files import staged
+from leap_dist.models.load import quiet_transformers
+from leap_dist.models.pruned_json import (
+    NAME,
+    KeptUnits,
+    PrunedJson,
+    check_files,
+    describe_file,
+    read_manifest,
+    write_manifest,
+)
+from leap_dist.models.removal import remove_units_
+from leap_dist.models.structures import Block, find_blocks, is_anchored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Kept = Mapping[str, Sequence[int]]
+"""By structure name, the units that are left, ascending."""
+
+
+# ---------------------------------------------------------------------------------------------- saving
+
+
+def save_shrunk(
+    model: PreTrainedModel,
+    kept: Kept,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    family: FamilyConfig | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> PrunedJson:
+    """Write what `shrink_` left of `model`: weights, config, and pruned.json, which `load_pruned` reads.
+
+    kept: what `shrink_` returned. family: what it was given. extra: anything that JSON can hold.
+    An older export in `folder` is replaced; the folder appears under its name only when it is complete.
+    Raises UserError if `folder` holds something else, or `kept` is not what the model was left with.
+    """
+    if folder.exists() and not (folder / NAME).is_file():
+        raise UserError(f"{folder}: exists and holds no pruned model; remove it, or choose another folder")
+    with torch.device("meta"):
+        whole = type(model)(copy.deepcopy(model.config))
+    blocks = find_blocks(whole, family)
+    remove_units_(whole, blocks, {block.structure.name: kept.get(block.structure.name, ()) for block in blocks})
+    if _shapes(whole) != _shapes(model):
+        raise UserError(
+            f"{folder}: {type(model).__name__} is not what its config describes less the units that left; "
+            "give what shrink_ returned when it shrank the whole model"
+        )
+    stock = _stock_config(model, blocks, kept)
+    with staged(folder) as partial:
+        with quiet_transformers():
+            model.save_pretrained(partial, save_original_format=False)
+        (stock or model.config).save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        manifest = PrunedJson(
+            model_class=type(model).__name__,
+            stock=stock is not None,
+            structures=tuple(_kept_units(block, kept) for block in blocks),
+            family=family,
+            files={path.name: describe_file(path) for path in sorted(partial.glob("*.safetensors"))},
+            per_layer_config={} if stock else _per_layer_config(model.config, blocks, kept),
+            extra=dict(extra or {}),
+        )
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def _kept_units(block: Block, kept: Kept) -> KeptUnits:
+    structure = block.structure
+    units = tuple(kept[structure.name])
+    assert structure.kind != "layer"
+    return KeptUnits(name=structure.name, kind=structure.kind, num_units=structure.num_units, kept=units)
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+def _config_values(config: PreTrainedConfig, block: Block, num_units: int) -> dict[str, int]:
+    """The keys of the config for a block with that many units, as far as its table knows any."""
+    structure, table = block.structure, block.table
+    if num_units == structure.num_units:
+        return {}
+    values = {}
+    for key in table.config:
+        whole = getattr(config, key, None) or structure.num_units
+        values[key] = whole // structure.num_units * num_units
+    if isinstance(table, AttentionFamily) and table.config_head_size is not None:
+        values[table.config_head_size] = block.silent[0][0].size  # the rows that make the values of one head
+    if isinstance(table, ExpertsFamily) and table.config_top_k is not None:
+        values[table.config_top_k] = min(getattr(config, table.config_top_k), num_units)
+    return values
+
+
+def _stock_config(model: PreTrainedModel, blocks: Sequence[Block], kept: Kept) -> PreTrainedConfig | None:
+    """A config that alone describes the shrunk model: one built from it has the same shapes. None if there is none."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    changes: dict[str, int] = {}
+    for block in blocks:
+        units = len(kept[block.structure.name])
+        if not units:
+            return None
+        changes |= _config_values(model.config, block, units)
+    candidate = copy.deepcopy(model.config)
+    for key, value in changes.items():
+        setattr(candidate, key, value)
+    try:
+        with torch.device("meta"):
+            built = type(model)(type(candidate).from_dict(candidate.to_dict()))
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError):
+        return None
+    return candidate if _shapes(built) == _shapes(model) else None
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def _per_layer_config(config: PreTrainedConfig, blocks: Sequence[Block], kept: Kept) -> dict[str, dict[str, int]]:
+    """What differs from the config in each layer; empty if some difference has no key, or layers are not one stack."""
+    found: dict[str, dict[str, int]] = {}
+    for block in blocks:
+        units = len(kept[block.structure.name])
+        values = _config_values(config, block, units)
+        if units < block.structure.num_units and not values:
+            return {}
+        found.setdefault(str(block.index), {}).update(values)
+    return (
+        {} if len(found) != config.num_hidden_layers else {layer: values for layer, values in found.items() if values}
+    )
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model that `save_shrunk` wrote, in evaluation mode. No code and no pickle of the folder is executed.
+
+    attn_implementation: as in transformers' `from_pretrained`; None is its default.
+    Raises UserError if the folder is no pruned model, or is damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    files = check_files(folder, manifest)
+    model = _build(folder, manifest, attn_implementation)
+    blocks = find_blocks(model, manifest.family)
+    kept = _kept_of(folder, manifest, model, blocks)
+    if not manifest.stock:
+        remove_units_(model, blocks, kept)
+    _load_weights(folder, model, files)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _build(folder: Path, manifest: PrunedJson, attn_implementation: str | None) -> PreTrainedModel:
+    """A model of the stored class and config, with no weights yet."""
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.initialization import no_init_weights
+
+    cls = getattr(transformers, manifest.model_class, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class):
+        raise UserError(
+            f"{folder / NAME}: model_class: got {manifest.model_class!r}; allowed: a model class of transformers "
+            f"{transformers.__version__}"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json; copy the whole folder")
+    try:
+        config = cls.config_class.from_pretrained(folder, attn_implementation=attn_implementation)
+        with no_init_weights(), quiet_transformers():
+            model = cls(config)
+            model.tie_weights()
+            return model
+    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        raise UserError(f"{folder / 'config.json'}: transformers refuses it: {error}") from error
+
+
+def _kept_of(folder: Path, manifest: PrunedJson, model: nn.Module, blocks: Sequence[Block]) -> Kept:
+    """The manifest's units, checked against the model that the config describes."""
+    path, modules = folder / NAME, dict(model.named_modules())
+    stored = {entry.name: entry for entry in manifest.structures}
+    names = [block.structure.name for block in blocks]
+    for name in stored:
+        if name not in names:
+            raise UserError(f"{path}: damaged: {name}: the model has no such structure{nearest(name, names)}")
+    for block in blocks:
+        name, num_units = block.structure.name, block.structure.num_units
+        if name not in stored:
+            raise UserError(f"{path}: damaged: {name}: is missing from structures")
+        described = len(stored[name].kept) if manifest.stock else stored[name].num_units
+        if described != num_units:
+            raise UserError(f"{path}: damaged: {name}: got {described} units; config.json gives it {num_units}")
+        if not stored[name].kept and is_anchored(block, modules):
+            raise UserError(f"{path}: damaged: {name}: must keep a unit: other layers need this block")
+    return {name: entry.kept for name, entry in stored.items()}
+
+
+def _load_weights(folder: Path, model: PreTrainedModel, files: Sequence[Path]) -> None:
+    """All weights, each of the right shape; aliases of tied weights may be left out."""
+    from safetensors import SafetensorError, safe_open
+
+    state: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                # copied to aligned memory: kernels choose by alignment, and round each in their way
+                state |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path}: is no safetensors file: {error}") from error
+    expected = model.state_dict(keep_vars=True)
+    loaded = {id(expected[name]) for name in state if name in expected}
+    missing = [name for name, value in expected.items() if name not in state and id(value) not in loaded]
+    unknown = [name for name in state if name not in expected]
+    wrong = [name for name in state if name in expected and state[name].shape != expected[name].shape]
+    for names, problem in ((missing, "is missing"), (unknown, "is not the model's"), (wrong, "has another shape")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"{folder}: weights do not fit config.json and {NAME}: {names[0]} {problem}{more}")
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
