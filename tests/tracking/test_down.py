@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import shutil
 import sqlite3
 import threading
@@ -16,10 +17,12 @@ import pytest
 from leap_dist.config.sections import TrackingConfig
 from leap_dist.errors import UserError
 from leap_dist.run_folder import JOURNAL
+from leap_dist.secrets import remember_all
 from leap_dist.tracking import delivery
 from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.mlflow import Tracker, parameters, sync
 from leap_dist.tracking.store import PARENT, begin, without_credentials
+from tests.test_errors import NASTY
 from tests.tracking.stored import JOB, artifacts, history, read_run, wait_for
 
 
@@ -241,3 +244,21 @@ def test_an_experiment_with_a_long_name_has_artifacts(empty_store: Path, tmp_pat
     with Tracker(config, JOB, True, folder=tmp_path) as tracker:
         tracker.artifact(tmp_path / "result.json")
     assert artifacts(uri, tracker.run_id) == ["result.json"] and not (tmp_path / JOURNAL).exists()
+
+
+def test_no_password_is_in_a_table_of_the_store_nor_in_a_file(empty_store: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
+    addresses = {f"a{number}": f"postgresql://user:{text}@host/db" for number, text in enumerate(NASTY)}
+    config = {"data": addresses, "list": list(addresses.values())}
+    remember_all(config)
+    rows = [{"from": address} for address in addresses.values()]
+    with Tracker(TrackingConfig(mlflow_uri=uri), config, True, tags=dict(addresses), folder=tmp_path) as tracker:
+        tracker.table("table.json", rows)
+        tracker.log(1, {"loss": 1.0})
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "table.json"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert not [text for text in NASTY if text.encode() in content or json.dumps(text)[1:-1].encode() in content], (
+            path
+        )
