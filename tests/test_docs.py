@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from types import ModuleType
 
 import pytest
@@ -14,6 +15,9 @@ from tests.pages import PAGES, README, ROOT, Page
 
 WIDEST = 160
 MOST_WORDS = 1500
+STIFF = r"\b(?:(?:is|are|was) told|tells so|passed over|go(?:es|ne)? on with|goes on|for want of|nobody gets)\b"
+"""Plainer: reported, skipped, resumes, without, no one."""
+SPOKEN = [*sorted((ROOT / "leap_dist").rglob("*.*")), *sorted((ROOT / "launch").glob("*.py"))]
 
 
 def load_make() -> ModuleType:
@@ -75,6 +79,17 @@ def test_no_line_is_too_long(page: Page) -> None:
 
 def test_the_readme_is_one_page() -> None:
     assert len(README.text.split()) <= MOST_WORDS
+
+
+def test_words_are_plain() -> None:
+    texts = {page.name: page.text for page in PAGES}
+    texts |= {str(f.relative_to(ROOT)): f.read_text("utf-8") for f in SPOKEN if f.suffix in (".py", ".html", ".js")}
+    found = [
+        f"{name}:{text[: match.start()].count(chr(10)) + 1}: {match[0]}"
+        for name, text in texts.items()
+        for match in re.finditer(STIFF, text)
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_the_message_that_is_shown_is_the_one_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
