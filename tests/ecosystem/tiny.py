@@ -12,13 +12,13 @@ import torch
 LEARNING_RATE = 1e-3
 
 
-def tiny_bert() -> Any:
+def tiny_bert(**settings: Any) -> Any:
     """Two layers of 8192 prunable weights each; the same weights on every rank."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return BertForSequenceClassification(BertConfig(vocab_size=50, hidden_dropout_prob=0.0, **sizes))
+    return BertForSequenceClassification(BertConfig(vocab_size=50, hidden_dropout_prob=0.0, **sizes, **settings))
 
 
 def rows(number: int) -> list[dict[str, torch.Tensor]]:

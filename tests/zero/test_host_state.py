@@ -97,7 +97,7 @@ def messages(folder: str, stage: int) -> list[str]:
     state = saved.leap.state_dict()
     saved.destroy()
     found = []
-    for kind, changes in (("row", {"target": 0.3}), ("row", {"total_steps": 30}), ("element", {})):
+    for kind, changes in (("row", {"target": 0.3}), ("row", {"total_steps": 30})):
         engine = engine_of(kind, stage, changes)
         before = copy.deepcopy(engine.leap.gating.values.flat)
         with pytest.raises(UserError) as refusal:
@@ -105,7 +105,10 @@ def messages(folder: str, stage: int) -> list[str]:
         assert torch.equal(engine.leap.gating.values.flat, before) and engine.leap.num_steps == 0
         found.append(str(refusal.value))
         engine.destroy()
-    engine = engine_of("row", stage, {})
+    engine = engine_of("element", stage, {})  # whose sharding DeepSpeed itself refuses where it loads
+    with pytest.raises(UserError) as refusal:
+        engine.leap.load_state_dict(state)
+    found.append(str(refusal.value))
     del state["leap"]
     with pytest.raises(UserError) as refusal:
         engine.leap.load_state_dict(state)
