@@ -87,7 +87,7 @@ def run(folder: str, stage: int, resume: str | None, **arguments: Any) -> dict[s
     import leap_dist
 
     with accelerate_left_behind():
-        trainer = make_trainer(folder, stage, SECTION, logging_steps=1, **arguments)
+        trainer = make_trainer(folder, stage, SECTION, logging_steps=1, max_steps=STEPS, **arguments)
         leap = leap_dist.LeapCallback(trainer)
         trainer.train(resume_from_checkpoint=resume)
         state, schedule = trainer.state, trainer.deepspeed.leap.schedule
