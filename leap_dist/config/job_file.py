@@ -15,8 +15,18 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
+from leap_dist.config.family import FamilyConfig
 from leap_dist.config.section import Section, is_int, nearest, show
-from leap_dist.config.sections import DEEPSPEED_KEYS, GATE_NAMES, OPTIONAL, SECTIONS, JobConfig, LeapConfig
+from leap_dist.config.sections import (
+    DEEPSPEED_KEYS,
+    GATE_NAMES,
+    OPTIONAL,
+    SECTIONS,
+    EngineConfig,
+    JobConfig,
+    LeapConfig,
+    TrainConfig,
+)
 from leap_dist.errors import UserError
 from leap_dist.files import shipped, user_path
 from leap_dist.secrets import remember, remember_all
@@ -56,6 +66,28 @@ def parse_job(raw: Mapping[str, Any], source: str = "config") -> JobConfig:
 def parse_leap(raw: Mapping[str, Any]) -> LeapConfig:
     """Validate the "leap" section alone."""
     return parse_section(LeapConfig, "leap", raw)
+
+
+def parse_engine(raw: Mapping[str, Any]) -> EngineConfig:
+    """Validate what an engine needs of a job: "leap", and "train" and "family" if given.
+
+    The length of the run is "leap.total_steps", or else "train.max_steps".
+    """
+    if "leap" not in raw:
+        raise UserError('leap: the config has no "leap" section; the least is {"target": 0.5, "total_steps": 1000}')
+    leap, train = raw["leap"], raw.get("train") or {}
+    if isinstance(leap, Mapping) and isinstance(train, Mapping):
+        steps = leap.get("total_steps") or train.get("max_steps")
+        if steps is None:
+            raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
+        leap = {**leap, "total_steps": steps}
+        train = train if train.get("epochs") is not None else {**train, "max_steps": steps}
+    return EngineConfig(
+        deepspeed={key: value for key, value in raw.items() if key not in SECTIONS},
+        leap=parse_section(LeapConfig, "leap", leap),
+        train=parse_section(TrainConfig, "train", train),
+        family=parse_section(FamilyConfig, "family", raw["family"]) if raw.get("family") else None,
+    )
 
 
 def parse_section(cls: type[SectionT], name: str, raw: Any) -> SectionT:

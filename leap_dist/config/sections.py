@@ -410,22 +410,27 @@ class TrackingConfig(Section):
     _home = field_validator("mlflow_uri")(with_home)
 
 
-class JobConfig(Section):
-    """A whole job. `deepspeed` holds every key that is DeepSpeed's, as written."""
+class EngineConfig(Section):
+    """What an engine is built from. `deepspeed` holds every key that is DeepSpeed's, as written."""
 
     deepspeed: dict[str, Any]
-    model: ModelConfig
-    data: DataConfig
     train: TrainConfig
     leap: LeapConfig
-    tracking: TrackingConfig
     family: FamilyConfig | None = None
+
+
+class JobConfig(EngineConfig):
+    """A whole job: an engine with its model, its data, and where it is tracked."""
+
+    model: ModelConfig
+    data: DataConfig
+    tracking: TrackingConfig
     distill: DistillConfig | None = None
 
     def resolved(self) -> dict[str, Any]:
         """The file form again, every default filled in: `parse_job(config.resolved()) == config`."""
         sections = self.model_dump(mode="json", exclude={name for name in OPTIONAL if getattr(self, name) is None})
-        return {**sections.pop("deepspeed"), **sections}
+        return {**sections.pop("deepspeed"), **{name: sections[name] for name in SECTIONS if name in sections}}
 
 
 SECTIONS: dict[str, type[Section]] = {

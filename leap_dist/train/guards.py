@@ -39,14 +39,11 @@ class BadSteps:
     def __init__(self, engine: Any, limit: int, total: int = 0) -> None:
         self._engine, self._limit = engine, limit
         self.total, self.in_a_row = total, 0
-        self._skipped, self._left_out = engine.skipped_steps, engine.leap.num_left_out
+        self._left_out = engine.leap.num_left_out
 
     def after(self, loss: Tensor) -> bool:
         """Look at a step, with its loss on this rank; whether `limit` of them in a row were left out."""
-        if self._engine.skipped_steps > self._skipped:  # the optimizer was not called
-            self._engine.leap.pass_over()
         before, self._left_out = self._left_out, self._engine.leap.num_left_out
-        self._skipped = self._engine.skipped_steps
         if self._left_out == before:
             self.in_a_row = 0
         elif not (self._engine.fp16_enabled() and bool(torch.isfinite(loss))):
@@ -63,15 +60,6 @@ class BadSteps:
 
 
 # ---------------------------------------------------------------------------------------------- memory
-
-SHORT = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
-
-
-def is_short_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch's or Python's says that memory was not enough."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORT)
 
 
 def memory_advice(config: JobConfig, error: BaseException) -> str:
@@ -109,12 +97,14 @@ class Heartbeats:
     def __init__(self, folder: Path, ranks: Ranks, minutes: float) -> None:
         self._folder, self._ranks, self._limit = folder, ranks, 60.0 * minutes
         self._over = threading.Event()
+        self._since = 0.0  # a file that is older is of a run before, which was killed
         self.step = 0
 
     def __enter__(self) -> Heartbeats:
         if self._ranks.world_size > 1:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write()
+            self._since = self._file(self._ranks.rank).stat().st_mtime
             self._thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
             self._thread.start()
         return self
@@ -149,7 +139,7 @@ class Heartbeats:
         for rank in range(self._ranks.world_size):
             file = self._file(rank)
             try:
-                if now - file.stat().st_mtime > self._limit:
+                if now - max(file.stat().st_mtime, self._since) > self._limit:
                     found[rank] = file.read_text("utf-8")
             except FileNotFoundError:  # that rank is done
                 continue

@@ -59,7 +59,7 @@ def build_job(config: JobConfig, ranks: Ranks) -> Job:
     model = load_model(config.model, task)
     teacher = _load_teacher(config, task, model) if config.distill else None
     scheduler = None if "scheduler" in config.deepspeed else _linear_schedule(total, config.train.warmup_fraction)
-    engine, *_ = initialize(model=model, config=config.resolved(), lr_scheduler=scheduler)
+    engine, *_ = initialize(model=model, config=config, lr_scheduler=scheduler)
     distiller = _distiller(config, task, engine, teacher) if config.distill else None
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     return Job(config, ranks, task, tokenizer, engine, batches, total, distiller)

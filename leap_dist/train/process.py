@@ -7,17 +7,18 @@ from pathlib import Path
 
 from leap_dist.config.sections import JobConfig
 from leap_dist.errors import UserError
-from leap_dist.train.guards import is_short_of_memory, memory_advice
+from leap_dist.train.guards import memory_advice
 from leap_dist.train.loop import run_job
 from leap_dist.train.signals import STOPPED, Interrupted, Signals
 from leap_dist.train.watch import Watch
-from leap_dist.zero.ranks import peer_is_gone, start_ranks
+from leap_dist.zero.ranks import is_short_of_memory, peer_is_gone, start_ranks
 
 
 def run_process(config: JobConfig, output: Path, resume: bool) -> int:
     """Run a job in this process, one of the job's ranks; the exit code. Raises UserError for the user's mistakes."""
     with Signals() as signals:
-        ranks = start_ranks(config.train.collective_timeout)
+        with signals.at_once():
+            ranks = start_ranks(config.train.collective_timeout)
         try:
             run_job(config, output, resume, ranks, Watch(asked=lambda: signals.asked))
         except Interrupted as stopped:

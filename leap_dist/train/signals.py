@@ -11,6 +11,8 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -39,6 +41,16 @@ class Signals:
     def __init__(self) -> None:
         self.asked: str | None = None
         self._since = 0.0
+        self._at_once = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block in which there is nothing to save, and that may wait long for others: a request ends it at once."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def __enter__(self) -> Signals:
         self._launcher = launcher_processes()
@@ -75,6 +87,9 @@ class Signals:
 
     def _ask(self, why: str) -> None:
         now = time.monotonic()
+        if self._at_once:
+            os.write(2, f"stopped by {why} before the ranks had met: nothing was saved\n".encode())
+            os._exit(STOPPED)
         if self.asked is None:
             self.asked, self._since = why, now
         elif now - self._since > TOGETHER:

@@ -1,11 +1,15 @@
-"""Whether all ranks prune alike: what is the same on every rank by construction, compared."""
+"""Whether all ranks are configured alike, and prune alike: what has to be the same on every rank, compared."""
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from leap_dist.core.optimizer import LeapAdamW
+from leap_dist.errors import UserError
+from leap_dist.zero.binding import hosted_parameters
 from leap_dist.zero.ranks import Ranks
 
 
@@ -26,6 +30,75 @@ def agreement(engine: Any, ranks: Ranks) -> None:
             f"ranks do not prune alike after step {engine.leap.num_steps}: than rank 0, {'; '.join(wrong)}; resume "
             "from the last checkpoint, and look at these ranks' machines if it happens again"
         )
+
+
+def same_settings(ranks: Ranks, settings: Mapping[str, Any], problem: str = "") -> None:
+    """Raise UserError, on every rank, unless all ranks have the same settings and none has a problem. Collective.
+
+    settings: JSON-able values by dotted key. What is gathered is a digest; the settings only where those differ.
+    """
+    if ranks.world_size == 1:
+        if problem:
+            raise UserError(problem)
+        return
+    texts = {key: json.dumps(value, default=str) for key, value in settings.items()}
+    told = ranks.gather_objects((problem, _digest(json.dumps(texts, sort_keys=True).encode())))
+    problems = {words: rank for rank, (words, _) in reversed(list(enumerate(told))) if words}
+    if problems:
+        everywhere = len(problems) == 1 and all(words for words, _ in told)
+        lines = [words if everywhere else f"rank {rank}: {words}" for words, rank in problems.items()]
+        raise UserError("\n".join(reversed(lines)))
+    if len({digest for _, digest in told}) > 1:
+        raise UserError(
+            f"the ranks are configured differently: {difference(ranks.gather_objects(texts))}; give every rank the same"
+        )
+
+
+def same_outcome(ranks: Ranks, certificate: Mapping[str, Any]) -> None:
+    """Raise RuntimeError, on every rank, unless all ranks have the same certificate. Collective."""
+    if ranks.world_size > 1:
+        found = ranks.gather_objects({key: json.dumps(value) for key, value in certificate.items()})
+        if any(other != found[0] for other in found):
+            raise RuntimeError(
+                f"the ranks do not hold the same model: {difference(found)}; was one of them changed alone?"
+            )
+
+
+def difference(found: Sequence[Mapping[str, str]]) -> str:
+    """The first key whose values differ over ranks, with two of the values, and how many more there are."""
+    keys = list(dict.fromkeys(key for values in found for key in values))
+    differing = [key for key in keys if any(values.get(key) != found[0].get(key) for values in found)]
+    key, first = differing[0], found[0].get(differing[0])
+    other = next(rank for rank, values in enumerate(found) if values.get(key) != first)
+    values = [(text or "nothing")[:200] for text in (first, found[other].get(key))]
+    more = f"; {len(differing) - 1} more differ" if len(differing) > 1 else ""
+    return f"{key}: rank 0 has {values[0]}, rank {other} has {values[1]}{more}"
+
+
+def engine_settings(engine: Any) -> dict[str, Any]:
+    """What an engine computes with, by dotted key."""
+    return optimizer_settings(engine.leap) | {
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "gradient_clipping": engine.gradient_clipping(),
+        "zero_optimization.stage": engine.zero_optimization_stage(),
+        "bf16.enabled": engine.bfloat16_enabled(),
+        "fp16.enabled": engine.fp16_enabled(),
+        "parameters": [(name, *getattr(p, "ds_shape", p.shape)) for name, p in hosted_parameters(engine)],
+    }
+
+
+def optimizer_settings(leap: LeapAdamW) -> dict[str, Any]:
+    """What LEAP's optimizer is configured with, by dotted key: its section, its gates, its groups."""
+    found = {f"leap.{key}": value for key, value in leap.config.model_dump(mode="json").items()}
+    found |= {f"gates.{gate.granularity} {gate.name}": str(gate) for gate in leap.plan.gates}
+    for number, group in enumerate(leap.param_groups):
+        found |= {f"param_groups[{number}].{key}": _shown(value) for key, value in group.items() if key != "params"}
+    return found
+
+
+def _shown(value: Any) -> Any:
+    return sorted(value) if isinstance(value, frozenset | set) else value
 
 
 def _values(engine: Any) -> dict[str, bytes]:

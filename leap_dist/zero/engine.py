@@ -4,7 +4,7 @@ initialize is host, deepspeed.initialize and attach; the two ends are for whoeve
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from leap_dist.config.family import FamilyConfig
-from leap_dist.config.job_file import parse_leap, parse_section
-from leap_dist.config.sections import SECTIONS, LeapConfig
+from leap_dist.config.job_file import parse_engine
+from leap_dist.config.sections import SECTIONS, EngineConfig
 from leap_dist.core.counting import Counter, check_exact
 from leap_dist.core.gating import MASK
 from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.errors import UserError
 from leap_dist.models.plan import make_plan
 from leap_dist.models.routing import route_among_kept
+from leap_dist.zero.agreement import agreement, engine_settings, optimizer_settings, same_outcome, same_settings
 from leap_dist.zero.binding import (
     find_fragments,
     forward_copies,
@@ -31,8 +31,8 @@ from leap_dist.zero.binding import (
     refresh_hosted,
 )
 from leap_dist.zero.groups import parameter_groups
-from leap_dist.zero.ranks import errors_only, join_alone
-from leap_dist.zero.refusals import check_engine_config, check_hosting
+from leap_dist.zero.ranks import Ranks, errors_only, join_ranks, several
+from leap_dist.zero.refusals import check_engine_config, check_hosting, refusals_of_deepspeed
 
 ALL_IN_ONE = 10**15  # a ZeRO-3 sub-group that is never full: one step sees all of a gate
 
@@ -52,7 +52,7 @@ def initialize(
     mpu: Any = None,
     dist_init_required: bool | None = None,
     collate_fn: Any = None,
-    config: str | Path | Mapping[str, Any] | None = None,
+    config: str | Path | Mapping[str, Any] | EngineConfig | None = None,
     mesh_param: Any = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
@@ -63,18 +63,22 @@ def initialize(
     parameters, or groups with these keys; "train" in the config gives defaults.
     "leap.total_steps" says how many optimizer steps the run has. `engine.leap` is the LeapAdamW.
 
-    Raises UserError, before anything is built, for what cannot work.
+    Raises UserError, before anything is built, for what cannot work; on every rank, if it is so on one, or if the
+    ranks are configured differently. What DeepSpeed refuses comes back in its own words. Collective.
     """
     if model is None:
         raise UserError("model: missing; leap_dist.initialize needs a torch.nn.Module")
-    raw = _read_config(args, config if config is not None else config_params)
-    check_engine_config(raw, model, mpu, mesh_param, lr_scheduler, optimizer)
-    base = _host(model, raw, optimizer, model_parameters)
+
+    def make() -> tuple[LeapAdamW, dict[str, Any]]:
+        settings = _read_config(args, config if config is not None else config_params)
+        check_engine_config(settings.deepspeed, model, mpu, mesh_param, lr_scheduler, optimizer)
+        return _host(model, settings, optimizer, model_parameters), engine_config(settings.deepspeed)
+
+    base, own = _on_all_ranks(model, make, lambda: join_ranks(distributed_port, dist_init_required))
     try:
-        join_alone()
         import deepspeed
 
-        with errors_only():  # it warns of every optimizer that it does not know
+        with errors_only(), refusals_of_deepspeed():  # it warns of every optimizer that it does not know
             engine, wrapped, loader, scheduler = deepspeed.initialize(
                 model=model,
                 optimizer=base,
@@ -83,7 +87,7 @@ def initialize(
                 distributed_port=distributed_port,
                 dist_init_required=dist_init_required,
                 collate_fn=collate_fn,
-                config=engine_config(raw),
+                config=own,
             )
         attach(engine)
     except BaseException:
@@ -100,28 +104,78 @@ def host(
     optimizer and config are as in `initialize`; "auto" in the config is left to whoever fills it in. Give what comes
     back in the place of `optimizer`, and call `attach` once the engine is there. The model stays as it is, but for
     hooks on its routers where experts are pruned; `release` takes them away. Raises UserError, with nothing changed,
-    for what cannot work.
+    for what cannot work, and where the ranks are configured differently. Collective, if ranks are running.
     """
-    raw = _read_config(None, config)
-    check_hosting(raw, model, optimizer)
-    return _host(model, raw, optimizer, None)
+
+    def make() -> tuple[LeapAdamW, dict[str, Any]]:
+        settings = _read_config(None, config)
+        check_hosting(settings.deepspeed, model, optimizer)
+        return _host(model, settings, optimizer, None), settings.deepspeed
+
+    return _on_all_ranks(model, make, lambda: None)[0]
+
+
+def _on_all_ranks(
+    model: nn.Module, make: Callable[[], tuple[LeapAdamW, dict[str, Any]]], join: Callable[[], None]
+) -> tuple[LeapAdamW, dict[str, Any]]:
+    """The optimizer and the DeepSpeed config that `make` returns, if it does on every rank and they are alike.
+
+    `join` is called in between, so that a mistake needs no ranks to be told. Raises UserError on all ranks else.
+    """
+    made: tuple[LeapAdamW, dict[str, Any]] | None = None
+    problem = ""
+    try:
+        made = make()
+    except UserError as error:
+        if not several():
+            raise
+        problem = str(error)
+    try:
+        join()
+        same_settings(Ranks.here(), {**made[1], **optimizer_settings(made[0])} if made else {}, problem)
+    except BaseException:
+        if made is not None:
+            release(model)
+        raise
+    assert made is not None
+    return made
 
 
 def attach(engine: Any) -> None:
     """Show LEAP's optimizer where a new engine keeps its shards; before the first step. Collective.
 
-    Raises UserError for an engine that does not step with the optimizer that `host` made.
+    Raises UserError for an engine that does not step with the optimizer that `host` made, and where the ranks are
+    configured differently.
     """
     base = getattr(engine, "basic_optimizer", None)
     if not isinstance(base, LeapAdamW):
         kind = f"{type(engine).__name__} that steps with {type(base).__name__}"
         raise UserError(f"engine: got a {kind}; allowed: the DeepSpeed engine with the optimizer of leap_dist.host")
     _check_sub_group(engine, base)
+    engine.leap = base
+    same_settings(Ranks.here(), engine_settings(engine))
     base.bind(find_fragments(engine), make_communicator(engine), forward_copies(engine))
     base.check_gradient = engine.zero_optimization_stage() == 0
     for group, peak in zip(base.param_groups, getattr(engine.lr_scheduler, "max_lrs", ()), strict=False):
         group["max_lr"] = peak  # of a scheduler that sets rates, whatever the group started with
-    engine.leap = base
+    _count_skipped(engine, base)
+
+
+def _count_skipped(engine: Any, base: LeapAdamW) -> None:
+    """A step that DeepSpeed skips, because the gradient is not finite, advances LEAP's schedule as any other."""
+    wrapper = engine.optimizer
+    if wrapper is base:  # stage 0: LEAP's step looks itself
+        return
+    step = wrapper.step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        before = base.num_steps
+        result = step(*args, **kwargs)
+        if base.num_steps == before:
+            base.pass_over()
+        return result
+
+    wrapper.step = counted
 
 
 def release(model: nn.Module) -> None:
@@ -135,8 +189,11 @@ def finalize(engine: Any) -> dict[str, Any]:
 
     Returns target, density, unit, kept, prunable, gates, tensors, masks_sha256, and weights_sha256 over the model's
     parameters (core/counting.py says how both are made), and "note" where the density is not quite the target: why.
-    Raises RuntimeError if a pruned weight is not zero or the density is not the target within one unit. Collective.
+    Raises RuntimeError if a pruned weight is not zero, the density is not the target within one unit, or the ranks do
+    not hold the same model. Collective.
     """
+    ranks = Ranks.here()
+    agreement(engine, ranks)
     settle(engine)
     leap: LeapAdamW = engine.leap
     counter = Counter(describe_gates(leap))
@@ -146,7 +203,9 @@ def finalize(engine: Any) -> dict[str, Any]:
     count = counter.result()
     check_exact(count["kept"], count["prunable"], leap.config.target, leap.plan.unit)
     note = leap.level.note()
-    return {"target": leap.config.target, "unit": leap.plan.unit, **count, **({"note": note} if note else {})}
+    certificate = {"target": leap.config.target, "unit": leap.plan.unit, **count, **({"note": note} if note else {})}
+    same_outcome(ranks, certificate)
+    return certificate
 
 
 def describe_gates(leap: LeapAdamW) -> list[dict[str, Any]]:
@@ -202,13 +261,17 @@ def _whole_parameter(parameter: Any) -> Tensor:
 # What initialize is made of
 
 
-def _read_config(args: Any, config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+def _read_config(args: Any, config: str | Path | Mapping[str, Any] | EngineConfig | None) -> EngineConfig:
     if config is None:
         config = getattr(args, "deepspeed_config", None)
     if config is None:
         raise UserError('config: missing; give a dict or the path of a JSON file with a "leap" section')
+    if isinstance(config, EngineConfig):
+        return config
     if isinstance(config, Mapping):
-        return dict(config)
+        return parse_engine(config)
+    if not isinstance(config, str | Path):
+        raise UserError(f"config: got a {type(config).__name__}; allowed: a dict, or the path of a JSON file")
     try:
         raw = json.loads(Path(config).read_text(encoding="utf-8"))
     except OSError as error:
@@ -217,19 +280,7 @@ def _read_config(args: Any, config: str | Path | Mapping[str, Any] | None) -> di
         raise UserError(f"config: {str(config)!r} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"config: {str(config)!r} holds a {type(raw).__name__}; it has to be a JSON object")
-    return raw
-
-
-def _leap_config(raw: Mapping[str, Any]) -> LeapConfig:
-    if "leap" not in raw:
-        raise UserError('leap: the config has no "leap" section; the least is {"target": 0.5, "total_steps": 1000}')
-    section = dict(raw["leap"]) if isinstance(raw["leap"], Mapping) else raw["leap"]
-    if isinstance(section, dict) and section.get("total_steps") is None:
-        steps = (raw.get("train") or {}).get("max_steps")
-        if steps is None:
-            raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
-        section["total_steps"] = steps
-    return parse_leap(section)
+    return parse_engine(raw)
 
 
 def engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,13 +295,11 @@ def engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _host(model: nn.Module, raw: Mapping[str, Any], optimizer: Any, model_parameters: Any) -> LeapAdamW:
+def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parameters: Any) -> LeapAdamW:
     """The optimizer of a model's gates, and hooks on its routers; everything that can fail comes first."""
-    leap = _leap_config(raw)
-    family = parse_section(FamilyConfig, "family", raw["family"]) if raw.get("family") else None
+    leap, family, train = settings.leap, settings.family, settings.train
     plan = make_plan(model, leap, family)
-    train = raw.get("train") or {}
-    defaults = {"lr": train.get("learning_rate", 1e-3), "weight_decay": train.get("weight_decay", 0.01)}
+    defaults = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     groups = parameter_groups(model, plan, optimizer, model_parameters, defaults)
     base = LeapAdamW(groups, plan, leap)
     release(model)

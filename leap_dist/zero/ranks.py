@@ -29,6 +29,15 @@ class Ranks:
     world_size: int
     device: torch.device
 
+    @staticmethod
+    def here() -> "Ranks":
+        """This process among the ranks that are running; alone where none are."""
+        from deepspeed.accelerator import get_accelerator
+
+        device = torch.device(get_accelerator().current_device_name())
+        running = dist.is_initialized()
+        return Ranks(dist.get_rank() if running else 0, dist.get_world_size() if running else 1, device)
+
     @property
     def first(self) -> bool:
         """True on rank 0, the one that writes and prints."""
@@ -98,22 +107,64 @@ class Ranks:
 def start_ranks(minutes: float = 30.0) -> Ranks:
     """Join the ranks that a launcher started; without a launcher this process is the only rank.
 
-    minutes: what a collective may take before it fails.
+    minutes: what the ranks may take to find each other, and a collective before it fails. Raises UserError where they
+    cannot meet.
     """
     join_alone()
     binaries = os.path.dirname(sys.executable)  # DeepSpeed builds a small extension once, with ninja
     if binaries not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([binaries, os.environ.get("PATH", "")])
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
 
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # DeepSpeed's to heed
     with contextlib.redirect_stdout(io.StringIO()):  # every rank would say that the extension is built
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=minutes))
-    accelerator = get_accelerator()
-    device = torch.device(accelerator.current_device_name())
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+        _meet(timeout=timedelta(minutes=minutes))
+    return Ranks.here()
+
+
+def join_ranks(port: int, required: bool | None) -> None:
+    """The same for a loop of the user's own, with what `deepspeed.initialize` takes; nothing where ranks are running.
+
+    Raises UserError where they cannot meet.
+    """
+    join_alone()
+    from deepspeed.accelerator import get_accelerator
+
+    with errors_only():
+        _meet(distributed_port=port, dist_init_required=required)
+    if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def _meet(**options: Any) -> None:
+    """DeepSpeed's init_distributed; what keeps ranks from finding each other is one message."""
+    import deepspeed
+
+    try:
+        deepspeed.init_distributed(verbose=False, **options)
+    except (dist.DistError, RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
+        address, port = (os.environ.get(name, "missing") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        place = f"rank {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} at {address}:{port}"
+        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the ranks cannot meet ({place}): {words}; {_way_out(str(error))}") from error
+
+
+def _way_out(words: str) -> str:
+    if "EADDRINUSE" in words or "address already in use" in words.lower():
+        return "another process has this port: end it, or choose another one with --master_port (MASTER_PORT)"
+    if "timed out" in words.lower() or "timeout" in words.lower():
+        return (
+            "look whether all of them were started and reach this address; they wait for as long as "
+            "train.collective_timeout says"
+        )
+    return "look at the launcher's address, port and number of ranks"
+
+
+def several() -> bool:
+    """Whether other ranks are running with this one, or will be: a launcher says so."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    return (dist.is_initialized() and dist.get_world_size() > 1) or (started.isdecimal() and int(started) > 1)
 
 
 def join_alone() -> None:
@@ -127,6 +178,16 @@ def peer_is_gone(error: Exception) -> bool:
     """Whether an error means another rank's end: what torch raises where a connection breaks, or is silent."""
     broken = ("gloo", "connection closed", "connection reset", "broken pipe", "connection refused")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in broken)
+
+
+SHORT = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch's or Python's says that memory was not enough."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SHORT)
 
 
 @contextlib.contextmanager

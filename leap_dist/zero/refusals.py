@@ -1,7 +1,10 @@
 """What LEAP refuses to run under, found before anything is built, and why."""
 
+import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +15,17 @@ from torch.nn.parameter import is_lazy
 from leap_dist.config.sections import SECTIONS
 from leap_dist.errors import UserError
 from leap_dist.zero.groups import optimizer_problems
+from leap_dist.zero.ranks import is_short_of_memory, peer_is_gone
 
 OTHER_SHARDING = {"zenflow": None, "mics_shard_size": -1, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
 """Keys of zero_optimization for ways of sharding that LEAP does not know, each with the value that means off."""
+
+BF16_OPTIONS = (
+    ("bf16_master_weights_and_grads", False, "scores and thresholds need fp32 masters"),
+    ("bf16_optimizer_states", False, "scores and thresholds need fp32 moments"),
+    ("check_grad_overflow", True, "a gradient that is not finite would spoil every score"),
+)
+"""Options of the bf16 section that LEAP cannot have, each with the only value that is allowed, and why."""
 
 
 def check_engine_config(
@@ -39,6 +50,31 @@ def check_hosting(config: Mapping[str, Any], model: nn.Module, optimizer: Any) -
             "the place of LEAP's"
         )
     _raise_if(problems)
+
+
+@contextmanager
+def refusals_of_deepspeed() -> Iterator[None]:
+    """What DeepSpeed raises while it builds an engine of the user's config, as one message in its own words.
+
+    Memory that is short and ranks that are gone are no matter of the config, and are raised as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_short_of_memory(error) or peer_is_gone(error):
+            raise
+        raise UserError(f"DeepSpeed cannot build the engine: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """What an error says; where it says nothing, the line that raised it."""
+    text = " ".join(str(error).split())
+    if not text:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{Path(last.filename).name}, line {last.lineno}: {last.line}"
+    return f"{type(error).__name__}: {text}"
 
 
 def _raise_if(problems: list[str]) -> None:
@@ -70,6 +106,9 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{low[0]}.enabled: under zero_optimization.stage 0 masters are not reachable; use stage 1, 2 or 3, or fp32"
         )
+    for key, value, why in BF16_OPTIONS:
+        if _section(config, "bf16").get(key, value) != value:
+            yield f"bf16.{key}: got {not value}; allowed: {value}: {why}"
     if "amp" in low and stage != 0:
         yield "amp.enabled: ZeRO and amp do not go together; use bf16 or fp16"
     for name in ("offload_optimizer", "offload_param"):
@@ -115,8 +154,8 @@ def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
         for item in error.errors():
             place = ".".join(map(str, item["loc"]))
             yield f"{error.title}.{place}: got {item['input']!r}; DeepSpeed says: {item['msg']}"
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        yield f"DeepSpeed refuses its part of the config: {' '.join(str(error).split())}"
+    except Exception as error:  # whatever its checks run into
+        yield f"DeepSpeed refuses its part of the config: {_words(error)}"
     kind = _section(config, "scheduler").get("type")
     if "scheduler" in config and not (hasattr(lr_schedules, str(kind)) or hasattr(lr_scheduler, str(kind))):
         yield f"scheduler.type: got {kind!r}; allowed: {', '.join(lr_schedules.VALID_LR_SCHEDULES)}, or one of torch's"

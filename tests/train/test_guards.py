@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from leap_dist.config.job_file import parse_job
-from leap_dist.train.guards import Heartbeats, is_short_of_memory, memory_advice, spoiled
-from leap_dist.zero.ranks import Ranks
+from leap_dist.train.guards import Heartbeats, memory_advice, spoiled
+from leap_dist.zero.ranks import Ranks, is_short_of_memory
 from tests.checkpoint.test_checkpoints import this_rank
 from tests.peers.nets import GLOBAL_BATCH, batches, loss_of
 from tests.ranks import RankError, RankPools
