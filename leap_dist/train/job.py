@@ -21,6 +21,17 @@ from leap_dist.zero.teacher import host_teacher
 
 
 @dataclass
+class RunState:
+    """What changes while a job runs."""
+
+    start: int = 0  # the step that the run begins or resumes at
+    left_out: int = 0  # steps whose loss or gradient was not finite
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics by name: dense, pruned, ...
+    costs: list[dict[str, float]] = field(default_factory=list)  # of the prune phase's steps that were logged
+    heartbeats: Heartbeats | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """A validated job with everything it needs built: model hosted, data ready, nothing written yet."""
 
@@ -33,11 +44,7 @@ class Job:
     total_steps: int
     distiller: Distiller | None = None
     watch: Watch = NOTHING
-    heartbeats: Heartbeats | None = None
-    start: int = 0
-    left_out: int = 0  # steps whose loss or gradient was not finite
-    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # metrics by name: dense, pruned, ...
-    costs: list[dict[str, float]] = field(default_factory=list)  # of the prune phase's steps that were logged
+    state: RunState = field(default_factory=RunState)
 
     @property
     def phases(self) -> Any:
@@ -45,7 +52,7 @@ class Job:
         return self.engine.leap.schedule
 
 
-def build_job(config: JobConfig, ranks: Ranks) -> Job:
+def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     """Load data, tokenizer and model, and let DeepSpeed host the model."""
     tokenizer = load_tokenizer(config.model, config.data.tokenizer) if needs_tokenizer(config.data.task) else None
     task = ranks.first_then_rest(lambda: load_task(config.data, tokenizer))
@@ -62,7 +69,7 @@ def build_job(config: JobConfig, ranks: Ranks) -> Job:
     engine, *_ = initialize(model=model, config=config, lr_scheduler=scheduler)
     distiller = _distiller(config, task, engine, teacher) if config.distill else None
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
-    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller)
+    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller, watch)
 
 
 def _load_teacher(config: JobConfig, task: Task, model: Any) -> Any:

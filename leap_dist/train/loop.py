@@ -46,32 +46,32 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     torch.manual_seed(config.train.seed)
     saved = goes_on and ranks.on_first(lambda: latest_checkpoint(output / CHECKPOINTS) is not None)
     reference = _dense_reference(config, ranks, watch) if config.train.dense_reference and not saved else {}
-    job = build_job(config, ranks)
-    job.watch = watch
-    job.measured |= reference
+    job = build_job(config, ranks, watch)
+    state = job.state
+    state.measured |= reference
     checkpoints = Checkpoints(output / CHECKPOINTS, ranks, config.train.keep_checkpoints)
     found, run_id = checkpoints.load(job.engine) if goes_on else None, None
     if found is not None:
         progress = read_progress(found, job.engine.leap.num_steps, job.phases.dense_end)
-        job.start, job.measured, job.left_out = progress.step, dict(progress.measured), progress.left_out
+        state.start, state.measured, state.left_out = progress.step, dict(progress.measured), progress.left_out
         run_id = progress.run_id
     settings = shown(job.config, ranks.world_size)
     tags = tags_of(job, output) if ranks.first else {}
     with (
         Tracker(config.tracking, settings, ranks.first, run_id, tags, folder=output) as tracker,
-        prepared(output, settings, job.start) if ranks.first else nullcontext(),
+        prepared(output, settings, state.start) if ranks.first else nullcontext(),
     ):
         try:
             tracker.datasets(config.data, job.task)
             with Heartbeats(output / RANKS, ranks, config.train.collective_timeout) as heartbeats:
-                job.heartbeats = heartbeats
+                state.heartbeats = heartbeats
                 train(job, tracker, output, checkpoints)
                 certificate = _finish(job, output)
         except (Stopped, Interrupted):
             tracker.finish("KILLED")
             raise
         if ranks.first:
-            tracker.log(job.total_steps, flat(job.measured) | ending(job, certificate))
+            tracker.log(job.total_steps, flat(state.measured) | ending(job, certificate))
             tracker.artifact(output / CERTIFICATE)
             tracker.artifact(output / RESOLVED)
             tracker.table("gates.json", certificate["gates"])
@@ -85,14 +85,14 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
 
 def train(job: Job, tracker: Tracker, output: Path | None, checkpoints: Checkpoints | None) -> None:
     """All steps that are left. With an output folder, metrics and checkpoints go there."""
-    config, ranks = job.config.train, job.ranks
-    saver = Saver(job.engine, ranks, config, job.watch, checkpoints, job.start, job.total_steps)
-    meter = Meter(ranks, job.start)
-    bad = BadSteps(job.engine, config.max_bad_steps, job.left_out)
-    with Progress(job.total_steps, enabled=ranks.first, start=job.start) as progress:
-        for step in range(job.start, job.total_steps):
-            if step == job.phases.dense_end and "dense" not in job.measured:
-                job.measured["dense"] = evaluate(job.engine, job.task, config.eval_batch_size, ranks)
+    config, ranks, state = job.config.train, job.ranks, job.state
+    saver = Saver(job.engine, ranks, config, job.watch, checkpoints, state.start, job.total_steps)
+    meter = Meter(ranks, state.start)
+    bad = BadSteps(job.engine, config.max_bad_steps, state.left_out)
+    with Progress(job.total_steps, enabled=ranks.first, start=state.start) as progress:
+        for step in range(state.start, job.total_steps):
+            if step == job.phases.dense_end and "dense" not in state.measured:
+                state.measured["dense"] = evaluate(job.engine, job.task, config.eval_batch_size, ranks)
             if step == job.phases.settle_start and job.watch.goes_on is not None:
                 _ask(job, job.watch.goes_on)
             phase = job.engine.leap.phase
@@ -101,13 +101,13 @@ def train(job: Job, tracker: Tracker, output: Path | None, checkpoints: Checkpoi
             if bad.after(loss):
                 saver.wait()
                 raise UserError(bad.message(done, output and latest_checkpoint(output / CHECKPOINTS)))
-            job.left_out = bad.total
+            state.left_out = bad.total
             if done % config.log_every == 0 or done == job.total_steps:
                 fields = _log_step(job, done, phase, loss, meter, tracker, output)
                 progress.update(done, phase, fields)
-            saver.after(done, loss, {"measured": job.measured, "run_id": tracker.run_id, "left_out": job.left_out})
-            if job.heartbeats is not None:
-                job.heartbeats.step = done
+            saver.after(done, loss, {"measured": state.measured, "run_id": tracker.run_id, "left_out": state.left_out})
+            if state.heartbeats is not None:
+                state.heartbeats.step = done
     saver.wait()
 
 
@@ -137,9 +137,9 @@ def _log_step(
     """Gather and write the measures of a step; returns what the progress line shows."""
     measured = job.engine.leap.report()
     values = {"loss": job.ranks.mean(loss).item(), "lr": job.engine.leap.param_groups[0]["lr"], **measured}
-    values |= {"left_out_steps": job.left_out, **meter.read(step)}
+    values |= {"left_out_steps": job.state.left_out, **meter.read(step)}
     if phase == "prune":
-        job.costs.append({key: value for key, value in measured.items() if key.startswith("leap_")})
+        job.state.costs.append({key: value for key, value in measured.items() if key.startswith("leap_")})
     if job.distiller:
         values |= {name: job.ranks.mean(part).item() for name, part in job.distiller.parts.items()}
     if job.watch.told is not None:
@@ -160,7 +160,7 @@ def _finish(job: Job, output: Path) -> dict[str, Any]:
     """Evaluate the pruned model, export it, and certify the exported files."""
     engine, ranks, leap = job.engine, job.ranks, job.engine.leap
     settle(engine)
-    job.measured["pruned"] = evaluate(engine, job.task, job.config.train.eval_batch_size, ranks)
+    job.state.measured["pruned"] = evaluate(engine, job.task, job.config.train.eval_batch_size, ranks)
     save_model(engine.module, gather_weights(engine), output / MODEL, job.tokenizer, ranks.rank)
     counts = cert.count(output / MODEL, gather_masks(engine), describe_gates(leap), ranks.rank)
     gates = score_histograms(leap.gating, leap.kept_units)
@@ -171,7 +171,7 @@ def _finish(job: Job, output: Path) -> dict[str, Any]:
         counts,
         target=leap.config.target,
         unit=leap.plan.unit,
-        metrics=job.measured,
+        metrics=job.state.measured,
         seed=job.config.train.seed,
         note=leap.level.note(),
     )
@@ -185,8 +185,7 @@ def _dense_reference(config: JobConfig, ranks: Ranks, watch: Watch) -> dict[str,
     if ranks.first:
         console().print("dense reference: a run of the same length without pruning", markup=False)
     dense = config.model_copy(update={"leap": config.leap.model_copy(update={"target": 1.0})})
-    job = build_job(dense, ranks)
-    job.watch = Watch(asked=watch.asked)
+    job = build_job(dense, ranks, Watch(asked=watch.asked))
     train(job, Tracker(config.tracking, {}, enabled=False), output=None, checkpoints=None)
     metrics = evaluate(job.engine, job.task, config.train.eval_batch_size, ranks)
     job.engine.destroy()

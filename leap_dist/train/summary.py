@@ -43,8 +43,8 @@ def ending(job: Job, certificate: Mapping[str, Any]) -> dict[str, float]:
         "kept_weights": certificate["kept"],
         "prunable_weights": certificate["prunable"],
     }
-    if job.costs:
-        left["leap_ms"] = sum(cost[name] for cost in job.costs for name in TIMINGS) / len(job.costs)
+    if job.state.costs:
+        left["leap_ms"] = sum(cost[name] for cost in job.state.costs for name in TIMINGS) / len(job.state.costs)
     return left
 
 
@@ -52,15 +52,15 @@ def report(job: Job, certificate: Mapping[str, Any], output: Path) -> None:
     """The table at the end."""
     primary = job.task.primary
     rows: list[dict[str, str | float]] = []
-    for name, metrics in job.measured.items():
+    for name, metrics in job.state.measured.items():
         density = certificate["density"] if name == "pruned" else 1.0
         kept = certificate["kept"] if name == "pruned" else certificate["prunable"]
         rows.append({"model": name, "density": density, "weights": kept, primary: metrics[primary]})
     summary_table(rows, title=f"{job.task.name}, target density {certificate['target']}")
     if "note" in certificate:
         console().print(certificate["note"], markup=False, soft_wrap=True)
-    if job.costs:
-        console().print(_cost_line(job.costs), markup=False, soft_wrap=True)
+    if job.state.costs:
+        console().print(_cost_line(job.state.costs), markup=False, soft_wrap=True)
     console().print(f"certificate and model: {output}", markup=False)
 
 

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,9 @@ def run_part(folder: Path, ranks: Ranks, steps: int, last: int, samples: list[tu
     checkpoints = Checkpoints(folder / CHECKPOINTS, ranks)
     progress = checkpoints.load(job.engine)
     if progress is not None:
-        job.start, job.measured = progress["step"], progress["measured"]
-    reached = [job.start]
-    job.watch = watch(job, last, reached, samples)
+        job.state.start, job.state.measured = progress["step"], progress["measured"]
+    reached = [job.state.start]
+    job = replace(job, watch=watch(job, last, reached, samples))
     try:
         train(job, Tracker(config.tracking, {}, enabled=False), folder, checkpoints)
     except Interrupted as stopped:
