@@ -4,13 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from leap_dist.checkpoint.checkpoints import Checkpoints
     from leap_dist.models.pruned_folder import load_pruned
     from leap_dist.zero.engine import attach, finalize, host, initialize, release
     from leap_dist.zero.trainer import LeapCallback
 
-__all__ = ["LeapCallback", "attach", "finalize", "host", "initialize", "load_pruned", "release"]
+__all__ = ["Checkpoints", "LeapCallback", "attach", "finalize", "host", "initialize", "load_pruned", "release"]
 
 _HOMES = {
+    "Checkpoints": "leap_dist.checkpoint.checkpoints",
     "LeapCallback": "leap_dist.zero.trainer",
     "attach": "leap_dist.zero.engine",
     "finalize": "leap_dist.zero.engine",

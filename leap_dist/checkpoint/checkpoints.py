@@ -28,6 +28,8 @@ from leap_dist.checkpoint.engine_state import (
 )
 from leap_dist.checkpoint.folders import CheckpointError, checkpoints_in
 from leap_dist.checkpoint.manifest import MANIFEST, Damaged, Manifest
+from leap_dist.config.section import is_int
+from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.errors import UserError, printable
 from leap_dist.zero.agreement import agreement
 from leap_dist.zero.ranks import Ranks
@@ -36,11 +38,27 @@ from leap_dist.zero.ranks import Ranks
 class Checkpoints:
     """The checkpoints of a run below `folder`: the `keep` latest, and the one with the highest score.
 
-    Every method is collective. One save is written at a time; its host memory is kept for the next one.
+    In a loop of one's own, with an engine of `leap_dist.initialize`, on every rank:
+
+        checkpoints = leap_dist.Checkpoints("checkpoints")
+        start = (checkpoints.load(engine) or {"step": 0})["step"]
+        for step in range(start, total):
+            ...
+            if (step + 1) % 100 == 0:
+                checkpoints.save(engine, {"step": step + 1})
+        checkpoints.wait()
+
+    They are read at any number of ranks and any ZeRO stage. `folder` is on a file system that all ranks share; `ranks`
+    are this process's if not given. Every method is collective. One save is written at a time; its host memory is
+    kept for the next one. Raises UserError for a folder or a number to keep that cannot be.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int = 2) -> None:
-        self._folder, self._ranks, self._keep = folder, ranks, keep
+    def __init__(self, folder: str | Path, ranks: Ranks | None = None, keep: int = 2) -> None:
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise UserError(f"folder: got {folder!r}; allowed: the path of a folder, made if it is not there")
+        if not is_int(keep) or keep < 1:
+            raise UserError(f"keep: got {keep!r}; allowed: an integer >= 1")
+        self._folder, self._ranks, self._keep = Path(folder).expanduser(), ranks or Ranks.here(), keep
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._final: Path | None = None  # the checkpoint that is being written
@@ -52,6 +70,7 @@ class Checkpoints:
         Waits for the save before this one. If that one failed, CheckpointError says so once this one has begun: a
         caller that continues misses nothing. What goes wrong with this one is reported by the next `save` or `wait`.
         """
+        _check_engine(engine)
         failure = self._finish()
         agreement(engine, self._ranks)
         rank, fragments = self._ranks.rank, written_by(engine, self._ranks.rank)
@@ -77,6 +96,7 @@ class Checkpoints:
         over if the number of ranks is the same. Raises UserError if none is intact, or if it is of another model, of
         other gates or of another version.
         """
+        _check_engine(engine)
         names = self._ranks.on_first(lambda: [path.name for path in checkpoints_in(self._folder)])
         damage = ""
         for name in names:
@@ -186,6 +206,17 @@ def _check_masks(checkpoint: Path, engine: Any, manifest: Manifest) -> None:
         raise UserError(
             f"--resume: {checkpoint / MANIFEST} was changed: engine.leap.kept_weights is {said.kept_weights}, the "
             f"masks keep {found}; remove that checkpoint to resume from an older one, or start a new run"
+        )
+
+
+def _check_engine(engine: Any) -> None:
+    """Raise UserError for what no checkpoint is taken of."""
+    if not isinstance(getattr(engine, "leap", None), LeapAdamW):
+        raise UserError(f"engine: got a {type(engine).__name__}; allowed: one that leap_dist.initialize or attach made")
+    if engine.micro_steps % engine.gradient_accumulation_steps():
+        raise UserError(
+            f"engine: it is in the middle of a step, after {engine.micro_steps % engine.gradient_accumulation_steps()} "
+            f"of {engine.gradient_accumulation_steps()} micro-batches; save and load between optimizer steps"
         )
 
 

@@ -70,7 +70,7 @@ def difference(found: Sequence[Mapping[str, str]]) -> str:
     differing = [key for key in keys if any(values.get(key) != found[0].get(key) for values in found)]
     key, first = differing[0], found[0].get(differing[0])
     other = next(rank for rank, values in enumerate(found) if values.get(key) != first)
-    values = [(text or "nothing")[:200] for text in (first, found[other].get(key))]
+    values = [(text or "nothing")[:100] for text in (first, found[other].get(key))]
     more = f"; {len(differing) - 1} more differ" if len(differing) > 1 else ""
     return f"{key}: rank 0 has {values[0]}, rank {other} has {values[1]}{more}"
 
@@ -91,7 +91,7 @@ def engine_settings(engine: Any) -> dict[str, Any]:
 def optimizer_settings(leap: LeapAdamW) -> dict[str, Any]:
     """What LEAP's optimizer is configured with, by dotted key: its section, its gates, its groups."""
     found = {f"leap.{key}": value for key, value in leap.config.model_dump(mode="json").items()}
-    found |= {f"gates.{gate.granularity} {gate.name}": str(gate) for gate in leap.plan.gates}
+    found |= {f"gates.{gate.name}": f"{gate.num_units} units of {gate.slices}, {gate}" for gate in leap.plan.gates}
     for number, group in enumerate(leap.param_groups):
         found |= {f"param_groups[{number}].{key}": _shown(value) for key, value in group.items() if key != "params"}
     return found

@@ -32,7 +32,7 @@ from leap_dist.zero.binding import (
 )
 from leap_dist.zero.groups import parameter_groups
 from leap_dist.zero.ranks import Ranks, errors_only, join_ranks, several
-from leap_dist.zero.refusals import check_engine_config, check_hosting, refusals_of_deepspeed
+from leap_dist.zero.refusals import check_engine_config, check_hosting, check_masters, refusals_of_deepspeed
 
 ALL_IN_ONE = 10**15  # a ZeRO-3 sub-group that is never full: one step sees all of a gate
 
@@ -154,7 +154,9 @@ def attach(engine: Any) -> None:
     _check_sub_group(engine, base)
     engine.leap = base
     same_settings(Ranks.here(), engine_settings(engine))
-    base.bind(find_fragments(engine), make_communicator(engine), forward_copies(engine))
+    fragments = find_fragments(engine)
+    check_masters(fragments)
+    base.bind(fragments, make_communicator(engine), forward_copies(engine))
     base.check_gradient = engine.zero_optimization_stage() == 0
     for group, peak in zip(base.param_groups, getattr(engine.lr_scheduler, "max_lrs", ()), strict=False):
         group["max_lr"] = peak  # of a scheduler that sets rates, whatever the group started with

@@ -1,7 +1,7 @@
 """What LEAP refuses to run under, found before anything is built, and why."""
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from leap_dist.config.sections import SECTIONS
+from leap_dist.core.fragments import Fragment
 from leap_dist.errors import UserError
 from leap_dist.zero.groups import optimizer_problems
 from leap_dist.zero.ranks import is_short_of_memory, peer_is_gone
@@ -33,7 +34,7 @@ def check_engine_config(
 ) -> None:
     """Raise one UserError with every reason why this job cannot work."""
     problems = [*_config_problems(config)] or [*_deepspeed_problems(config)]
-    problems += _object_problems(model, mpu, lr_scheduler, optimizer)
+    problems += [*_object_problems(model, mpu, lr_scheduler, optimizer), *_dtype_problems(config, model)]
     if mesh_param is not None:
         problems.append("mesh_param: device meshes are not supported yet; use data parallel ranks with ZeRO")
     _raise_if(problems)
@@ -43,6 +44,7 @@ def check_hosting(config: Mapping[str, Any], model: nn.Module, optimizer: Any) -
     """The same for an engine that another library builds: that one fills in "auto", and then DeepSpeed checks."""
     known = _without_auto(config)
     problems = [*_config_problems(known), *_object_problems(model, None, None, optimizer)]
+    problems += _dtype_problems(config, model)
     offload = _section(_section(known, "zero_optimization"), "offload_optimizer").get("device", "none")
     if offload != "none" and known.get("zero_force_ds_cpu_optimizer", True):
         problems.append(
@@ -189,6 +191,33 @@ def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: A
             "lr_scheduler: got a scheduler that is tied to another optimizer; pass a function that makes it: "
             "lr_scheduler=lambda optimizer: LinearLR(optimizer, ...)"
         )
+
+
+def _dtype_problems(config: Mapping[str, Any], model: nn.Module) -> Iterator[str]:
+    """Parameters that no fp32 master is kept of. With a bf16 or fp16 section DeepSpeed casts them all."""
+    if any(_section(config, name).get("enabled") for name in ("bf16", "fp16")):  # "auto" is known to be one or none
+        return
+    stage = _section(config, "zero_optimization").get("stage", 0)
+    found = {p.dtype: name for name, p in reversed(list(model.named_parameters())) if p.requires_grad}
+    allowed = (torch.float32,) if stage == 0 else (torch.float32, torch.bfloat16, torch.float16)
+    way_out = "call model.float(), or train with a bf16 section under stage 1, 2 or 3"
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    for dtype, name in found.items():
+        if dtype not in allowed:
+            yield f"model: {name} is {dtype}; allowed under zero_optimization.stage {stage}: {names}; {way_out}"
+    if len(found) > 1 and all(dtype in allowed for dtype in found):
+        shown = ", ".join(f"{name} is {dtype}" for dtype, name in found.items())
+        yield f"model: its parameters have several dtypes: {shown}; allowed: one; {way_out}"
+
+
+def check_masters(fragments: Iterable[Fragment]) -> None:
+    """Raise UserError unless LEAP steps on fp32: what another library's settings have made of an engine."""
+    for fragment in fragments:
+        if fragment.flat.dtype != torch.float32:
+            raise UserError(
+                f"engine: it steps {fragment.tensor} in {fragment.flat.dtype}; allowed: torch.float32, which scores "
+                "and thresholds need: use zero_optimization.stage 1, 2 or 3 with a bf16 section, or model.float()"
+            )
 
 
 def _unready_parameters(model: nn.Module) -> Iterator[str]:

@@ -15,7 +15,7 @@ from leap_dist.checkpoint.folders import write_tensors
 from leap_dist.checkpoint.manifest import MANIFEST, sealed
 from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
-from tests.peers.nets import leap
+from tests.peers.nets import GLOBAL_BATCH, batches, leap, loss_of, net
 from tests.ranks import RankPools
 from tests.zero.test_engine import STEPS, pruned_engine, run_steps
 
@@ -332,3 +332,49 @@ def test_what_does_not_fit_is_told(ranks: RankPools, tmp_path: Path) -> None:
             raise UserError(said[name])
     with pytest.raises(UserError, match=r"is of another model, or of other gates: .*; set the config back"):
         ranks(2).run(load, "hybrid", 2, str(tmp_path), {"gates": ["element"]})
+
+
+def from_outside(folder: str) -> dict[str, Any]:
+    """A loop of a user's own that knows leap_dist alone."""
+    import leap_dist
+
+    said = []
+    for wrong in (
+        lambda: leap_dist.Checkpoints(7),  # type: ignore[arg-type]
+        lambda: leap_dist.Checkpoints(""),
+        lambda: leap_dist.Checkpoints(folder, keep=0),
+        lambda: leap_dist.Checkpoints(folder).load(net()),
+    ):
+        with pytest.raises(UserError) as caught:
+            wrong()
+        said.append(str(caught.value))
+    checkpoints = leap_dist.Checkpoints(folder)
+    engine = pruned_engine("row", 2, 3, {})
+    assert checkpoints.load(engine) is None
+    x, y = batches(1)[0]
+    size = GLOBAL_BATCH // (3 * torch.distributed.get_world_size())
+    engine.backward(loss_of(engine(x[:size]), y[:size]))
+    engine.step()
+    with pytest.raises(
+        UserError, match=r"^engine: it is in the middle of a step, after 1 of 3 micro-batches; save and"
+    ):
+        checkpoints.save(engine, {"step": 1})
+    for _ in range(2):
+        engine.backward(loss_of(engine(x[:size]), y[:size]))
+        engine.step()
+    checkpoints.save(engine, {"step": 1})
+    checkpoints.wait()
+    other = pruned_engine("row", 3, 1, {})
+    progress = leap_dist.Checkpoints(folder).load(other)
+    return {"said": said, "progress": progress, "steps": other.leap.num_steps}
+
+
+def test_checkpoints_are_of_use_from_the_outside(ranks: RankPools, tmp_path: Path) -> None:
+    found = ranks(2).run(from_outside, str(tmp_path / "checkpoints"))[0]
+    assert found["said"] == [
+        "folder: got 7; allowed: the path of a folder, made if it is not there",
+        "folder: got ''; allowed: the path of a folder, made if it is not there",
+        "keep: got 0; allowed: an integer >= 1",
+        "engine: got a Sequential; allowed: one that leap_dist.initialize or attach made",
+    ]
+    assert (found["progress"], found["steps"]) == ({"step": 1}, 1)

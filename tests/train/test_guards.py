@@ -110,6 +110,16 @@ def test_a_rank_is_silent_when_its_file_is_old(tmp_path: Path) -> None:
     assert beats.silent() == {1: "process 7 on here"}
 
 
+def test_a_file_that_a_killed_run_has_left_ends_no_resume(tmp_path: Path) -> None:
+    left = tmp_path / "rank-00001"
+    left.write_text("process 7 on here")
+    os.utime(left, (0.0, time.time() - 7200.0))
+    with Heartbeats(tmp_path, Ranks(0, 2, torch.device("cpu")), minutes=10.0) as beats:
+        assert beats.silent() == {}  # rank 1 of this run has not come yet
+        os.utime(tmp_path / "rank-00000", (0.0, time.time() + 601.0))
+        assert beats.silent() == {1: "process 7 on here"}
+
+
 def wait_for_a_silent_rank(folder: str) -> None:
     """As a rank that waits in a collective for the other one, which does nothing any more."""
     said = os.open(f"{folder}/said", os.O_CREAT | os.O_WRONLY)

@@ -64,7 +64,7 @@ def test_ranks_that_are_configured_differently_are_refused_with_the_key_and_both
     )
     assert "gradient_clipping: rank 0 has 1.0, rank 1 has 0.5; give" in first[1]
     assert f"param_groups[0].lr: rank 0 has {LR}, rank 1 has {2 * LR}; " in first[2]
-    assert "gates.element 1.weight: rank 0 has " in first[3] and "rank 1 has nothing; " in first[3]
+    assert "gates.1.weight:element: rank 0 has " in first[3] and "rank 1 has nothing; " in first[3]
     assert first[4].startswith("rank 1: leap: 1 problem\n  leap.target: got 2;")
     assert first[5].startswith("leap: 1 problem\n  leap.target: got 2;")
 

@@ -65,6 +65,18 @@ def test_what_works_passes(config: dict[str, Any]) -> None:
         ({"zero_optimization": {"stage": 5}}, r"zero_optimization\.stage: got 5; allowed: 0, 1, 2, 3"),
         ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage: got True; allowed"),
         ({"zero_optimization": {"stage": "2"}}, r"zero_optimization\.stage: got '2'; allowed"),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 2}},
+            r"bf16\.bf16_master_weights_and_grads: got True; allowed: False: scores and thresholds need fp32 masters",
+        ),
+        (
+            {"bf16": {"enabled": True, "bf16_optimizer_states": True}, "zero_optimization": {"stage": 3}},
+            r"bf16\.bf16_optimizer_states: got True; allowed: False: scores and thresholds need fp32 moments",
+        ),
+        (
+            {"bf16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": {"stage": 1}},
+            r"bf16\.check_grad_overflow: got False; allowed: True: a gradient that is not finite would spoil every",
+        ),
         ({"bf16": {"enabled": True}}, r"bf16\.enabled: under zero_optimization\.stage 0 masters are not reachable"),
         ({"fp16": {"enabled": True}}, r"fp16\.enabled: under zero_optimization\.stage 0 masters are not reachable"),
         ({"amp": {"enabled": True}}, r"amp\.enabled: under zero_optimization\.stage 0 masters are not reachable"),
@@ -233,3 +245,71 @@ def test_batch_sizes_are_judged_by_the_ranks_there_are(ranks: RankPools) -> None
     config = {"train_batch_size": 8, "gradient_accumulation_steps": 1}
     assert ranks(2).run(refusals_in_a_rank, [config]) == [[""], [""]]
     assert "8 != 4 * 1 * 1" in ranks(1).run(refusals_in_a_rank, [config])[0][0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "message"),
+    [
+        (torch.float64, 0, r"model: weight is torch\.float64; allowed under zero_optimization\.stage 0: float32; call"),
+        (
+            torch.float64,
+            2,
+            r"model: weight is torch\.float64; .* stage 2: float32, bfloat16, float16; call model\.float",
+        ),
+        (torch.bfloat16, 0, r"model: weight is torch\.bfloat16; allowed under zero_optimization\.stage 0: float32"),
+        (torch.float16, 0, r"model: weight is torch\.float16; allowed under zero_optimization\.stage 0: float32"),
+    ],
+)
+def test_a_dtype_without_an_fp32_master_is_refused(dtype: torch.dtype, stage: int, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
+        check({"zero_optimization": {"stage": stage}}, model=nn.Linear(2, 3, dtype=dtype))
+    for section in ("bf16", "fp16"):  # DeepSpeed casts, and keeps masters
+        check({"zero_optimization": {"stage": 2}, section: {"enabled": True}}, model=nn.Linear(2, 3, dtype=dtype))
+
+
+def test_several_dtypes_without_a_section_are_refused() -> None:
+    mixed = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2, dtype=torch.bfloat16))
+    with pytest.raises(
+        UserError, match=r"several dtypes: 1\.weight is torch\.bfloat16, 0\.weight is torch\.float32; all"
+    ):
+        check({"zero_optimization": {"stage": 2}}, model=mixed)
+    mixed[1].requires_grad_(False)
+    check({"zero_optimization": {"stage": 0}}, model=mixed)
+
+
+# ------------------------------------------------------------------- what DeepSpeed refuses while it builds
+
+BUILDING = [
+    (
+        {"scheduler": {"type": "WarmupLR", "params": "auto"}},
+        r"^DeepSpeed cannot build the engine: \w+: ",
+    ),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup": 3}}}, r"^DeepSpeed .*: TypeError: .*'warmup'"),
+    ({"tensorboard": {"enabled": True}}, r"^DeepSpeed .*: ModuleNotFoundError: .*tensorboard"),
+    ({"prescale_gradients": True, "zero_optimization": {"stage": 3}}, r"^DeepSpeed .*: AssertionError: .*prescale"),
+    ({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, r"^DeepSpeed .*"),
+]
+
+
+def building(configs: list[dict[str, Any]]) -> list[str]:
+    """What initialize says to each config, which leaves the model ready for another try."""
+    import leap_dist
+
+    model, messages = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), []
+    names = [name for name, _ in model.named_parameters()]
+    for config in configs:
+        section = {"target": 0.5, "total_steps": 10, "include": ["0.weight"]}
+        try:
+            leap_dist.initialize(model=model, config=BATCH | config | {"leap": section})
+            messages.append("")
+        except UserError as error:
+            messages.append(str(error))
+            assert [name for name, _ in model.named_parameters()] == names
+    return messages
+
+
+def test_what_deepspeed_refuses_while_it_builds_is_one_message_in_its_own_words(ranks: RankPools) -> None:
+    *messages, good = ranks(1).run(building, [*(config for config, _ in BUILDING), {}])[0]
+    assert good == ""
+    for message, (config, expected) in zip(messages, BUILDING, strict=True):
+        assert re.search(expected, message) and "\n" not in message, (config, message)
