@@ -329,6 +329,10 @@ def _options_of_other_tasks(raw: Mapping[str, Any], task: str) -> list[Conflict]
     return found + [(key, f"got {show(raw[key])}; {why}") for key in unread if raw.get(key) is not None]
 
 
+LEARNING_RATE, WEIGHT_DECAY = 3e-5, 0.01
+"""Of the weights, in a job and in a loop of one's own."""
+
+
 class TrainConfig(Section):
     """The length of the run and the optimizer of the weights."""
 
@@ -336,9 +340,9 @@ class TrainConfig(Section):
     """Passes over the training data; exactly one of `epochs` and `max_steps` is given."""
     max_steps: int | None = Field(default=None, gt=0, description="an integer > 0")
     """Optimizer steps (not micro-batches)."""
-    learning_rate: float = Field(default=3e-5, gt=0, description="a number > 0")
+    learning_rate: float = Field(default=LEARNING_RATE, gt=0, description="a number > 0")
     """Peak rate of the weights."""
-    weight_decay: float = Field(default=0.01, ge=0, description="a number >= 0")
+    weight_decay: float = Field(default=WEIGHT_DECAY, ge=0, description="a number >= 0")
     """AdamW's decay of the weights; scores and thresholds have none."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="a number, 0 <= f < 1")
     """Part of the steps in which the rate climbs to its peak."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.config.sections import LeapConfig
+from leap_dist.config.sections import LEARNING_RATE, WEIGHT_DECAY, LeapConfig
 from leap_dist.core import host_state
 from leap_dist.core import thresholds as th
 from leap_dist.core.communicator import Communicator
@@ -57,10 +57,10 @@ class LeapAdamW(torch.optim.Optimizer):
         params: Iterable[dict[str, Any]],
         plan: GatePlan,
         config: LeapConfig,
-        lr: float = 1e-3,
+        lr: float = LEARNING_RATE,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        weight_decay: float = WEIGHT_DECAY,
     ) -> None:
         if config.total_steps is None:
             raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")

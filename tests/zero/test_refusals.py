@@ -254,7 +254,7 @@ def test_batch_sizes_are_judged_by_the_ranks_there_are(ranks: RankPools) -> None
         (
             torch.float64,
             2,
-            r"model: weight is torch\.float64; .* stage 2: float32, bfloat16, float16; call model\.float",
+            r"model: weight is torch\.float64; .*stage 2: float32, bfloat16, float16; call model\.float",
         ),
         (torch.bfloat16, 0, r"model: weight is torch\.bfloat16; allowed under zero_optimization\.stage 0: float32"),
         (torch.float16, 0, r"model: weight is torch\.float16; allowed under zero_optimization\.stage 0: float32"),
