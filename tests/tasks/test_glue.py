@@ -302,8 +302,12 @@ def test_broken_jsonl(files: Any, tokenizer: Any, text: str, message: str) -> No
 @pytest.mark.parametrize(
     ("content", "suffix", "message"),
     [
-        (gzip.compress(GOOD.encode()), ".tsv", r"train\.tsv: is a gzip file, no text; unpack or convert it first"),
-        (gzip.compress(GOOD.encode()), ".tsv.gz", r"train\.tsv\.gz: is a gzip file"),
+        (
+            gzip.compress(GOOD.encode(), mtime=0),
+            ".tsv",
+            r"train\.tsv: is a gzip file, no text; unpack or convert it first",
+        ),
+        (gzip.compress(GOOD.encode(), mtime=0), ".tsv.gz", r"train\.tsv\.gz: is a gzip file"),
         (b"PAR1....PAR1", ".parquet", r"is a Parquet file"),
         (GOOD.encode("utf-16"), ".tsv", r"not UTF-8 text: .* at byte 0; it looks like UTF-16; save it as UTF-8"),
         (GOOD.replace("good", "g\u00f6d").encode("latin-1"), ".csv", r"not UTF-8 text: .*; save it as UTF-8"),
