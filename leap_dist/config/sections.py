@@ -183,20 +183,22 @@ def _without_effect(raw: Mapping[str, Any]) -> list[Conflict]:
     listed = as_objects(raw.get("gates", ()))
     listed = listed if isinstance(listed, tuple) else ()
     gates = [gate.get("granularity") if isinstance(gate, Mapping) else gate for gate in listed]
-    fixed = None  # why no threshold is learned
-    if rule in ("movement", "magnitude"):
-        fixed = f'rule "{rule}" gives all gates one share, which the schedule says'
-    elif gates and all(re.fullmatch(r"\d+:\d+", str(gate)) for gate in gates):
-        fixed = "an n:m pattern says what is kept, and there are no other gates"
+    shared = (
+        f'rule "{rule}" gives all gates one share, which the schedule says'
+        if rule in ("movement", "magnitude")
+        else None
+    )
+    pattern = gates and all(re.fullmatch(r"\d+:\d+", str(gate)) for gate in gates)
+    fixed = shared or ("an n:m pattern says what is kept, and there are no other gates" if pattern else None)
     no_penalty = 'control "projected" has no regulariser' if projected else None
     scored = 'rule "magnitude" takes the weights as they are for scores' if rule == "magnitude" else None
     follows = 'under control "projected" an automatic threshold_learning_rate follows it: give that a number'
     reasons = {
-        "control": fixed,
+        "control": shared,
         "temperature": fixed or (follows if projected and given("threshold_learning_rate") == "auto" else None),
         "threshold_learning_rate": fixed,
-        "lambda_max": fixed or no_penalty,
-        "lambda_min": fixed or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
+        "lambda_max": shared or no_penalty,
+        "lambda_min": shared or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
         "score_init": scored,
         "score_learning_rate": scored,
     }

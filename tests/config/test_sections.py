@@ -427,7 +427,7 @@ SCORED = ALWAYS | {"score_learning_rate"}
 READ: dict[str, set[str]] = {  # by rule, control and gates: the keys that have an effect, alone
     "leap projected element": SCORED | {"control", "threshold_learning_rate"},
     "leap projected row": SCORED | {"control", "threshold_learning_rate"},
-    "leap projected 2:4": SCORED,
+    "leap projected 2:4": SCORED | {"control"},  # a control is a choice that holds for all gates
     "leap projected 2:4+head": SCORED | {"control", "threshold_learning_rate"},
     "leap paper element": SCORED | {"temperature", "threshold_learning_rate", "lambda_max"},
     "leap paper row": SCORED | {"temperature", "threshold_learning_rate", "lambda_max"},
