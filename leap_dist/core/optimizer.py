@@ -47,8 +47,9 @@ class LeapAdamW(torch.optim.Optimizer):
     """AdamW that prunes as it steps.
 
     params: parameter groups; at most one carries `leap_gated: True` and holds the gated tensors, in whatever shards.
-    Its key `no_decay` names gated tensors without weight decay. `bind` must be called before the first step; a
-    scheduler may change a group's "lr", which scales the score's rate with it: their ratio is to "base_lr", the rate
+    Its key `no_decay` names gated tensors without weight decay. As in torch, parameters may be (name, parameter) pairs:
+    `hosted` has them by name, also when the host has put shards in their place. `bind` must be called before the first
+    step; a scheduler may change a group's "lr", which scales the score's rate with it: their ratio is to "base_lr", the rate
     that the group started with, or to "max_lr" where a scheduler has set that.
     """
 
@@ -66,7 +67,9 @@ class LeapAdamW(torch.optim.Optimizer):
             raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, GATED: False}
         super().__init__(params, defaults)
+        self.hosted: dict[str, Tensor] = {}
         for group in self.param_groups:
+            self.hosted |= zip(group.pop("param_names", ()), group["params"], strict=False)
             group["base_lr"] = group["lr"]
             group["no_decay"] = sorted(group.get("no_decay", ()))
         self.plan = plan

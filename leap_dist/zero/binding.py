@@ -17,8 +17,12 @@ from leap_dist.core.gating import ELEMENT_MASK, MASK
 
 
 def hosted_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of everything that the engine trains."""
-    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    """(name, parameter) of everything that the engine trains: what its optimizer was given, as it was named then.
+
+    What was left out of the optimizer, or came into the model later, is not trained, whatever it requires; what is
+    frozen later is.
+    """
+    return list(engine.leap.hosted.items())
 
 
 def flat_partitions(engine: Any) -> list[Tensor]:

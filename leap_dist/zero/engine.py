@@ -151,8 +151,8 @@ def attach(engine: Any) -> None:
     if not isinstance(base, LeapAdamW):
         kind = f"{type(engine).__name__} that steps with {type(base).__name__}"
         raise UserError(f"engine: got a {kind}; allowed: the DeepSpeed engine with the optimizer of leap_dist.host")
-    _check_sub_group(engine, base)
     engine.leap = base
+    _check_sub_group(engine, base)
     same_settings(Ranks.here(), engine_settings(engine))
     fragments = find_fragments(engine)
     check_masters(fragments)
@@ -239,15 +239,20 @@ def gather_masks(engine: Any) -> Iterator[tuple[str, Tensor]]:
 def gather_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor on the CPU) of the hosted model's parameters in name order, masked, in the parameter's dtype.
 
-    Collective.
+    Raises UserError if the model has lost a parameter that a gate covers. Collective.
     """
-    trained = {name for name, _ in hosted_parameters(engine)}
-    masters = gather(engine, sorted(trained))
-    for name, parameter in sorted(engine.module.named_parameters(), key=lambda item: item[0]):
-        if name in trained:
-            yield name, next(masters)[1].to(parameter.dtype)
-        else:
-            yield name, _whole_parameter(parameter)
+    model = getattr(engine.module, "_orig_mod", engine.module)  # where it was compiled
+    trained = {id(p): name for name, p in hosted_parameters(engine)}
+    found = sorted((trained.get(id(p), name), p) for name, p in model.named_parameters())
+    lost = sorted(set(engine.leap.plan.covers) - {trained.get(id(p)) for _, p in found})
+    if lost:
+        raise UserError(
+            f"model: {lost[0]} is not the parameter that was pruned: it was replaced, tied or taken out after "
+            "initialize; change a model before"
+        )
+    masters = gather(engine, [name for name, p in found if id(p) in trained])
+    for name, parameter in found:
+        yield name, next(masters)[1].to(parameter.dtype) if id(parameter) in trained else _whole_parameter(parameter)
 
 
 def _whole_parameter(parameter: Any) -> Tensor:

@@ -5,7 +5,7 @@ computes a step, not what comes out of it: LEAP's step has kernels of its own.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ def parameter_groups(
     key = "optimizer" if optimizer is not None else "model_parameters"
     names = {id(p): name for name, p in model.named_parameters()}
     groups = _user_groups(model, optimizer, model_parameters, defaults)
-    _check_members(model, groups, names, key)
+    _check_members(groups, names, [name for name in names.values() if name in plan.covers], key)
     plain: list[dict[str, Any]] = []
     gated: list[tuple[nn.Parameter, bool]] = []  # with whether its group has weight decay
     settings: list[dict[str, Any]] = []  # of the groups that hold gated tensors
@@ -100,14 +100,15 @@ def parameter_groups(
         own |= {option: _number(own[option]) for option in ("lr", "eps", "weight_decay") if option in own}
         own |= {"betas": tuple(map(_number, own["betas"]))} if "betas" in own else {}
         if rest:
-            plain.append({**own, "params": rest, GATED: False})
+            plain.append({**own, "params": [(names[id(p)], p) for p in rest], GATED: False})
         if inside:
             gated += [(p, own["weight_decay"] > 0) for p in inside]
             settings.append(own)
     shared = _shared(settings, key)
     gated.sort(key=lambda item: not plan.counted(names[id(item[0])]))
     no_decay = frozenset(names[id(p)] for p, decays in gated if not decays)
-    return [{**shared, "params": [p for p, _ in gated], GATED: True, "no_decay": no_decay}, *plain]
+    pairs = [(names[id(p)], p) for p, _ in gated]
+    return [{**shared, "params": pairs, GATED: True, "no_decay": no_decay}, *plain]
 
 
 def _shared(settings: list[dict[str, Any]], key: str) -> dict[str, Any]:
@@ -165,8 +166,11 @@ def _given_groups(model_parameters: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _check_members(model: nn.Module, groups: list[dict[str, Any]], names: Mapping[int, str], key: str) -> None:
-    """Every trained parameter of the model stands in one group, and nothing else does."""
+def _check_members(groups: list[dict[str, Any]], names: Mapping[int, str], covered: Iterable[str], key: str) -> None:
+    """Every parameter stands in one group at most, what gates cover in one, and nothing else does.
+
+    What is left out is not trained, as in torch.
+    """
     members = [p for group in groups for p in group["params"]]
     foreign = next((p for p in members if id(p) not in names), None)
     if foreign is not None:
@@ -174,13 +178,13 @@ def _check_members(model: nn.Module, groups: list[dict[str, Any]], names: Mappin
             f"{key}: a parameter of shape {tuple(foreign.shape)} is not one of the model's; allowed: parameters of the "
             "very model that is handed in"
         )
-    seen: set[int] = set()
-    for p in members:
-        if id(p) in seen:
-            raise UserError(f"{key}: {names[id(p)]} stands in it twice; keep one")
-        seen.add(id(p))
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
-    if missing:
+    seen: set[str] = set()
+    for name in (names[id(p)] for p in members):
+        if name in seen:
+            raise UserError(f"{key}: {name} stands in it twice; keep one")
+        seen.add(name)
+    missing = next((name for name in covered if name not in seen), None)
+    if missing is not None:
         raise UserError(
-            f"{key}: {missing[0]} is trained but not among them; add it, or call requires_grad_(False) on it"
+            f"{key}: {missing} is under a gate but not among them; add it, or call requires_grad_(False) on it"
         )

@@ -48,7 +48,7 @@ def by_accelerate(stage: int, folder: str, load: bool = False) -> str:
         config = {"train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": "auto"}
         config |= {"gradient_clipping": 1.0, "zero_optimization": {"stage": stage}, "leap": LEAP}
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
-        model = tiny_bert(attention_probs_dropout_prob=0.0)
+        model = tiny_bert()
         optimizer = leap_dist.host(model, adamw(model), config)
         model, optimizer = accelerator.prepare(model, optimizer)
         leap_dist.attach(model)
@@ -77,7 +77,7 @@ def by_initialize(stage: int) -> str:
     """The same run in a DeepSpeed loop."""
     import leap_dist
 
-    model = tiny_bert(attention_probs_dropout_prob=0.0)
+    model = tiny_bert()
     config = {"train_micro_batch_size_per_gpu": BATCH, "gradient_clipping": 1.0, "leap": LEAP}
     config |= {"zero_optimization": {"stage": stage}}
     engine, *_ = leap_dist.initialize(model=model, optimizer=adamw(model), config=config, lr_scheduler=decaying)

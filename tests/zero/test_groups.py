@@ -160,8 +160,8 @@ def test_parameters_that_do_not_fit_the_model_are_refused() -> None:
         "optimizer: a parameter of shape (8, 6) is not one of the model's; allowed: parameters of the very model that "
         "is handed in"
     )
-    assert refused(model, adamw([model[0].weight, model[2].weight])) == (
-        "optimizer: 0.bias is trained but not among them; add it, or call requires_grad_(False) on it"
+    assert refused(model, adamw([model[0].weight, model[2].weight]), ROWS) == (
+        "optimizer: 0.bias is under a gate but not among them; add it, or call requires_grad_(False) on it"
     )
     allowed = "allowed: model.parameters(), or a list of groups, such as {'params': [...], 'lr': 1e-4}"
     for given, message in (
@@ -171,7 +171,7 @@ def test_parameters_that_do_not_fit_the_model_are_refused() -> None:
         (["0.weight"], f"model_parameters: got a str among the parameters in group 0; {allowed}"),
         (3, f"model_parameters: got a int; {allowed}"),
         ([*model.parameters(), model[0].bias], "model_parameters: 0.bias stands in it twice; keep one"),
-        ([], "model_parameters: 0.weight is trained but not among them; add it, or call requires_grad_(False) on it"),
+        ([], "model_parameters: 0.weight is under a gate but not among them; add it, or call requires_grad_(False) on"),
         (net().parameters(), "model_parameters: a parameter of shape (8, 6) is not one of the model's; allowed: "),
     ):
         with pytest.raises(UserError) as caught:
