@@ -1,0 +1,79 @@
+"""What loops of one's own do to an engine and its model, that plain DeepSpeed runs: run, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import leap_dist
+from leap_dist.errors import UserError
+from leap_dist.zero.engine import gather_weights
+from tests.ranks import RankPools
+
+STEPS = 10
+
+
+class Net(nn.Module):
+    """Two gated layers, one gated that takes no part and gets no gradient, an ungated one, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second, self.idle = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.rest, self.head = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rest(torch.tanh(self.second(torch.tanh(self.first(x))))))
+
+
+def engine_of(stage: int, left_out: str = "rest") -> Any:
+    """Its optimizer leaves out the parameters of one layer, which are not frozen."""
+    model = Net()
+    leap = {"target": 0.4, "total_steps": STEPS, "gates": ["element", "row"], "exclude": ["rest.weight", "head.weight"]}
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}, "leap": leap}
+    trained = [p for name, p in model.named_parameters() if not name.startswith(left_out)]
+    return leap_dist.initialize(model=model, optimizer=torch.optim.AdamW(trained, lr=0.01), config=config)[0]
+
+
+def take(engine: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(100 * step + torch.distributed.get_rank())
+        engine.backward(engine(torch.randn(4, 8, generator=generator)).square().mean())
+        engine.step()
+
+
+def partly(stage: int, folder: str) -> bool:
+    """A run that trains a part, is resumed in the middle, and whose model is frozen and compiled on the way."""
+    plain = Net().state_dict()
+    engine = engine_of(stage)
+    take(engine, 0, 5)
+    engine.save_checkpoint(folder)
+    take(engine, 5, STEPS)
+    whole = leap_dist.finalize(engine)
+    weights = dict(gather_weights(engine))
+    changed = {name.split(".")[0] for name, weight in weights.items() if not torch.equal(weight, plain[name])}
+    assert changed == {"first", "second", "idle", "head"}, changed
+    engine.destroy()
+    engine = engine_of(stage)
+    take(engine, 0, 2)  # and then another state
+    engine.load_checkpoint(folder)
+    engine.module.head.requires_grad_(False)
+    engine.module.second.requires_grad_(False)
+    take(engine, 5, 6)
+    engine.module.requires_grad_(True)
+    engine.load_checkpoint(folder)
+    take(engine, 5, STEPS)
+    again = leap_dist.finalize(engine)
+    engine.destroy()
+    return again == whole
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (0, 2), (1, 1), (2, 2), (3, 2)])
+def test_what_the_optimizer_was_not_given_is_not_trained(
+    ranks: RankPools, tmp_path: Path, stage: int, world: int
+) -> None:
+    assert all(ranks(world).run(partly, stage, str(tmp_path)))
