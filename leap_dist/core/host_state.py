@@ -52,7 +52,10 @@ def restore(optimizer: Any, flats: Sequence[Tensor], saved: Mapping[str, Any]) -
     for source, target in copies:
         target.copy_(source.reshape(target.shape))
     for flat, state in zip(flats, states, strict=True):
-        optimizer.state[flat].update({key: value for key, value in state.items() if not torch.is_tensor(value)})
+        here = optimizer.state[flat]
+        for key in [key for key, value in here.items() if not torch.is_tensor(value)]:
+            del here[key]  # a state from before the first step has no "step"
+        here.update({key: value for key, value in state.items() if not torch.is_tensor(value)})
     for group, loaded in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in loaded.items() if key != "params"})
     optimizer.num_steps, optimizer.num_left_out = saved[LEAP]["progress"]["num_steps"], saved[LEAP]["num_left_out"]

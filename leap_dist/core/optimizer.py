@@ -99,6 +99,7 @@ class LeapAdamW(torch.optim.Optimizer):
 
         Raises UserError if the target is below what one unit in every gate keeps.
         """
+        self.fragments = fragments
         gated = {f.flat for f in fragments if f.tensor in self.plan.covers}
         for fragment in fragments:
             flat = fragment.flat

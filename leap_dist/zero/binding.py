@@ -72,7 +72,7 @@ def find_fragments(engine: Any) -> list[Fragment]:
 
 def all_fragments(engine: Any) -> list[Fragment]:
     """The fragments of every parameter and of the gates' own values that this rank holds."""
-    return [*find_fragments(engine), *engine.leap.gating.values.fragments]
+    return [*engine.leap.fragments, *engine.leap.gating.values.fragments]
 
 
 def trained_shapes(engine: Any) -> dict[str, tuple[int, ...]]:

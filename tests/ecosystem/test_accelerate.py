@@ -91,9 +91,9 @@ def by_initialize(stage: int) -> str:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_accelerate_trains_and_resumes_bit_for_bit_as_initialize(ranks: RankPools, tmp_path: Path, stage: int) -> None:
-    ours = ranks(2).run(by_initialize, stage)
-    assert ranks(2).run(by_accelerate, stage, str(tmp_path)) == ours and ours[0] == ours[1]
-    assert ranks(2).run(by_accelerate, stage, str(tmp_path), True) == ours
+    ours = ranks(2).run(by_initialize, stage, timeout=300)
+    assert ranks(2).run(by_accelerate, stage, str(tmp_path), timeout=300) == ours and ours[0] == ours[1]
+    assert ranks(2).run(by_accelerate, stage, str(tmp_path), True, timeout=300) == ours
 
 
 def attached(kind: str) -> str:
