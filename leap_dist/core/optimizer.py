@@ -49,8 +49,8 @@ class LeapAdamW(torch.optim.Optimizer):
     params: parameter groups; at most one carries `leap_gated: True` and holds the gated tensors, in whatever shards.
     Its key `no_decay` names gated tensors without weight decay. As in torch, parameters may be (name, parameter) pairs:
     `hosted` has them by name, also when the host has put shards in their place. `bind` must be called before the first
-    step; a scheduler may change a group's "lr", which scales the score's rate with it: their ratio is to "base_lr", the rate
-    that the group started with, or to "max_lr" where a scheduler has set that.
+    step; a scheduler may change a group's "lr", which scales the score's rate with it: their ratio is to "base_lr",
+    the rate that the group started with, or to "max_lr" where a scheduler has set that.
     """
 
     def __init__(

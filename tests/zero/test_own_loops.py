@@ -78,3 +78,25 @@ def test_what_the_optimizer_was_not_given_is_not_trained(
     ranks: RankPools, tmp_path: Path, stage: int, world: int
 ) -> None:
     assert all(ranks(world).run(partly, stage, str(tmp_path)))
+
+
+def replaced(stage: int) -> list[str]:
+    """What finalize says of a model whose layers were replaced after initialize: nothing of one that is not gated."""
+    messages = []
+    for name in ("rest", "second"):
+        engine = engine_of(stage)
+        take(engine, 0, 1)
+        setattr(engine.module, name, nn.Linear(12, 8 if name == "rest" else 12))
+        take(engine, 1, STEPS)
+        try:
+            leap_dist.finalize(engine)
+            messages.append("")
+        except UserError as error:
+            messages.append(str(error))
+        engine.destroy()
+    return messages
+
+
+def test_a_gated_layer_that_was_replaced_is_named(ranks: RankPools) -> None:
+    fine, message = ranks(1).run(replaced, 0)[0]
+    assert fine == "" and message.startswith("model: second.bias is not the parameter that was pruned: it was replaced")
