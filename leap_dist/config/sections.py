@@ -289,6 +289,7 @@ class DataConfig(Section):
         if task.startswith("builtin/"):
             why = "a builtin task generates its data, remove it"
             return found + [(key, f"got {show(raw[key])}; {why}") for key in given]
+        found += _repeated_columns(raw, task)
         stride, length = raw.get("doc_stride"), raw.get("max_length", MAX_LENGTHS.get(task))
         if task in QA_TASKS and is_int(length) and length < 32:
             found.append(("max_length", f"got {length}; allowed: at least 32, for a question and a part of the text"))
@@ -316,6 +317,17 @@ QA_TASKS = ("squad", "squad_v2")
 TASK_OPTIONS: dict[str, tuple[str, ...]] = dict.fromkeys(("doc_stride", "max_answer_length", "n_best"), QA_TASKS)
 TASK_OPTIONS |= {"null_score_threshold": ("squad_v2",), "mask_probability": ("mlm",), "stride": ("lm",)}
 """Options of DataConfig that only some tasks read."""
+
+
+def _repeated_columns(raw: Mapping[str, Any], task: str) -> list[Conflict]:
+    """A column that is read twice: as both texts of a pair, or as the text that the label is learned from."""
+    text, label = raw.get("text"), raw.get("label") or "label"
+    names = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple) else []
+    if len(names) == 2 and names[0] == names[1]:
+        return [("text", f"got {show(text)}; allowed: one column, or two that differ")]
+    if label in names and task not in (*QA_TASKS, "lm", "mlm"):
+        return [("text", f"got {show(text)}, but {label} is the column of the label; allowed: columns of texts")]
+    return []
 
 
 def _options_of_other_tasks(raw: Mapping[str, Any], task: str) -> list[Conflict]:

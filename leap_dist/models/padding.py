@@ -6,13 +6,19 @@ Classifiers of decoders answer at the last token that does not pad, which they k
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from leap_dist.errors import UserError
-from leap_dist.tasks.base import Collator, Example, TokenTable
+from leap_dist.tasks.base import Batch, Collator, Example, TokenTable
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,6 +27,8 @@ if TYPE_CHECKING:
 
 POSITIONS_FROM_PADDING = ("camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta")
 """Architectures whose first token has the position after that of padding: they take that many tokens less."""
+NOISE = 1e-4
+"""Rounding differs between batches by less than this part of the largest logit."""
 CLASSES = ("single_label_classification", "regression")
 
 
@@ -33,6 +41,18 @@ def agree_on_padding(model: PreTrainedModel, task: Task) -> None:
     pad, config = _padding_of(task), model.config
     if pad is None:
         return
+    _set_padding(model, task, pad)
+    if (change := padding_changes(model, task)) > NOISE and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "padding changes what a %s model answers, by %.2g of the largest logit: it has no mask for it; metrics "
+            "depend on the batch size (train.eval_batch_size: 1 is one by one)",
+            config.model_type,
+            change,
+        )
+
+
+def _set_padding(model: PreTrainedModel, task: Task, pad: int) -> None:
+    config = model.config
     if config.model_type in POSITIONS_FROM_PADDING and config.pad_token_id != pad:
         if task.pad_id is None:
             return  # nothing but positions asks for it
@@ -78,6 +98,46 @@ def num_positions(config: PreTrainedConfig) -> int | None:
     if config.model_type in POSITIONS_FROM_PADDING:
         places -= (text.pad_token_id or 0) + 1
     return places
+
+
+# ------------------------------------------------------------------------------------ what padding does to answers
+
+
+def padding_changes(model: PreTrainedModel, task: Task) -> float:
+    """By how much an example's logits differ beside a longer one and alone, as a part of the largest; 0 if unknown.
+
+    Architectures mix padding into every token in ways that nobody lists (FNet's Fourier transform, Nystroemformer's
+    landmarks, ConvBERT's convolution), so one is asked.
+    """
+    tables = (task.train, *task.validation.values())
+    pair = next(filter(None, map(_two_lengths, tables)), None) if isinstance(task.collate, Collator) else None
+    if pair is None:
+        return 0.0
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            alone, together = (_logits(model, task.collate(examples)) for examples in (pair[:1], pair))
+    except Exception:  # a model that cannot answer at all: the first step says why
+        return 0.0
+    finally:
+        model.train(training)
+    difference = (together[:1, : alone.shape[1]] - alone).abs().max()
+    return float(difference / alone.abs().max().clamp(min=torch.finfo(alone.dtype).tiny))
+
+
+def _two_lengths(examples: Sequence[Example]) -> list[Example]:
+    """The shortest of the first examples, and the next that is a bit longer; empty where all have one length."""
+    few = sorted((examples[row] for row in range(min(len(examples), 64))), key=lambda row: len(row["input_ids"]))
+    longer = [row for row in few if len(row["input_ids"]) > len(few[0]["input_ids"])]
+    return [few[0], longer[min(4, len(longer) - 1)]] if longer else []
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The first logits for a batch: (batch, labels) or (batch, tokens, ...)."""
+    taken = {"input_ids", "attention_mask", "token_type_ids"} & inspect.signature(model.forward).parameters.keys()
+    output = model(**{key: ids for key, ids in batch.items() if key in taken}, return_dict=True)
+    return next(value for value in output.values() if isinstance(value, Tensor) and value.dim() > 1)
 
 
 # ---------------------------------------------------------------------------------------------- the end of a text

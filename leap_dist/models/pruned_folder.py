@@ -17,7 +17,7 @@ from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig
 from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
 from leap_dist.files import staged
-from leap_dist.models.load import quiet_transformers
+from leap_dist.models.load import cause, others_code, quiet_transformers
 from leap_dist.models.pruned_json import (
     NAME,
     KeptUnits,
@@ -171,14 +171,14 @@ def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrai
     if model.can_generate() and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with others_code(f"{folder}: its generation_config.json", "copy the whole folder anew"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
 def _build(folder: Path, manifest: PrunedJson, attn_implementation: str | None) -> PreTrainedModel:
     """A model of the stored class and config, with no weights yet."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
     from transformers.initialization import no_init_weights
 
     cls = getattr(transformers, manifest.model_class, None)
@@ -195,8 +195,8 @@ def _build(folder: Path, manifest: PrunedJson, attn_implementation: str | None) 
             model = cls(config)
             model.tie_weights()
             return model
-    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
-        raise UserError(f"{folder / 'config.json'}: transformers refuses it: {error}") from error
+    except Exception as error:  # whatever transformers' code comes to on the folder's config
+        raise UserError(f"{folder / 'config.json'}: transformers refuses it: {cause(error)}") from error
 
 
 def _kept_of(folder: Path, manifest: PrunedJson, model: nn.Module, blocks: Sequence[Block]) -> Kept:

@@ -41,12 +41,22 @@ def read_documents(data: DataConfig) -> list[tuple[str, list[str]]]:
             texts = hub_texts(hub_split(splits, key, name), source, column)
         else:
             source, file = f"{key}: {name}", Path(name).expanduser()
-            texts = read_texts(key, file, column) if file.suffix.lower() in TABLES else [read_text(key, file)]
+            texts = read_texts(key, file, column) if _is_table(key, file, data) else [read_text(key, file)]
         documents = [text for text in texts if text.strip()]
         if not documents:
             raise UserError(f"{source}: no text in it")
         found.append((source, documents))
     return found
+
+
+def _is_table(key: str, file: Path, data: DataConfig) -> bool:
+    """Whether a file has rows; UserError for JSON, which is neither rows nor text, and for a column of plain text."""
+    kind = file.suffix.lower()
+    if kind == ".json":
+        raise UserError(f"{key}: got {file}; allowed: plain text, or rows in {', '.join(TABLES)}")
+    if kind not in TABLES and data.text is not None:
+        raise UserError(f"data.text: got {data.text[0]}, but {file} is plain text and has no columns: remove it")
+    return kind in TABLES
 
 
 def token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, end: Sequence[int]) -> Arrays:

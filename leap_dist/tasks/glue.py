@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from leap_dist.config.sections import DataConfig
@@ -59,7 +61,7 @@ GLUE = {
 LOCAL = "text/classification"
 NAMES = (*GLUE, LOCAL)
 MAX_SCORE = 5.0
-NOT_NAMES = ("nan", "<na>", "inf", "-inf")
+NOT_NAMES = ("nan", "-nan", "<na>", "#n/a", "null", "inf", "-inf")
 """What table programs write where there is no value."""
 NO_CLASS = "that is no class; allowed: a name or a number >= 0; fill it in, or remove the row"
 
@@ -117,7 +119,11 @@ def _tokenize(
             parts.append(flat(dict(tokenizer(*map(list, texts), truncation=True, max_length=max_length))))
         return joined(parts)
 
-    return TokenTable(cached(tokenizer, (max_length, *table.texts), make), labels=labels)
+    tokens = TokenTable(cached(tokenizer, (max_length, *table.texts), make), labels=labels)
+    if empty := np.flatnonzero(tokens.lengths == 0).tolist():
+        where = f"{table.source}: {table.unit} {table.numbers[empty[0]]}"
+        raise UserError(f"{where}: got {table.texts[empty[0]]}; allowed: a text of which the tokenizer makes tokens")
+    return tokens
 
 
 def _tables(data: DataConfig, known: GlueTask | None) -> tuple[Table, dict[str, Table], tuple[str, ...] | None]:
@@ -198,8 +204,10 @@ def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple
     if truths and integers:
         shown = _shown(train.labels[truths[0]])
         raise UserError(f"{train.place(truths[0])}: got {shown}, and other rows have numbers; allowed: one of both")
-    if expected is not None and (set(seen) <= set(expected) or len(integers) == len(seen)):
-        names, ids = expected, {name: i for i, name in enumerate(expected)}
+    known = {name.casefold(): i for i, name in enumerate(expected or ())}
+    spelled = {name: known[name.casefold()] for name in seen if name.casefold() in known}
+    if expected is not None and (len(spelled) == len(seen) or len(integers) == len(seen)):
+        names, ids = expected, {name: i for i, name in enumerate(expected)} | spelled
         if integers:
             ids = {str(i): i for i in range(len(expected))}
     else:
@@ -228,7 +236,17 @@ def _class_name(label: Any) -> str:
     name = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip()
     if not name or name.lower() in NOT_NAMES or re.fullmatch(r"-\d+(\.\d+)?", name):
         raise ValueError(NO_CLASS)
+    if name[0] in "[{(" and _is_list(name):
+        raise ValueError("a list of labels, and an example has one class here; allowed: one name or number a row")
     return re.sub(r"^(\d+)\.0+$", r"\1", name)
+
+
+def _is_list(name: str) -> bool:
+    """Whether a text is a list, as Python or JSON writes it: a table has no other way to hold several labels."""
+    try:
+        return isinstance(ast.literal_eval(name), list | tuple | dict | set)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
 
 
 def _order(label: str) -> tuple[int, int, str]:

@@ -25,6 +25,8 @@ PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ
 PACKED |= {b"PAR1": "Parquet", b"ARROW1": "Arrow"}
 """How files begin that are no text."""
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that a clone without Git LFS has in place of a large one."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,16 @@ def reading(key: str, file: Path) -> Iterator[None]:
         if not file.is_file():
             raise UserError(f"{key}: got {file}; there is no such file")
         with file.open("rb") as stream:
-            start = stream.read(8)
+            start = stream.read(1024)
         if packed := next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None):
             raise UserError(f"{key}: {file}: is a {packed} file, no text; unpack or convert it first")
+        if start.startswith(LFS_POINTER):
+            raise UserError(f"{key}: {file}: is a pointer of Git LFS, not the file itself; run git lfs pull there")
+        if b"\0" in start and not start.startswith(UTF_16):
+            raise UserError(
+                f"{key}: {file}: no text: a zero byte at byte {start.index(0)}, as in UTF-16 and in files of programs; "
+                "save it as UTF-8 text"
+            )
         yield
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16" if start.startswith(UTF_16) else ""
@@ -202,10 +211,17 @@ def _cell(file: Path, line: int, row: dict[str, Any], key: str, column: str) -> 
     if column not in row:
         known = list(row)
         problem = f'got "{column}", which is not a column of {file}'
-        raise UserError(f"{key}: {problem}; allowed: {', '.join(known)}{nearest(column, known)}")
+        hint = _other_delimiter(known) or nearest(column, known)
+        raise UserError(f"{key}: {problem}; allowed: {', '.join(known)}{hint}")
     if row[column] is None:
         raise UserError(f'{file}: line {line}: nothing in column "{column}"')
     return row[column]
+
+
+def _other_delimiter(header: Sequence[str]) -> str:
+    """A hint, where the one name that a file seems to have is several, parted by something else."""
+    found = next((mark for mark in "\t;|," if len(header) == 1 and mark in header[0]), None)
+    return f"; they look parted by {found!r}: a .csv file is parted by commas, a .tsv file by tabs" if found else ""
 
 
 def _read_tsv(file: Path) -> Iterator[Row]:
@@ -217,18 +233,32 @@ def _read_csv(file: Path) -> Iterator[Row]:
 
 
 def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[Row]:
-    """(number of the first line, row) of a file with a header; a short row lacks values (None), a long one is cut."""
+    """(number of the first line, row) of a file with a header; a short row lacks values (None).
+
+    A longer one has a delimiter too many: its cells are not those of the columns that they stand under.
+    """
     limit = csv.field_size_limit(sys.maxsize)  # a document in a cell may be of any length
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
-            header, before = next(reader, []), reader.line_num
+            header, before = next(filter(None, reader), []), reader.line_num
+            first = before
+            advice = (
+                "replace tabs in texts by spaces, or give the column a name"
+                if quoting == csv.QUOTE_NONE
+                else 'put "" around texts with commas, the first " right after the comma before it, or name the column'
+            )
             if twice := [name for name, count in Counter(header).items() if name and count > 1]:
                 raise UserError(
-                    f'{file}: line 1: more than one column is called "{twice[0]}"; give each a name of its own'
+                    f'{file}: line {before}: more than one column is called "{twice[0]}"; give each a name of its own'
                 )
             for cells in reader:
                 if cells:
+                    if any(cells[len(header) :]):
+                        raise UserError(
+                            f"{file}: line {before + 1}: got {len(cells)} cells, and line {first} names "
+                            f"{len(header)} columns; {advice}"
+                        )
                     padded = [*cells, *[None] * (len(header) - len(cells))]
                     yield before + 1, dict(zip(header, padded, strict=False))
                 before = reader.line_num
@@ -245,12 +275,21 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{file}: line {number}: got {line.strip()[:40]}; allowed: a JSON object")
             yield number, row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which each key stands once."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f'the key "{twice}" stands there more than once')
+    return row
 
 
 _READERS = {".tsv": _read_tsv, ".txt": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl}

@@ -58,11 +58,11 @@ def _pipeline_of(folder: Path) -> str | None:
 
 
 def _pipeline(task: Any, folder: Path) -> Any:
-    from transformers import AutoTokenizer, pipeline
+    from transformers import pipeline
 
-    from leap_dist.export.hf import load_exported
+    from leap_dist.export.hf import load_exported, load_exported_tokenizer
 
-    return pipeline(task, model=load_exported(folder), tokenizer=AutoTokenizer.from_pretrained(folder), device="cpu")
+    return pipeline(task, model=load_exported(folder), tokenizer=load_exported_tokenizer(folder), device="cpu")
 
 
 # ---------------------------------------------------------------------------------------------- the loader

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -74,6 +75,32 @@ def test_a_batch_says_what_each_text_says_alone(kind: str, said: int | None) -> 
         alone = torch.cat([model(**task.collate([example])).logits for example in EXAMPLES])
     assert torch.allclose(together, alone, atol=1e-5)
     assert model.config.pad_token_id == PAD
+
+
+MIXING: dict[str, dict[str, Any]] = {
+    "convbert": SIZES | {"intermediate_size": 24, "embedding_size": 32, "max_position_embeddings": 32},
+    "fnet": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 24},
+    "nystromformer": SIZES
+    | {"intermediate_size": 24, "num_landmarks": 4, "segment_means_seq_len": 8}
+    | {"initializer_range": 0.5},
+}
+"""Encoders that mix padding into every token, whatever mask they get."""
+
+
+@pytest.mark.parametrize("kind", [*MIXING, "llama", "bert", "xlnet"])
+def test_a_model_whose_answers_depend_on_padding_is_reported(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings = MIXING.get(kind) or LAST_TOKEN.get(kind) or SETTINGS[kind]
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    model = load_model(ModelConfig(from_config={"model_type": kind, **settings}), text_task())
+    found = [record.getMessage() for record in caplog.records if "padding changes what" in record.getMessage()]
+    assert (len(found) == 1 and kind in found[0] and "eval_batch_size: 1" in found[0]) == (kind in MIXING), found
+    torch.set_rng_state(state)  # looking draws no random number, which would change the run
+    transformers.AutoModelForSequenceClassification.from_config(model.config)
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(state)
+    load_model(ModelConfig(from_config={"model_type": kind, **settings}), text_task())
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_a_model_that_counts_positions_from_padding_is_refused_with_another() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
+from leap_dist.config.job_file import parse_job
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks import load_task, needs_tokenizer
@@ -388,3 +391,77 @@ def test_mrpc_with_a_bom_and_literal_quotes(tokenizer: Any) -> None:
     data = DataConfig(task="glue/mrpc", train=train, validation=dev, text=columns, label="Quality")
     task = load_task(data, tokenizer)
     assert (len(task.train), len(task.validation["validation"])) == (4076, 1725)
+
+
+# ------------------------------------------------------------------------------ what would be read as something else
+
+JOB = {
+    "train_micro_batch_size_per_gpu": 4,
+    "model": {"name": "m"},
+    "train": {"epochs": 1},
+    "leap": {"target": 0.1},
+}
+TEXT = {"task": LOCAL, "text": "text"}
+MISREAD = {
+    "a comma in a text": ("text,label\na, b,0\nc,1\n", ".csv", r"line 2: got 3 cells, and line 1 names 2 columns; put"),
+    "a space before a quote": (
+        'label,text\n0,"a"\n1, "b, c"\n',
+        ".csv",
+        r"line 3: got 3 cells.* right after the comma",
+    ),
+    "a tab in a text": ("text\tlabel\na\tb\t0\nc\t1\n", ".tsv", r"line 2: got 3 cells.*; replace tabs"),
+    "semicolons": ("text;label\na;0\nb;1\n", ".csv", r'data\.text: got "text".*they look parted by \';\''),
+    "commas in .tsv": ("text,label\na,0\nb,1\n", ".tsv", r"they look parted by ','"),
+    "UTF-16 without its mark": ("t\0e\0x\0t\0,\0", ".csv", r"data\.train: .*no text: a zero byte at byte 1"),
+    "a pointer of Git LFS": ("version https://git-lfs.github.com/spec/v1\n", ".csv", r"is a pointer of Git LFS"),
+    "several labels": ('text,label\na,"[0, 1]"\nb,[1]\n', ".csv", r"line 2.*: got '\[0, 1\]'; a list of labels"),
+    "names in a list": ("text,label\na,['x']\nb,['y']\n", ".csv", r"line 2.*a list of labels"),
+    "nothing, as SQL writes it": ("text,label\na,x\nb,NULL\n", ".csv", r"line 3.*got 'NULL'; that is no class"),
+    "a key twice": ('{"text": "a", "label": 0, "label": 1}\n', ".jsonl", r'line 1: the key "label" stands there more'),
+}
+
+
+@pytest.mark.parametrize(("text", "suffix", "message"), MISREAD.values(), ids=MISREAD.keys())
+def test_what_would_be_read_as_something_else(files: Any, tokenizer: Any, text: str, suffix: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_task(files(text, suffix=suffix, **TEXT), tokenizer)
+
+
+def test_a_header_may_stand_below_empty_lines(files: Any, tokenizer: Any) -> None:
+    task = load_task(files("\n\r\ntext,label,\na,0,\n\nb,1\n", suffix=".csv", **TEXT), tokenizer)
+    assert [example["labels"] for example in task.train] == [0, 1]
+    with pytest.raises(UserError, match=r"train\.csv: line 5: got 3 cells, and line 3 names 2 columns"):
+        load_task(files("\n\ntext,label\na,0\nb,1,2\n", suffix=".csv", **TEXT), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (("s", "s"), "data.text: .*allowed: one column, or two that differ"),
+        (("s", "label"), "data.text: .*label is the column of the label"),
+    ],
+)
+def test_a_column_that_is_read_twice(text: tuple[str, ...], message: str) -> None:
+    """A label among the texts is an accuracy of 1 that means nothing."""
+    data = {"task": LOCAL, "train": "a.csv", "validation": "b.csv", "text": list(text)}
+    with pytest.raises(UserError, match=message):
+        parse_job(JOB | {"data": data})
+    if text == ("s", "label"):
+        parse_job(JOB | {"data": data | {"label": "y"}})
+
+
+def test_known_names_in_another_case_are_those_classes(files: Any, tokenizer: Any) -> None:
+    """F1 is that of class 1, which the alphabet would make "Not_Equivalent"."""
+    table = "sentence1\tsentence2\tlabel\na\tb\tEquivalent\na\tc\tNot_Equivalent\n"
+    task = load_task(files(table, task="glue/mrpc"), tokenizer)
+    assert [example["labels"] for example in task.train] == [1, 0]
+    assert task.label_names == ("not_equivalent", "equivalent")
+
+
+def test_a_text_of_which_no_token_is_made(files: Any, tokenizer: Any) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    table = "text,label\na,0\n   ,1\n"
+    load_task(files(table, suffix=".csv", **TEXT), tokenizer)  # [CLS] and [SEP]
+    with pytest.raises(UserError, match=r"train\.csv: line 3: got \('   ',\); allowed: a text of which the tokenizer"):
+        load_task(files(table, suffix=".csv", **TEXT), bare)

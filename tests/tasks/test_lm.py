@@ -304,3 +304,18 @@ def test_wikitext2_whole(data_dir: Path, tokenizer: Any, plain: Any) -> None:
     task = load_task(data, plain)
     assert sum(len(example["input_ids"]) for example in task.validation["validation"]) == words + 1  # EOS
     assert len(task.train) == (words + 1) // 128
+
+
+@pytest.mark.parametrize(
+    ("suffix", "settings", "message"),
+    [
+        (".json", {}, r"data\.train: got .*train\.json; allowed: plain text, or rows in \.tsv, \.csv, \.jsonl"),
+        (".txt", {"text": "words"}, r"data\.text: got words, but .*train\.txt is plain text and has no columns"),
+    ],
+)
+def test_a_file_that_would_be_read_as_another_kind(
+    texts: Any, tokenizer: Any, suffix: str, settings: dict[str, str], message: str
+) -> None:
+    """JSON would be learned with its brackets; a column of plain text would have no effect."""
+    with pytest.raises(UserError, match=message):
+        load_task(texts('{"text": "a b c d"}' * 20, suffix=suffix, **settings), tokenizer)
