@@ -127,6 +127,11 @@ class LeapAdamW(torch.optim.Optimizer):
         return values.state if flat is values.flat else self.state[flat]
 
     @property
+    def bound(self) -> bool:
+        """Whether `bind` was called."""
+        return self._gating is not None
+
+    @property
     def gating(self) -> Gating:
         """The gates over this rank's fragments."""
         assert self._gating is not None, "LeapAdamW.bind comes before the first step"

@@ -154,6 +154,11 @@ def attach(engine: Any) -> None:
     engine.leap = base
     _check_sub_group(engine, base)
     same_settings(Ranks.here(), engine_settings(engine))
+    if base.bound:
+        raise UserError(
+            "engine: the optimizer of leap_dist.host that it steps with has an engine already; one run needs one: call "
+            "host again, or make a new Trainer with its LeapCallback"
+        )
     fragments = find_fragments(engine)
     check_masters(fragments)
     base.bind(fragments, make_communicator(engine), forward_copies(engine))

@@ -104,7 +104,7 @@ def attached(kind: str) -> str:
 
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 1))
     config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "leap": LEAP}
-    config["zero_optimization"] = {"stage": 3, "sub_group_size": 100}
+    config["zero_optimization"] = {"stage": 3, "sub_group_size": 100 if kind == "small sub-groups" else 10**9}
     optimizer: Any = adamw(model)
     if kind != "another optimizer":
         optimizer = leap_dist.host(model, optimizer, config)
@@ -112,6 +112,7 @@ def attached(kind: str) -> str:
     if kind != "no engine":
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     try:
+        leap_dist.attach(engine)
         leap_dist.attach(engine)
     except UserError as error:
         return str(error)
@@ -123,6 +124,7 @@ def attached(kind: str) -> str:
     [
         ("no engine", "engine: got a Sequential that steps with NoneType; allowed: the DeepSpeed engine with the "),
         ("another optimizer", "engine: got a DeepSpeedEngine that steps with AdamW; allowed: the DeepSpeed engine "),
+        ("another engine", "engine: the optimizer of leap_dist.host that it steps with has an engine already; one "),
         ("small sub-groups", "zero_optimization.sub_group_size: got 100; the gated weights have to be in one "),
     ],
 )
