@@ -11,6 +11,7 @@ from typing import Any
 from leap_dist.config.job_file import parse_section
 from leap_dist.console import console, summary_table
 from leap_dist.errors import UserError
+from leap_dist.files import is_free
 from leap_dist.run_folder import JOURNAL
 from leap_dist.sweep.cluster import check_room, connected
 from leap_dist.sweep.ladder import ladder_of
@@ -92,14 +93,14 @@ def _check_folder(folder: Path, now: dict[str, str], resume: bool) -> dict[str, 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Keep a second call of the same sweep out."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output: another process runs the sweep in {folder}; wait for it, or end it") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"--output: {folder} cannot be written to: {error.strerror}; choose another folder") from error
+    with file:
+        if not is_free(file):
+            raise UserError(f"--output: another process runs the sweep in {folder}; wait for it, or end it")
         yield
 
 

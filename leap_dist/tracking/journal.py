@@ -6,15 +6,16 @@ to the system, not to the disk: it outlives a killed process. No credentials are
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from leap_dist.errors import UserError
+from leap_dist.files import append, is_free
 from leap_dist.run_folder import JOURNAL
 
 LONG = 1 << 20  # characters; a longer file is written anew when everything in it was taken
@@ -29,7 +30,8 @@ class Journal:
     folder: where the file is, and where one that is there already is continued; None: memory alone. Only one process
     has a journal open. Raises UserError if another has it, and for a damaged file.
 
-    run: what MLflow has to know to begin the run, and its id ("run_id") once it has begun.
+    run: what MLflow has to know to begin the run, and its id ("run_id") once it has begun. problem: why the file lacks
+    what was noted, on a full disk for instance; "" if it has all. Then memory has it, as long as the process lives.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -39,11 +41,11 @@ class Journal:
         self._last: dict[str, int] = {}  # the last step of each metric
         self._next = 0
         self._lock = threading.Lock()
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._unwritten = b""
+        self.problem = ""
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _open_alone(self.path)
-            self._read()
+            self._open(self.path)
 
     def describe(self, **values: Any) -> None:
         """Note what the run is."""
@@ -84,7 +86,7 @@ class Journal:
             if self._file is None:
                 return
             if remove and not self._waiting and self.path is not None:
-                self.path.unlink()
+                self.path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
 
@@ -95,26 +97,41 @@ class Journal:
             self._last |= dict.fromkeys(record["values"], record["step"])
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        try:
+            append(self._file, self._unwritten)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+        else:
+            self._unwritten, self.problem = b"", ""
 
-    def _read(self) -> None:
+    def _open(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _open_alone(path)
+        except OSError as error:
+            if path.exists():
+                raise UserError(f"{path}: cannot be opened: {error.strerror}; make it readable and writable") from error
+            self.problem = error.strerror or str(error)  # a new one: memory does
+        else:
+            self._read(self._file)
+
+    def _read(self, file: FileIO) -> None:
         """Take over what the file holds, but for a last line that was cut off."""
-        assert self._file is not None
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]
+        file.seek(0)
+        text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
         try:
             for line in map(json.loads, whole.splitlines()):
                 self._replay(line)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self._file.close()
+            file.close()
             raise UserError(
                 f"{self.path}: damaged, it is no journal of MLflow records: {error}; restore or remove it"
             ) from error
-        self._file.truncate(len(whole.encode()))
-        self._file.seek(0, os.SEEK_END)
+        file.truncate(len(whole))
 
     def _replay(self, line: dict[str, Any]) -> None:
         if "run" in line:
@@ -132,21 +149,20 @@ class Journal:
         assert self._file is not None and self.path is not None
         new = _open_alone(self.path.with_name(f".{JOURNAL}.partial"))
         new.truncate(0)
-        new.write(json.dumps({"run": self.run, "last": self._last, "next": self._next}) + "\n")
-        new.flush()
-        os.replace(new.name, self.path)
+        try:
+            append(new, json.dumps({"run": self.run, "last": self._last, "next": self._next}).encode() + b"\n")
+        except OSError:  # later, then
+            new.close()
+            return
+        os.replace(str(new.name), self.path)
         self._file.close()
         self._file = new
 
 
-def _open_alone(path: Path) -> TextIO:
+def _open_alone(path: Path) -> FileIO:
     """The file, for reading and appending, locked until it is closed or the process ends."""
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    file = FileIO(path, "a+")
+    if not is_free(file):
         file.close()
-        raise UserError(
-            f"{path}: another process is sending these records to MLflow; wait until it has ended"
-        ) from error
+        raise UserError(f"{path}: another process is sending these records to MLflow; wait until it has ended")
     return file

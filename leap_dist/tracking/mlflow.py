@@ -144,7 +144,9 @@ class Tracker:
         if left := len(self._journal.waiting()):
             command = f"{SYNC} {shlex.quote(str(self._folder))}{_named(str(self._uri))}"
             wait = f"they wait in {self._journal.path}; to send them: {command}"
-            kept = wait if self._folder else "they are lost"
+            kept = wait if self._folder and not self._journal.problem else "they are lost"
+            if self._journal.problem:
+                kept = f"{self._journal.path} could not be written: {self._journal.problem}: {kept}"
             self._tell(f"has not taken {left} records of this run: {problem}; {kept}")
 
     def _begin(self, uri: str) -> None:

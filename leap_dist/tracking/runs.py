@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from leap_dist.errors import UserError
 from leap_dist.secrets import hide_secrets
-from leap_dist.tracking.store import PARENT, reading
+from leap_dist.tracking.store import PARENT, quoted, reading
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -113,23 +113,15 @@ def _pages(search: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
 
 def _conditions(selection: Selection) -> list[str]:
     """What the store filters by itself. Names and beginnings of ids are left to `find`."""
-    conditions = [f"tags.`{PARENT}` = {_quoted(selection.sweep, '--sweep')}"] if selection.sweep else []
+    conditions = [f"tags.`{PARENT}` = {quoted(selection.sweep, '--sweep')}"] if selection.sweep else []
     for text in selection.tags:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[\w.\-/ ]+", key):
             raise UserError(f"--tag: got {text}; allowed: key=value, such as leap.rule=movement")
-        conditions.append(f"tags.`{key}` = {_quoted(value, '--tag')}")
+        conditions.append(f"tags.`{key}` = {quoted(value, '--tag')}")
     if selection.runs and all(re.fullmatch(r"[0-9a-f]{32}", text) for text in selection.runs):
         conditions.append(f"attributes.run_id IN ({', '.join(repr(text) for text in selection.runs)})")
     return conditions
-
-
-def _quoted(value: str, option: str) -> str:
-    """A value in a filter; MLflow's filters have no way to escape a quote."""
-    mark = '"' if "'" in value else "'"
-    if mark in value:
-        raise UserError(f"{option}: got {value}; allowed: no text with both kinds of quotes")
-    return f"{mark}{value}{mark}"
 
 
 def _stored(run: Run) -> StoredRun:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from leap_dist.errors import UserError
+from leap_dist.files import alone
 from leap_dist.secrets import hide_secrets, plain_address, remember
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ QUIET = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_SUPPRESS_PRINTING_URL_T
 """One retry: a wrong address is reported in seconds, and an address that is back is found in seconds."""
 LONGEST_NAME = 200  # bytes; file systems take 255
 AT_START = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # seconds for one request; MLflow would wait for minutes
+LONGEST_MIGRATION = 300.0  # seconds that other processes wait while one makes the tables of a sqlite store
 CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 OWN_CREDENTIALS = [
     f"MLFLOW_TRACKING_{name}" for name in ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4", "CLIENT_CERT_PATH")
@@ -38,15 +40,21 @@ LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client; the folder of a sqlite store is made if need be."""
+    """A client; the folder of a sqlite store is made if need be.
+
+    One process at a time makes the tables of a sqlite store, or brings those of an older MLflow up to date: MLflow
+    itself lets several begin, and all but one of them fail.
+    """
     from mlflow import MlflowClient
 
     file = _sqlite_file(uri)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    if file is None:
+        return MlflowClient(tracking_uri=uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with alone(file.with_name(f".{file.name}.lock"), LONGEST_MIGRATION):
         with contextlib.closing(sqlite3.connect(file)) as database:
             database.execute("PRAGMA schema_version")  # fails at once where MLflow would try for a minute
-    return MlflowClient(tracking_uri=uri)
+        return MlflowClient(tracking_uri=uri)
 
 
 def begin(client: MlflowClient, uri: str, run: Mapping[str, Any]) -> str:
@@ -57,7 +65,8 @@ def begin(client: MlflowClient, uri: str, run: Mapping[str, Any]) -> str:
     experiment, name, parent = _experiment_id(client, uri, run["experiment"]), run["name"], run["parent"]
     tags = {PARENT: parent} if parent else None
     if parent:
-        query = f"tags.`{PARENT}` = '{parent}' and attributes.run_name = '{name}'"
+        same = quoted(parent, "tracking.parent_run"), quoted(name, "tracking.run_name")
+        query = f"tags.`{PARENT}` = {same[0]} and attributes.run_name = {same[1]}"
         if found := client.search_runs([experiment], query):
             begun = str(found[0].info.run_id)
             client.update_run(begun, status="RUNNING")
@@ -89,6 +98,14 @@ def _folder_name(experiment: str) -> str:
     return quoted if len(quoted) <= LONGEST_NAME else f"{quoted[: LONGEST_NAME - 17]}-{digest}"
 
 
+def quoted(value: str, option: str) -> str:
+    """A value in a filter; MLflow's filters have no way to escape a quote. `option` is where the value is from."""
+    mark = '"' if "'" in value else "'"
+    if mark in value:
+        raise UserError(f"{option}: got {value}; allowed: no text with both kinds of quotes")
+    return f"{mark}{value}{mark}"
+
+
 def _sqlite_file(uri: str) -> Path | None:
     """The database file of a sqlite store; None for any other store, and for one that is named in sqlite's own way."""
     from sqlalchemy.engine import make_url
@@ -106,10 +123,8 @@ def reading(uri: str) -> Iterator[MlflowClient]:
     remember(uri)
     words = f"--uri: MLflow at {hide_secrets(uri)} cannot be read", "name the store that the jobs wrote to"
     with held_back(), starting(), user_errors(uri, *words):
-        from mlflow import MlflowClient
-
         check_is_store(uri)
-        yield MlflowClient(tracking_uri=uri)
+        yield connect(uri)
 
 
 def without_credentials(uri: str) -> str:
@@ -164,13 +179,17 @@ def starting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def user_errors(uri: str, problem: str = "", remedy: str = "") -> Iterator[None]:
-    """A store that cannot be reached or refuses the run is the user's to mend; the cause is the UserError's."""
+    """A store that cannot be reached or refuses the run is the user's to mend; the cause is the UserError's.
+
+    MLflow, its database driver and its plugins raise errors of many kinds; all of them are meant.
+    """
     from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         problem = problem or f"tracking: MLflow at {hide_secrets(uri)} does not take the run"
         remedy = remedy or "correct tracking.mlflow_uri or tracking.experiment, or set tracking.mlflow_uri to null"
         if isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403):
