@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -22,10 +24,26 @@ class _Console(Console):
         return super().render_str(printable(text), **options)
 
 
+class _Stdout:
+    """Standard output as it is at the time. What it does not take, as a closed pipe or a full disk, ends nothing."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
 @cache
 def console() -> Console:
     """The console of the process, on standard output."""
-    shown = _Console(highlight=False)
+    shown = _Console(highlight=False, file=cast(IO[str], _Stdout()))
     if not shown.is_terminal:
         shown.width = PLAIN_WIDTH
     return shown

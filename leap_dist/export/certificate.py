@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from leap_dist.core.counting import Counter, check_exact
+from leap_dist.files import write_text
 from leap_dist.run_folder import ExportedWeights, sealed
 
 PACKAGES = ("leap_dist", "torch", "deepspeed", "transformers")
@@ -101,9 +101,7 @@ def versions() -> dict[str, str | None]:
 
 def write(path: Path, certificate: Mapping[str, Any]) -> None:
     """Write the certificate as JSON; `path` is there only when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", "utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(certificate, indent=2, allow_nan=False) + "\n")
 
 
 def _in_name_order(

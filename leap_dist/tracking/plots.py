@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from leap_dist.errors import UserError
+from leap_dist.files import replacing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,15 +61,22 @@ def save(picture: Picture, *paths: Path) -> None:
         layout.execute(figure)
         figure.set_layout_engine(None)  # done: it costs as much as drawing, and is the same for every file
         for path in paths:
-            figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else {})
+            kind = path.suffix.removeprefix(".")
+            with replacing(path) as partial:
+                figure.savefig(partial, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else {})
 
 
 def save_all(picture: Picture, stem: Path) -> list[Path]:
     """stem.png, stem.svg, and stem_dark.svg for dark pages."""
-    png, svg, dark = (stem.with_name(f"{stem.name}{end}") for end in (".png", ".svg", "_dark.svg"))
+    png, svg, dark = files_of(stem)
     save(picture, png, svg)
-    dark.write_text(_recoloured(svg.read_text(encoding="utf-8"), DARK), encoding="utf-8")
+    write_text(dark, _recoloured(svg.read_text(encoding="utf-8"), DARK))
     return [png, svg, dark]
+
+
+def files_of(stem: Path) -> list[Path]:
+    """The files that `save_all` writes."""
+    return [stem.with_name(f"{stem.name}{end}") for end in (".png", ".svg", "_dark.svg")]
 
 
 def _recoloured(text: str, colours: Mapping[str, str]) -> str:

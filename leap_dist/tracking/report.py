@@ -18,7 +18,7 @@ from leap_dist.files import write_text
 from leap_dist.run_folder import PLOTS, REPORT, RunFiles, exports, read_files
 from leap_dist.secrets import hide_in, hide_secrets
 from leap_dist.tracking import run_plots
-from leap_dist.tracking.plots import Picture, inline, save, save_all
+from leap_dist.tracking.plots import Picture, files_of, inline, save, save_all
 
 PAGE = Path(__file__).with_name("page")
 LABELS = {
@@ -99,6 +99,12 @@ def write_report(folder: Path) -> list[Path]:
         save_all(picture, folder / PLOTS / name)
     write_text(folder / REPORT, run_page(files))
     return [folder / PLOTS, folder / REPORT]
+
+
+def has_report(folder: Path) -> bool:
+    """Whether a finished run has its page and all its pictures."""
+    wanted = [path for name in pictures_of(read_files(folder)) for path in files_of(folder / PLOTS / name)]
+    return all(path.is_file() for path in (folder / REPORT, *wanted))
 
 
 def pictures_of(files: RunFiles) -> dict[str, Picture]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -119,8 +120,11 @@ class Heartbeats:
 
     def _beat(self) -> None:
         while not self._over.wait(self._limit / 4):
-            self._write()
-            silent = self.silent()
+            try:
+                os.utime(self._file(self._ranks.rank))  # takes no room on a full disk
+                silent = self.silent()
+            except OSError:  # the folder is gone, and the run says so
+                continue
             if silent:
                 who = ", ".join(f"rank {rank} ({where})" for rank, where in silent.items())
                 print(
@@ -146,7 +150,8 @@ class Heartbeats:
         return found
 
     def _write(self) -> None:
-        self._file(self._ranks.rank).write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+        with contextlib.suppress(OSError):  # a full disk: the others see no file of this rank, and ask for no sign
+            self._file(self._ranks.rank).write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
 
     def _file(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}"

@@ -17,22 +17,23 @@ from leap_dist.core.histograms import REACH, score_histograms
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
-from leap_dist.files import write_text
 from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, MODEL, RANKS, RESOLVED, SCORES
 from leap_dist.tracking.mlflow import Tracker
-from leap_dist.tracking.report import write_report
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.guards import BadSteps, Heartbeats, spoiled
 from leap_dist.train.job import Job, build_job
 from leap_dist.train.meter import Meter
-from leap_dist.train.output import append_metrics, check_output, prepared, shown
+from leap_dist.train.output import check_output, complete, prepared, shown
 from leap_dist.train.progress import Progress
+from leap_dist.train.reports import Reports, needed
 from leap_dist.train.saving import Saver, read_progress
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.summary import ending, flat, report, tags_of
 from leap_dist.train.watch import NOTHING, Stopped, Watch
 from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, settle
 from leap_dist.zero.ranks import Ranks, torch_linear_put_back
+
+MAKE_ROOM = "make room, and start the same command again: it resumes from the last checkpoint, if one was written"
 
 
 @torch_linear_put_back()  # the next job in this process may have another stage
@@ -42,6 +43,8 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     A folder that holds an unfinished run of this job is resumed; `resume` asks for one.
     Raises UserError, with nothing written, for what the user has to mend; Stopped and Interrupted if `watch` says so.
     """
+    if ranks.on_first(lambda: complete(output, config, ranks.world_size)):
+        return json.loads((output / CERTIFICATE).read_text("utf-8")) if ranks.first else {}
     goes_on = ranks.on_first(lambda: check_output(output, resume, config, ranks.world_size))
     torch.manual_seed(config.train.seed)
     saved = goes_on and ranks.on_first(lambda: latest_checkpoint(output / CHECKPOINTS) is not None)
@@ -59,14 +62,14 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     tags = tags_of(job, output) if ranks.first else {}
     with (
         Tracker(config.tracking, settings, ranks.first, run_id, tags, folder=output) as tracker,
-        prepared(output, settings, state.start) if ranks.first else nullcontext(),
+        prepared(output, settings, state.start) if ranks.first else nullcontext() as reports,
     ):
         try:
             tracker.datasets(config.data, job.task)
             with Heartbeats(output / RANKS, ranks, config.train.collective_timeout) as heartbeats:
                 state.heartbeats = heartbeats
-                train(job, tracker, output, checkpoints)
-                certificate = _finish(job, output)
+                train(job, tracker, output, checkpoints, reports)
+                certificate = _finish(job, output, reports)
         except (Stopped, Interrupted):
             tracker.finish("KILLED")
             raise
@@ -78,15 +81,22 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
             if config.tracking.log_model:
                 tracker.model(output / MODEL)
             report(job, certificate, output)
-            for path in write_report(output):
+            for path in reports.page() if reports else ():
                 tracker.artifact(path)
     return certificate
 
 
-def train(job: Job, tracker: Tracker, output: Path | None, checkpoints: Checkpoints | None) -> None:
-    """All steps that are left. With an output folder, metrics and checkpoints go there."""
+def train(
+    job: Job,
+    tracker: Tracker,
+    output: Path | None,
+    checkpoints: Checkpoints | None,
+    reports: Reports | None = None,
+) -> None:
+    """All steps that are left. With an output folder checkpoints go there; metrics by the first rank's `reports`."""
     config, ranks, state = job.config.train, job.ranks, job.state
-    saver = Saver(job.engine, ranks, config, job.watch, checkpoints, state.start, job.total_steps)
+    check = reports.check if reports else lambda: None
+    saver = Saver(job.engine, ranks, config, job.watch, checkpoints, state.start, job.total_steps, check)
     meter = Meter(ranks, state.start)
     bad = BadSteps(job.engine, config.max_bad_steps, state.left_out)
     with Progress(job.total_steps, enabled=ranks.first, start=state.start) as progress:
@@ -103,7 +113,7 @@ def train(job: Job, tracker: Tracker, output: Path | None, checkpoints: Checkpoi
                 raise UserError(bad.message(done, output and latest_checkpoint(output / CHECKPOINTS)))
             state.left_out = bad.total
             if done % config.log_every == 0 or done == job.total_steps:
-                fields = _log_step(job, done, phase, loss, meter, tracker, output)
+                fields = _log_step(job, done, phase, loss, meter, tracker, reports)
                 progress.update(done, phase, fields)
             saver.after(done, loss, {"measured": state.measured, "run_id": tracker.run_id, "left_out": state.left_out})
             if state.heartbeats is not None:
@@ -132,7 +142,7 @@ def _train_step(job: Job, step: int, meter: Meter) -> torch.Tensor:
 
 
 def _log_step(
-    job: Job, step: int, phase: str, loss: torch.Tensor, meter: Meter, tracker: Tracker, output: Path | None
+    job: Job, step: int, phase: str, loss: torch.Tensor, meter: Meter, tracker: Tracker, reports: Reports | None
 ) -> dict[str, float]:
     """Gather and write the measures of a step; returns what the progress line shows."""
     measured = job.engine.leap.report()
@@ -144,8 +154,8 @@ def _log_step(
         values |= {name: job.ranks.mean(part).item() for name, part in job.distiller.parts.items()}
     if job.watch.told is not None:
         job.watch.told(step, job.total_steps, values)
-    if job.ranks.first and output is not None:
-        append_metrics(output, {"step": step, "phase": phase, **values})
+    if reports is not None:
+        reports.metrics({"step": step, "phase": phase, **values})
         tracker.log(step, values)
     line = {
         "loss": values["loss"],
@@ -156,17 +166,18 @@ def _log_step(
     return line | ({"λ": measured["lambda"]} if "lambda" in measured else {})
 
 
-def _finish(job: Job, output: Path) -> dict[str, Any]:
-    """Evaluate the pruned model, export it, and certify the exported files."""
+def _finish(job: Job, output: Path, reports: Reports | None) -> dict[str, Any]:
+    """Evaluate the pruned model, export it, and certify the exported files. `reports`: the first rank's."""
     engine, ranks, leap = job.engine, job.ranks, job.engine.leap
+    ranks.on_first(reports.check if reports else lambda: None)
     settle(engine)
     job.state.measured["pruned"] = evaluate(engine, job.task, job.config.train.eval_batch_size, ranks)
-    save_model(engine.module, gather_weights(engine), output / MODEL, job.tokenizer, ranks.rank)
+    _save(job, output / MODEL)
     counts = cert.count(output / MODEL, gather_masks(engine), describe_gates(leap), ranks.rank)
     gates = score_histograms(leap.gating, leap.kept_units)
-    if not ranks.first:
+    if reports is None:
         return {}
-    write_text(output / SCORES, json.dumps({"reach": REACH, "gates": gates}) + "\n")
+    reports.text(SCORES, json.dumps({"reach": REACH, "gates": gates}) + "\n")
     certificate = cert.build(
         counts,
         target=leap.config.target,
@@ -175,9 +186,26 @@ def _finish(job: Job, output: Path) -> dict[str, Any]:
         seed=job.config.train.seed,
         note=leap.level.note(),
     )
-    cert.write(output / CERTIFICATE, certificate)
+    with needed(output / CERTIFICATE, MAKE_ROOM):
+        cert.write(output / CERTIFICATE, certificate)
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return certificate
+
+
+def _save(job: Job, folder: Path) -> None:
+    """Write the model. Raises UserError on every rank if the first one could not."""
+    problem: list[UserError] = []
+    try:
+        with needed(folder, MAKE_ROOM):
+            save_model(job.engine.module, gather_weights(job.engine), folder, job.tokenizer, job.ranks.rank)
+    except UserError as error:
+        problem.append(error)
+
+    def tell() -> None:
+        for error in problem:
+            raise error
+
+    job.ranks.on_first(tell)
 
 
 def _dense_reference(config: JobConfig, ranks: Ranks, watch: Watch) -> dict[str, dict[str, float]]:

@@ -5,24 +5,26 @@ A run may be killed at any moment, so every file is either whole or not there; o
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from leap_dist.config.job_file import parse_job
 from leap_dist.config.section import show
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.console import console
 from leap_dist.errors import UserError
-from leap_dist.files import write_text
-from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, RESOLVED, job_in, steps_in
+from leap_dist.files import is_free
+from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, REPORT, RESOLVED, job_in, steps_in
 from leap_dist.secrets import hide_in
+from leap_dist.tracking.report import has_report, write_report
 from leap_dist.train.batches import accumulation
+from leap_dist.train.reports import Reports, needed
 
 BATCH = "train_batch_size"
 FREE_TO_CHANGE = (
@@ -160,40 +162,49 @@ def _tell(output: Path, accepted: list[str], told: bool) -> None:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def lock(output: Path) -> Any:
+def lock(output: Path) -> IO[str]:
     """An open file that keeps other processes out of the folder until it is closed, or this process ends."""
     folder = output / RANKS
     file_path = folder / "lock"
     if folder.is_symlink() or file_path.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"--output: {folder} is a link, or holds one; remove it, no run needs it once it has ended")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = file_path.open("w")
-    with suppress(OSError):  # a file system without locks
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise UserError(
-                f"--output: another process is writing to {output}; wait for it to end, or choose another folder"
-            ) from None
+    with needed(output, "choose another folder with --output, or make room"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = file_path.open("w")
+    if not is_free(file):
+        file.close()
+        raise UserError(
+            f"--output: another process is writing to {output}; wait for it to end, or choose another folder"
+        )
     return file
 
 
 @contextmanager
-def prepared(output: Path, settings: Mapping[str, Any], start: int) -> Iterator[None]:
+def prepared(output: Path, settings: Mapping[str, Any], start: int) -> Iterator[Reports]:
     """Make the run folder, or cut the metrics of a resumed run back to its checkpoint; ours alone in this block."""
-    with lock(output):
-        write_text(output / RESOLVED, json.dumps(settings, indent=2) + "\n")
+    with lock(output) as file:
+        reports = Reports(output, file)
+        reports.text(RESOLVED, json.dumps(settings, indent=2) + "\n")
         metrics = output / METRICS
         if metrics.exists():
             lines = metrics.read_text("utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            write_text(metrics, "".join(kept))
-        yield
-        shutil.rmtree(output / RANKS)
+            kept = list(takewhile(lambda line: line.endswith("\n") and json.loads(line)["step"] <= start, lines))
+            os.truncate(metrics, len("".join(kept).encode()))  # which a full disk allows
+        yield reports
+        reports.close()
+        shutil.rmtree(output / RANKS, ignore_errors=True)
 
 
-def append_metrics(output: Path, values: Mapping[str, Any]) -> None:
-    """One line more in metrics.jsonl."""
-    with (output / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+def complete(output: Path, config: JobConfig, world_size: int) -> bool:
+    """Make what the finished run of this job in a folder lacks of pictures and page; False: there is nothing to make.
+
+    Raises UserError where they cannot be made.
+    """
+    if not (output / CERTIFICATE).is_file() or not (output / RESOLVED).is_file() or has_report(output):
+        return False
+    check_same_job("--output", output, config, world_size)
+    with needed(output / REPORT, "make room, and start the same command again"):
+        write_report(output)
+    text = f"the run in {output} is finished; its pictures and {REPORT} were missing, and are there now"
+    console().print(text, markup=False, soft_wrap=True)
+    return True

@@ -84,7 +84,8 @@ def read_progress(found: Mapping[str, Any], num_steps: int, dense_end: int) -> R
 class Saver:
     """Saves and stops a run of `total` steps, where `watch` and the job's settings say so.
 
-    Without checkpoints nothing is saved, and what is stopped leaves nothing to resume from.
+    Without checkpoints nothing is saved, and what is stopped leaves nothing to resume from. `check` is called now and
+    then on the first rank; a UserError of it is raised on every rank.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class Saver:
         checkpoints: Checkpoints | None,
         start: int,
         total: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        self._check = check
         self._engine, self._ranks, self._watch, self._checkpoints = engine, ranks, watch, checkpoints
         self._total, self._every = total, config.checkpoint_every
         if self._every is None and watch.num_checkpoints is not None:
@@ -119,9 +122,11 @@ class Saver:
         if done >= self._meetings.next:
             stop, late = self._meetings.meet(done, self._watch.asked() is not None)
             due = due or late
+            self._ranks.on_first(self._check)
             if stop:
                 self._stop(state)
         if due and done < self._total:
+            self._ranks.on_first(self._check)
             self._save(state)
         elif done % MANY == 0:
             agreement(self._engine, self._ranks)

@@ -219,8 +219,9 @@ def leave(code: int) -> NoReturn:
     A communication thread that lets go of its last tensor while Python finalizes aborts a rank whose work is done.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk, a pipe that nobody reads any more
+            stream.flush()
     os._exit(code)
 
 

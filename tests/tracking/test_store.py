@@ -12,6 +12,7 @@ import pytest
 from leap_dist.config.sections import TrackingConfig
 from leap_dist.errors import UserError
 from leap_dist.files import alone
+from leap_dist.tracking import delivery
 from leap_dist.tracking import store as store_module
 from leap_dist.tracking.mlflow import Tracker
 from tests.ranks import forking
@@ -24,6 +25,7 @@ def track(uri: str, name: str, gate: Any, answers: Any) -> None:
     """A job's part: wait for the others, then track a run."""
     import mlflow  # noqa: F401  # takes seconds, and not the same in every process
 
+    delivery.PATIENCE = 200.0  # eight processes on a few cores
     gate.wait(timeout=240)
     try:
         with Tracker(TrackingConfig(mlflow_uri=uri, run_name=name), {"a": 1}, True) as tracker:
