@@ -5,6 +5,7 @@ import json
 import sys
 from typing import Any
 
+from leap_dist.cli import parsed
 from leap_dist.errors import UserError, show_fault
 from leap_dist.files import user_path
 
@@ -33,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, command in commands.choices.items():
         command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
         command.set_defaults(command=name)
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake i
 import argparse
 import sys
 
+from leap_dist.cli import parsed
 from leap_dist.errors import UserError, printable, show_fault
 from leap_dist.files import user_path
 
@@ -33,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--csv", type=user_path, metavar="FILE", help="the table for programs")
     add("--json", metavar="FILE", help="the same; - for standard output, without anything else on it")
     add("--sync", type=user_path, metavar="FOLDER", help="send the records that a run could not send, and nothing else")
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def compare(arguments: argparse.Namespace) -> int:

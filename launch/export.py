@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run;
 import argparse
 import sys
 
+from leap_dist.cli import parsed
 from leap_dist.errors import UserError, show_fault
 from leap_dist.files import user_path
 
@@ -21,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=user_path, metavar="DIR", help="where the folders go (default: RUN/export)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that latencies are measured with")
     parser.add_argument("--no-latency", action="store_true", help="measure no latencies")
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def main() -> int:

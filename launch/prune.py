@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from leap_dist.cli import parsed
 from leap_dist.errors import UserError, show_fault
 from leap_dist.files import user_path
 
@@ -33,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     world = int(os.environ.get("WORLD_SIZE", 1))
     add("--plan", type=int, nargs="?", const=world, metavar="N", help="print what the job takes on N ranks, and end")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parsed(parser)
     if arguments.import_compression and (arguments.set or arguments.resume or arguments.plan is not None):
         parser.error("--import-compression goes with --output alone")
     return arguments

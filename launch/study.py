@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from leap_dist.cli import parsed
 from leap_dist.errors import UserError, show_fault
 from leap_dist.files import user_path
 
@@ -21,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     where = "where the runs go (default: outputs/<study name>)"
     parser.add_argument("--output", type=user_path, metavar="DIR", help=where)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ sweep file or the call; 3 stopped by Ctrl-C: the same command resumes it.
 import argparse
 import sys
 
+from leap_dist.cli import parsed
 from leap_dist.errors import UserError, show_fault
 from leap_dist.files import user_path
 
@@ -26,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", help="a folder, or a URI for fsspec (default: outputs/<name>)")
     parser.add_argument("--resume", action="store_true", help="resume a sweep; fail if there is none")
     parser.add_argument("--budget", metavar="KEY=N", help="end after trials=N, hours=N or gpu_hours=N")
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def main() -> int:

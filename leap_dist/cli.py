@@ -16,15 +16,19 @@ def _command(name: str) -> Callable[[], int]:
     """A function that runs launch/<name>.py; its exit code."""
 
     def run() -> int:
-        module = _load(name)
-        if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions: it gets them, and this process ends
-            import argcomplete
-
-            argparse.ArgumentParser.parse_args = lambda parser: argcomplete.autocomplete(parser)  # type: ignore[method-assign,assignment]
-        code: int = module.main()
+        code: int = _load(name).main()
         return code
 
     return run
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a launcher. A shell that asks for completions gets them, and this process ends."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    return parser.parse_args()
 
 
 def _load(name: str) -> ModuleType:

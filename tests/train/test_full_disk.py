@@ -65,7 +65,7 @@ def run_beside(disk: str, job: dict[str, Any], full_at: int, free_at: int, befor
             free(place)
 
     def filled_first(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: (fill(place), function(*arguments))[1]
+        return lambda *arguments, **options: (fill(place), function(*arguments, **options))[1]
 
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     patch = pytest.MonkeyPatch()
