@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +16,8 @@ from leap_dist.sweep.sweep_file import ResourcesConfig
 
 PROBE, PATIENCE = 5.0, 12.0  # seconds: to open a connection, and for Ray to answer
 STORE_BYTES = 128 * 2**20  # of an embedded Ray's object store: trials share nothing through it
+LONGEST_FOLDER = 40  # bytes of Ray's folder: a socket's path has 107 at most, and Ray adds some sixty
+QUIETLY: dict[str, Any] = {"ignore_cleanup_errors": True}  # Ray's last processes may still write
 HINT = 'start one with "ray start --head", name another address, or leave --address out to run on this machine alone'
 
 
@@ -32,14 +35,37 @@ def connected(address: str | None) -> Iterator[None]:
         raise UserError("sweep: Ray is not installed; pip install 'leap_dist[sweep]'") from error
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
-        ray.init("local", include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
+        start: AbstractContextManager[None] = _start_here(quiet)
     else:
         _probe(address)
         _init_in_time(address, quiet)
-    try:
+        start = nullcontext()
+    with start:
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _start_here(quiet: Mapping[str, Any]) -> Iterator[None]:
+    """Ray on this machine. Its sockets are files whose paths must be short, so a long TMPDIR is not used for them."""
+    import ray
+
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    with ExitStack() as stack:
+        try:
+            if len(os.fsencode(folder)) > LONGEST_FOLDER:
+                short = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", **QUIETLY))
+                quiet = {**quiet, "_temp_dir": short}
+            ray.init("local", include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
+        except Exception as error:  # of many kinds: no room, no rights, no ports
+            ray.shutdown()
+            raise UserError(
+                f"sweep: Ray does not start on this machine: {_first_line(error)}; mend that, or name a cluster with "
+                "--address"
+            ) from error
         yield
-    finally:
-        ray.shutdown()
 
 
 def _probe(address: str) -> None:
@@ -77,8 +103,11 @@ def _init_in_time(address: str, quiet: dict[str, Any]) -> None:
     if thread.is_alive():
         raise UserError(f"--address: what answers at {address} is no Ray cluster; {HINT}")
     if failed:
-        why = (str(failed[0]).strip().splitlines() or [type(failed[0]).__name__])[0]
-        raise UserError(f"--address: no Ray cluster at {address}: {why}; {HINT}") from failed[0]
+        raise UserError(f"--address: no Ray cluster at {address}: {_first_line(failed[0])}; {HINT}") from failed[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def room(resources: ResourcesConfig) -> int:
