@@ -323,7 +323,7 @@ def check_run_folder(folder: Path) -> None:
     check_report(folder)
     certificate = json.loads((folder / "certificate.json").read_text("utf-8"))
     expected = {"target", "density", "unit", "kept", "prunable", "metrics", "gates", "tensors"}
-    assert set(certificate) == expected | {"masks_sha256", "weights_sha256", "seed", "versions"}
+    assert set(certificate) == expected | {"masks_sha256", "weights_sha256", "seed", "versions", "sha256"}
     assert set(certificate["metrics"]) == {"dense", "pruned"}
     assert all(set(values) == {"accuracy", "loss"} for values in certificate["metrics"].values())
     assert [gate["granularity"] for gate in certificate["gates"]] == ["element"] * len(TENSORS)
