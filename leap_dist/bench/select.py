@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
-from leap_dist.core.select import Runs, Selector
+from leap_dist.core.digits import Runs
+from leap_dist.core.select import Selector
 from leap_dist.machine import machine
 
 SIZES = (10**4, 10**5, 10**6, 10**7, 10**8)

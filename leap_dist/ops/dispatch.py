@@ -78,20 +78,16 @@ def _fake_element(table: Tensor, grad: Tensor, *rest: Any) -> Tensor:
     return grad.new_empty(len(table), dtype=torch.float64)
 
 
-def _fake_collect(table: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return table.new_empty(len(table), 2), table.new_empty(torch.library.get_ctx().new_dynamic_size())
+def _fake_take(table: Tensor, scores: Tensor, *rest: Any) -> Tensor:
+    return scores.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
-def _fake_histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> Tensor:
-    return keys.new_empty(len(prefix), 1 << reference.DIGIT_BITS)
+def _fake_histogram(table: Tensor, scores: Tensor, base: Tensor, *rest: Any) -> Tensor:
+    return base.new_empty(len(base), 1 << reference.DIGIT_BITS)
 
 
 def _fake_count(table: Tensor, scores: Tensor, bracket: Tensor) -> Tensor:
     return table.new_empty(len(table), 2)
-
-
-def _fake_score_histogram(table: Tensor, scores: Tensor, bracket: Tensor, base: Tensor, *rest: Any) -> Tensor:
-    return base.new_empty(len(base), 1 << reference.DIGIT_BITS)
 
 
 def _fake_best_of(table: Tensor, scores: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
@@ -109,10 +105,9 @@ adamw_ = _register(reference.adamw_, ("weight", "exp_avg", "exp_avg_sq"), _nothi
 masked_adamw_ = _register(reference.masked_adamw_, LATENT_STATE, _nothing)
 element_adamw_ = _register(reference.element_adamw_, LATENT_STATE + SCORE_STATE, _fake_element)
 write_masked_ = _register(reference.write_masked_, ("hosted",), _nothing)
-collect_ = _register(reference.collect_, ("mask",), _fake_collect)
-histogram = _register(reference.histogram, (), _fake_histogram)
 count_inside = _register(reference.count_inside, (), _fake_count)
-score_histogram = _register(reference.score_histogram, (), _fake_score_histogram)
+take_inside = _register(reference.take_inside, (), _fake_take)
+histogram = _register(reference.histogram, (), _fake_histogram)
 cut_ = _register(reference.cut_, ("mask",), _nothing)
 best_of_ = _register(reference.best_of_, ("mask",), _fake_best_of)
 unit_sums = _register(units.unit_sums, (), _fake_sums)

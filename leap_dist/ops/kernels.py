@@ -130,57 +130,41 @@ def _count_kernel(table, scores, bracket, counts, num_gates, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _collect_kernel(  # type: ignore[no-untyped-def]
-    table, scores, bracket, firsts, mask, places, num_gates, BLOCK: tl.constexpr
+def _take_kernel(  # type: ignore[no-untyped-def]
+    table, scores, bracket, firsts, taken, num_gates, BLOCK: tl.constexpr
 ):
-    """mask = score >= low on one row, and the places of the scores inside, from firsts[row] on."""
+    """The scores of one row that lie inside the bracket, from firsts[row] up to firsts[row + 1]."""
     row = tl.program_id(0).to(tl.int64)
     offset, length, gate = tl.load(table + 4 * row), tl.load(table + 4 * row + 1), tl.load(table + 4 * row + 2)
     low, high = tl.load(bracket + gate), tl.load(bracket + num_gates + gate)
-    first = tl.load(firsts + row)
-    for start in range(0, length, BLOCK):
+    first, last = tl.load(firsts + row), tl.load(firsts + row + 1)
+    for start in range(0, tl.where(last > first, length, 0), BLOCK):
         at = start + tl.arange(0, BLOCK)
-        within = at < length
-        at += offset
-        s = tl.load(scores + at, mask=within, other=float("nan"))
-        tl.store(mask + at, (s >= low).to(tl.int8), mask=within)
+        s = tl.load(scores + offset + at, mask=at < length, other=float("nan"))
         inside = (s >= low) & (s <= high)
         number = tl.cumsum(inside.to(tl.int32), 0)
-        tl.store(places + first + number - 1, at, mask=inside)
+        tl.store(taken + first + number - 1, s, mask=inside)
         first += tl.sum(inside.to(tl.int32), 0)
 
 
 @triton.jit
 def _histogram_kernel(  # type: ignore[no-untyped-def]
-    keys, gates, prefix, counts, numel, shift, DIGIT_BITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Digits of BLOCK keys; only integers are added atomically, so that the order does not matter."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < numel
-    heads = tl.load(keys + at, mask=inside, other=0) >> shift
-    gate = tl.load(gates + at, mask=inside, other=0)
-    inside &= (heads >> DIGIT_BITS) == tl.load(prefix + gate, mask=inside, other=-1)
-    digit = heads & ((1 << DIGIT_BITS) - 1)
-    tl.atomic_add(counts + (gate << DIGIT_BITS) + digit, tl.full((BLOCK,), 1, tl.int64), mask=inside)
-
-
-@triton.jit
-def _score_histogram_kernel(  # type: ignore[no-untyped-def]
-    table, scores, bracket, base, room, prefix, counts, num_gates, shift,
+    table, scores, base, room, prefix, counts, shift,
     WHOLE: tl.constexpr, DIGIT_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Digits of the keys of one row's scores inside the bracket; WHOLE: the first digit, which has no prefix."""
+    """Digits of the keys of one row; WHOLE: the first digit, which has no prefix.
+
+    Only integers are added atomically, so that the order does not matter.
+    """
     row = tl.program_id(0).to(tl.int64)
     offset, length, gate = tl.load(table + 4 * row), tl.load(table + 4 * row + 1), tl.load(table + 4 * row + 2)
-    low, high = tl.load(bracket + gate), tl.load(bracket + num_gates + gate)
     first, left, known = tl.load(base + gate), tl.load(room + gate), tl.load(prefix + gate)
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        s = tl.load(scores + offset + at, mask=at < length, other=float("nan"))
-        bits = (s + 0.0).to(tl.int32, bitcast=True).to(tl.int64)
-        key = tl.where(bits >= 0, bits + 2147483648, -1 - bits)
+        inside = at < length
+        bits = tl.load(scores + offset + at, mask=inside, other=0.0).to(tl.int32, bitcast=True).to(tl.int64)
+        key = tl.where(bits >= 0, bits + 2147483648, -bits)
         heads = ((key - first) << left) >> shift
-        inside = (s >= low) & (s <= high)
         if not WHOLE:
             inside &= (heads >> DIGIT_BITS) == known
         digit = heads & ((1 << DIGIT_BITS) - 1)
@@ -295,22 +279,6 @@ def write_masked_(table: Tensor, latent: Tensor, mask: Tensor, hosted: Tensor) -
         _write_kernel[(len(table),)](table, latent, _bytes(mask), hosted, BLOCK=BLOCK, **EXACT)
 
 
-def collect_(table: Tensor, scores: Tensor, bracket: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """As reference.collect_. The number of candidates is read back: one host sync."""
-    counts = torch.empty(len(table), 2, dtype=torch.int64, device=scores.device)
-    if not len(table):
-        return counts, counts.new_empty(0)
-    num_gates = bracket.shape[1]
-    _count_kernel[(len(table),)](table, scores, bracket, counts, num_gates, BLOCK=BLOCK, **EXACT)
-    stops = counts[:, 1].cumsum(0)
-    places = counts.new_empty(int(stops[-1]))
-    firsts = stops - counts[:, 1]
-    _collect_kernel[(len(table),)](
-        table, scores, bracket, firsts, _bytes(mask), places, num_gates, BLOCK=BLOCK, **EXACT
-    )
-    return counts, places
-
-
 def count_inside(table: Tensor, scores: Tensor, bracket: Tensor) -> Tensor:
     """As reference.count_inside."""
     counts = torch.empty(len(table), 2, dtype=torch.int64, device=scores.device)
@@ -319,14 +287,21 @@ def count_inside(table: Tensor, scores: Tensor, bracket: Tensor) -> Tensor:
     return counts
 
 
-def score_histogram(
-    table: Tensor, scores: Tensor, bracket: Tensor, base: Tensor, room: Tensor, prefix: Tensor, shift: int
-) -> Tensor:
-    """As reference.score_histogram."""
+def take_inside(table: Tensor, scores: Tensor, bracket: Tensor, counts: Tensor) -> Tensor:
+    """As reference.take_inside. How many they are is read back: one host sync."""
+    firsts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    taken = scores.new_empty(int(firsts[-1]))
+    if len(taken):
+        _take_kernel[(len(table),)](table, scores, bracket, firsts, taken, bracket.shape[1], BLOCK=BLOCK, **EXACT)
+    return taken
+
+
+def histogram(table: Tensor, scores: Tensor, base: Tensor, room: Tensor, prefix: Tensor, shift: int) -> Tensor:
+    """As reference.histogram."""
     counts = base.new_zeros(len(prefix), 1 << DIGIT_BITS)
     if len(table):
-        _score_histogram_kernel[(len(table),)](
-            table, scores, bracket, base, room, prefix, counts, bracket.shape[1], shift,
+        _histogram_kernel[(len(table),)](
+            table, scores, base, room, prefix, counts, shift,
             WHOLE=shift + DIGIT_BITS >= KEY_BITS, DIGIT_BITS=DIGIT_BITS, BLOCK=BLOCK, **EXACT,
         )  # fmt: skip
     return counts
@@ -336,15 +311,6 @@ def cut_(table: Tensor, scores: Tensor, cuts: Tensor, shares: Tensor, mask: Tens
     """As reference.cut_."""
     if len(table):
         _cut_kernel[(len(table),)](table, scores, cuts, shares, _bytes(mask), BLOCK=BLOCK, **EXACT)
-
-
-def histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> Tensor:
-    """As reference.histogram."""
-    counts = keys.new_zeros(len(prefix), 1 << DIGIT_BITS)
-    if numel := keys.numel():
-        grid = (triton.cdiv(numel, BLOCK),)
-        _histogram_kernel[grid](keys, gates, prefix, counts, numel, shift, DIGIT_BITS=DIGIT_BITS, BLOCK=BLOCK, **EXACT)
-    return counts
 
 
 def best_of_(table: Tensor, scores: Tensor, kept: Tensor, mask: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ OFFSET, LENGTH, GATE, DECAYS = range(4)  # columns of a table of runs
 PLACE = DECAYS  # in the tables of a selection
 DIGIT_BITS = 7  # of a key, chosen in one pass of a selection
 KEY_BITS = 5 * DIGIT_BITS  # of an aligned key: 32 at least
+KEYS = 1 << 15  # made at a time: a key and what is made of it take 60 bytes, where a score takes 4
 
 
 class Adam(NamedTuple):
@@ -177,29 +178,11 @@ def write_masked_(table: Tensor, latent: Tensor, mask: Tensor, hosted: Tensor) -
             hosted[b].copy_(masked.mul_(latent[b]))
 
 
-def collect_(table: Tensor, scores: Tensor, bracket: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Part the scores of every run by the bracket of its gate: mask = score >= low.
-
-    bracket: (2, G), low and high; scores fp32 and mask bool, flat. Returns how many scores of every row lie above high
-    and how many inside, int64 of shape (rows, 2), and where in the flat buffer those inside lie, row by row, ascending,
-    int64. NaN lies nowhere.
-    """
-    counts = torch.zeros(len(table), 2, dtype=torch.int64, device=scores.device)
-    found = [counts.new_empty(0)]
-    lows, highs = bracket.tolist()
-    for row, (run, gate, _) in enumerate(runs_of(table)):
-        for b in blocks(run.stop - run.start, scores.device):
-            here = slice(run.start + b.start, run.start + b.stop)
-            above = scores[here] > highs[gate]
-            counts[row, 0] += torch.count_nonzero(above)
-            places = _true_places(above.logical_xor_(torch.ge(scores[here], lows[gate], out=mask[here])))
-            counts[row, 1] += len(places)
-            found.append(places.add_(here.start))
-    return counts, torch.cat(found)
-
-
 def count_inside(table: Tensor, scores: Tensor, bracket: Tensor) -> Tensor:
-    """The counts that collect_ gives, alone: (above, inside) of every row, int64 of shape (rows, 2)."""
+    """How many scores of every run lie above the bracket of its gate and how many inside, int64 of shape (rows, 2).
+
+    bracket: (2, G), low and high, both inside; scores fp32, flat. NaN lies nowhere.
+    """
     counts = torch.zeros(len(table), 2, dtype=torch.int64, device=scores.device)
     lows, highs = bracket.tolist()
     for row, (run, gate, _) in enumerate(runs_of(table)):
@@ -211,32 +194,50 @@ def count_inside(table: Tensor, scores: Tensor, bracket: Tensor) -> Tensor:
     return counts
 
 
+def take_inside(table: Tensor, scores: Tensor, bracket: Tensor, counts: Tensor) -> Tensor:
+    """The scores of every run that lie inside the bracket of its gate, row by row, in their order: fp32, flat.
+
+    counts: how many these are in every row, int64 of shape (rows,); nothing is taken from a row that counts 0.
+    """
+    numbers = counts.tolist()
+    taken = scores.new_empty(sum(numbers))
+    lows, highs = bracket.tolist()
+    first = 0
+    for number, (run, gate, _) in zip(numbers, runs_of(table), strict=True):
+        for b in blocks(run.stop - run.start if number else 0, scores.device):
+            here = scores[run.start + b.start : run.start + b.stop]
+            found = here[_true_places((here >= lows[gate]).logical_and_(here <= highs[gate]))]
+            taken[first : first + len(found)] = found
+            first += len(found)
+    return taken
+
+
 def to_keys(scores: Tensor) -> Tensor:
-    """fp32 -> int64 in [0, 2^32), in the same order; -0.0 and 0.0 share a key."""
-    bits = (scores + 0.0).view(torch.int32).long()
-    return torch.where(bits >= 0, bits + 2**31, ~bits)
+    """fp32 -> int64 in [0, 2^32), in the same order and without a gap: -0.0 and 0.0 share a key."""
+    bits = scores.view(torch.int32).long()
+    return torch.where(bits >= 0, bits + 2**31, -bits)
 
 
-def score_histogram(
-    table: Tensor, scores: Tensor, bracket: Tensor, base: Tensor, room: Tensor, prefix: Tensor, shift: int
-) -> Tensor:
-    """As histogram, of the scores inside the bracket of their gate where they lie: nothing is collected.
+def histogram(table: Tensor, scores: Tensor, base: Tensor, room: Tensor, prefix: Tensor, shift: int) -> Tensor:
+    """How often each digit, bits [shift, shift + 7), stands in the keys whose higher bits are their gate's prefix.
 
-    The key of a score is (to_keys(score) - base) << room, by its gate; bracket: (2, G), fp32; base, room, prefix: (G,).
+    The key of a score is (to_keys(score) - base) << room, by its gate, of 35 bits; base, room, prefix: (G,), int64.
+    The rows of the table cover the scores, fp32 and flat, one after the other. Returns int64 of shape (G, 128).
     """
     bins = 1 << DIGIT_BITS
-    counts = torch.zeros(len(prefix), bins, dtype=torch.int64, device=scores.device)
-    lows, highs = bracket.tolist()
-    bases, rooms, prefixes = base.tolist(), room.tolist(), prefix.tolist()
-    for run, gate, _ in runs_of(table):
-        for b in blocks(run.stop - run.start, scores.device):
-            here = scores[run.start + b.start : run.start + b.stop]
-            inside = (here >= lows[gate]).logical_and_(here <= highs[gate])
-            heads = ((to_keys(here[inside]) - bases[gate]) << rooms[gate]) >> shift
-            if shift + DIGIT_BITS < KEY_BITS:
-                heads = heads[(heads >> DIGIT_BITS) == prefixes[gate]]
-            counts[gate] += torch.bincount(heads & (bins - 1), minlength=bins)
-    return counts
+    counts = torch.zeros(len(prefix) * bins, dtype=torch.int64, device=scores.device)
+    starts = table[:, OFFSET]
+    stops = starts + table[:, LENGTH]
+    for first in range(0, len(scores), KEYS):
+        here = scores[first : first + KEYS]
+        own = (stops.clamp(max=first + len(here)) - starts.clamp(min=first)).clamp_(min=0)
+        gates = torch.repeat_interleave(table[:, GATE], own, output_size=len(here))
+        heads = ((to_keys(here) - base[gates]) << room[gates]) >> shift
+        if shift + DIGIT_BITS < KEY_BITS:
+            same = (heads >> DIGIT_BITS) == prefix[gates]
+            heads, gates = heads[same], gates[same]
+        counts += torch.bincount(gates * bins + (heads & (bins - 1)), minlength=len(counts))
+    return counts.view(-1, bins)
 
 
 def cut_(table: Tensor, scores: Tensor, cuts: Tensor, shares: Tensor, mask: Tensor) -> None:
@@ -248,15 +249,15 @@ def cut_(table: Tensor, scores: Tensor, cuts: Tensor, shares: Tensor, mask: Tens
     for (run, gate, _), share in zip(runs_of(table), shares.tolist(), strict=True):
         for b in blocks(run.stop - run.start, scores.device):
             here = slice(run.start + b.start, run.start + b.stop)
-            torch.gt(scores[here], values[gate], out=mask[here])
-            ties = scores[here] == values[gate]
-            num = int(torch.count_nonzero(ties))
-            if num > share > 0:
-                ties &= ties.cumsum(0, dtype=torch.int32) <= share
-            if share > 0:
-                mask[here] |= ties
-            share -= num
-
+            if share >= b.stop - b.start:  # all that equal it, however many
+                torch.ge(scores[here], values[gate], out=mask[here])
+            else:
+                torch.gt(scores[here], values[gate], out=mask[here])
+            if 0 < share < run.stop - run.start:
+                ties = scores[here] == values[gate]
+                mask[here] |= ties.logical_and_(ties.cumsum(0, dtype=torch.int32) <= share)
+                share -= int(torch.count_nonzero(ties))
+    
 
 def _true_places(flags: Tensor) -> Tensor:
     """The indices of the true among bool flags (n,), ascending; eight at a time where they are rare."""
@@ -266,20 +267,6 @@ def _true_places(flags: Tensor) -> Tensor:
         return flags.nonzero().squeeze(1)
     places = (words[:, None] * 8 + torch.arange(8, device=flags.device)).flatten()
     return torch.cat([places[flags[places]], flags[whole:].nonzero().squeeze(1).add_(whole)])
-
-
-def histogram(keys: Tensor, gates: Tensor, prefix: Tensor, shift: int) -> Tensor:
-    """How often each digit, bits [shift, shift + 7), stands in the keys whose higher bits are their gate's prefix.
-
-    keys: of 35 bits, gates: the gate of each, (n,); prefix: (G,), all int64. Returns int64 of shape (G, 128).
-    """
-    bins = 1 << DIGIT_BITS
-    heads = keys >> shift
-    if shift + DIGIT_BITS < KEY_BITS:
-        same = (heads >> DIGIT_BITS) == prefix[gates]
-        heads, gates = heads[same], gates[same]
-    digits = gates * bins + (heads & (bins - 1))
-    return torch.bincount(digits, minlength=len(prefix) * bins).view(-1, bins)
 
 
 def best_of_(table: Tensor, scores: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
