@@ -14,7 +14,7 @@ from leap_dist.config.sections import LeapConfig
 from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, MASK, state_keys
-from leap_dist.core.select import COUNTS, NUM_PASSES
+from leap_dist.core.select import COUNTS, NUM_SUMS, most_bytes
 
 FP32, INT32, INT64 = 4, 4, 8  # bytes
 BUCKET = 5 * 10**8  # DeepSpeed's default for both bucket sizes, in elements
@@ -71,17 +71,18 @@ class Hosting:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank. gradients: at the step; state: fp32 masters and Adam's moments, those of the gates' own
-    values too; extra: LEAP's own state."""
+    values too; extra: LEAP's own state; selection: what a selection takes for its time, at most."""
 
     weights: int
     gradients: int
     state: int
     extra: int = 0
+    selection: int = 0
 
     @property
     def total(self) -> int:
         """Everything."""
-        return self.weights + self.gradients + self.state + self.extra
+        return self.weights + self.gradients + self.state + self.extra + self.selection
 
     def on_device(self, offloads: frozenset[str]) -> int:
         """What is left on the device where some of it is kept in CPU memory."""
@@ -119,13 +120,22 @@ def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting) -> Memory:
         return Memory(weights, gradients, state)
     sizes = gate_sizes(plan).values()
     own = sum(sizes) if hosting.stage == 0 else sum(-(-size // hosting.ranks) for size in sizes)
-    return Memory(weights, gradients, state + 3 * own * FP32, _extra(groups[0], plan, hosting))
+    extra, selection = _extra(groups[0], plan, hosting), _selection(groups[0], plan, hosting)
+    return Memory(weights, gradients, state + 3 * own * FP32, extra, selection)
 
 
 def _extra(gated: list[int], plan: GatePlan, hosting: Hosting) -> int:
     """Bytes of the state that LEAP adds to Adam's, on the flat partition of the gated group."""
     keys = [key for key in state_keys(plan) if key not in (EXP_AVG, EXP_AVG_SQ)]
     return hosting.shard(gated) * sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
+
+
+def _selection(gated: list[int], plan: GatePlan, hosting: Hosting) -> int:
+    """Bytes that a selection takes on one rank: of this rank's scores, and of every gate."""
+    ranked = [gate for gate in plan.gates if gate.pattern is None]
+    weights = hosting.shard(gated) if any(gate.elementwise for gate in ranked) else 0
+    units = sum(gate.num_units for gate in ranked if not gate.elementwise)
+    return most_bytes(weights + units, len(ranked)) if ranked else 0
 
 
 # ---------------------------------------------------------------------------------------------- traffic
@@ -176,7 +186,7 @@ def leap_traffic(plan: GatePlan, config: LeapConfig, hosting: Hosting) -> list[T
         Traffic("gate gradients", 1, (gates + units) * FP32),
         Traffic("thresholds", 1 + regularised, (1 + regularised) * gates * FP32),
         Traffic("finite scores", 1, INT32),
-        Traffic("selection", NUM_PASSES, ranked * COUNTS * INT32),
+        Traffic("selection", NUM_SUMS, ranked * COUNTS * INT32),
         Traffic("masks of units", 1, -(-units // 8)),
     ]
     if len(plan.gates) > ranked:

@@ -70,7 +70,7 @@ class Hunt:
     @property
     def done(self) -> bool:
         """Whether the cut is one value, or inside a bracket that holds few scores."""
-        return self.low >= self.high or self.counted and self.few
+        return self.low >= self.high or (self.counted and self.few)
 
     @property
     def need(self) -> int:

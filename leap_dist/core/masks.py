@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leap_dist.core.digits import Runs
 from leap_dist.core.flips import Flips
 from leap_dist.core.gating import MASK, SCORE, Gating, state_keys
 from leap_dist.core.pattern import PatternRun, PatternSelector
-from leap_dist.core.digits import Runs
 from leap_dist.core.select import Selector
 from leap_dist.ops import dispatch as ops
 from leap_dist.ops.reference import run_table

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leap_dist.core.brackets import ANYWHERE, SMALL, Bracket, Hunt
+from leap_dist.core.brackets import ANYWHERE, FEW, SMALL, Bracket, Hunt
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.digits import (
     HIGHEST,
@@ -40,15 +40,27 @@ from leap_dist.core.digits import (
     narrow,
     to_scores,
 )
-from leap_dist.core.sample import Sampler
+from leap_dist.core.sample import SAMPLE, Sampler
 from leap_dist.ops import dispatch
-from leap_dist.ops.reference import DIGIT_BITS, GATE, PLACE, to_keys
+from leap_dist.ops.reference import CPU_BLOCK, DIGIT_BITS, GATE, KEYS, PLACE, to_keys
 
 JUMP = 1 / 64  # of a gate's units: when its kept count moves by more, its last cut says nothing of the next one
 MOST = 1 << 62
 KNOWN_BITS = NUM_PASSES * DIGIT_BITS  # of a key, after the passes that are always made
 NUM_SUMS = 1 + NUM_PASSES  # all-reduces of nearly every selection
 COUNTS = 2 + (NUM_PASSES << DIGIT_BITS)  # that these sum for every gate: above and inside its bracket, and by digit
+
+
+def most_bytes(num_scores: int, num_gates: int) -> int:
+    """What a selection takes beside scores and masks on one rank, at most, where gates have 4,096 units or more.
+
+    1 in FEW scores copied, twice that while a sample is put together; a block of flags and of keys at a time; and of
+    every gate the digits of its keys in five copies and a sample.
+    """
+    block = min(num_scores, CPU_BLOCK) * 14 + min(num_scores // FEW, KEYS) * 60
+    return (
+        num_scores * 4 // FEW + block + num_gates * (5 * 8 << DIGIT_BITS) + min(num_gates * SAMPLE, num_scores // 4) * 8
+    )
 
 
 class Selector:
@@ -69,7 +81,7 @@ class Selector:
         self._fragment_gates = torch.tensor(fragment_gates, dtype=torch.int64, device=self._device)
         self._communicator = communicator
         self._counter = Counter(num_units, communicator)
-        self._sampler = Sampler(num_units, self._counter, self._device)
+        self._sampler = Sampler(num_units, fragment_gates, communicator, self._device)
         self._brackets = [Bracket() for _ in num_units]
         self._keep = list(num_units)  # the kept counts of the last call
 
@@ -116,9 +128,7 @@ class Selector:
                 raise FloatingPointError(f"the scores of gates {lost} hold NaN")
         return inside
 
-    def _edges(
-        self, runs: Sequence[Runs], hunts: Sequence[Hunt], pending: Sequence[int]
-    ) -> dict[int, tuple[int, int]]:
+    def _edges(self, runs: Sequence[Runs], hunts: Sequence[Hunt], pending: Sequence[int]) -> dict[int, tuple[int, int]]:
         """Keys between which the scores of every pending gate are counted next."""
         expected = torch.tensor([bracket.edges for bracket in self._brackets], dtype=torch.float32).view(-1, 2)
         keys = to_keys(expected).tolist()
@@ -152,7 +162,7 @@ class Selector:
             counts = torch.tensor([need, equal]).to(self._device, non_blocking=True)
             cuts = narrow(taken, keys, Cuts(torch.zeros_like(keys.base), *counts), SHIFTS[:-REST], self._counter)
             read = _read_back(keys, cuts)
-            wide = [KNOWN_BITS < (high - low).bit_length() for low, high in edges]
+            wide = [(high - low).bit_length() > KNOWN_BITS for low, high in edges]
             if any(wide[gate] and read[1][gate] < read[2][gate] for gate in searched):
                 cuts = narrow(taken, keys, cuts, SHIFTS[-REST:], self._counter)
                 read = _read_back(keys, cuts)

@@ -310,7 +310,7 @@ def histogram(table: Tensor, scores: Tensor, base: Tensor, room: Tensor, prefix:
 def cut_(table: Tensor, scores: Tensor, cuts: Tensor, shares: Tensor, mask: Tensor) -> None:
     """As reference.cut_."""
     if len(table):
-        _cut_kernel[(len(table),)](table, scores, cuts, shares, _bytes(mask), BLOCK=BLOCK, **EXACT)
+        _cut_kernel[(len(table),)](table, scores, cuts, shares.contiguous(), _bytes(mask), BLOCK=BLOCK, **EXACT)
 
 
 def best_of_(table: Tensor, scores: Tensor, kept: Tensor, mask: Tensor) -> Tensor:

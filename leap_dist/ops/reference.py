@@ -257,7 +257,7 @@ def cut_(table: Tensor, scores: Tensor, cuts: Tensor, shares: Tensor, mask: Tens
                 ties = scores[here] == values[gate]
                 mask[here] |= ties.logical_and_(ties.cumsum(0, dtype=torch.int32) <= share)
                 share -= int(torch.count_nonzero(ties))
-    
+
 
 def _true_places(flags: Tensor) -> Tensor:
     """The indices of the true among bool flags (n,), ascending; eight at a time where they are rare."""

@@ -2,17 +2,20 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from leap_dist.core.communicator import Communicator
-from leap_dist.core.oracle import top_k
 from leap_dist.core.brackets import ANYWHERE, Bracket
+from leap_dist.core.communicator import Communicator
 from leap_dist.core.digits import Runs, to_scores
-from leap_dist.core.select import NUM_SUMS, Selector
-from leap_dist.ops.reference import run_table, to_keys
+from leap_dist.core.oracle import top_k
+from leap_dist.core.select import NUM_SUMS, Selector, most_bytes
+from leap_dist.ops import dispatch
+from leap_dist.ops.reference import CPU_BLOCK, LENGTH, run_table, to_keys
 from tests.ranks import RankPools
 
 SIZES = [1, 2, 1001, 5000]
@@ -161,6 +164,42 @@ def test_the_number_of_collectives_depends_on_nothing(ranks: RankPools) -> None:
     small = ranks(2).run(collectives_of_a_step, 1, 100)
     large = ranks(2).run(collectives_of_a_step, 40, 1000)
     assert small == large == [NUM_SUMS, NUM_SUMS]
+
+
+def most_held(run: Callable[[], None]) -> int:
+    """The most bytes of memory that a call held at one time, beside what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_selection_takes_two_bytes_a_score_and_few_passes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cold, after jumps either way, and from step to step; whatever the scores."""
+    num, num_gates = 3_000_000, 40
+    scores = SHAPES[kind](torch.randn(num, generator=torch.Generator().manual_seed(1)))
+    size = num // num_gates
+    table = run_table([(gate * size, size, gate, gate) for gate in range(num_gates)], CPU_BLOCK)
+    run = Runs(scores, torch.ones(num, dtype=torch.bool), table)
+    passed: list[int] = []
+    for name in ("count_inside", "take_inside", "cut_"):
+        op = getattr(dispatch, name)
+
+        def counted(rows: Tensor, *rest: Any, op: Any = op) -> Any:
+            passed.append(int(rows[:, LENGTH].sum()))
+            return op(rows, *rest)
+
+        monkeypatch.setattr(dispatch, name, counted)
+    selector = Selector([size] * num_gates, list(range(num_gates)), Communicator())
+    for share in (0.9, 0.2, 0.2, 0.6):
+        passed.clear()
+        held = most_held(lambda share=share: selector.masks_([run], [int(share * size)] * num_gates))  # type: ignore[misc]
+        assert held < 2 * num and held < most_bytes(num, num_gates)
+        assert sum(passed) <= 6 * num
+    assert torch.equal(run.mask[:size], top_k(scores[:size], int(0.6 * size)))
 
 
 def test_nan_scores_are_an_error() -> None:

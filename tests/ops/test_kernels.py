@@ -102,29 +102,52 @@ def check_masked_write() -> None:
         assert hosted[~inside].isnan().all()
 
 
-def check_collect() -> None:
+def check_count_and_take() -> None:
     from leap_dist.ops import kernels
 
     scores = torch.randn(runs.NUMEL)
-    scores[[7, 1600]] = torch.tensor([float("nan"), float("inf")])
+    scores[[7, 1600, 2000]] = torch.tensor([float("nan"), float("inf"), 0.25])
     for width in (0.0, 0.1, float("inf")):
-        bracket = torch.tensor([[0.2 - width] * runs.NUM_GATES, [0.2 + width] * runs.NUM_GATES])
-        mask, expected = torch.ones(runs.NUMEL, dtype=torch.bool), torch.ones(runs.NUMEL, dtype=torch.bool)
-        results = kernels.collect_(runs.table(), scores, bracket, mask)
-        plain = reference.collect_(runs.table(), scores, bracket, expected)
-        assert all(torch.equal(a, b) for a, b in zip((*results, mask), (*plain, expected), strict=True))
-    counts, places = kernels.collect_(torch.empty(0, 4, dtype=torch.int64), scores, bracket, mask)
-    assert counts.shape == (0, 2) and places.shape == (0,)
+        bracket = torch.tensor([[0.25 - width] * runs.NUM_GATES, [0.25 + width] * runs.NUM_GATES])
+        counts = kernels.count_inside(runs.table(), scores, bracket)
+        assert torch.equal(counts, reference.count_inside(runs.table(), scores, bracket))
+        for wanted in (counts[:, 1], torch.where(torch.arange(len(counts)) % 2 == 0, counts[:, 1], 0)):
+            taken = kernels.take_inside(runs.table(), scores, bracket, wanted)
+            assert torch.equal(taken, reference.take_inside(runs.table(), scores, bracket, wanted))
+    none = torch.empty(0, 4, dtype=torch.int64)
+    assert kernels.count_inside(none, scores, bracket).shape == (0, 2)
+    assert kernels.take_inside(none, scores, bracket, none[:, 0]).shape == (0,)
 
 
 def check_histogram() -> None:
     from leap_dist.ops import kernels
 
-    for num in (0, 1, 2000):
-        keys, gates = torch.randint(2**35, (num,)), torch.randint(3, (num,))
-        for shift, prefix in ((28, [0, 0, 0]), (21, [0, 1, 127]), (0, [0, 2**27, 2**28 - 1])):
-            arguments = keys, gates, torch.tensor(prefix), shift
+    low, high = reference.to_keys(torch.tensor([-0.5, 0.5])).tolist()
+    base, room = torch.tensor([0, low, low]), torch.tensor([3, 35 - (high - low).bit_length(), 0])
+    for num in (0, 1, 3000):
+        scores = (torch.rand(num) - 0.5) * torch.randint(2, (num,))  # half of them 0.0 or -0.0
+        table = reference.run_table(
+            [(0, num // 3, 0, 0), (num // 3, num // 3, 2, 1), (num // 3 * 2, min(num, 1), 1, 2)], 700
+        )
+        covered = scores[: int(table[:, reference.LENGTH].sum())]
+        for shift in (28, 21, 0):
+            keys = (reference.to_keys(covered[-1:]) - base[1:2]) << room[1:2]
+            prefix = torch.cat([keys, keys, keys])[:3] >> (shift + 7) if num else torch.zeros(3, dtype=torch.int64)
+            arguments = table, covered, base, room, prefix, shift
             assert torch.equal(kernels.histogram(*arguments), reference.histogram(*arguments))
+
+
+def check_cut() -> None:
+    from leap_dist.ops import kernels
+
+    scores = (torch.randn(runs.NUMEL) * 2).round()
+    cuts = torch.tensor([0.0, 1.0, -1.0, 0.0])[: runs.NUM_GATES]
+    lengths = runs.table()[:, reference.LENGTH]
+    for shares in (lengths * 0, lengths // 5, lengths * 0 + 1, lengths, lengths * 0 - 3, lengths * 0 + (1 << 62)):
+        mask, expected = torch.ones(runs.NUMEL, dtype=torch.bool), torch.ones(runs.NUMEL, dtype=torch.bool)
+        kernels.cut_(runs.table(), scores, cuts, shares, mask)
+        reference.cut_(runs.table(), scores, cuts, shares, expected)
+        assert torch.equal(mask, expected)
 
 
 def check_unit_sums() -> None:
@@ -212,8 +235,10 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (kernels._update_kernel, update, block | {"SCORES": False, "OTHERS": False}),
         (kernels._write_kernel, [int64, fp32, byte, bf16], block),
         (kernels._count_kernel, [int64, fp32, fp32, int64, "i32"], block),
-        (kernels._collect_kernel, [int64, fp32, fp32, int64, byte, int64, "i32"], block),
-        (kernels._histogram_kernel, 4 * [int64] + ["i32", "i32"], block | {"DIGIT_BITS": 7}),
+        (kernels._take_kernel, [int64, fp32, fp32, int64, fp32, "i32"], block),
+        (kernels._histogram_kernel, [int64, fp32, *4 * [int64], "i32"], block | {"DIGIT_BITS": 7, "WHOLE": True}),
+        (kernels._histogram_kernel, [int64, fp32, *4 * [int64], "i32"], block | {"DIGIT_BITS": 7, "WHOLE": False}),
+        (kernels._cut_kernel, [int64, fp32, fp32, int64, byte], block),
         (kernels._best_of_kernel, [int64, fp32, int64, byte, byte], block),
         (unit_kernels._sum_kernel, [int64, int64, int64, fp32, fp32, byte, fp64], tile),
         (unit_kernels._fold_kernel, [int64, int64, fp64, fp64, "i32", "i32"], {"FOLD": unit_kernels.FOLD}),

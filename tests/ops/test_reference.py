@@ -70,17 +70,24 @@ def test_masked_write_fills_the_runs_and_nothing_else(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("width", [0.0, 0.01, 10.0, float("inf")])
-def test_collect_parts_scores_by_their_bracket(width: float) -> None:
+def test_scores_inside_a_bracket_are_counted_and_taken(width: float) -> None:
     scores = torch.randn(runs.NUMEL)
     scores[[7, 1600, 2000]] = torch.tensor([float("nan"), float("inf"), 0.25])
     low, high = 0.25 - width, 0.25 + width
     bracket = torch.tensor([[low] * runs.NUM_GATES, [high] * runs.NUM_GATES])
-    mask = torch.ones(runs.NUMEL, dtype=torch.bool)
-    counts, places = ops.collect_(runs.table(), scores, bracket, mask)
+    counts = ops.count_inside(runs.table(), scores, bracket)
     inside = runs.covered() & (scores >= low) & (scores <= high)
-    assert torch.equal(places, inside.nonzero().flatten())
     assert counts.sum(0).tolist() == [int((runs.covered() & (scores > high)).sum()), int(inside.sum())]
-    assert torch.equal(mask, torch.where(runs.covered(), scores >= low, torch.tensor(True)))
+    assert torch.equal(ops.take_inside(runs.table(), scores, bracket, counts[:, 1]), scores[inside])
+
+
+def test_the_first_of_equal_scores_are_kept() -> None:
+    scores = torch.tensor([1.0, 2.0, 1.0, 0.0, 1.0, float("nan"), 1.0])
+    table = reference.run_table([(0, 7, 0, 0)], 7)
+    for share, kept in ((-1, [1]), (0, [1]), (2, [0, 1, 2]), (4, [0, 1, 2, 4, 6]), (9, [0, 1, 2, 4, 6])):
+        mask = torch.ones(7, dtype=torch.bool)
+        ops.cut_(table, scores, torch.tensor([1.0]), torch.tensor([share]), mask)
+        assert mask.nonzero().flatten().tolist() == kept
 
 
 @pytest.mark.parametrize("kind", runs.SLICES)
@@ -136,7 +143,7 @@ def sample(name: str) -> tuple[Any, ...]:
     """Arguments of one op."""
     state = runs.state(2)
     latent = state["latent"], state["exp_avg"], state["exp_avg_sq"]
-    keys, gates = torch.randint(2**32, (50,)), torch.randint(runs.NUM_GATES, (50,))
+    zeros = torch.zeros(runs.NUM_GATES, dtype=torch.int64)
     flags, units = torch.zeros(2000, dtype=torch.bool), torch.ones(runs.num_units("row"), dtype=torch.bool)
     bracket = torch.tensor([[-0.1] * runs.NUM_GATES, [0.1] * runs.NUM_GATES])
     samples: dict[str, tuple[Any, ...]] = {
@@ -144,8 +151,10 @@ def sample(name: str) -> tuple[Any, ...]:
         "masked_adamw_": (runs.table(), state["grad"], state["mask"], *latent, runs.ADAM),
         "element_adamw_": (runs.table(), *state.values(), runs.ADAM, runs.SCORE_ADAM),
         "write_masked_": (runs.table(), latent[0], state["mask"], state["hosted"]),
-        "collect_": (runs.table(), state["score"], bracket, state["mask"]),
-        "histogram": (keys, gates, torch.zeros(runs.NUM_GATES, dtype=torch.int64), 24),
+        "count_inside": (runs.table(), state["score"], bracket),
+        "take_inside": (runs.table(), torch.zeros(runs.NUMEL), bracket, runs.table()[:, reference.LENGTH]),
+        "cut_": (runs.table(), state["score"], bracket[0], runs.table()[:, reference.LENGTH] // 2, state["mask"]),
+        "histogram": (reference.run_table([(0, 50, 1, 0)], 7), torch.randn(50), zeros, zeros + 3, zeros, 24),
         "unit_sums": (runs.patches("block"), state["grad"], latent[0], state["others"], runs.num_units("block")),
         "expand_units_": (runs.patches("row"), units, ~units, flags),
         "best_of_": (*runs.groups(), state["mask"]),
@@ -153,10 +162,11 @@ def sample(name: str) -> tuple[Any, ...]:
     return samples[name]
 
 
-NAMES = ["adamw_", "masked_adamw_", "element_adamw_", "write_masked_", "collect_", "histogram", "unit_sums"]
+NAMES = ["adamw_", "masked_adamw_", "element_adamw_", "write_masked_", "histogram", "unit_sums"]
+SELECTION = ["count_inside", "take_inside", "cut_"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "expand_units_", "best_of_"])
+@pytest.mark.parametrize("name", [*NAMES, *SELECTION, "expand_units_", "best_of_"])
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(ops, name), sample(name))
 
