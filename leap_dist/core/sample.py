@@ -41,9 +41,9 @@ class Sampler:
             counts[place] = len(scores)
         numbers = self._communicator.sum_(counts).tolist()
         pool = torch.zeros(sum(numbers), device=self._device)
-        for part, scores in zip(pool.split(numbers), map(drawn.get, range(len(numbers))), strict=True):
-            if scores is not None:
-                part.copy_(scores)
+        for place, part in enumerate(pool.split(numbers)):
+            if place in drawn:
+                part.copy_(drawn[place])
         by_gate = [0] * len(self._num_units)
         for gate, number in zip(self._fragment_gates, numbers, strict=True):
             by_gate[gate] += number

@@ -62,7 +62,8 @@ def _pipeline(task: Any, folder: Path) -> Any:
 
     from leap_dist.export.hf import load_exported, load_exported_tokenizer
 
-    return pipeline(task, model=load_exported(folder), tokenizer=load_exported_tokenizer(folder), device="cpu")
+    tokenizer: Any = load_exported_tokenizer(folder)
+    return pipeline(task, model=load_exported(folder), tokenizer=tokenizer, device="cpu")
 
 
 # ---------------------------------------------------------------------------------------------- the loader

@@ -172,7 +172,7 @@ def test_deleted_experiment_is_the_users_error(store: str) -> None:
     client = MlflowClient(tracking_uri=store)
     client.delete_experiment(client.create_experiment("gone"))
     with (
-        pytest.raises(UserError, match=r"tracking: MLflow at .*mend .*tracking\.experiment"),
+        pytest.raises(UserError, match=r"tracking: MLflow at .*correct .*tracking\.experiment"),
         Tracker(TrackingConfig(mlflow_uri=store, experiment="gone"), JOB, True),
     ):
         pass
