@@ -119,11 +119,16 @@ class ExportedWeights:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run whose weights are those that its certificate was counted from."""
+    """A finished run whose weights are those that its certificate was counted from.
+
+    sealed: whether the certificate holds a digest of its own content; those of older versions hold none, and of them
+    only what can be counted from the weights was checked.
+    """
 
     folder: Path
     job: dict[str, Any]
     certificate: Certificate
+    sealed: bool = True
 
     @property
     def model(self) -> Path:
@@ -153,12 +158,8 @@ def read_run(folder: Path) -> Run:
     job = _read_job(folder)
     certificate = _read_certificate(folder)
     _check_weights(folder, certificate)
-    if SEAL not in _json(folder / CERTIFICATE):
-        raise UserError(
-            f"{folder / CERTIFICATE}: has no {SEAL} of its own content, by which an edited one is known: export the "
-            "run with the version of leap_dist that wrote it, or run the job again"
-        )
-    return Run(folder, job, certificate)
+    sealed_itself = SEAL in _json(folder / CERTIFICATE)
+    return Run(folder, job, certificate, sealed_itself)
 
 
 def job_in(folder: Path) -> dict[str, Any] | None:

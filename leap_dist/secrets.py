@@ -79,6 +79,29 @@ def plain_address(uri: str) -> str:
     return f"{scheme}://{_split_user(rest)[1].partition('?')[0]}" if rest else uri
 
 
+def unquoted(uri: str) -> str:
+    """Characters of an address's user and password at which clients split it elsewhere than where they end.
+
+    SQLAlchemy's `make_url` ends a password at the first "@" and asks DNS for what follows; urllib ends the host at
+    "/", "?" or "#", and takes new lines and tabs out.
+    """
+    scheme, _, rest = uri.partition("://")
+    splits = "/?#\\" if scheme.lower() in ("http", "https") else "@"
+    found = {char for char in _split_user(rest)[0] if char in splits or not char.isprintable()}
+    return "".join(sorted(found))
+
+
+def must_quote(uri: str) -> str:
+    """Why an address is refused, with what to write; "" where user and password can be read in one way."""
+    if not (found := unquoted(uri)):
+        return ""
+    written = ", ".join(f"{quote(char, safe='')} for {char!r}" for char in found)
+    return (
+        f"got {json.dumps(hide_secrets(uri))}; its user or password holds {' '.join(map(repr, found))}, where a client "
+        f"would end it and send its tail to name servers; allowed: percent-encoded; write {written}"
+    )
+
+
 def hide_in(value: Any) -> Any:
     """Nested settings, with what `hide_secrets` leaves out of every text in them."""
     if isinstance(value, Mapping):

@@ -11,7 +11,7 @@ import pytest
 
 from leap_dist.config.job_file import parse_job
 from leap_dist.errors import UserError
-from leap_dist.secrets import hide_secrets
+from leap_dist.secrets import hide_secrets, must_quote
 
 SECRETS = {
     "postgresql://user:secret@host/db": "postgresql://***@host/db",
@@ -131,3 +131,49 @@ def test_what_is_printed_is_not_obeyed(capsys: pytest.CaptureFixture[str]) -> No
     console.cache_clear()
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\x07" not in out and r"name\x1b[2J" in out and r"line\x1b[2J" in out
+
+
+WHOLE = {
+    "train_micro_batch_size_per_gpu": 2,
+    "model": {"name": "a"},
+    "data": {"task": "builtin/clock"},
+    "train": {"max_steps": 3},
+    "leap": {"target": 0.5},
+}
+AMBIGUOUS = {
+    "postgresql+psycopg2://user:p@tail-of-it@host/db": "write %40 for '@'",
+    "mysql://user:two@tail@of-it@host/db": "write %40 for '@'",
+    "postgresql://user:p@host/db?options=tail@of-it": "write %40 for '@'",
+    "http://user:p/tail-of-it@host": "write %2F for '/'",
+    "https://user:p#tail?of-it@host:80/x": "write %23 for '#', %3F for '?'",
+    "http://user:tail\\of-it@host": "write %5C for ",
+    "http://user:tail\nof-it@host": "write %0A for ",
+}
+
+
+@pytest.mark.parametrize(("uri", "remedy"), AMBIGUOUS.items())
+def test_an_address_that_clients_read_in_two_ways_is_refused(
+    uri: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_job({"leap": {"target": 0.5}, "tracking": {"mlflow_uri": uri}})
+    assert "tracking.mlflow_uri: got" in str(caught.value) and remedy in str(caught.value)
+    assert "tail" not in str(caught.value) and "of-it" not in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match="mlflow_uri: got"):
+        parse_job(WHOLE)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:////home/a:b@c/x.db",
+        "postgresql://user:p%40ss/with?all#of-it@host/db",
+        "http://user:p@ss@host:5000/x",
+        "https://[::1]:5000",
+        "databricks://profile",
+        "file:///a@b:c",
+    ],
+)
+def test_an_address_that_is_read_in_one_way_is_taken(uri: str) -> None:
+    assert must_quote(uri) == ""

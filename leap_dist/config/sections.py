@@ -28,6 +28,7 @@ from leap_dist.config.section import (
     show,
     with_home,
 )
+from leap_dist.secrets import must_quote
 
 DEEPSPEED_KEYS = (
     "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comet", "comms_logger",
@@ -426,6 +427,12 @@ class TrackingConfig(Section):
     log_model: bool = Field(default=False, description="true or false")
     """Also store the pruned model with the run, for MLflow to load and serve: a copy of all its weights."""
     _home = field_validator("mlflow_uri")(with_home)
+
+    @staticmethod
+    def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
+        uri = raw.get("mlflow_uri", default_store())
+        problem = must_quote(uri) if isinstance(uri, str) else ""
+        return [("mlflow_uri", problem)] if problem else []
 
 
 class EngineConfig(Section):

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCHES = (1, 32)
+UNSEALED = (
+    "The run's certificate is of an older version, without a digest of its own content: its counts and densities were "
+    "counted again from the weights; its metrics, the kinds of its gates, seed and versions could not be checked."
+)
 WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data")
 
 
@@ -200,7 +204,7 @@ def _card(kind: str, models: Models, exported: Exported, folder: Path, threads: 
         flops_after=count_flops(model, inputs) if model else None,
         latency=times,
         logit_difference=exported.difference,
-        notes=[*exported.notes, *blocks, *left_out],
+        notes=[*exported.notes, *blocks, *left_out, *([] if models.run.sealed else [UNSEALED])],
         masks_sha256=certificate.masks_sha256,
         weights_sha256=certificate.weights_sha256,
         machine=machine(),

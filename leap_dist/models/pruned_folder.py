@@ -6,7 +6,8 @@ Where all layers lose alike and the architecture's config can say so, transforme
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from leap_dist.errors import UserError
 from leap_dist.files import staged
 from leap_dist.models.load import cause, others_code, quiet_transformers
 from leap_dist.models.pruned_json import (
+    MOST_BYTES,
     NAME,
     KeptUnits,
     PrunedJson,
@@ -162,6 +164,7 @@ def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrai
     folder = Path(folder)
     manifest = read_manifest(folder)
     files = check_files(folder, manifest)
+    _check_depth(folder, files)
     model = _build(folder, manifest, attn_implementation)
     blocks = find_blocks(model, manifest.family)
     kept = _kept_of(folder, manifest, model, blocks)
@@ -176,6 +179,50 @@ def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrai
     return model.eval()
 
 
+def _check_depth(folder: Path, files: Sequence[Path]) -> None:
+    """Raises UserError for more layers than there are tensors: building them would never end."""
+    config = _config_json(folder / "config.json")
+    num_tensors = len({name for path in files for name in _names_in(path)})
+    for place, value in _numbers("", config):
+        if place.endswith("layers") and value > num_tensors:
+            raise UserError(
+                f"{folder / 'config.json'}: {place}: got {value}; the weight files hold {num_tensors} tensors, fewer "
+                "than one a layer; copy the whole folder"
+            )
+
+
+def _config_json(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path.parent}: has no config.json; copy the whole folder")
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(
+            f"{path}: got {path.stat().st_size} bytes; allowed: at most {MOST_BYTES}; copy the folder again"
+        )
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: {error}; copy the folder again") from error
+
+
+def _numbers(place: str, value: Any) -> Iterator[tuple[str, int]]:
+    """Every integer in a config of configs, by its dotted key."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(f"{place}.{key}" if place else key, inner)
+    elif isinstance(value, int):
+        yield place, value
+
+
+def _names_in(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{path}: is no safetensors file: {error}") from error
+
+
 def _build(folder: Path, manifest: PrunedJson, attn_implementation: str | None) -> PreTrainedModel:
     """A model of the stored class and config, with no weights yet."""
     import transformers
@@ -187,8 +234,6 @@ def _build(folder: Path, manifest: PrunedJson, attn_implementation: str | None) 
             f"{folder / NAME}: model_class: got {manifest.model_class!r}; allowed: a model class of transformers "
             f"{transformers.__version__}"
         )
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json; copy the whole folder")
     try:
         config = cls.config_class.from_pretrained(folder, attn_implementation=attn_implementation)
         with no_init_weights(), quiet_transformers():

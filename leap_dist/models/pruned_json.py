@@ -16,6 +16,7 @@ from leap_dist.config.section import Section
 from leap_dist.errors import UserError
 
 NAME = "pruned.json"
+MOST_BYTES = 16 * 2**20  # of a file that only describes; a larger one is none of ours
 
 
 class KeptUnits(Section):
@@ -65,6 +66,8 @@ def read_manifest(folder: Path) -> PrunedJson:
         raise UserError(f"{folder}: there is no such folder")
     if not path.is_file():
         raise UserError(f"{folder}: holds no pruned model: it has no {NAME}; give a folder that an export made")
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path}: got {path.stat().st_size} bytes; allowed: at most {MOST_BYTES}; export it again")
     try:
         manifest = PrunedJson.model_validate_json(path.read_bytes())
     except ValidationError as error:

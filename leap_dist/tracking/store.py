@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from leap_dist.errors import UserError
 from leap_dist.files import alone
-from leap_dist.secrets import hide_secrets, plain_address, remember
+from leap_dist.secrets import hide_secrets, must_quote, plain_address, remember
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -121,6 +121,8 @@ def reading(uri: str) -> Iterator[MlflowClient]:
     Raises UserError, also for what goes wrong inside the block, if the store cannot be reached or read.
     """
     remember(uri)
+    if problem := must_quote(uri):
+        raise UserError(f"--uri: {problem}")
     words = f"--uri: MLflow at {hide_secrets(uri)} cannot be read", "name the store that the jobs wrote to"
     with held_back(), starting(), user_errors(uri, *words):
         check_is_store(uri)

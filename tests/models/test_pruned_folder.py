@@ -161,3 +161,34 @@ def test_a_weight_that_is_not_the_models_is_refused(folder: Path) -> None:
     edit(folder, set_key("files", "model.safetensors", to=describe_file(file).model_dump()))
     with pytest.raises(UserError, match=r"pruned\.json: extra\.weight is not the model's"):
         load_pruned(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            set_key("num_layers", to=10**8),
+            r"config\.json: num_layers: got 100000000; the weight files hold \d+ tensors",
+        ),
+        (set_key("num_decoder_layers", to=10**30), r"config\.json: num_decoder_layers: got 10{30}; the weight files"),
+        (set_key("deep", "vision", to={"num_layers": 10**8}), r"config\.json: deep\.vision\.num_layers: got 10{8}; "),
+    ],
+)
+def test_a_config_with_more_layers_than_tensors_is_refused_before_it_is_built(
+    folder: Path, change: Any, match: str
+) -> None:
+    edit(folder, lambda content: content.update(deep={}), "config.json")
+    edit(folder, change, "config.json")
+    with pytest.raises(UserError, match=match):
+        load_pruned(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "pruned.json"])
+def test_a_deep_or_huge_description_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text("[" * 200_000)
+    with pytest.raises(UserError, match=rf"{name}: damaged: "):
+        load_pruned(folder)
+    with (folder / name).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=rf"{name}: got 1099511627776 bytes; allowed: at most 16777216"):
+        load_pruned(folder)
