@@ -98,7 +98,7 @@ def must_quote(uri: str) -> str:
     written = ", ".join(f"{quote(char, safe='')} for {char!r}" for char in found)
     return (
         f"got {json.dumps(hide_secrets(uri))}; its user or password holds {' '.join(map(repr, found))}, where a client "
-        f"would end it and send its tail to name servers; allowed: percent-encoded; write {written}"
+        f"would end it and take the rest for a host; allowed: percent-encoded; write {written}"
     )
 
 
