@@ -74,7 +74,7 @@ def parse_engine(raw: Mapping[str, Any]) -> EngineConfig:
     The length of the run is "leap.total_steps", or else "train.max_steps".
     """
     if "leap" not in raw:
-        raise UserError('leap: the config has no "leap" section; the least is {"target": 0.5, "total_steps": 1000}')
+        raise UserError('leap: the config has no "leap" section; the shortest is {"target": 0.5, "total_steps": 1000}')
     leap, train = raw["leap"], raw.get("train") or {}
     if isinstance(leap, Mapping) and isinstance(train, Mapping):
         steps = leap.get("total_steps") or train.get("max_steps")

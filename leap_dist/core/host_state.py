@@ -75,7 +75,7 @@ def _check(optimizer: Any, saved: Mapping[str, Any]) -> None:
             was, now = (values.get(name, _NONE) for values in (there, here))
             problems.append(f"{name}: the checkpoint was written with {was!r}, this run has {now!r}")
     if problems:
-        shown = problems[:5] + ([f"and {len(problems) - 5} differences more"] if len(problems) > 5 else [])
+        shown = problems[:5] + ([f"and {len(problems) - 5} more differences"] if len(problems) > 5 else [])
         raise UserError("\n".join([*shown, "checkpoint: set the config back, or take over its weights alone"]))
     if len(saved["param_groups"]) != len(optimizer.param_groups):
         num = len(saved["param_groups"])

@@ -27,7 +27,7 @@ def expand(vary: Mapping[str, Sequence[Any]]) -> list[Settings]:
     """All combinations, the last key changing fastest. Raises UserError for more than MOST_CELLS."""
     num = math.prod(map(len, vary.values()))
     if num > MOST_CELLS:
-        raise UserError(f"vary: got {num} combinations; allowed: at most {MOST_CELLS}; give fewer values, or part it")
+        raise UserError(f"vary: got {num} combinations; allowed: at most {MOST_CELLS}; give fewer values, or split it")
     return [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
 
 

@@ -203,7 +203,9 @@ def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple
     truths = [row for row, label in enumerate(train.labels) if isinstance(label, bool)]
     if truths and integers:
         shown = _shown(train.labels[truths[0]])
-        raise UserError(f"{train.place(truths[0])}: got {shown}, and other rows have numbers; allowed: one of both")
+        raise UserError(
+            f"{train.place(truths[0])}: got {shown}, and other rows have numbers; allowed: only numbers, or only names"
+        )
     known = {name.casefold(): i for i, name in enumerate(expected or ())}
     spelled = {name: known[name.casefold()] for name in seen if name.casefold() in known}
     if expected is not None and (len(spelled) == len(seen) or len(integers) == len(seen)):

@@ -56,7 +56,7 @@ def cell_text(value: Any, source: str, place: str, column: str) -> str:
             half = value[error.start].encode("unicode_escape").decode()
             raise UserError(
                 f'{source}: {place}, column "{column}": {half} at character {error.start + 1} is half of a surrogate '
-                "pair, no text; write the file anew as UTF-8"
+                "pair, no text; save the file again as UTF-8"
             ) from error
         return value
     if value is None:

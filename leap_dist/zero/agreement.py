@@ -27,8 +27,8 @@ def agreement(engine: Any, ranks: Ranks) -> None:
     ]
     if wrong:
         raise RuntimeError(
-            f"ranks do not prune alike after step {engine.leap.num_steps}: than rank 0, {'; '.join(wrong)}; resume "
-            "from the last checkpoint, and look at these ranks' machines if it happens again"
+            f"ranks do not prune alike after step {engine.leap.num_steps}: compared with rank 0, {'; '.join(wrong)}; resume "
+            "from the last checkpoint, and check the machines of these ranks if it happens again"
         )
 
 
@@ -60,7 +60,7 @@ def same_outcome(ranks: Ranks, certificate: Mapping[str, Any]) -> None:
         found = ranks.gather_objects({key: json.dumps(value) for key, value in certificate.items()})
         if any(other != found[0] for other in found):
             raise RuntimeError(
-                f"the ranks do not hold the same model: {difference(found)}; was one of them changed alone?"
+                f"the ranks do not hold the same model: {difference(found)}; build and change the model alike on every rank"
             )
 
 

@@ -155,10 +155,10 @@ def _way_out(words: str) -> str:
         return "another process has this port: end it, or choose another one with --master_port (MASTER_PORT)"
     if "timed out" in words.lower() or "timeout" in words.lower():
         return (
-            "look whether all of them were started and reach this address; they wait for as long as "
+            "check that all of them were started and reach this address; they wait for as long as "
             "train.collective_timeout says"
         )
-    return "look at the launcher's address, port and number of ranks"
+    return "check the launcher's address, port and number of ranks"
 
 
 def several() -> bool:

@@ -75,7 +75,7 @@ class LeapCallback(TrainerCallback):
         if self._engine.leap.schedule.phase(last) != "settle":
             raise UserError(
                 f"load_best_model_at_end: got True, but the last evaluation, after step {last}, comes before the masks "
-                "are frozen: the best model would be none at the target; give a smaller eval_steps, a larger "
+                "are frozen: the best model would not be at the target; give a smaller eval_steps, a larger "
                 "leap.settle_fraction, or False"
             )
 

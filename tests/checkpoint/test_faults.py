@@ -84,6 +84,6 @@ def disagree(rank: int) -> None:
 
 def test_ranks_that_do_not_prune_alike_are_named(ranks: RankPools) -> None:
     with pytest.raises(
-        RuntimeError, match="after step 0: than rank 0, rank 2 has other phase, kept counts; resume from"
+        RuntimeError, match="after step 0: compared with rank 0, rank 2 has other phase, kept counts; resume from"
     ):
         ranks(3).run(disagree, 2)

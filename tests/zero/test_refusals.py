@@ -77,9 +77,9 @@ def test_what_works_passes(config: dict[str, Any]) -> None:
             {"bf16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": {"stage": 1}},
             r"bf16\.check_grad_overflow: got False; allowed: True: a gradient that is not finite would spoil every",
         ),
-        ({"bf16": {"enabled": True}}, r"bf16\.enabled: under zero_optimization\.stage 0 masters are not reachable"),
-        ({"fp16": {"enabled": True}}, r"fp16\.enabled: under zero_optimization\.stage 0 masters are not reachable"),
-        ({"amp": {"enabled": True}}, r"amp\.enabled: under zero_optimization\.stage 0 masters are not reachable"),
+        ({"bf16": {"enabled": True}}, r"bf16\.enabled: zero_optimization\.stage 0 hides its fp32 masters"),
+        ({"fp16": {"enabled": True}}, r"fp16\.enabled: zero_optimization\.stage 0 hides its fp32 masters"),
+        ({"amp": {"enabled": True}}, r"amp\.enabled: zero_optimization\.stage 0 hides its fp32 masters"),
         (
             {"amp": {"enabled": True}, "zero_optimization": {"stage": 2}},
             r"amp\.enabled: ZeRO and amp do not go together; use bf16 or fp16",
