@@ -27,8 +27,8 @@ def agreement(engine: Any, ranks: Ranks) -> None:
     ]
     if wrong:
         raise RuntimeError(
-            f"ranks do not prune alike after step {engine.leap.num_steps}: compared with rank 0, {'; '.join(wrong)}; resume "
-            "from the last checkpoint, and check the machines of these ranks if it happens again"
+            f"ranks do not prune alike after step {engine.leap.num_steps}: compared with rank 0, {'; '.join(wrong)}; "
+            "resume from the last checkpoint, and check the machines of these ranks if it happens again"
         )
 
 
