@@ -96,7 +96,9 @@ class Level:
         gate = plan.gates[largest[0]]
         together = f", {gate.multiple_of} at a time (multiple_of)" if gate.multiple_of > 1 else ""
         together += f", in {len(largest)} gates at once (uniform)" if len(largest) > 1 else ""
-        units = f"a unit of {gate.granularity} has {gate.unit_size} of the {prunable} weights and is kept or removed whole"
+        units = (
+            f"a unit of {gate.granularity} has {gate.unit_size} of the {prunable} weights and is kept or removed whole"
+        )
         return f"{said}{units}{together}; finer gates come nearer"
 
     def regulariser_gradient(self, task: Tensor, adam: Adam) -> Tensor:

@@ -60,7 +60,7 @@ def same_outcome(ranks: Ranks, certificate: Mapping[str, Any]) -> None:
         found = ranks.gather_objects({key: json.dumps(value) for key, value in certificate.items()})
         if any(other != found[0] for other in found):
             raise RuntimeError(
-                f"the ranks do not hold the same model: {difference(found)}; build and change the model alike on every rank"
+                f"the ranks do not hold the same model: {difference(found)}; change it alike on every rank"
             )
 
 

@@ -105,9 +105,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"zero_optimization.stage: got {stage!r}; allowed: 0, 1, 2, 3"
     low = [name for name in ("bf16", "fp16", "amp") if _section(config, name).get("enabled")]
     if stage == 0 and low:
-        yield (
-            f"{low[0]}.enabled: zero_optimization.stage 0 hides its fp32 masters; use stage 1, 2 or 3, or fp32"
-        )
+        yield (f"{low[0]}.enabled: zero_optimization.stage 0 hides its fp32 masters; use stage 1, 2 or 3, or fp32")
     for key, value, why in BF16_OPTIONS:
         if _section(config, "bf16").get(key, value) != value:
             yield f"bf16.{key}: got {not value}; allowed: {value}: {why}"
