@@ -31,6 +31,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         from leap_dist.console import console, summary_table
+        from leap_dist.files import reporting
         from leap_dist.sweep.grid import expand
         from leap_dist.sweep.study import read_study, rows, run_study, show, summarize
 
@@ -44,7 +45,8 @@ def main() -> int:
         if cells:
             points = summarize(cells, study.metric)
             summary_table(rows(points), title=f"{arguments.study.stem}: {study.metric or 'the main metric'}")
-            told(f"pictures and page: {', '.join(map(str, show(cells, points, study.metric, output)))}")
+            with reporting(output / "report.html", told):
+                told(f"pictures and page: {', '.join(map(str, show(cells, points, study.metric, output)))}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

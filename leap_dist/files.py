@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -60,6 +60,17 @@ def write_text(path: Path, text: str) -> None:
     """The file is the old one or the new one, whenever this is cut off."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def reporting(path: Path, told: Callable[[str], None]) -> Iterator[None]:
+    """A block that writes what only reports of finished work: where the disk does not take it, that is said."""
+    try:
+        yield
+    except OSError as error:
+        told(
+            f"warning: {path} could not be written: {error.strerror or error}; make room, and the same command makes it"
+        )
 
 
 def append(file: FileIO, data: bytes) -> None:

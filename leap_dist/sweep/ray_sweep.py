@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,12 @@ from threading import Condition, Thread
 from typing import Any
 
 from leap_dist.errors import UserError
+from leap_dist.files import Lines, reporting
 from leap_dist.run_folder import CERTIFICATE
+from leap_dist.sweep.board import Board
 from leap_dist.sweep.cluster import room
 from leap_dist.sweep.early_stop import Halving
 from leap_dist.sweep.ladder import SNAPSHOTS, is_there
-from leap_dist.sweep.progress import Board
 from leap_dist.sweep.rank import Outcome, State, Work
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import SweepConfig, Trial
@@ -45,8 +47,10 @@ class RaySweep:
         self.waiting = [trial for trial in trials if not self._is_done(trial) and trial.name not in over]
         self._halving = Halving(higher_is_better(metric)) if sweep.early_stop else None
         self._judged = _read_lines(storage.folder / JUDGED)
+        self._lines = {name: Lines(storage.folder / name) for name in (ENDED, JUDGED)}
         for trial in trials if self._halving else ():
             self._note(trial)
+        self._said: set[str] = set()
         self._running: dict[str, State] = {}
         self._turn = Condition()
         self._stop = False
@@ -73,6 +77,9 @@ class RaySweep:
                 self._stop = True
                 for thread in threads:
                     thread.join()
+                for lines in self._lines.values():
+                    with suppress(OSError):  # said before
+                        lines.flush()
         if self._fault is not None:
             raise self._fault
 
@@ -98,14 +105,14 @@ class RaySweep:
 
     def _serve(self) -> None:
         """Take trials from the line until there is none left for this slot."""
-        from leap_dist.sweep.slot import Interrupted, Slot  # and with it Ray, which a finished sweep does not need
+        from leap_dist.sweep.slot import CallEnds, Slot  # and with it Ray, which a finished sweep does not need
 
         slot = Slot(self._sweep, Path.cwd(), lambda: self._stop)
         try:
             while (trial := self._take()) is not None:
                 look, lost = partial(self._look, trial), partial(self._lost, trial)
                 self._end(trial, slot.run(self._work(trial), look, lost))
-        except Interrupted:
+        except CallEnds:
             pass  # by `run`, which ends all slots: the next call resumes their trials
         except BaseException as error:
             self._fault, self._stop = error, True
@@ -159,6 +166,12 @@ class RaySweep:
                 self._write(JUDGED, trial, self._judged[trial.name])
         return verdict
 
+    def _say(self, text: str) -> None:
+        """A line on the board, once."""
+        if text not in self._said:
+            self._said.add(text)
+            self._board.tell(text)
+
     def _lost(self, trial: Trial, error: str) -> None:
         self._board.tell(f"{trial.name}: {error}; it resumes from its last checkpoint")
 
@@ -178,7 +191,8 @@ class RaySweep:
             where = self._storage.folder / trial.name
             outcome = replace(outcome, kind="failed", error=f"{where} is not seen here: nodes have to share the output")
         if outcome.kind == "done":
-            self._storage.publish(trial.name)
+            with reporting(Path(trial.name), self._say):
+                self._storage.publish(trial.name)
         if trial.name in self._judged:
             outcome = replace(outcome, metrics=self._judged[trial.name]["metrics"])
         with self._turn:
@@ -193,8 +207,8 @@ class RaySweep:
 
     def _write(self, name: str, trial: Trial, content: Mapping[str, Any]) -> None:
         """One line more about a trial."""
-        with (self._storage.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"trial": trial.name, **content}) + "\n")
+        with reporting(self._storage.folder / name, self._say):  # it waits, and comes with the next one
+            self._lines[name].add(json.dumps({"trial": trial.name, **content}))
 
 
 def _read_ended(folder: Path) -> dict[str, Outcome]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from leap_dist.config.job_file import parse_section
 from leap_dist.console import console, summary_table
 from leap_dist.errors import UserError
-from leap_dist.files import is_free
+from leap_dist.files import is_free, reporting, write_text
 from leap_dist.run_folder import JOURNAL
 from leap_dist.sweep.cluster import check_room, connected
 from leap_dist.sweep.ladder import ladder_of
@@ -46,12 +46,12 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
         described, parent = {"sweep": sweep.model_dump(mode="json")}, saved.get("parent_run")
         with Tracker(tracking, described, True, parent, folder=storage.folder) as tracker:
             saved |= {"identity": identity(sweep, trials), "parent_run": tracker.run_id}
-            (storage.folder / SWEEP).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+            _save(storage.folder, saved)
             line.run(places, tracker.run_id)
             results = collect(sweep, trials, line.ended, storage.folder, metric)
             num_done = sum(result.outcome == "done" for result in results)
             tracker.log(0, {"trials": len(results), "done": num_done})
-            for name in _report(results, metric, sweep, storage, file.stem):
+            for name in _show_results(results, metric, sweep, storage, file.stem):
                 tracker.artifact(storage.folder / name)
     return results
 
@@ -90,6 +90,14 @@ def _check_folder(folder: Path, now: dict[str, str], resume: bool) -> dict[str, 
     return saved
 
 
+def _save(folder: Path, saved: Mapping[str, Any]) -> None:
+    """Note which sweep the folder is of. Raises UserError where that cannot be written: nothing has run yet."""
+    try:
+        write_text(folder / SWEEP, json.dumps(saved, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--output: {folder / SWEEP} cannot be written: {error.strerror}; make room") from error
+
+
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Keep a second call of the same sweep out."""
@@ -104,14 +112,18 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _report(results: Sequence[Result], metric: str, sweep: SweepConfig, storage: Storage, title: str) -> list[str]:
+def _show_results(
+    results: Sequence[Result], metric: str, sweep: SweepConfig, storage: Storage, title: str
+) -> list[str]:
     """The table at the end; the names of the files that hold the results."""
     summary_table(rows(results, metric, sweep.resources.gpus), title=f"{title}: {metric}; * on the Pareto front")
     for result in results:
         if result.outcome == "failed":
             console().print(f"{result.name} failed: {result.error}", markup=False, soft_wrap=True)
-    names = write(results, metric, storage.folder)
-    for name in names:
-        storage.publish(name)
+    names: list[str] = []
+    with reporting(storage.folder / RESULTS, lambda text: console().print(text, markup=False, soft_wrap=True)):
+        names = write(results, metric, storage.folder)
+        for name in names:
+            storage.publish(name)
     console().print(f"results: {storage.folder / RESULTS}", markup=False, soft_wrap=True)
     return names

@@ -27,7 +27,7 @@ THREADS = 3  # of a rank: one runs the trial, the others answer meanwhile
 RETRIES = 3  # times that a trial is taken up again after a rank or a node was lost
 
 
-class Interrupted(Exception):
+class CallEnds(Exception):
     """The sweep ends; what runs is left where it is."""
 
 
@@ -142,7 +142,7 @@ class Slot:
 
     def _check_ended(self) -> None:
         if self._ended():
-            raise Interrupted
+            raise CallEnds
 
 
 def _outcome(call: Any) -> Outcome:

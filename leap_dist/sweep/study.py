@@ -21,10 +21,10 @@ from pydantic import BeforeValidator, Field
 from leap_dist.config.job_file import load_job, parse_section, read_json
 from leap_dist.config.section import Section
 from leap_dist.errors import UserError
+from leap_dist.files import reporting, write_text
 from leap_dist.run_folder import CERTIFICATE, REPORT, read_files
 from leap_dist.sweep.grid import Settings, expand, names, short, varying
-from leap_dist.tracking.pareto import Point as Drawn
-from leap_dist.tracking.pareto import higher_is_better, pareto, picture_of
+from leap_dist.tracking.pareto import Point, higher_is_better, pareto, picture_of
 from leap_dist.tracking.plots import save_all
 from leap_dist.tracking.report import Entry, write_page
 
@@ -99,11 +99,16 @@ def run_study(study: StudyConfig, output: Path, script: Path, workers: int, told
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(_run_cell, study, cells[name], output / name, script, workers): name for name in waiting}
         for number, future in enumerate(as_completed(futures), start=1):
-            name, code = futures[future], future.result()
-            how = "done" if code == 0 else f"failed with exit code {code}: {_last_words(output / f'{name}.log')}"
+            name = futures[future]
+            try:
+                code = future.result()
+                how = f"failed with exit code {code}: {_last_words(output / f'{name}.log')}" if code else "done"
+            except OSError as error:  # of its log
+                how = f"failed: {error}"
             told(f"{number}/{len(waiting)} {name}: {how}")
     found = [cell for name, settings in cells.items() if (cell := _read_cell(output / name, settings)) is not None]
-    (output / RESULT).write_text(json.dumps([asdict(cell) for cell in found], indent=1) + "\n", encoding="utf-8")
+    with reporting(output / RESULT, told):
+        write_text(output / RESULT, json.dumps([asdict(cell) for cell in found], indent=1) + "\n")
     return found
 
 
@@ -143,7 +148,7 @@ def _last_words(log: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Point:
+class Mean:
     """Cells that differ in their seed alone: the mean of a metric, and its standard deviation over `num` seeds."""
 
     settings: Settings
@@ -156,7 +161,7 @@ class Point:
     keep_ratio_max: float
 
 
-def summarize(cells: Sequence[Cell], metric: str | None = None) -> list[Point]:
+def summarize(cells: Sequence[Cell], metric: str | None = None) -> list[Mean]:
     """One point for each combination of settings but the seed; `metric`: the first of the task if None."""
     points = []
     for settings, group in _by_settings(cells):
@@ -164,7 +169,7 @@ def summarize(cells: Sequence[Cell], metric: str | None = None) -> list[Point]:
         values = [_value(cell, "pruned", name) for cell in group]
         ratios = [ratio for cell in group for ratio in cell.keep_ratios.values()]
         points.append(
-            Point(
+            Mean(
                 settings,
                 statistics.mean(cell.density for cell in group),
                 statistics.mean(_value(cell, "dense", name) for cell in group),
@@ -195,7 +200,7 @@ def _value(cell: Cell, model: str, metric: str) -> float:
     return value
 
 
-def rows(points: Sequence[Point]) -> list[dict[str, str | float]]:
+def rows(points: Sequence[Mean]) -> list[dict[str, str | float]]:
     """The points as lines of a table, with the settings in which they differ."""
     differing = varying([point.settings for point in points])
     return [
@@ -212,7 +217,7 @@ def rows(points: Sequence[Point]) -> list[dict[str, str | float]]:
     ]
 
 
-def show(cells: Sequence[Cell], points: Sequence[Point], metric: str | None, output: Path) -> list[Path]:
+def show(cells: Sequence[Cell], points: Sequence[Mean], metric: str | None, output: Path) -> list[Path]:
     """study.png and study.svg, that also dark, and report.html, the page of all cells; the files."""
     name = metric or next(iter(cells[0].metrics["pruned"]))
     lines = varying([point.settings for point in points]) - {TARGET, *PANELS}
@@ -231,10 +236,10 @@ def _panel(settings: Settings) -> str:
     return _words(settings, PANELS) or "all"
 
 
-def _drawn(point: Point, lines: Collection[str]) -> Drawn:
+def _drawn(point: Mean, lines: Collection[str]) -> Point:
     """A point of the picture, with a line for each combination of the settings `lines`."""
     line = _words(point.settings, lines) or "pruned"
-    return Drawn(_panel(point.settings), line, point.density, point.mean, point.dense, point.spread)
+    return Point(_panel(point.settings), line, point.density, point.mean, point.dense, point.spread)
 
 
 def _words(settings: Settings, keys: Collection[str]) -> str:

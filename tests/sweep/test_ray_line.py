@@ -15,6 +15,7 @@ from leap_dist.sweep.rank import Outcome, Rank, State, Work
 from leap_dist.sweep.ray_sweep import RaySweep
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, read_sweep, trials_of
+from tests.disks import fill, free
 from tests.sweep.jobs import sweep_file
 
 SEEN: list[str] = []
@@ -154,6 +155,23 @@ def test_a_trial_that_was_cut_off_after_the_rung_keeps_its_verdict(tmp_path: Pat
         "0.5_1": "stopped",
         "0.5_0": "done",
     }
+
+
+def test_what_a_full_disk_does_not_take_waits_and_ends_no_sweep(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_on_a_full_disk(self: Pretender, work: Work, watched: Any, lost: Any) -> Outcome:
+        free(small_disk) if work.config.leap.target == 0.3 else fill(small_disk)
+        return run_trial(self, work, watched, lost)
+
+    run_trial = Pretender.run
+    monkeypatch.setattr(Pretender, "run", run_on_a_full_disk)
+    (small_disk / "out").mkdir()
+    sweep = read_sweep(sweep_file(small_disk, vary={"leap.target": [0.01, 0.02, 0.3]}))
+    run(small_disk, sweep)
+    assert capsys.readouterr().out.count("trials.jsonl could not be written: No space left on device") == 1
+    lines = (small_disk / "out" / "trials.jsonl").read_text().splitlines()
+    assert [json.loads(line)["trial"] for line in lines] == ["0.01", "0.02", "0.3"]
 
 
 def test_a_rank_tells_how_far_it_is_and_needs_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

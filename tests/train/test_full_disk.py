@@ -7,42 +7,19 @@ import io
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from leap_dist.console import console
+from tests.disks import fill, free
 from tests.launch.test_prune import JOB
 from tests.ranks import RankPools
 
 LOGGED = JOB | {"train": {**JOB["train"], "log_every": 1, "checkpoint_every": 10}}
 PICTURES = {f"{name}{end}" for name in ("course", "kept", "scores") for end in (".png", ".svg", "_dark.svg")}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of eight megabytes. Mounting one takes root."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=True)
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def fill(disk: Path) -> None:
-    """Until not a byte more goes in."""
-    with contextlib.suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
-        while True:
-            file.write(b"\0" * 4096)
-
-
-def free(disk: Path) -> None:
-    (disk / "filler").unlink(missing_ok=True)
 
 
 def run_beside(disk: str, job: dict[str, Any], full_at: int, free_at: int, before: str = "") -> tuple[str, str]:
