@@ -22,6 +22,13 @@ NOT_OURS = {
 os.environ["DO_NOT_TRACK"] = "1"  # MLflow and the hub report usage over the network unless told not to
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on rank processes are slow."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPools]:
     """`ranks(world_size).run(function, *args, timeout=120)`: results by rank, from real processes."""

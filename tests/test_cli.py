@@ -15,6 +15,8 @@ from leap_dist import cli
 from leap_dist.files import shipped
 from tests.test_imports import HEAVY
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted(file.stem for file in (ROOT / "launch").glob("*.py"))
 

@@ -32,6 +32,8 @@ from tests.launch.scripts import load_script
 from tests.pages import PAGES, README, ROOT, Page, as_launcher, as_object
 from tests.ranks import RankPools
 
+pytestmark = pytest.mark.slow
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 FEW_STEPS = ["train.epochs=null", "train.max_steps=20", "train.log_every=10", "train.eval_batch_size=1024"]
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in page.commands()))
@@ -131,7 +133,8 @@ OTHERS: dict[str, Callable[[re.Match[str]], None]] = {
     r'eval "\$\(register-python-argcomplete (.+)\)"': check_completion,
     r"python -m (tests\.bench\.\w+).*": check_tests,
     r"python (docs/make\.py)": check_file,
-    r"python3 -m venv \.venv|\. \.venv/bin/activate|python -m pytest -q -n 2 --dist loadfile": lambda match: None,
+    r"python3 -m venv \.venv|\. \.venv/bin/activate": lambda match: None,
+    r"python -m pytest( -q -m \"\" -n 2 --dist loadfile)?": lambda match: None,
     r"deepspeed (?:--\S+ \d+ )?\w+\.py": lambda match: None,  # a Python block
     r"pip install argcomplete|pip install \S+\.whl|pip wheel .*": lambda match: None,
 }

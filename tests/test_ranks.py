@@ -11,6 +11,8 @@ import pytest
 
 from tests.ranks import RankError, RankPools
 
+pytestmark = pytest.mark.slow
+
 
 class Unpicklable(Exception):
     """Pickles, but cannot be built again from its args."""

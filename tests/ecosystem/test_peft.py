@@ -12,6 +12,8 @@ from leap_dist.errors import UserError
 from leap_dist.models.load import load_config
 from tests.ecosystem.tiny import tiny_bert
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {"leap": {"target": 0.25, "total_steps": 10}}
 
 

@@ -11,6 +11,8 @@ from leap_dist.export.inference import bench_inference
 from leap_dist.run_folder import Run, read_run
 from tests.export.runs import classifier, make_run, structure_masks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

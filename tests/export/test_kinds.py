@@ -22,6 +22,8 @@ from leap_dist.models.pruned_folder import load_pruned
 from leap_dist.run_folder import Run, read_run
 from tests.export.runs import classifier, language_model, make_run, structure_masks
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(1, 25).view(2, 12)
 HEAD, NEURONS, WIDTH = 8, 32, 32  # of layer 0: one of four heads of 8 is gone; of 48 neurons 32 are left
 

@@ -13,7 +13,10 @@ from leap_dist.errors import UserError
 from leap_dist.export import onnx
 from tests.export.runs import classifier
 
-pytestmark = pytest.mark.skipif(bool(onnx.missing_libraries()), reason="needs the onnx extra")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(onnx.missing_libraries()), reason="needs the onnx extra"),
+]
 
 
 @pytest.fixture(scope="module")

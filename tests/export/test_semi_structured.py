@@ -18,6 +18,8 @@ from leap_dist.export.semi_structured import (
 from leap_dist.run_folder import read_run
 from tests.export.runs import DOWN, QUERY, UP, classifier, make_run
 
+pytestmark = pytest.mark.slow
+
 
 def two_of_four(rows: int, columns: int) -> torch.Tensor:
     """Two random places of every four neighbours in a row."""

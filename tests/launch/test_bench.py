@@ -19,6 +19,8 @@ from leap_dist.errors import UserError
 from tests.launch.scripts import load_script
 from tests.ranks import RankPools
 
+pytestmark = pytest.mark.slow
+
 QUICK: dict[str, int] = {"batch": 2, "length": 8, "steps": 1}
 
 

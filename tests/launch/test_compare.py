@@ -16,6 +16,8 @@ from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.mlflow import Tracker
 from tests.launch.scripts import load_script
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "compare.py"
 
 

@@ -13,6 +13,8 @@ from leap_dist.export import latency
 from tests.export.runs import classifier, make_run, structure_masks
 from tests.launch.scripts import load_script
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -17,6 +17,8 @@ from tests.launch.scripts import load_script
 from tests.ranks import RankPools
 from tests.tracking.folders import Page
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "prune.py"
 BINARIES = Path(sys.executable).parent

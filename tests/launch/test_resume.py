@@ -6,9 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from leap_dist.core.stopwatch import TIMINGS
 from leap_dist.train.meter import RATES
 from tests.launch.scripts import Launched
+
+pytestmark = pytest.mark.slow
 
 STEPS = 40
 MODEL = {

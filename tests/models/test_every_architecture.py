@@ -16,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from leap_dist.models.families import prunable_matrices
 
+pytestmark = pytest.mark.slow
+
 TASKS: dict[str, dict[str, Any]] = {
     "classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "questions": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,

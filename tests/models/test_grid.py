@@ -19,6 +19,8 @@ from leap_dist.models.routing import route_among_kept
 from leap_dist.models.shrink import shrink_
 from tests.models.tiny import EAGER_ONLY, tiny
 
+pytestmark = pytest.mark.slow
+
 GRANULARITIES = ("element", "row", "column", "block:4x4", "2:4", "head", "neuron", "expert", "layer")
 NONE = {
     **{(kind, "expert"): "has none" for kind in FAMILIES if kind not in ("mixtral", "qwen3_moe")},

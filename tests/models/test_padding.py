@@ -22,6 +22,8 @@ from leap_dist.tasks.base import Collator, Task, TokenTable, flat
 from tests.models.test_load import make_task
 from tests.models.tiny import SETTINGS
 
+pytestmark = pytest.mark.slow
+
 PAD = 7
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODERS = (

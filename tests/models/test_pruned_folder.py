@@ -15,6 +15,8 @@ from leap_dist.models.pruned_folder import load_pruned, save_shrunk
 from leap_dist.models.pruned_json import PrunedJson, describe_file
 from tests.models.tiny import mask_some_, save_masked, tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:

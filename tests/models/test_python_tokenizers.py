@@ -14,6 +14,8 @@ from leap_dist.config.sections import DataConfig, ModelConfig
 from leap_dist.models.load import load_model, load_tokenizer
 from leap_dist.tasks import load_task
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 LLAMA = {"model_type": "llama", "vocab_size": 384, **SIZES}
 TEXT = "ACDE FGHI KLMN PQRS"

@@ -22,6 +22,8 @@ from leap_dist.models.structures import find_structures, find_sublayers
 from tests.models.test_families import NEOX, neox
 from tests.models.tiny import EAGER_ONLY, SETTINGS, mask_some_, mask_units_, save_masked, tiny
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5  # fp32: the sums are the same, their order is not
 CASES = [(kind, attention) for kind in SETTINGS for attention in ("eager", "sdpa")]
 CASES = [(kind, attention) for kind, attention in CASES if attention == "eager" or kind not in EAGER_ONLY]
@@ -198,6 +200,7 @@ def test_what_gives_no_result_cannot_be_compared() -> None:
         logit_difference(Silent(), Silent(), {})
 
 
+@pytest.mark.quick
 def test_a_t5_can_lose_heads_twice() -> None:
     model = tiny("t5")
     for _ in range(2):

@@ -19,6 +19,8 @@ from leap_dist.ops import reference, units
 from leap_dist.ops.reference import Adam
 from tests.ops import runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

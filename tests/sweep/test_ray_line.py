@@ -18,6 +18,8 @@ from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, read_sweep, tr
 from tests.disks import fill, free
 from tests.sweep.jobs import sweep_file
 
+pytestmark = pytest.mark.slow
+
 SEEN: list[str] = []
 
 

@@ -20,6 +20,8 @@ from tests.launch.test_prune import run_in_rank
 from tests.ranks import RankPools
 from tests.sweep.jobs import JOB, sweep_file
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -19,6 +19,8 @@ from leap_dist.sweep.study import Cell, read_study, rows, run_study, show, summa
 from tests.sweep import jobs
 from tests.tracking.folders import Page, run_folder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "prune.py"
 JOB = jobs.JOB | {"train": {"max_steps": 12, "eval_batch_size": 512}}

@@ -14,6 +14,8 @@ from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks import load_task, needs_tokenizer, problem_of
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"one": "a good film", "two": "plot", "kind": "up"}, {"one": "bad", "two": "a plot", "kind": "down"}]
 
 

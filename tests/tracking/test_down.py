@@ -25,6 +25,8 @@ from leap_dist.tracking.store import PARENT, begin, without_credentials
 from tests.test_errors import NASTY
 from tests.tracking.stored import JOB, artifacts, history, read_run, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_resumed_run_sends_what_a_killed_one_could_not(store: str, tmp_path: Path) -> None:
     """Also the steps between checkpoint and kill, once, though the run comes by them a second time."""

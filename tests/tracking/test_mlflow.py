@@ -23,6 +23,8 @@ from tests.tracking.proxy import Proxy, proxy
 from tests.tracking.servers import DATABASE, Server
 from tests.tracking.stored import JOB, artifacts, history, read_run, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[str]:

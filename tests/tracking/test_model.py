@@ -17,6 +17,8 @@ from leap_dist.models.shrink import shrink_
 from leap_dist.tracking.mlflow import Tracker
 from tests.export.runs import classifier, structure_masks
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
 TEXTS = ["good film", "bad bad film"]
 IDS = torch.arange(14).view(2, 7) % 40

@@ -13,6 +13,8 @@ from leap_dist.tracking.plots import COLOURS, DARK, INK, Picture, inline, save, 
 from leap_dist.tracking.run_plots import course, kept, scores
 from tests.tracking.folders import LAYERS, certificate, gates, steps
 
+pytestmark = pytest.mark.slow
+
 
 def texts(picture: Picture, file: Path) -> list[str]:
     """The words in a picture; they are text in an SVG."""

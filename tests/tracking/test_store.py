@@ -17,6 +17,8 @@ from leap_dist.tracking import store as store_module
 from leap_dist.tracking.mlflow import Tracker
 from tests.ranks import forking
 
+pytestmark = pytest.mark.slow
+
 NUM_JOBS = 8
 OLDER = "451aebb31d03"  # a schema of MLflow 1
 

@@ -18,6 +18,8 @@ from tests.disks import fill, free
 from tests.launch.test_prune import JOB
 from tests.ranks import RankPools
 
+pytestmark = pytest.mark.slow
+
 LOGGED = JOB | {"train": {**JOB["train"], "log_every": 1, "checkpoint_every": 10}}
 PICTURES = {f"{name}{end}" for name in ("course", "kept", "scores") for end in (".png", ".svg", "_dark.svg")}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from leap_dist.config.job_file import load_job
@@ -24,6 +25,7 @@ def linear_during_and_after(file: str, output: str) -> tuple[bool, bool]:
     return any(during), torch.nn.functional.linear is own
 
 
+@pytest.mark.quick
 def test_a_stage_3_job_leaves_torchs_linear_as_it_was(tmp_path: Path, ranks: RankPools) -> None:
     file = tmp_path / "job.json"
     file.write_text(json.dumps(JOB | {"zero_optimization": {"stage": 3}}))

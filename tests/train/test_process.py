@@ -15,6 +15,8 @@ from leap_dist.train.signals import STOPPED, Interrupted
 from leap_dist.zero.ranks import Ranks
 from tests.sweep.jobs import JOB
 
+pytestmark = pytest.mark.slow
+
 
 def ended(monkeypatch: pytest.MonkeyPatch, world_size: int, error: Exception | None) -> int:
     """How the process of a rank ends whose job ends with `error`."""

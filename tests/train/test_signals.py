@@ -13,6 +13,8 @@ import pytest
 
 from leap_dist.train.signals import HEEDED, Interrupted, Signals, launcher_processes
 
+pytestmark = pytest.mark.slow
+
 ROUND = """
 import sys, time
 from leap_dist.train import signals

@@ -308,6 +308,7 @@ def early_finalize() -> dict[str, Any]:
     return {**certificate, "hosted_kept": numel - zeros, "masked_kept": kept}
 
 
+@pytest.mark.quick
 def test_finalize_settles_a_run_that_was_cut_short(ranks: RankPools) -> None:
     certificate = ranks(2).run(early_finalize)[0]
     assert abs(certificate["kept"] - 0.2 * certificate["prunable"]) <= certificate["unit"]
