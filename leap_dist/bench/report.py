@@ -10,6 +10,7 @@ from leap_dist.console import console, summary_table
 TITLES = {
     "variants": "seconds of a step, medians; ratios to dense",
     "sizes": "milliseconds of a selection, medians",
+    "jumps": "a selection when the level jumps, 126 gates: warm milliseconds, ratios to them, memory",
     "counted": "a step on real ranks of a tiny model, LEAP's bytes beside the model of them",
     "ranks": "BERT-base in bf16 with element gates, bytes of one rank in a step, modelled",
     "models": "what LEAP adds on two ranks, modelled",

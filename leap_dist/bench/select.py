@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leap_dist.bench.jumps import bench_jumps
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.digits import Runs
 from leap_dist.core.select import Selector
@@ -27,6 +28,7 @@ DRIFT = 1e-3  # how far a score moves between two rounds, to the spread of all s
 SETTLED = 5  # selections after which a bracket follows the cut
 MOST_SECONDS = 60.0  # what would take longer is left out
 BUDGET, MAX_ROUNDS = 10.0, 9  # seconds and rounds at one size
+LEAST_JUMP = 10**6  # scores from which on jumps of the level are measured
 BYTES = 64  # that one score takes at most while it is sorted or selected
 WARM, COLD = "warm", "cold"
 
@@ -40,7 +42,7 @@ BASELINES: dict[str, Cut] = {
 
 
 def bench_select(sizes: Sequence[int] = SIZES) -> dict[str, Any]:
-    """Median milliseconds by size and method, and how often the warm selection fits into a sort; JSON-able.
+    """Median milliseconds by size and method, how often the warm selection fits into a sort, and jumps; JSON-able.
 
     RuntimeError if a mask is not the one that a baseline's cut gives. Methods that would take too long or too much
     memory are left out, and `notes` says so.
@@ -55,7 +57,9 @@ def bench_select(sizes: Sequence[int] = SIZES) -> dict[str, Any]:
         expected |= seconds
         before = size
         rows.append(_row(size, seconds))
-    return {"machine": where, "threads": torch.get_num_threads(), "keep": KEEP, "notes": notes, "sizes": rows}
+    jumps = bench_jumps([size for size in sizes if size >= LEAST_JUMP and not _too_much(size, 0.0)])
+    threads = torch.get_num_threads()
+    return {"machine": where, "threads": threads, "keep": KEEP, "notes": notes, "sizes": rows, "jumps": jumps}
 
 
 def _row(size: int, seconds: dict[str, float]) -> dict[str, Any]:

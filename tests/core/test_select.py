@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from leap_dist.bench.jumps import most_held
 from leap_dist.core.brackets import ANYWHERE, Bracket
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.digits import Runs, to_scores
@@ -164,16 +164,6 @@ def test_the_number_of_collectives_depends_on_nothing(ranks: RankPools) -> None:
     small = ranks(2).run(collectives_of_a_step, 1, 100)
     large = ranks(2).run(collectives_of_a_step, 40, 1000)
     assert small == large == [NUM_SUMS, NUM_SUMS]
-
-
-def most_held(run: Callable[[], None]) -> int:
-    """The most bytes of memory that a call held at one time, beside what there was before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    assert seen.profiler is not None and seen.profiler.kineto_results is not None
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 @pytest.mark.parametrize("kind", SHAPES)

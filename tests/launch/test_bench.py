@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist.bench import overhead, scale, select
+from leap_dist.bench import jumps, overhead, scale, select
 from leap_dist.bench.overhead import DENSE, DENSE_FUSED, GATES, ORACLE, Setting, measure, with_ratios
 from leap_dist.bench.processes import on_ranks
 from leap_dist.bench.report import print_report
@@ -134,6 +134,20 @@ def test_select_leaves_out_what_takes_too_long_or_too_much(monkeypatch: pytest.M
     result = select.bench_select([1001])
     assert len(result["notes"]) == 5 and "up to 0.0 GB, and 0.0 are free" in result["notes"][0]
     assert result["sizes"] == [{"scores": 1001}]
+
+
+def test_jumps_of_the_level_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "LEAST_JUMP", 10**4)
+    rows = select.bench_select([1000, 126_000])["jumps"]
+    assert [(row["scores"], row["kind"]) for row in rows] == [(126_000, kind) for kind in jumps.SCORES]
+    names = {"warm", "cold / warm", "to 0.6 / warm", "to 0.2 / warm", "peak bytes / score"}
+    assert all(row.keys() == names | {"scores", "kind"} and all(row[name] > 0 for name in names) for row in rows)
+
+
+def test_a_wrong_mask_after_a_jump_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jumps.Selector, "masks_", lambda self, runs, keep: runs[0].mask.fill_(True))
+    with pytest.raises(RuntimeError, match="a selection of 200 of 1000 scores took 1000"):
+        jumps.measure(126_000, "normal")
 
 
 def test_select_refuses_other_masks(monkeypatch: pytest.MonkeyPatch) -> None:
