@@ -7,6 +7,8 @@ import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from leap_dist.errors import UserError
 from leap_dist.models.body import is_head
 
@@ -48,6 +50,10 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -
             f"{'; '.join(found)}; allowed: a folder that is whole, whose config.json was written with its weights "
             "(only the head may be new)"
         )
+    broken = {key for key, value in model.named_parameters() if not torch.isfinite(value).all()}
+    if broken:
+        numbers = "are NaN or infinite; allowed: a model whose training did not break; take an earlier checkpoint"
+        raise UserError(f'model.name: got "{name}"; numbers of {_listed(broken, {})} {numbers}')
     new = (missing | shapes.keys()) & {key for key, _ in model.named_parameters()}
     if new and not _is_rank_above_0():
         logger.warning("%s: the head is new, its files have none that fits the task: %s", name, _listed(new, {}))

@@ -28,6 +28,7 @@ HEADS: dict[Problem, str] = {
     "masked_lm": "AutoModelForMaskedLM",
 }
 LFS_POINTER = b"version https://git-lfs"
+FLOATS = "allowed: weights in bf16, fp16 or fp32, which can be trained: dequantise the model, or take the original"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -140,6 +141,9 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
     with _hub_errors(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **labels)
     _check_size(config, task)
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise UserError(f'model.name: got "{name}"; its config.json has a quantization_config ({method}); {FLOATS}')
     _check_weights(name)
     with _hub_errors(name, "model"), quiet_transformers():
         model, report = auto_class(task.problem).from_pretrained(
@@ -232,6 +236,19 @@ def _check_weights(name: str) -> None:
     folder = Path(name)
     if folder.is_dir() and not any(file for pattern in WEIGHT_FILES for file in folder.glob(pattern)):
         raise UserError(f'model.name: got "{name}"; that folder has no weights ({" or ".join(WEIGHT_FILES)})')
+    with _hub_errors(name, "model"):
+        for file in folder.glob("*.safetensors") if folder.is_dir() else ():
+            _check_floats(name, file)
+
+
+def _check_floats(name: str, file: Path) -> None:
+    """Quantised weights without a config that says so would be read as numbers, without their scales."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            if (dtype := tensors.get_slice(key).get_dtype()).startswith(("I8", "U8", "F8", "F4")):
+                raise UserError(f'model.name: got "{name}"; {key} is stored as {dtype}, quantised; {FLOATS}')
 
 
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, key: str) -> None:

@@ -352,3 +352,36 @@ def test_home_is_meant_by_a_tilde(folder: Path, monkeypatch: pytest.MonkeyPatch)
     model = ModelConfig(name=f"~/{folder.name}")
     assert model.name == str(folder)
     load_model(model, make_task())
+
+
+# ------------------------------------------------------------------------------ numbers that are no weights
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.to(torch.int8), r"query\.weight is stored as I8, quantised; allowed: weights in bf16"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), r"query\.weight is stored as F8_E4M3, quantised"),
+        (
+            lambda weight: weight * torch.nan,
+            r"numbers of bert\.encoder\.layer\.0\.\S*query\.weight are NaN or infinite",
+        ),
+    ],
+)
+def test_numbers_that_are_no_weights(change: Any, message: str, folder: Path) -> None:
+    """Integers would be read as weights without their scale, NaN would be trained."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    name = "encoder.layer.0.attention.self.query.weight"
+    save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        load_model(ModelConfig(name=str(folder)), make_task())
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8", "of a later version"])
+def test_a_quantised_model(method: str, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(UserError, match=rf"config\.json has a quantization_config \({method}\); allowed: weights in"):
+        load_model(ModelConfig(name=str(folder)), make_task())
