@@ -68,7 +68,7 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
     except (TypeError, ValueError) as error:
         raise UserError(f"DeepSpeed's part of the config: a size or count is no number: {error}") from error
     model = empty_model(config.model, config.data.task)
-    check_engine_config(config.resolved(), model, None, None, None, None)
+    check_engine_config(config.resolved(), model, None, None, None, None, planned=True)
     return Forecast(config, model, make_plan(model, config.leap, config.family), hosting)
 
 

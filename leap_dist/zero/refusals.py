@@ -30,11 +30,17 @@ BF16_OPTIONS = (
 
 
 def check_engine_config(
-    config: Mapping[str, Any], model: nn.Module, mpu: Any, mesh_param: Any, lr_scheduler: Any, optimizer: Any
+    config: Mapping[str, Any],
+    model: nn.Module,
+    mpu: Any,
+    mesh_param: Any,
+    lr_scheduler: Any,
+    optimizer: Any,
+    planned: bool = False,
 ) -> None:
-    """Raise one UserError with every reason why this job cannot work."""
+    """Raise one UserError with every reason why this job cannot work; a `planned` model may have no values yet."""
     problems = [*_config_problems(config)] or [*_deepspeed_problems(config)]
-    problems += [*_object_problems(model, mpu, lr_scheduler, optimizer), *_dtype_problems(config, model)]
+    problems += [*_object_problems(model, mpu, lr_scheduler, optimizer, planned), *_dtype_problems(config, model)]
     if mesh_param is not None:
         problems.append("mesh_param: device meshes are not supported yet; use data parallel ranks with ZeRO")
     _raise_if(problems)
@@ -163,7 +169,9 @@ def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"fp16.enabled: the {get_accelerator().device_name()} of this machine cannot; use bf16 or fp32"
 
 
-def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: Any) -> Iterator[str]:
+def _object_problems(
+    model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: Any, planned: bool = False
+) -> Iterator[str]:
     if mpu is not None:
         yield "mpu: tensor and pipeline parallel groups are not supported yet; use data parallel ranks with ZeRO"
     if type(model).__name__ in ("PipelineModule", "DualPipeVModule"):
@@ -173,7 +181,7 @@ def _object_problems(model: nn.Module, mpu: Any, lr_scheduler: Any, optimizer: A
             "model: got a PEFT model; LEAP prunes weights that are trained, and adapters leave those frozen: merge "
             "them first, and prune model.merge_and_unload().requires_grad_(True)"
         )
-    yield from _unready_parameters(model)
+    yield from _unready_parameters(model, planned)
     if any(hasattr(p, "allreduce") and not p.allreduce for p in model.parameters()):
         yield "model: expert parallel parameters are not supported yet"
     if optimizer is not None and type(optimizer) is not torch.optim.AdamW:
@@ -218,14 +226,14 @@ def check_masters(fragments: Iterable[Fragment]) -> None:
             )
 
 
-def _unready_parameters(model: nn.Module) -> Iterator[str]:
+def _unready_parameters(model: nn.Module, planned: bool) -> Iterator[str]:
     """Parameters that have no shape or no storage yet; one of each kind is named."""
     named = list(model.named_parameters())
     lazy = next((name for name, p in named if is_lazy(p)), None)
     if lazy is not None:
         yield f"model: {lazy} has no shape yet (a lazy module); call the model once before"
     meta = next((name for name, p in named if p.is_meta), None)
-    if meta is not None:
+    if meta is not None and not planned:
         yield f"model: {meta} is on the meta device, without values; load the weights before"
     if not any(p.requires_grad for _, p in named):
         yield "model: it has no parameter that is trained; call requires_grad_(True) on what is to be pruned"
