@@ -156,7 +156,7 @@ def _parameters(shown: str) -> int:
             {"zero_optimization": {"reduce_bucket_size": "auto"}},
             "DeepSpeed's part of the config: a size or count is no number: ",
         ),
-        (["--plan"], {"bf16": {"enabled": True}}, "bf16.enabled: under zero_optimization.stage 0"),
+        (["--plan"], {"bf16": {"enabled": True}}, "bf16.enabled: zero_optimization.stage 0 hides its fp32 masters"),
     ],
 )
 def test_what_the_job_would_be_refused_for(
