@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from leap_dist import secrets
 from tests.ranks import RankPools
 
 NOT_OURS = {
@@ -72,6 +73,13 @@ def _environment_unchanged() -> Iterator[None]:
             os.environ[name] = before[name]
     if changed:
         pytest.fail(f"the test left environment variables changed: {', '.join(changed)}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _secrets_forgotten() -> Iterator[None]:
+    """A password of one test is not hidden in what the next one reads."""
+    yield
+    secrets._remembered.clear()
 
 
 @pytest.fixture(scope="session")

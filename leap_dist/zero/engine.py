@@ -3,7 +3,6 @@
 initialize is host, deepspeed.initialize and attach; the two ends are for whoever builds the engine in another way.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from leap_dist.config.job_file import parse_engine
+from leap_dist.config.job_file import parse_engine, read_json
 from leap_dist.config.sections import SECTIONS, EngineConfig
 from leap_dist.core.counting import Counter, check_exact
 from leap_dist.core.gating import MASK
@@ -284,15 +283,7 @@ def _read_config(args: Any, config: str | Path | Mapping[str, Any] | EngineConfi
         return parse_engine(config)
     if not isinstance(config, str | Path):
         raise UserError(f"config: got a {type(config).__name__}; allowed: a dict, or the path of a JSON file")
-    try:
-        raw = json.loads(Path(config).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config: cannot read {str(config)!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"config: {str(config)!r} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"config: {str(config)!r} holds a {type(raw).__name__}; it has to be a JSON object")
-    return parse_engine(raw)
+    return parse_engine(read_json(Path(config)))
 
 
 def engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:

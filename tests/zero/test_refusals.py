@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import leap_dist
 from leap_dist.errors import UserError
 from leap_dist.zero.refusals import OTHER_SHARDING, check_engine_config
 from tests.ranks import RankPools
@@ -183,6 +185,22 @@ def expert_model() -> nn.Module:
 def test_refused_object(objects: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
         check({}, **objects)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"leap": ', "not JSON: line 1, column 10"),
+        ("[1]", "allowed: a JSON object"),
+        ('{"leap": {"target": 0.5}, "leap": {}}', "the same key stands twice: leap"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+    ],
+)
+def test_a_config_file_of_an_own_loop_is_read_as_a_job_file_is(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"config.json: .*{message}"):
+        leap_dist.host(nn.Linear(4, 4), None, file)
 
 
 def test_all_reasons_in_one_error() -> None:
