@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from leap_dist.cli import parsed
-from leap_dist.errors import UserError, show_fault
+from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
 CODES = "Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run; 1 a fault of ours."
@@ -62,7 +62,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Parse, measure, report; the exit code."""
-    sys.excepthook = show_fault
     arguments = parse_arguments()
     try:
         from leap_dist.bench.processes import stdout_to_stderr

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from leap_dist.cli import parsed
-from leap_dist.errors import UserError, printable, show_fault
+from leap_dist.errors import UserError, printable
 from leap_dist.files import user_path
 
 
@@ -62,7 +62,6 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """Parse, compare; the exit code."""
-    sys.excepthook = show_fault
     arguments = parse_arguments()
     try:
         if arguments.sync is not None:

@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from leap_dist.cli import parsed
-from leap_dist.errors import UserError, show_fault
+from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
 
@@ -27,7 +27,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Parse, export, report; the exit code."""
-    sys.excepthook = show_fault
     arguments = parse_arguments()
     try:
         import torch

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from leap_dist.cli import parsed
-from leap_dist.errors import UserError, show_fault
+from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
 PATIENCE = 10.0
@@ -42,7 +42,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Parse, run, report; the exit code."""
-    sys.excepthook = show_fault
     arguments = parse_arguments()
     first = os.environ.get("RANK", "0") == "0"
     try:

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from leap_dist.cli import parsed
-from leap_dist.errors import UserError, show_fault
+from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
 EXIT_CODES = "Exit codes: 0 done; 1 a trial failed, or a fault of ours; 2 a mistake; 3 stopped by Ctrl-C."
@@ -32,7 +32,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Parse, run, report; the exit code."""
-    sys.excepthook = show_fault
     arguments = parse_arguments()
     try:
         from leap_dist.sweep.run import run_sweep

@@ -6,9 +6,11 @@ A launcher runs as one process; several ranks are started by `deepspeed --no_pyt
 import argparse
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
+from leap_dist.errors import show_fault
 from leap_dist.files import shipped
 
 
@@ -23,7 +25,11 @@ def _command(name: str) -> Callable[[], int]:
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line of a launcher. A shell that asks for completions gets them, and this process ends."""
+    """The command line of a launcher, whose faults show no secrets from here on.
+
+    A shell that asks for completions gets them, and this process ends.
+    """
+    sys.excepthook = show_fault
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
 

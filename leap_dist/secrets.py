@@ -92,12 +92,15 @@ def unquoted(uri: str) -> str:
 
 
 def must_quote(uri: str) -> str:
-    """Why an address is refused, with what to write; "" where user and password can be read in one way."""
+    """Why an address is refused, with what to write; "" where user and password can be read in one way.
+
+    No part of it is shown but the scheme: what is password and what is not depends on who reads it.
+    """
     if not (found := unquoted(uri)):
         return ""
     written = ", ".join(f"{quote(char, safe='')} for {char!r}" for char in found)
     return (
-        f"got {json.dumps(hide_secrets(uri))}; its user or password holds {' '.join(map(repr, found))}, where a client "
+        f"got {json.dumps(uri.partition('://')[0] + '://' + HIDDEN)}; its user or password holds {' '.join(map(repr, found))}, where a client "
         f"would end it and take the rest for a host; allowed: percent-encoded; write {written}"
     )
 
