@@ -98,9 +98,10 @@ def must_quote(uri: str) -> str:
     """
     if not (found := unquoted(uri)):
         return ""
+    shown = json.dumps(f"{uri.partition('://')[0]}://{HIDDEN}")
     written = ", ".join(f"{quote(char, safe='')} for {char!r}" for char in found)
     return (
-        f"got {json.dumps(uri.partition('://')[0] + '://' + HIDDEN)}; its user or password holds {' '.join(map(repr, found))}, where a client "
+        f"got {shown}; its user or password holds {' '.join(map(repr, found))}, where a client "
         f"would end it and take the rest for a host; allowed: percent-encoded; write {written}"
     )
 
