@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -31,13 +32,15 @@ def rows(number: int) -> list[dict[str, torch.Tensor]]:
 @contextmanager
 def accelerate_left_behind() -> Iterator[None]:
     """Accelerate keeps its state in the process and in its environment, and transformers builds models sharded as long
-    as it knows of a stage 3 config; the next call to these ranks needs none of it."""
-    from accelerate.state import AcceleratorState
+    as it knows of a stage 3 config; the next call to these ranks needs none of it. Accelerate looks for no backend where
+    there is no card: each rank would take itself for the only one, and all write one file of random numbers at once."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     before = dict(os.environ)
     try:
-        yield
+        with patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.NO)):
+            yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         unset_hf_deepspeed_config()
