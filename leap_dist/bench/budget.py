@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from leap_dist.config.sections import LeapConfig
+from leap_dist.config.leap import LeapConfig
 from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, MASK, state_keys

@@ -16,17 +16,9 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from leap_dist.config.family import FamilyConfig
+from leap_dist.config.leap import GATE_NAMES, LeapConfig
 from leap_dist.config.section import Section, is_int, nearest, show
-from leap_dist.config.sections import (
-    DEEPSPEED_KEYS,
-    GATE_NAMES,
-    OPTIONAL,
-    SECTIONS,
-    EngineConfig,
-    JobConfig,
-    LeapConfig,
-    TrainConfig,
-)
+from leap_dist.config.sections import DEEPSPEED_KEYS, OPTIONAL, SECTIONS, EngineConfig, JobConfig, TrainConfig
 from leap_dist.errors import UserError
 from leap_dist.files import shipped, user_path
 from leap_dist.secrets import remember, remember_all

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.config.job_file import parse_leap, read_json
+from leap_dist.config.leap import LeapConfig
 from leap_dist.config.legacy import PLACE_WORDS, PRUNING, STRUCTURED, Group, Reader, tensor_pattern
 from leap_dist.config.section import is_int, is_number, show
-from leap_dist.config.sections import DEEPSPEED_KEYS, SECTIONS, LeapConfig
+from leap_dist.config.sections import DEEPSPEED_KEYS, SECTIONS
 from leap_dist.errors import UserError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.config.sections import LeapConfig
+from leap_dist.config.leap import LeapConfig
 from leap_dist.core import thresholds as th
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import Gating

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.config.sections import LEARNING_RATE, WEIGHT_DECAY, LeapConfig
+from leap_dist.config.leap import LeapConfig
+from leap_dist.config.sections import LEARNING_RATE, WEIGHT_DECAY
 from leap_dist.core import host_state
 from leap_dist.core import thresholds as th
 from leap_dist.core.communicator import Communicator

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from leap_dist.config.sections import LeapConfig
+from leap_dist.config.leap import LeapConfig
 from leap_dist.core import thresholds as th
 from leap_dist.core.gates import Gate, GatePlan
 from leap_dist.core.phases import Schedule

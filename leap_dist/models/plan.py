@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from leap_dist.config.family import FamilyConfig
-from leap_dist.config.sections import GateConfig, LeapConfig
+from leap_dist.config.leap import GateConfig, LeapConfig
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.errors import UserError
 from leap_dist.models.families import computed_weights, prunable_matrices

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from leap_dist.config.job_file import parse_leap
-from leap_dist.config.sections import DataConfig, LeapConfig
+from leap_dist.config.leap import LeapConfig
+from leap_dist.config.sections import DataConfig
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.counting import check_exact
 from leap_dist.core.fragments import whole

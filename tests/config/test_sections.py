@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from leap_dist.config import job_file, sections
 from leap_dist.config.job_file import load_job, parse_job, parse_leap
-from leap_dist.config.sections import GateConfig, JobConfig, LeapConfig
+from leap_dist.config.leap import GateConfig, LeapConfig
+from leap_dist.config.sections import JobConfig
 from leap_dist.errors import UserError
 
 CONFIGS = sorted(file for file in job_file.CONFIG_FOLDER.glob("*.json") if not file.stem.startswith("sweep_"))

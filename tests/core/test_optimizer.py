@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from leap_dist.config.sections import LeapConfig
+from leap_dist.config.leap import LeapConfig
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import whole
 from leap_dist.core.gates import GatePlan

@@ -32,8 +32,9 @@ def rows(number: int) -> list[dict[str, torch.Tensor]]:
 @contextmanager
 def accelerate_left_behind() -> Iterator[None]:
     """Accelerate keeps its state in the process and in its environment, and transformers builds models sharded as long
-    as it knows of a stage 3 config; the next call to these ranks needs none of it. Accelerate looks for no backend where
-    there is no card: each rank would take itself for the only one, and all write one file of random numbers at once."""
+    as it knows of a stage 3 config; the next call to these ranks needs none of it. Accelerate looks for no backend
+    where there is no card: each rank would take itself for the only one, and all write one file of random numbers at
+    once."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

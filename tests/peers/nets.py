@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from leap_dist.config.family import FamilyConfig
 from leap_dist.config.job_file import parse_leap, parse_section
-from leap_dist.config.sections import LeapConfig
+from leap_dist.config.leap import LeapConfig
 from leap_dist.core.gates import GatePlan
 from leap_dist.models.plan import make_plan
 

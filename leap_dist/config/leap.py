@@ -1,0 +1,174 @@
+"""The section `leap` of a job file: what is pruned, to which density, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer
+from pydantic_core import PydanticCustomError
+
+from leap_dist.config.section import (
+    Conflict,
+    Patterns,
+    PositiveFloat,
+    Section,
+    as_objects,
+    is_number,
+    show,
+)
+
+GATE_NAMES = ("element", "row", "column", "block:RxC", "n:m", "head", "neuron", "expert", "layer")
+
+
+def _granularity(value: str) -> str:
+    """A granularity that exists, spelled as written."""
+    n_m = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", value)
+    block = re.fullmatch(r"block:[1-9]\d*x[1-9]\d*", value)
+    if (value in GATE_NAMES and value.isalpha()) or block or (n_m and int(n_m[1]) < int(n_m[2])):
+        return value
+    raise PydanticCustomError("gate", "not a granularity")
+
+
+class GateConfig(Section):
+    """One granularity with its options. In the file the granularity alone may stand for it."""
+
+    granularity: Annotated[str, AfterValidator(_granularity)] = Field(description=f"one of {', '.join(GATE_NAMES)}")
+    """What a unit is. "2:4" and the like keep n of every m neighbours in a row; their ratio is not learned."""
+    include: Patterns = Field(default=(), description='a list of names or "re:<pattern>"')
+    """Tensors, or heads' and neurons' blocks, that the gate is for; empty: all that leap.include gives."""
+    exclude: Patterns = Field(default=(), description='a list of names or "re:<pattern>"')
+    """Taken from what `include` selects."""
+    min_keep: int = Field(default=1, ge=1, description="an integer >= 1")
+    """Units that stay in every matrix or block."""
+    multiple_of: int = Field(default=1, ge=1, description="an integer >= 1")
+    """The kept count is rounded up to a multiple of this, so that kernels stay aligned."""
+    uniform: bool = Field(default=False, description="true or false")
+    """One keep count for all layers."""
+
+    @staticmethod
+    def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
+        if not re.fullmatch(r"\d+:\d+", str(raw.get("granularity"))):
+            return []
+        options = {"min_keep": 1, "multiple_of": 1, "uniform": False}
+        given = [key for key, off in options.items() if raw.get(key, off) != off]
+        return [(key, f"got {show(raw[key])}; an n:m pattern keeps n of every m, remove it") for key in given]
+
+
+def _as_gate(value: Any) -> Any:
+    """A plain string as the granularity that it names."""
+    return {"granularity": _granularity(value)} if isinstance(value, str) else value
+
+
+Gates = Annotated[tuple[Annotated[GateConfig, BeforeValidator(_as_gate)], ...], BeforeValidator(as_objects)]
+
+
+class LeapConfig(Section):
+    """What is pruned, to which density, and how. Fractions are parts of `total_steps`."""
+
+    target: float = Field(gt=0, le=1, description="a number, 0 < target <= 1")
+    """Density to reach: kept prunable weights / prunable weights."""
+    gates: Gates = Field(
+        default=(GateConfig(granularity="element"),),
+        min_length=1,
+        description=f"one or more of {', '.join(GATE_NAMES)}, or objects with granularity and options",
+    )
+    """Granularities; with several, a weight is kept only if each of them keeps it."""
+    rule: Literal["leap", "movement", "magnitude"] = Field(
+        default="leap", description='"leap", "movement" or "magnitude"'
+    )
+    """"leap" learns scores and thresholds; the other two follow a cubic schedule by hand."""
+    control: Literal["projected", "paper"] = Field(default="projected", description='"projected" or "paper"')
+    """How rule "leap" holds the level: an exact projection per step, or the published regulariser."""
+    temperature: float = Field(default=32.0, gt=0, description="a number > 0")
+    """T in the keep ratio sigmoid(sigma / T)."""
+    score_init: Literal["magnitude", "zero"] = Field(default="magnitude", description='"magnitude" or "zero"')
+    """Scores start at |W| / mean |W|, or at 0 as published."""
+    score_learning_rate: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
+    """"auto": the published 1e-2; for single weights 1e-3 / target where that is less."""
+    threshold_learning_rate: PositiveFloat | Literal["auto"] = Field(
+        default="auto", description='a number > 0, or "auto"'
+    )
+    """"auto": from the distance to the target, the length of the prune phase, and the kind of the gates."""
+    lambda_max: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
+    """Largest weight of the regulariser (control "paper" only); "auto": measured on the task's gradient."""
+    lambda_min: float = Field(default=10.0, ge=0, description="a number >= 0, at most lambda_max")
+    """Smallest weight of the regulariser (control "paper" with a number for lambda_max only)."""
+    dense_fraction: float = Field(default=0.05, ge=0, lt=1, description="a number, 0 <= f < 1")
+    """First part of the steps, in which nothing is pruned."""
+    settle_fraction: float = Field(default=0.2, gt=0, lt=1, description="a number, 0 < f < 1")
+    """Last part of the steps, in which the masks are frozen at the exact target."""
+    include: Patterns = Field(default=(), description='a list of tensor names or "re:<pattern>"')
+    """Tensors to prune; empty: the weights of the encoder's or decoder's linear layers."""
+    exclude: Patterns = Field(default=(), description='a list of tensor names or "re:<pattern>"')
+    """Tensors to leave dense; taken from what `include` selects."""
+    total_steps: int | None = Field(default=None, ge=10, description="an integer >= 10, or null")
+    """Optimizer steps of the whole run; launch/prune.py fills it in from `train`."""
+
+    def score_rate(self, elementwise: bool) -> float:
+        """Peak learning rate of scores, of single weights or of structured units.
+
+        Where most weights are kept, their order by magnitude is nearly right, and what single batches say of those near
+        the cut is noise; a structured unit sums over its weights. Measured in docs/benchmarks.md.
+        """
+        if self.score_learning_rate != "auto":
+            return self.score_learning_rate
+        return min(1e-2, 1e-3 / self.target) if elementwise else 1e-2
+
+    @field_serializer("gates")
+    def _short_gates(self, gates: tuple[GateConfig, ...]) -> list[Any]:
+        """Without options a gate is written as its granularity."""
+        options = [gate.model_dump(mode="json", exclude_defaults=True) for gate in gates]
+        return [given["granularity"] if len(given) == 1 else given for given in options]
+
+    @staticmethod
+    def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
+        found: list[Conflict] = []
+        dense, settle = raw.get("dense_fraction", 0.05), raw.get("settle_fraction", 0.2)
+        if is_number(dense) and is_number(settle) and dense + settle >= 1:
+            problem = f"got {dense}; allowed: dense_fraction + settle_fraction < 1, and settle_fraction is {settle}"
+            found.append(("dense_fraction", problem))
+        gates = as_objects(raw.get("gates", ()))
+        if isinstance(gates, tuple) and len(set(map(str, gates))) < len(gates):
+            found.append(("gates", f"got {show(gates)}; each gate may stand once"))
+        low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", "auto")
+        if is_number(low) and is_number(high) and low > high > 0:
+            found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))
+        return found or _without_effect(raw)
+
+
+def _without_effect(raw: Mapping[str, Any]) -> list[Conflict]:
+    """Settings of the leap section that the others leave no meaning."""
+
+    def given(key: str) -> Any:
+        return raw.get(key, LeapConfig.model_fields[key].default)
+
+    rule, projected = given("rule"), given("control") == "projected"
+    listed = as_objects(raw.get("gates", ()))
+    listed = listed if isinstance(listed, tuple) else ()
+    gates = [gate.get("granularity") if isinstance(gate, Mapping) else gate for gate in listed]
+    shared = (
+        f'rule "{rule}" gives all gates one share, which the schedule says'
+        if rule in ("movement", "magnitude")
+        else None
+    )
+    pattern = gates and all(re.fullmatch(r"\d+:\d+", str(gate)) for gate in gates)
+    fixed = shared or ("an n:m pattern says what is kept, and there are no other gates" if pattern else None)
+    no_penalty = 'control "projected" has no regulariser' if projected else None
+    scored = 'rule "magnitude" takes the weights as they are for scores' if rule == "magnitude" else None
+    follows = 'under control "projected" an automatic threshold_learning_rate follows it: give that a number'
+    reasons = {
+        "control": shared,
+        "temperature": fixed or (follows if projected and given("threshold_learning_rate") == "auto" else None),
+        "threshold_learning_rate": fixed,
+        "lambda_max": shared or no_penalty,
+        "lambda_min": shared or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
+        "score_init": scored,
+        "score_learning_rate": scored,
+    }
+    return [
+        (key, f"got {show(raw[key])}, which has no effect here: {why}; remove it")
+        for key, why in reasons.items()
+        if why and raw.get(key, given(key)) != LeapConfig.model_fields[key].default
+    ]
