@@ -11,8 +11,9 @@ from leap_dist.config.family import FamilyConfig
 from leap_dist.config.leap import GateConfig, LeapConfig
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.errors import UserError
+from leap_dist.models.blocks import find_structures, find_sublayers, tensor_shapes
 from leap_dist.models.families import computed_weights, prunable_matrices
-from leap_dist.models.structures import Structure, UnitRun, find_structures, find_sublayers, tensor_shapes
+from leap_dist.models.structures import Structure, UnitRun
 from leap_dist.models.views import Owners
 from leap_dist.ops.slices import Slice
 

@@ -18,6 +18,7 @@ from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig
 from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
 from leap_dist.files import staged
+from leap_dist.models.blocks import find_blocks, is_anchored
 from leap_dist.models.load import cause, others_code, quiet_transformers
 from leap_dist.models.pruned_json import (
     MOST_BYTES,
@@ -30,7 +31,7 @@ from leap_dist.models.pruned_json import (
     write_manifest,
 )
 from leap_dist.models.removal import remove_units_
-from leap_dist.models.structures import Block, find_blocks, is_anchored
+from leap_dist.models.structures import Block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from leap_dist.config.family import FamilyConfig
-from leap_dist.models.structures import find_blocks
+from leap_dist.models.blocks import find_blocks
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Logits (tokens, experts); scores and indices (tokens, top_k)."""

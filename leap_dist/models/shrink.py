@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from leap_dist.config.family import FamilyConfig
+from leap_dist.models.blocks import find_blocks, is_anchored
 from leap_dist.models.removal import remove_units_
-from leap_dist.models.structures import Block, Span, find_blocks, is_anchored
+from leap_dist.models.structures import Block, Span
 
 
 def shrink_(model: nn.Module, family: FamilyConfig | None = None) -> dict[str, list[int]]:

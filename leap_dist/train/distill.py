@@ -17,7 +17,7 @@ from leap_dist.config.family import FamilyConfig
 from leap_dist.config.sections import DistillConfig
 from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
-from leap_dist.models.structures import find_structures
+from leap_dist.models.blocks import find_structures
 from leap_dist.tasks.base import IGNORED, Task
 
 Batch = Mapping[str, Tensor]

@@ -12,9 +12,10 @@ from transformers import AutoModel, GPTNeoXConfig
 
 from leap_dist.config.family import FamilyConfig
 from leap_dist.errors import UserError
+from leap_dist.models.blocks import find_structures, find_sublayers, tensor_shapes
 from leap_dist.models.families import FAMILIES, family_of, prunable_matrices
 from leap_dist.models.routing import route_among_kept
-from leap_dist.models.structures import Structure, find_structures, find_sublayers, tensor_shapes
+from leap_dist.models.structures import Structure
 from tests.models.tiny import SETTINGS, mask_units_, tiny
 
 NEOX: dict[str, Any] = {

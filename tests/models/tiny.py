@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from leap_dist.models.blocks import find_structures
 from leap_dist.models.pruned_folder import save_shrunk
 from leap_dist.models.pruned_json import PrunedJson
 from leap_dist.models.shrink import shrink_
-from leap_dist.models.structures import Structure, find_structures
+from leap_dist.models.structures import Structure
 
 BASE = {
     "hidden_size": 32,
