@@ -23,11 +23,11 @@ SHOWN = 3
 """How many names a message lists."""
 
 
-def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any], head_may_be_new: bool = True) -> None:
     """Raises UserError for tensors below the head that transformers had to make anew, or found no place for.
 
-    report: what `from_pretrained(..., output_loading_info=True)` gives beside the model. A new head, and the head for
-    another task that the files hold, are reported in one line each.
+    report: what `from_pretrained(..., output_loading_info=True)` gives beside the model. A new head, where it may be
+    one, and the head for another task that the files hold, are reported in one line each.
     """
     buffers = {key for key, _ in model.named_buffers()}
     missing = {key for key in report["missing_keys"] if not (key in buffers and key.endswith(CONSTANTS))}
@@ -55,6 +55,11 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -
         numbers = "are NaN or infinite; allowed: a model whose training did not break; take an earlier checkpoint"
         raise UserError(f'model.name: got "{name}"; numbers of {_listed(broken, {})} {numbers}')
     new = (missing | shapes.keys()) & {key for key, _ in model.named_parameters()}
+    if new and not head_may_be_new:
+        raise UserError(
+            f'model.name: got "{name}"; its files have no head that says the next token: {_listed(new, {})} would be '
+            "random; allowed: a folder saved with its head (the class that ends in ForCausalLM), or another data.task"
+        )
     if new and not _is_rank_above_0():
         logger.warning("%s: the head is new, its files have none that fits the task: %s", name, _listed(new, {}))
     if left_over and not _is_rank_above_0():

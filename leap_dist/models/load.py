@@ -110,7 +110,6 @@ def _random_model(settings: dict[str, Any], task: Task) -> PreTrainedModel:
 
 def _config_from(settings: dict[str, Any]) -> PreTrainedConfig:
     """The config object; an unknown architecture or an unknown key is an error."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     rest = dict(settings)
@@ -126,7 +125,7 @@ def _config_from(settings: dict[str, Any]) -> PreTrainedConfig:
         raise UserError("\n  ".join(f"model.from_config.{key}: {problem}{_nearest(key, known)}" for key in unknown))
     try:
         return AutoConfig.for_model(kind, **rest)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever transformers' code comes to on the user's values
         raise UserError(f"model.from_config: transformers refuses it: {cause(error)}") from error
 
 
@@ -155,7 +154,7 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
             ignore_mismatched_sizes=True,  # looked at below: only the head may differ
             output_loading_info=True,
         )
-    check_loaded(name, model, report)
+    check_loaded(name, model, report, head_may_be_new=task.problem != "causal_lm")
     return model
 
 

@@ -120,6 +120,16 @@ def test_experts_of_another_number(tmp_path: Path) -> None:
         load(folder, "causal_lm")
 
 
+@pytest.mark.parametrize("cls", [AutoModel, AutoModelForSequenceClassification])
+def test_a_language_model_has_its_head(cls: Any, tmp_path: Path) -> None:
+    """A random head that says the next token would be pruned and judged as if it were a model."""
+    folder = save(cls, LLAMA, tmp_path / "model")
+    with pytest.raises(UserError, match=r"its files have no head that says the next token: lm_head\.weight would be"):
+        load(folder, "causal_lm")
+    tied = save(cls, LLAMA | {"tie_word_embeddings": True}, tmp_path / "tied")
+    assert torch.equal(load(tied, "causal_lm").lm_head.weight, load(tied, "causal_lm").model.embed_tokens.weight)
+
+
 def test_a_head_of_another_width(tmp_path: Path) -> None:
     folder = save(AutoModelForSequenceClassification, BERT, tmp_path / "model")
     edit(folder, lambda state: state | {"classifier.weight": state["classifier.weight"][:, :6]})

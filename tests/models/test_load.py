@@ -111,6 +111,7 @@ def test_the_head_fits_the_problem(problem: Problem, kind: str, shape: tuple[int
     """From a config, and from the folder of a classifier with another number of labels."""
     task = dataclasses.replace(make_task(2, problem), label_names=())
     sizes = GPT2 if kind == "gpt2" else TINY
+    sizes = {**sizes, "tie_word_embeddings": True}  # a head of its own would be random
     torch.manual_seed(1)
     made = load_model(ModelConfig(from_config={"model_type": kind, **sizes}), task)
     AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **sizes, num_labels=5)).save_pretrained(
@@ -148,6 +149,10 @@ REFUSED = {
         r"model\.from_config: transformers refuses it: .*8",
     ),
     "wrong type": (from_config(hidden_size="big"), r"model\.from_config: transformers refuses it"),
+    "unknown dtype": (
+        from_config(dtype="torch.bf16"),
+        r"model\.from_config: transformers refuses it: Attr.*torch\.bf16",
+    ),
     "unknown activation": (from_config(hidden_act="relo"), r"model\.from_config: transformers refuses it"),
     "small vocabulary": (
         from_config(vocab_size=19),
