@@ -33,6 +33,24 @@ def state_keys(plan: GatePlan) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def make_states(plan: GatePlan, fragments: Sequence[Fragment], states: State) -> None:
+    """Make what is missing of the state of the fragments' flat buffers, each tensor of the buffer's shape."""
+    gated = {f.flat for f in fragments if f.tensor in plan.covers}
+    for flat in dict.fromkeys(fragment.flat for fragment in fragments):
+        for key in state_keys(plan) if flat in gated else (EXP_AVG, EXP_AVG_SQ):
+            if key not in states[flat]:
+                states[flat][key] = _initial(key, flat)
+
+
+def _initial(key: str, flat: Tensor) -> Tensor:
+    """A fresh state tensor of the flat buffer's shape."""
+    if key == LATENT:
+        return flat.detach().clone()
+    if key in (MASK, ELEMENT_MASK):
+        return torch.ones_like(flat, dtype=torch.bool, requires_grad=False)
+    return torch.zeros_like(flat, requires_grad=False)
+
+
 class Gating:
     """Local fragments of gated tensors and of the gates' own values.
 

@@ -78,6 +78,19 @@ class Level:
         """Kept prunable weights / prunable weights, of the masks in place."""
         return self.kept_weights / max(self.plan.prunable, 1)
 
+    def measures(self, step: int) -> dict[str, float]:
+        """To log after a step: the density, the scheduled level, R and the keep ratios over gates. Collective."""
+        sigma = self._gating.gather_thresholds()
+        k = th.keep_ratio(sigma, self.config.temperature) if len(sigma) else torch.ones(1)
+        return {
+            "density": self.density,
+            "level": self.schedule.level(step),
+            "keep_ratio_min": k.min().item(),
+            "keep_ratio_max": k.max().item(),
+            "keep_ratio_std": k.std(unbiased=False).item(),
+            "remaining": self.remaining.ratio(k).item() if len(sigma) else 1.0,
+        }
+
     def note(self) -> str | None:
         """Why the masks in place keep another part than the target, in words; None where they keep it (to 0.1 %)."""
         plan, target, prunable = self.plan, self.config.target, max(self.plan.prunable, 1)

@@ -1,8 +1,11 @@
 """The update: the gradient of the masked weights moves latent weights and element scores; gates get their gradients."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from leap_dist.core.fragments import Fragment
 from leap_dist.core.gating import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -44,6 +47,15 @@ def learn_(gating: Gating, adam: Adam, score_adam: Adam) -> tuple[Tensor, Tensor
     sigma, units = sums[:num_gates], sums[num_gates:]
     sigma += _segment_sums(units * gating.unit_mask, gating.structured_units)
     return sigma.cpu(), units
+
+
+def move_(gating: Gating, fragments: Sequence[Fragment], grad: Tensor, adam: Adam) -> None:
+    """Adam on this rank's fragments of gate values, scores or thresholds, whose whole gradient is `grad`."""
+    state = gating.values.state
+    for fragment in fragments:
+        local = grad[fragment.start : fragment.start + fragment.length].to(fragment.flat, non_blocking=True)
+        moments = fragment.view(state[EXP_AVG]), fragment.view(state[EXP_AVG_SQ])
+        ops.adamw_(fragment.view(fragment.flat), local, *moments, adam)
 
 
 def write_(gating: Gating) -> None:

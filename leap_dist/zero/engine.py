@@ -178,7 +178,7 @@ def _count_skipped(engine: Any, base: LeapAdamW) -> None:
         before = base.num_steps
         result = step(*args, **kwargs)
         if base.num_steps == before:
-            base.pass_over()
+            base.skip()
         return result
 
     wrapper.step = counted

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from leap_dist.core.gates import GatePlan
-from leap_dist.core.optimizer import GATED
+from leap_dist.core.hosted import GATED
 from leap_dist.errors import UserError
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay")

@@ -26,7 +26,8 @@ from leap_dist.core.communicator import Communicator
 from leap_dist.core.counting import check_exact
 from leap_dist.core.fragments import whole
 from leap_dist.core.gating import MASK
-from leap_dist.core.optimizer import GATED, LeapAdamW
+from leap_dist.core.hosted import GATED
+from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.models.plan import make_plan
 from leap_dist.tasks import builtin
 

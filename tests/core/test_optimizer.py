@@ -12,7 +12,8 @@ from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import whole
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import LATENT, MASK, SCORE
-from leap_dist.core.optimizer import GATED, LeapAdamW
+from leap_dist.core.hosted import GATED
+from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.core.oracle import Oracle, best_units, top_k, unit_index
 from leap_dist.core.stopwatch import TIMINGS, Stopwatch
 from leap_dist.errors import UserError

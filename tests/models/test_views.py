@@ -14,7 +14,8 @@ from leap_dist.config.job_file import parse_leap
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import whole
 from leap_dist.core.gates import GatePlan
-from leap_dist.core.optimizer import GATED, LeapAdamW
+from leap_dist.core.hosted import GATED
+from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.core.oracle import unit_index
 from leap_dist.errors import UserError
 from leap_dist.models.plan import make_plan

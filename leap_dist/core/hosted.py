@@ -1,0 +1,173 @@
+"""What LeapAdamW is to its host: parameter groups, a state bound to the host's flat buffers, saved and loaded."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leap_dist.config.leap import LeapConfig
+from leap_dist.config.sections import LEARNING_RATE, WEIGHT_DECAY
+from leap_dist.core import host_state
+from leap_dist.core.communicator import Communicator
+from leap_dist.core.fragments import Fragment
+from leap_dist.core.gate_values import GateValues
+from leap_dist.core.gates import GatePlan
+from leap_dist.core.gating import EXP_AVG, EXP_AVG_SQ, Gating, make_states
+from leap_dist.core.level import Level
+from leap_dist.core.loaded import Loaded
+from leap_dist.core.masks import Masks
+from leap_dist.core.phases import Phase, Schedule
+from leap_dist.core.rates import Rates
+from leap_dist.core.stopwatch import Stopwatch
+from leap_dist.errors import UserError
+
+GATED = "leap_gated"  # key of a parameter group: True for the one that holds the gated tensors
+
+
+class HostedOptimizer(torch.optim.Optimizer):
+    """The state of LeapAdamW, without its step.
+
+    params: parameter groups; at most one carries `leap_gated: True` and holds the gated tensors, in whatever shards.
+    Its key `no_decay` names gated tensors without weight decay. As in torch, parameters may be (name, parameter) pairs:
+    `hosted` has them by name, also when the host has put shards in their place. `bind` must be called before the first
+    step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        plan: GatePlan,
+        config: LeapConfig,
+        lr: float = LEARNING_RATE,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = WEIGHT_DECAY,
+    ) -> None:
+        if config.total_steps is None:
+            raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, GATED: False}
+        super().__init__(params, defaults)
+        self.hosted: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            self.hosted |= zip(group.pop("param_names", ()), group["params"], strict=False)
+            group["base_lr"] = group["lr"]
+            group["no_decay"] = sorted(group.get("no_decay", ()))
+        self.plan = plan
+        self.config = config
+        self.schedule = Schedule(config.total_steps, config.dense_fraction, config.settle_fraction, config.target)
+        self.num_steps = 0
+        self.num_left_out = 0
+        self.check_gradient = False  # whether step() looks if the gradient is finite; under ZeRO DeepSpeed has
+        self.level = Level(plan, config, self.schedule)
+        self.rates = Rates(plan, config, self.schedule)
+        self._gating: Gating | None = None
+        self.communicator = Communicator()
+        self._early: tuple[list[Tensor], Mapping[str, Any]] | None = None  # a state_dict loaded before `bind`
+
+    @torch.no_grad()
+    def bind(
+        self,
+        fragments: Sequence[Fragment],
+        communicator: Communicator,
+        copies: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Tell which parts of which tensors this rank's flat buffers hold, and make the whole state.
+
+        copies: for each flat buffer that the host copies after a step, what forward passes read, in its shape.
+
+        Raises UserError if the target is below what one unit in every gate keeps.
+        """
+        self.fragments = fragments
+        make_states(self.plan, fragments, self.state)
+        no_decay = {name for group in self.param_groups if group[GATED] for name in group["no_decay"]}
+        self.communicator = communicator
+        if fragments:
+            communicator.stopwatch = Stopwatch(fragments[0].flat.device)
+        device = fragments[0].flat.device if fragments else torch.device("cpu")
+        values = GateValues(self.plan, communicator, device, (EXP_AVG, EXP_AVG_SQ))
+        self._gating = Gating(self.plan, fragments, values, self.state, communicator, no_decay)
+        self.masks = Masks(self._gating)
+        self.level.bind(self._gating, self.masks)
+        self._loaded = Loaded(self._gating, fragments, copies)
+        self._started = False
+        if self._early is not None:
+            host_state.restore(self, *self._early)
+            self._early, self._started = None, True
+
+    def states_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """The state tensors of a fragment's flat buffer, each of its shape."""
+        values = self.gating.values
+        return values.state if flat is values.flat else self.state[flat]
+
+    @property
+    def bound(self) -> bool:
+        """Whether `bind` was called."""
+        return self._gating is not None
+
+    @property
+    def gating(self) -> Gating:
+        """The gates over this rank's fragments."""
+        assert self._gating is not None, "LeapAdamW.bind comes before the first step"
+        return self._gating
+
+    @property
+    def settled(self) -> bool:
+        """Whether the density is exact and the masks are frozen."""
+        return self.level.settled
+
+    @property
+    def kept_units(self) -> list[int]:
+        """Of every gate, by the masks in place."""
+        return self.level.kept_units
+
+    @property
+    def kept_weights(self) -> int:
+        """Prunable weights that the masks in place keep."""
+        return self.level.kept_weights
+
+    @property
+    def density(self) -> float:
+        """Kept prunable weights / prunable weights, of the masks in place."""
+        return self.level.density
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the step that comes next."""
+        return "settle" if self.settled else self.schedule.phase(self.num_steps)
+
+    # Checkpoints of the host
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with an entry "leap" for what is in no tensor of a parameter; of this rank's shards."""
+        saved = super().state_dict()
+        return saved if self._gating is None else {**saved, host_state.LEAP: host_state.entry(self)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Copy what `state_dict` gave, at the same number of ranks and ZeRO stage, into the bound tensors; before
+        `bind` it is kept until then. The hosted weights are the host's to load.
+
+        Raises UserError, with nothing changed, if it is of another optimizer, config, model or sharding.
+        """
+        flats = [flat for group in self.param_groups for flat in group["params"]]
+        if self._gating is None:
+            self._early = flats, state_dict
+        else:
+            host_state.restore(self, flats, state_dict)
+            self._started = True
+
+    # Our own checkpoints: tensors are the optimizer's state, the rest is this
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint has to hold besides tensors, JSON-able."""
+        return {"num_steps": self.num_steps, **self.level.progress()}
+
+    @torch.no_grad()
+    def load_progress(self, saved: Mapping[str, Any]) -> None:
+        """Go on from `progress()`, after the state's tensors were put in place. Collective."""
+        self.num_steps, self._started = saved["num_steps"], True
+        for state in self.state.values():
+            state["step"] = self.num_steps
+        self.level.load_progress(saved)
