@@ -64,12 +64,12 @@ def main() -> int:
     """Parse, measure, report; the exit code."""
     arguments = parse_arguments()
     try:
+        from leap_dist.bench.printing import print_result
         from leap_dist.bench.processes import stdout_to_stderr
-        from leap_dist.bench.report import print_report
 
         with stdout_to_stderr():
             result = measure(arguments)
-        print(json.dumps(result, indent=2)) if arguments.json else print_report(result)
+        print(json.dumps(result, indent=2)) if arguments.json else print_result(result)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

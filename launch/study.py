@@ -30,22 +30,22 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         from leap_dist.console import console, summary_table
-        from leap_dist.files import reporting
+        from leap_dist.files import warn_if_unwritten
         from leap_dist.sweep.grid import expand
-        from leap_dist.sweep.study import read_study, rows, run_study, show, summarize
+        from leap_dist.sweep.study import read_study, run_study, summarize, table_lines, write_pictures
 
         if arguments.workers < 1:
             raise UserError(f"--workers: got {arguments.workers}; allowed: an integer >= 1")
         study = read_study(arguments.study)
         output = arguments.output or Path("outputs") / arguments.study.stem
         script = Path(__file__).resolve().with_name("prune.py")
-        told = lambda text: console().print(text, markup=False, soft_wrap=True)  # noqa: E731
-        cells = run_study(study, output, script, arguments.workers, told)
+        say = lambda text: console().print(text, markup=False, soft_wrap=True)  # noqa: E731
+        cells = run_study(study, output, script, arguments.workers, say)
         if cells:
             points = summarize(cells, study.metric)
-            summary_table(rows(points), title=f"{arguments.study.stem}: {study.metric or 'the main metric'}")
-            with reporting(output / "report.html", told):
-                told(f"pictures and page: {', '.join(map(str, show(cells, points, study.metric, output)))}")
+            summary_table(table_lines(points), title=f"{arguments.study.stem}: {study.metric or 'the main metric'}")
+            with warn_if_unwritten(output / "report.html", say):
+                say(f"pictures and page: {', '.join(map(str, write_pictures(cells, points, study.metric, output)))}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -57,11 +57,11 @@ def summary_table(rows: Sequence[Mapping[str, str | float]], title: str | None =
         number = all(not isinstance(row.get(name, 0.0), str) for row in rows)
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(cell(row.get(name, "")) for name in names))
+        table.add_row(*(short_number(row.get(name, "")) for name in names))
     console().print(table, markup=False)
 
 
-def cell(value: str | float) -> str:
+def short_number(value: str | float) -> str:
     """Text as it is, integers in full, other numbers with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

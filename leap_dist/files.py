@@ -63,12 +63,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def reporting(path: Path, told: Callable[[str], None]) -> Iterator[None]:
+def warn_if_unwritten(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """A block that writes what only reports of finished work: where the disk does not take it, that is said."""
     try:
         yield
     except OSError as error:
-        told(
+        say(
             f"warning: {path} could not be written: {error.strerror or error}; make room, and the same command makes it"
         )
 

@@ -90,7 +90,7 @@ class Memory:
         return weights + (self.gradients if "state" in offloads else self.total - self.weights)
 
 
-def parameter_groups(model: nn.Module, plan: GatePlan | None) -> list[list[int]]:
+def group_sizes(model: nn.Module, plan: GatePlan | None) -> list[list[int]]:
     """Sizes of the trained parameters, in the engine's groups: gated, matrices, vectors."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     covers = plan.covers if plan else {}
@@ -102,7 +102,7 @@ def parameter_groups(model: nn.Module, plan: GatePlan | None) -> list[list[int]]
 
 def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting) -> Memory:
     """Bytes that one rank holds; without a plan, of the same job with dense AdamW."""
-    groups = parameter_groups(model, plan)
+    groups = group_sizes(model, plan)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     numel, shard = sum(map(sum, groups)), sum(map(hosting.shard, groups))
     if hosting.stage == 3:
@@ -154,7 +154,7 @@ def engine_traffic(model: nn.Module, hosting: Hosting) -> list[Traffic]:
     """DeepSpeed's own, with dense AdamW: gradients reduced, weights gathered. Counts are of full buckets."""
     if hosting.ranks == 1:
         return []
-    sizes = [size for group in parameter_groups(model, None) for size in group]
+    sizes = [size for group in group_sizes(model, None) for size in group]
     numel, accumulation = sum(sizes), hosting.accumulation if hosting.stage >= 2 else 1
     reduced = Traffic(
         "gradients reduced", accumulation * -(-numel // hosting.reduce_bucket), accumulation * numel * hosting.width

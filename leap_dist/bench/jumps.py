@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from leap_dist.core.communicator import Communicator
-from leap_dist.core.digits import Runs
+from leap_dist.core.digits import ScoreRuns
 from leap_dist.core.select import Selector
 
 NUM_GATES = 126  # the linear matrices of a decoder with 18 layers
@@ -65,7 +65,7 @@ class _Gates:
         self._scores, self._drift = scores, drift
         self._size = len(scores) // NUM_GATES
         table = torch.tensor([[gate * self._size, self._size, gate, gate] for gate in range(NUM_GATES)])
-        self._run = Runs(scores, torch.ones_like(scores, dtype=torch.bool), table)
+        self._run = ScoreRuns(scores, torch.ones_like(scores, dtype=torch.bool), table)
         self._selector = self._new()
 
     def _new(self) -> Selector:

@@ -100,7 +100,7 @@ def variants(setting: Setting) -> tuple[dict[str, Callable[[], Any]], list[str]]
     named = ModelConfig(name=setting.model) if setting.model else ModelConfig(from_config=TINY)
     model = load_model(named, empty_task(TASK)).eval()  # no dropout: all variants see the same work
     batch = random_batch(model, setting)
-    config = engine_config(setting.stage, setting.batch)
+    config = deepspeed_keys(setting.stage, setting.batch)
     notes: list[str] = []
     steps: dict[str, Callable[[], Any]] = {}
     for name, fused in ((DENSE, False), (DENSE_FUSED, True)):
@@ -121,7 +121,7 @@ def variants(setting: Setting) -> tuple[dict[str, Callable[[], Any]], list[str]]
     return steps, notes
 
 
-def engine_config(stage: int, batch: int) -> dict[str, Any]:
+def deepspeed_keys(stage: int, batch: int) -> dict[str, Any]:
     """DeepSpeed's keys."""
     zero = {"stage": stage}
     return {
@@ -219,7 +219,7 @@ def check_against_oracle(gates: list[str], stage: int) -> float:
     vectors = [name for name, p in model.named_parameters() if p.dim() < 2]
     oracle = Oracle(copy.deepcopy(model), plan, config, lr=CHECK_LR, no_decay=vectors, max_norm=MAX_NORM)
     section = {"leap": config.model_dump(mode="json"), "train": {"learning_rate": CHECK_LR}}
-    engine, *_ = leap_dist.initialize(model=model, config={**engine_config(stage, 8), **section})
+    engine, *_ = leap_dist.initialize(model=model, config={**deepspeed_keys(stage, 8), **section})
     for batch in batches:
         oracle.step(partial(loss_of, batch))
         engine_step(engine, {name: values.to(engine.device) for name, values in batch.items()})

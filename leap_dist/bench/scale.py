@@ -16,7 +16,7 @@ import torch
 import leap_dist
 from leap_dist.bench.budget import Hosting, engine_traffic, leap_traffic, total
 from leap_dist.bench.forecast import Forecast, empty_task, forecast
-from leap_dist.bench.overhead import TASK, TINY, engine_config, engine_step
+from leap_dist.bench.overhead import TASK, TINY, deepspeed_keys, engine_step
 from leap_dist.bench.processes import on_ranks
 from leap_dist.config.job_file import parse_job
 from leap_dist.config.sections import ModelConfig
@@ -59,7 +59,7 @@ TOLERANCE = 0.01  # relative, of modelled bytes
 def bench_scale(counted: Sequence[int] = COUNTED) -> dict[str, Any]:
     """Counted against modelled on real ranks, then the model's answers; JSON-able. RuntimeError where they disagree."""
     where = machine()
-    rows = [row for ranks in counted for row in on_ranks(ranks, count)[0]]
+    rows = [row for ranks in counted for row in on_ranks(ranks, count_traffic)[0]]
     check_model(rows)
     jobs = {name: _job(BERT_BASE, gates, half=True) for name, gates in GATES.items()}
     ratios = {name: _ratio(job.at(ranks=2)) for name, job in jobs.items()}
@@ -83,7 +83,7 @@ def _verdict(gates: str, ratio: float) -> str:
 # ---------------------------------------------------------------------------------------------- counted
 
 
-def count() -> list[dict[str, Any]]:
+def count_traffic() -> list[dict[str, Any]]:
     """On every rank: what real engines on a tiny model hand to collectives in a step and hold, beside the model."""
     return [_count_gates(name, gates) for name, gates in GATES.items()]
 
@@ -92,7 +92,7 @@ def _count_gates(name: str, gates: list[str]) -> dict[str, Any]:
     torch.manual_seed(0)
     ranks = torch.distributed.get_world_size()
     model = load_model(ModelConfig(from_config=TINY), empty_task(TASK))
-    config = engine_config(STAGE, batch=4) | {"leap": {**LEAP, "gates": gates}, "train": {"learning_rate": 1e-4}}
+    config = deepspeed_keys(STAGE, batch=4) | {"leap": {**LEAP, "gates": gates}, "train": {"learning_rate": 1e-4}}
     engine, *_ = leap_dist.initialize(model=model, config=config)
     ids = torch.randint(2, TINY["vocab_size"], (4, 16), device=engine.device)
     batch = {"input_ids": ids, "labels": torch.zeros(4, dtype=torch.long, device=engine.device)}
@@ -119,7 +119,7 @@ def _count_gates(name: str, gates: list[str]) -> dict[str, Any]:
 
 def sent_by(engine: Any) -> tuple[int, int]:
     """(collectives, bytes) that LEAP used in the last step, as its communicator counted them."""
-    report = engine.leap.report()
+    report = engine.leap.measures()
     return int(report["leap_collectives"]), int(report["leap_bytes_communicated"])
 
 
@@ -186,7 +186,7 @@ def _job(name: str, gates: list[str], half: bool) -> Forecast:
 def forecast_of(model: dict[str, Any], gates: list[str], half: bool) -> Forecast:
     """The forecast on one rank of a model by its config object."""
     job = {
-        **engine_config(STAGE, batch=1),
+        **deepspeed_keys(STAGE, batch=1),
         "bf16": {"enabled": half},
         "model": {"from_config": model},
         "data": {"task": TASK},

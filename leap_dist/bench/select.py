@@ -18,7 +18,7 @@ from torch import Tensor
 
 from leap_dist.bench.jumps import bench_jumps
 from leap_dist.core.communicator import Communicator
-from leap_dist.core.digits import Runs
+from leap_dist.core.digits import ScoreRuns
 from leap_dist.core.select import Selector
 from leap_dist.machine import machine
 
@@ -118,7 +118,7 @@ def select(selector: Selector, scores: Tensor, keep: int) -> Tensor:
     """The mask of the `keep` largest scores, as the optimizer makes it."""
     mask = torch.empty_like(scores, dtype=torch.bool)
     table = torch.tensor([[0, scores.numel(), 0, 0]])
-    selector.masks_([Runs(scores, mask, table)], [keep])
+    selector.masks_([ScoreRuns(scores, mask, table)], [keep])
     return mask
 
 

@@ -170,8 +170,8 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
         error, self._error, self._thread = self._error, None, None
-        told = None if error is None else _words(error)
-        found = [words for words in self._ranks.gather_objects(told) if words is not None]
+        words = None if error is None else _words(error)
+        found = [said for said in self._ranks.gather_objects(words) if said is not None]
         if found and self._ranks.first and self._final is not None:  # the last of the others has ended
             shutil.rmtree(folders.partial_of(self._final), ignore_errors=True)
         if not found:
@@ -186,16 +186,16 @@ class Checkpoints:
         """How this rank reads a checkpoint, if all ranks can; else what is damaged. Raises UserError on all ranks."""
         plan, damage, wrong = None, None, None
         try:
-            plan = elastic.plan(checkpoint, engine, self._ranks)
+            plan = elastic.plan_restoring(checkpoint, engine, self._ranks)
         except (Damaged, OSError) as error:
             damage = str(error)
         except UserError as error:
             wrong = str(error)
-        told = self._ranks.gather_objects((damage, wrong))
-        for _, words in told:
+        everyone = self._ranks.gather_objects((damage, wrong))
+        for _, words in everyone:
             if words is not None:
                 raise UserError(words)
-        damages = [words for words, _ in told if words is not None]
+        damages = [words for words, _ in everyone if words is not None]
         return (None, damages[0]) if damages else (plan, "")
 
 

@@ -50,14 +50,14 @@ class Restoring:
                     piece.target.copy_(file.get_slice(piece.key)[piece.first : piece.last])
 
 
-def plan(checkpoint: Path, engine: Any, ranks: Ranks) -> Restoring:
+def plan_restoring(checkpoint: Path, engine: Any, ranks: Ranks) -> Restoring:
     """How this rank reads a checkpoint. Raises Damaged or OSError; UserError if it does not fit the engine."""
     manifest = read_manifest(checkpoint)
     _check_fits(checkpoint, manifest, engine)
     runs = _runs_by_tensor(manifest)
     pieces: dict[Path, list[Piece]] = {}
     for fragment in all_fragments(engine):
-        for name, first, offset, length in overlaps(fragment, runs):
+        for name, first, offset, length in runs_under(fragment, runs):
             for key, view in fragment_states(engine, fragment):
                 piece = Piece(f"{fragment.tensor}/{key}", first, first + length, view[offset : offset + length])
                 pieces.setdefault(checkpoint / name, []).append(piece)
@@ -69,7 +69,9 @@ def plan(checkpoint: Path, engine: Any, ranks: Ranks) -> Restoring:
     return Restoring(manifest, pieces, _random_of(own) if same_ranks else {})
 
 
-def overlaps(fragment: Fragment, runs: Mapping[str, list[tuple[int, int, str]]]) -> Iterator[tuple[str, int, int, int]]:
+def runs_under(
+    fragment: Fragment, runs: Mapping[str, list[tuple[int, int, str]]]
+) -> Iterator[tuple[str, int, int, int]]:
     """(file, first element in its run, first element in the fragment, number) of all that makes up a fragment.
 
     runs: (first element, number, file) of every stored run of each tensor, in order. Raises Damaged for a gap.

@@ -93,7 +93,7 @@ def engine_state(engine: Any) -> EngineState:
     assert engine.micro_steps % accumulation == 0, "a checkpoint is taken between optimizer steps"
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return EngineState(
-        leap=LeapState(**_with_tuples(engine.leap.progress())),
+        leap=LeapState(**_with_tuples(engine.leap.plain_state())),
         lr=tuple(float(group["lr"]) for group in engine.leap.param_groups),
         scheduler=scheduler_state(engine),
         scaler={name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
@@ -112,7 +112,7 @@ def scheduler_state(engine: Any) -> dict[str, Any] | None:
 
 def restore_engine(engine: Any, state: EngineState) -> None:
     """Go on from `engine_state()`, after the states of all fragments were put in place. Collective."""
-    engine.leap.load_progress(state.leap.model_dump())
+    engine.leap.load_plain_state(state.leap.model_dump())
     write_(engine.leap.gating)
     for group, lr in zip(engine.leap.param_groups, state.lr, strict=True):
         group["lr"] = lr

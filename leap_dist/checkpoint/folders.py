@@ -28,7 +28,7 @@ from leap_dist.checkpoint.manifest import (
     Manifest,
     file_name,
     read_manifest,
-    sealed,
+    with_checksum,
 )
 from leap_dist.errors import UserError
 
@@ -138,10 +138,10 @@ def await_parts(final: Path, world_size: int) -> dict[str, FileEntry]:
         for rank in set(range(world_size)) - found.keys():
             record = _record(final, rank)
             if record.is_file():
-                told = json.loads(record.read_text("utf-8"))
-                if "error" in told:
-                    raise CheckpointError(told["error"])
-                found[rank] = FileEntry.model_validate_json(json.dumps(told))
+                content = json.loads(record.read_text("utf-8"))
+                if "error" in content:
+                    raise CheckpointError(content["error"])
+                found[rank] = FileEntry.model_validate_json(json.dumps(content))
                 record.unlink()
         if len(found) == world_size:
             return {file_name(rank): found[rank] for rank in range(world_size)}
@@ -156,7 +156,7 @@ def await_parts(final: Path, world_size: int) -> dict[str, FileEntry]:
 
 def complete(final: Path, manifest: Manifest, keep: int) -> None:
     """Write the manifest, give the folder its name, and remove checkpoints that are not kept. On the first rank."""
-    text = sealed(manifest.model_dump())
+    text = with_checksum(manifest.model_dump())
     if len(text) > LARGEST:
         raise CheckpointError(
             f"{final} could not be written: its manifest would have {len(text)} bytes; allowed: at most {LARGEST}; use "
@@ -169,13 +169,13 @@ def complete(final: Path, manifest: Manifest, keep: int) -> None:
             os.fsync(file.fileno())
         _sync(partial_of(final))
         _put_in_place(final)
-        for path in set(checkpoints_in(final.parent)) - kept(final, keep):
+        for path in set(checkpoints_in(final.parent)) - kept_checkpoints(final, keep):
             shutil.rmtree(path)
     except OSError as error:
         raise CheckpointError(explain(error, final, f"its manifest takes {len(text) / 1e6:.4g} MB")) from error
 
 
-def kept(final: Path, keep: int) -> set[Path]:
+def kept_checkpoints(final: Path, keep: int) -> set[Path]:
     """Of the checkpoints up to `final` the `keep` latest and the one with the highest score.
 
     Later ones are what a run left that had to go back to before them.
@@ -209,10 +209,10 @@ def _record(final: Path, rank: int) -> Path:
     return partial_of(final) / f"rank-{rank:05d}.json"
 
 
-def _write_record(final: Path, rank: int, told: Mapping[str, object]) -> None:
+def _write_record(final: Path, rank: int, content: Mapping[str, object]) -> None:
     record = _record(final, rank)
     aside = record.with_suffix(".aside")
-    aside.write_text(json.dumps(told), "utf-8")
+    aside.write_text(json.dumps(content), "utf-8")
     aside.rename(record)
 
 

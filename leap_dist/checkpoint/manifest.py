@@ -29,20 +29,20 @@ class Damaged(Exception):
     """A checkpoint that is not what was written, or not all of it: an older one is used in its place."""
 
 
-class Stored(BaseModel):
+class ManifestPart(BaseModel):
     """A part of the manifest. Numbers may be infinite or NaN, as those of a run may be."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class TensorEntry(Stored):
+class TensorEntry(ManifestPart):
     """A tensor of the model: its number of elements, and the dtype of each of its states."""
 
     numel: Count
     states: dict[str, Literal["F32", "BOOL"]]
 
 
-class FileEntry(Stored):
+class FileEntry(ManifestPart):
     """One rank's file: what it must be, and the run (first element, number) that it holds of each tensor's states."""
 
     size: Count
@@ -50,8 +50,8 @@ class FileEntry(Stored):
     runs: dict[str, tuple[Count, Annotated[int, Field(ge=1, le=2**53)]]]
 
 
-class LeapState(Stored):
-    """`LeapAdamW.progress()`."""
+class LeapState(ManifestPart):
+    """`LeapAdamW.plain_state()`."""
 
     num_steps: Count
     settled: bool
@@ -63,7 +63,7 @@ class LeapState(Stored):
     task_size: float
 
 
-class EngineState(Stored):
+class EngineState(ManifestPart):
     """Counters and schedules of an engine, outside tensors. `updates` counts calls of step() that ended an update."""
 
     leap: LeapState
@@ -76,7 +76,7 @@ class EngineState(Stored):
     skipped_steps: Count
 
 
-class Manifest(Stored):
+class Manifest(ManifestPart):
     """The contents of manifest.json. gates: (name, number of units); score: of the model, higher is better."""
 
     format: Literal[2] = FORMAT
@@ -94,7 +94,7 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def sealed(body: Mapping[str, Any]) -> bytes:
+def with_checksum(body: Mapping[str, Any]) -> bytes:
     """A manifest's JSON text with its checksum."""
     return json.dumps({**body, "sha256": _checksum(body)}).encode()
 

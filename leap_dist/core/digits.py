@@ -23,7 +23,7 @@ LOWEST, HIGHEST = to_keys(torch.tensor([-math.inf, math.inf])).tolist()
 
 
 @dataclass(frozen=True)
-class Runs:
+class ScoreRuns:
     """Runs of scores in one flat buffer, fp32, and the bool buffer of its shape that their mask goes to.
 
     table: rows (offset, length, gate, place), see ops/reference.py. `place` numbers the fragments of all gates on all
@@ -71,8 +71,8 @@ class Cuts(NamedTuple):
     equal: Tensor
 
 
-class Counter:
-    """Counts of units, summed over the ranks, in half the bytes where they allow it."""
+class RankSum:
+    """Sums counts of units over the ranks, in half the bytes where they allow it."""
 
     def __init__(self, num_units: Sequence[int], communicator: Communicator) -> None:
         self._dtype = torch.int32 if max(num_units, default=0) < 2**31 else torch.int64
@@ -91,15 +91,15 @@ def count_digits(taken: Sequence[Taken], keys: Keys, prefix: Tensor, shift: int)
     return total
 
 
-def narrow(taken: Sequence[Taken], keys: Keys, cuts: Cuts, shifts: Iterable[int], counter: Counter) -> Cuts:
+def narrow(taken: Sequence[Taken], keys: Keys, cuts: Cuts, shifts: Iterable[int], rank_sum: RankSum) -> Cuts:
     """The cuts with the digits at these shifts. One all-reduce for each."""
     for shift in shifts:
         histogram = count_digits(taken, keys, cuts.keys >> (shift + DIGIT_BITS), shift)
-        cuts = choose(counter.sum(histogram), cuts, shift)
+        cuts = choose_digit(rank_sum.sum(histogram), cuts, shift)
     return cuts
 
 
-def choose(histogram: Tensor, cuts: Cuts, shift: int) -> Cuts:
+def choose_digit(histogram: Tensor, cuts: Cuts, shift: int) -> Cuts:
     """The cuts with the digit that holds the need-th largest key; histogram: (G, digits)."""
     at_least = histogram.flip(1).cumsum(1).flip(1)  # keys with this digit or a larger one
     digit = ((at_least >= cuts.need[:, None]).sum(1) - 1).clamp(min=0)

@@ -15,12 +15,12 @@ from leap_dist.errors import UserError
 LEAP = "leap"
 
 
-def entry(optimizer: Any) -> dict[str, Any]:
+def leap_entry(optimizer: Any) -> dict[str, Any]:
     """The entry, of plain values and tensors."""
     values = optimizer.gating.values
     return {
         "of": made_by(optimizer),
-        "progress": optimizer.progress(),
+        "progress": optimizer.plain_state(),
         "num_left_out": optimizer.num_left_out,
         "unit_mask": optimizer.gating.unit_mask,
         "values": {"value": values.flat, **values.state},
@@ -59,7 +59,7 @@ def restore(optimizer: Any, flats: Sequence[Tensor], saved: Mapping[str, Any]) -
     for group, loaded in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in loaded.items() if key != "params"})
     optimizer.num_steps, optimizer.num_left_out = saved[LEAP]["progress"]["num_steps"], saved[LEAP]["num_left_out"]
-    optimizer.level.take_progress(saved[LEAP]["progress"])
+    optimizer.level.take_plain_state(saved[LEAP]["progress"])
 
 
 def _check(optimizer: Any, saved: Mapping[str, Any]) -> None:

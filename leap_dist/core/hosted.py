@@ -142,7 +142,7 @@ class HostedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with an entry "leap" for what is in no tensor of a parameter; of this rank's shards."""
         saved = super().state_dict()
-        return saved if self._gating is None else {**saved, host_state.LEAP: host_state.entry(self)}
+        return saved if self._gating is None else {**saved, host_state.LEAP: host_state.leap_entry(self)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -160,14 +160,14 @@ class HostedOptimizer(torch.optim.Optimizer):
 
     # Our own checkpoints: tensors are the optimizer's state, the rest is this
 
-    def progress(self) -> dict[str, Any]:
+    def plain_state(self) -> dict[str, Any]:
         """What a checkpoint has to hold besides tensors, JSON-able."""
-        return {"num_steps": self.num_steps, **self.level.progress()}
+        return {"num_steps": self.num_steps, **self.level.plain_state()}
 
     @torch.no_grad()
-    def load_progress(self, saved: Mapping[str, Any]) -> None:
-        """Go on from `progress()`, after the state's tensors were put in place. Collective."""
+    def load_plain_state(self, saved: Mapping[str, Any]) -> None:
+        """Continue from `plain_state()`, after the state's tensors were put in place. Collective."""
         self.num_steps, self._started = saved["num_steps"], True
         for state in self.state.values():
             state["step"] = self.num_steps
-        self.level.load_progress(saved)
+        self.level.load_plain_state(saved)

@@ -185,7 +185,7 @@ class Level:
 
     # Checkpoints
 
-    def progress(self) -> dict[str, Any]:
+    def plain_state(self) -> dict[str, Any]:
         """What a checkpoint has to hold of the level, JSON-able."""
         return {
             "settled": self.settled,
@@ -197,15 +197,15 @@ class Level:
             "task_size": self.task_size.mean_square,
         }
 
-    def load_progress(self, saved: Mapping[str, Any]) -> None:
-        """Go on from `progress()`, after the scores were put in place: the masks follow from them. Collective."""
-        self.take_progress(saved)
+    def load_plain_state(self, saved: Mapping[str, Any]) -> None:
+        """Continue from `plain_state()`, after the scores were put in place: the masks follow from them. Collective."""
+        self.take_plain_state(saved)
         if self._made is not None:
             self._masks.make(self._made)
             self._masks.note_flips()
 
-    def take_progress(self, saved: Mapping[str, Any]) -> None:
-        """Go on from `progress()`, after scores and masks were put in place. Local."""
+    def take_plain_state(self, saved: Mapping[str, Any]) -> None:
+        """Continue from `plain_state()`, after scores and masks were put in place. Local."""
         self.settled, self.calibration = saved["settled"], saved["calibration"]
         self.regulariser, self.task_size.mean_square = dict(saved["regulariser"]), saved["task_size"]
         self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]

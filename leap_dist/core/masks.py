@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leap_dist.core.digits import Runs
+from leap_dist.core.digits import ScoreRuns
 from leap_dist.core.flips import Flips
 from leap_dist.core.gating import MASK, SCORE, Gating, state_keys
 from leap_dist.core.pattern import PatternRun, PatternSelector
@@ -111,7 +111,7 @@ class Masks:
             total += torch.count_nonzero(mask)
         return int(self._communicator.sum_(total).item())
 
-    def _selection(self) -> tuple[list[Runs], list[int]]:
+    def _selection(self) -> tuple[list[ScoreRuns], list[int]]:
         """The local runs of scores, and the gate of every run of all ranks, by place."""
         local = list(_ranked_runs(self._gating))
         everywhere = self._communicator.gather([(run.gate, run.first) for run in local])
@@ -126,7 +126,7 @@ class Masks:
         for runs in buffers.values():
             rows = [(run.offset, run.length, number[run.gate], order[run.gate, run.first]) for run in runs]
             scores, mask = runs[0].scores.detach().view(-1), runs[0].mask.view(-1)
-            made.append(Runs(scores, mask, run_table(rows, size).to(device)))
+            made.append(ScoreRuns(scores, mask, run_table(rows, size).to(device)))
         return made, [number[gate] for gate, _ in places]
 
 

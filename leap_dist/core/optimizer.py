@@ -124,7 +124,7 @@ class LeapAdamW(HostedOptimizer):
             write_(self.gating)
 
     @torch.no_grad()
-    def report(self) -> dict[str, float]:
+    def measures(self) -> dict[str, float]:
         """What to log of this step: density, scheduled level, R, keep ratios over gates, lambda; and its cost here.
 
         mask_flips: prunable weights whose mask is another than at the last report. The cost is this rank's, of the

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
-from leap_dist.core.digits import HIGHEST, LOWEST, Runs
+from leap_dist.core.digits import HIGHEST, LOWEST, ScoreRuns
 from leap_dist.ops.reference import GATE, LENGTH, OFFSET, PLACE, to_keys
 
 SAMPLE, SHARE = 1 << 12, 8  # a gate is sampled with about so many scores, and 1 in so many where it has few
@@ -31,7 +31,7 @@ class Sampler:
         self._communicator, self._device = communicator, device
         self._generator = torch.Generator(device).manual_seed(0)
 
-    def aim(self, runs: Sequence[Runs], keep: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+    def aim(self, runs: Sequence[ScoreRuns], keep: Mapping[int, int]) -> dict[int, tuple[int, int]]:
         """The lowest and highest key that are expected of the cuts of these gates. Two all-reduces if there are any."""
         if not keep:
             return {}
@@ -61,7 +61,7 @@ class Sampler:
         low, high = to_keys(sample.sort(descending=True).values[ranks]).tolist()
         return low if below <= drawn else LOWEST, high if above >= 1 else HIGHEST
 
-    def _draw(self, run: Runs, gates: Mapping[int, int]) -> Iterator[tuple[int, Tensor]]:
+    def _draw(self, run: ScoreRuns, gates: Mapping[int, int]) -> Iterator[tuple[int, Tensor]]:
         """(place, drawn scores) of the fragments of these gates in one buffer."""
         for offset, length, gate, place in _fragments(run.table):
             if gate in gates:

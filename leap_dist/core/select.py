@@ -32,10 +32,10 @@ from leap_dist.core.digits import (
     NUM_PASSES,
     REST,
     SHIFTS,
-    Counter,
     Cuts,
     Keys,
-    Runs,
+    RankSum,
+    ScoreRuns,
     Taken,
     narrow,
     to_scores,
@@ -80,12 +80,12 @@ class Selector:
         self._device = device or torch.device("cpu")
         self._fragment_gates = torch.tensor(fragment_gates, dtype=torch.int64, device=self._device)
         self._communicator = communicator
-        self._counter = Counter(num_units, communicator)
+        self._rank_sum = RankSum(num_units, communicator)
         self._sampler = Sampler(num_units, fragment_gates, communicator, self._device)
         self._brackets = [Bracket() for _ in num_units]
         self._keep = list(num_units)  # the kept counts of the last call
 
-    def masks_(self, runs: Sequence[Runs], keep: Sequence[int]) -> None:
+    def masks_(self, runs: Sequence[ScoreRuns], keep: Sequence[int]) -> None:
         """Write the mask of every run; `keep`: the kept count of every gate.
 
         Raises FloatingPointError if NaN among a gate's scores leaves no cut.
@@ -108,7 +108,7 @@ class Selector:
                 self._brackets[gate] = Bracket()
         self._keep = list(keep)
 
-    def _bracket(self, runs: Sequence[Runs], hunts: Sequence[Hunt]) -> list[Tensor]:
+    def _bracket(self, runs: Sequence[ScoreRuns], hunts: Sequence[Hunt]) -> list[Tensor]:
         """Narrow every hunt until it is done; of every row of the runs, how many scores were last counted inside."""
         inside = [torch.zeros(len(run.table), dtype=torch.int64, device=self._device) for run in runs]
         while pending := [gate for gate, hunt in enumerate(hunts) if not hunt.done]:
@@ -121,14 +121,16 @@ class Selector:
                 counts = dispatch.count_inside(table, run.scores, bracket)
                 own[rows] = counts[:, 1]
                 total.index_add_(0, table[:, GATE], counts)
-            counted = self._counter.sum(total).tolist()
+            counted = self._rank_sum.sum(total).tolist()
             for gate, (low, high) in edges.items():
                 hunts[gate].learn(low, high, *counted[gate])
             if lost := [gate for gate, hunt in enumerate(hunts) if hunt.broken]:
                 raise FloatingPointError(f"the scores of gates {lost} hold NaN")
         return inside
 
-    def _edges(self, runs: Sequence[Runs], hunts: Sequence[Hunt], pending: Sequence[int]) -> dict[int, tuple[int, int]]:
+    def _edges(
+        self, runs: Sequence[ScoreRuns], hunts: Sequence[Hunt], pending: Sequence[int]
+    ) -> dict[int, tuple[int, int]]:
         """Keys between which the scores of every pending gate are counted next."""
         expected = torch.tensor([bracket.edges for bracket in self._brackets], dtype=torch.float32).view(-1, 2)
         keys = to_keys(expected).tolist()
@@ -150,7 +152,7 @@ class Selector:
         return found
 
     def _find(
-        self, runs: Sequence[Runs], hunts: Sequence[Hunt], inside: Sequence[Tensor]
+        self, runs: Sequence[ScoreRuns], hunts: Sequence[Hunt], inside: Sequence[Tensor]
     ) -> tuple[list[float], dict[int, int]]:
         """The cut of every gate; and of the gates whose cut parts equal scores, how many of these are kept."""
         edges = [(hunt.low, hunt.high) for hunt in hunts]
@@ -160,11 +162,11 @@ class Selector:
         if searched:
             keys, taken = Keys.between(edges, self._device), self._take(runs, edges, searched, inside)
             counts = torch.tensor([need, equal]).to(self._device, non_blocking=True)
-            cuts = narrow(taken, keys, Cuts(torch.zeros_like(keys.base), *counts), SHIFTS[:-REST], self._counter)
+            cuts = narrow(taken, keys, Cuts(torch.zeros_like(keys.base), *counts), SHIFTS[:-REST], self._rank_sum)
             read = _read_back(keys, cuts)
             wide = [(high - low).bit_length() > KNOWN_BITS for low, high in edges]
             if any(wide[gate] and read[1][gate] < read[2][gate] for gate in searched):
-                cuts = narrow(taken, keys, cuts, SHIFTS[-REST:], self._counter)
+                cuts = narrow(taken, keys, cuts, SHIFTS[-REST:], self._rank_sum)
                 read = _read_back(keys, cuts)
             for gate in searched:
                 scores[gate], need[gate], equal[gate] = read[0][gate], int(read[1][gate]), int(read[2][gate])
@@ -172,7 +174,7 @@ class Selector:
 
     def _take(
         self,
-        runs: Sequence[Runs],
+        runs: Sequence[ScoreRuns],
         edges: Sequence[tuple[int, int]],
         searched: Sequence[int],
         inside: Sequence[Tensor],
@@ -187,7 +189,7 @@ class Selector:
             found.append(Taken(own, scores))
         return found
 
-    def _write_(self, runs: Sequence[Runs], scores: Sequence[float], parted: dict[int, int]) -> None:
+    def _write_(self, runs: Sequence[ScoreRuns], scores: Sequence[float], parted: dict[int, int]) -> None:
         """The masks: from the cuts on, and of parted gates as many of those that equal it, the lowest first."""
         cuts = torch.tensor(scores, dtype=torch.float32).to(self._device, non_blocking=True)
         left = [torch.full_like(run.table[:, PLACE], MOST) for run in runs]
@@ -222,7 +224,7 @@ class Selector:
         """The scores of the keys, fp32 of shape (2, G), on the device."""
         return to_scores(torch.tensor(edges).view(-1, 2).T).contiguous().to(self._device, non_blocking=True)
 
-    def _rows(self, run: Runs, gates: Sequence[int]) -> slice | Tensor:
+    def _rows(self, run: ScoreRuns, gates: Sequence[int]) -> slice | Tensor:
         """The rows of these gates."""
         if len(gates) == len(self._num_units):
             return slice(None)

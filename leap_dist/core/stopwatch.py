@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 PARTS = ("update", "select", "mask", "communication")
-TIMINGS = tuple(f"leap_ms_{part}" for part in PARTS)  # keys of LeapAdamW.report() that differ between equal runs
+TIMINGS = tuple(f"leap_ms_{part}" for part in PARTS)  # keys of LeapAdamW.measures() that differ between equal runs
 
 
 class Stopwatch:

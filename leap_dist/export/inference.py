@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from leap_dist.export import onnx
 from leap_dist.export.flops import Flops, count_flops
 from leap_dist.export.latency import LONGEST, Runner, keeps_logits, medians, torch_runner, torch_threads
-from leap_dist.export.progress import Progress
 from leap_dist.export.shrunk import Models, max_length
+from leap_dist.export.time_left import TimeLeft
 from leap_dist.machine import machine
-from leap_dist.models.compare import example_inputs
+from leap_dist.models.outputs import example_inputs
 from leap_dist.run_folder import Run
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def bench_inference(
         notes.append("torch computes the logits of the last token alone, onnxruntime those of all tokens")
     found: list[InferenceTime] = []
     settings = [(count, length, batch) for count in threads for length in sizes for batch in sorted(batches)]
-    progress = Progress(sum(batch * length for _, length, batch in settings))
+    progress = TimeLeft(sum(batch * length for _, length, batch in settings))
     with tempfile.TemporaryDirectory() as scratch:
         files = {} if missing else {name: Path(scratch) / name / onnx.FILE for name in ("dense", "shrunk")}
         for name, path in files.items():

@@ -17,13 +17,13 @@ from leap_dist.export.flops import count_flops
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import CALLS, LONGEST, Runner, keeps_logits, medians, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
-from leap_dist.export.progress import Progress
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
-from leap_dist.export.shrunk import Models, compared_sizes, difference
+from leap_dist.export.shrunk import Models, compared_sizes, largest_difference
 from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
+from leap_dist.export.time_left import TimeLeft
 from leap_dist.files import staged
 from leap_dist.machine import machine
-from leap_dist.models.compare import example_inputs
+from leap_dist.models.outputs import example_inputs
 from leap_dist.run_folder import CARD, Run
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int, laten
     if "semi_structured" in kinds:
         check_semi_structured(run)
     models = Models(run)
-    progress = Progress(sum(_work(kind, models, latency) for kind in kinds))
+    progress = TimeLeft(sum(_work(kind, models, latency) for kind in kinds))
     models.say = progress.begin
     for kind in kinds:
         progress.of = kind
@@ -112,7 +112,7 @@ def _latency_work(length: int, batch: int) -> float:
 def _hf(models: Models, folder: Path, threads: int) -> Exported:
     shutil.copytree(models.run.model, folder)
     model = load_exported(folder)
-    found = difference(models.masked, model, models.say)
+    found = largest_difference(models.masked, model, models.say)
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
     notes = [f"A stock Hugging Face folder with the run's weights, byte for byte; {nonzero:,} parameters are not zero."]
     if "expert" in models.run.granularities:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import keeps_logits
-from leap_dist.models.compare import example_inputs, logit_difference
+from leap_dist.models.outputs import example_inputs, logit_difference
 from leap_dist.models.pruned_folder import load_pruned, save_shrunk
 from leap_dist.models.routing import route_among_kept
 from leap_dist.models.shrink import shrink_
@@ -83,7 +83,7 @@ class Models:
         return manifest.stock
 
     def _check(self, shrunk: PreTrainedModel) -> None:
-        self.difference = difference(self.masked, shrunk, self.say)
+        self.difference = largest_difference(self.masked, shrunk, self.say)
         if not self.difference <= SHRUNK_TOLERANCE:
             raise RuntimeError(
                 f"{self.run.model}: the logits of the shrunk model differ from the masked one's by "
@@ -91,7 +91,7 @@ class Models:
             )
 
 
-def difference(masked: PreTrainedModel, other: PreTrainedModel, say: Say = silent) -> float:
+def largest_difference(masked: PreTrainedModel, other: PreTrainedModel, say: Say = silent) -> float:
     """Largest difference of logits, relative to the largest logit, over random inputs of several sizes."""
     sizes, worst = compared_sizes(masked), 0.0
     for number, (batch, length) in enumerate(sizes, start=1):

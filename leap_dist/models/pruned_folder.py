@@ -27,8 +27,8 @@ from leap_dist.models.pruned_json import (
     PrunedJson,
     check_files,
     describe_file,
-    read_manifest,
-    write_manifest,
+    read_pruned_json,
+    write_pruned_json,
 )
 from leap_dist.models.removal import remove_units_
 from leap_dist.models.structures import Block
@@ -84,7 +84,7 @@ def save_shrunk(
             per_layer_config={} if stock else _per_layer_config(model.config, blocks, kept),
             extra=dict(extra or {}),
         )
-        write_manifest(partial, manifest)
+        write_pruned_json(partial, manifest)
     return manifest
 
 
@@ -163,7 +163,7 @@ def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrai
     Raises UserError if the folder is no pruned model, or is damaged.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_pruned_json(folder)
     files = check_files(folder, manifest)
     _check_depth(folder, files)
     model = _build(folder, manifest, attn_implementation)

@@ -55,11 +55,11 @@ def describe_file(path: Path) -> WeightFile:
     return WeightFile(size=path.stat().st_size, sha256=digest)
 
 
-def write_manifest(folder: Path, manifest: PrunedJson) -> None:
+def write_pruned_json(folder: Path, manifest: PrunedJson) -> None:
     (folder / NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def read_manifest(folder: Path) -> PrunedJson:
+def read_pruned_json(folder: Path) -> PrunedJson:
     """The manifest of a folder, sound in itself. Raises UserError if it is damaged or not there."""
     path = folder / NAME
     if not folder.is_dir():

@@ -35,7 +35,7 @@ class Adam(NamedTuple):
     step: float
 
 
-def blocks(numel: int, device: torch.device) -> Iterator[slice]:
+def cache_blocks(numel: int, device: torch.device) -> Iterator[slice]:
     """Cut a run of elements into cache blocks on the CPU; one block elsewhere."""
     size = CPU_BLOCK if device.type == "cpu" else max(numel, 1)
     for start in range(0, numel, size):
@@ -107,7 +107,7 @@ def _buffers(table: Tensor, like: Tensor, num: int) -> list[Tensor]:
 def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Sequence[float]) -> None:
     """One AdamW step; every tensor has shape (n,)."""
     scratch = torch.empty_like(weight[:CPU_BLOCK] if weight.device.type == "cpu" else weight)
-    for b in blocks(weight.numel(), weight.device):
+    for b in cache_blocks(weight.numel(), weight.device):
         block = weight[b]
         _adamw_block_(block, grad[b], exp_avg[b], exp_avg_sq[b], scratch[: block.numel()], Adam(*adam))
 
@@ -186,7 +186,7 @@ def count_inside(table: Tensor, scores: Tensor, bracket: Tensor) -> Tensor:
     counts = torch.zeros(len(table), 2, dtype=torch.int64, device=scores.device)
     lows, highs = bracket.tolist()
     for row, (run, gate, _) in enumerate(runs_of(table)):
-        for b in blocks(run.stop - run.start, scores.device):
+        for b in cache_blocks(run.stop - run.start, scores.device):
             here = scores[run.start + b.start : run.start + b.stop]
             above = torch.count_nonzero(here > highs[gate])
             counts[row, 0] += above
@@ -204,7 +204,7 @@ def take_inside(table: Tensor, scores: Tensor, bracket: Tensor, counts: Tensor) 
     lows, highs = bracket.tolist()
     first = 0
     for number, (run, gate, _) in zip(numbers, runs_of(table), strict=True):
-        for b in blocks(run.stop - run.start if number else 0, scores.device):
+        for b in cache_blocks(run.stop - run.start if number else 0, scores.device):
             here = scores[run.start + b.start : run.start + b.stop]
             found = here[_true_places((here >= lows[gate]).logical_and_(here <= highs[gate]))]
             taken[first : first + len(found)] = found
@@ -247,7 +247,7 @@ def cut_(table: Tensor, scores: Tensor, cuts: Tensor, shares: Tensor, mask: Tens
     """
     values = cuts.tolist()
     for (run, gate, _), share in zip(runs_of(table), shares.tolist(), strict=True):
-        for b in blocks(run.stop - run.start, scores.device):
+        for b in cache_blocks(run.stop - run.start, scores.device):
             here = slice(run.start + b.start, run.start + b.stop)
             if share >= b.stop - b.start:  # all that equal it, however many
                 torch.ge(scores[here], values[gate], out=mask[here])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from leap_dist.ops.reference import blocks
+from leap_dist.ops.reference import cache_blocks
 from leap_dist.ops.slices import Slice, add_unit_sums_, expand_units
 
 # Columns of a table of patches, int64: where the run starts in the flat partition and in its tensor, its length; the
@@ -31,7 +31,7 @@ def unit_sums(patches: Tensor, grad: Tensor, latent: Tensor, others: Tensor | No
     """
     sums = torch.zeros(num_units, dtype=torch.float64, device=grad.device)
     for offset, start, length, part in patches_of(patches):
-        for b in blocks(length, grad.device):
+        for b in cache_blocks(length, grad.device):
             run = slice(offset + b.start, offset + b.stop)
             values = grad[run] * latent[run]
             if others is not None:
@@ -50,7 +50,7 @@ def expand_units_(patches: Tensor, units: Tensor, before: Tensor | None, mask: T
         mine = units[part.units]
         if mine.all() if before is None else mine.equal(before[part.units]):
             continue
-        for b in blocks(length, mask.device):
+        for b in cache_blocks(length, mask.device):
             run, first = mask[offset + b.start : offset + b.stop], start + b.start
             if before is None:
                 run &= expand_units(units, torch.ones_like(run), first, part)

@@ -24,17 +24,17 @@ class Halving:
         self._verdicts: dict[str, bool] = {}
         self._lock = Lock()
 
-    def note(self, trial: str, target: float, value: float, goes_on: bool) -> None:
+    def note(self, trial: str, target: float, value: float, verdict: bool) -> None:
         """A verdict of an earlier call. A value that is no number is worse than all others."""
         with self._lock:
             self._seen.setdefault(target, {})[trial] = -math.inf if math.isnan(value) else self._sign * value
-            self._verdicts[trial] = goes_on
+            self._verdicts[trial] = verdict
 
     def verdict(self, trial: str) -> bool | None:
         """The verdict that a trial has got; None before it has one."""
         return self._verdicts.get(trial)
 
-    def goes_on(self, trial: str, target: float, value: float) -> bool:
+    def judge(self, trial: str, target: float, value: float) -> bool:
         """The verdict; the first trial of a target always continues."""
         if (before := self.verdict(trial)) is not None:
             return before

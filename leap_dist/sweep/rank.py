@@ -118,9 +118,9 @@ class Rank:
         """How far the trial is."""
         return self._state
 
-    def decide(self, goes_on: bool) -> None:
+    def decide(self, verdict: bool) -> None:
         """The sweep's verdict on the metrics that `state` shows."""
-        self._verdict = goes_on
+        self._verdict = verdict
         self._answered.set()
 
     def _run(self, work: Work) -> None:
@@ -132,11 +132,11 @@ class Rank:
         how = self._ranks.on_first(lambda: _prepare(work))
         if how == "finished":
             return
-        goes_on = self._ask if work.asked else None
-        watch = Watch(self._told, goes_on, NUM_CHECKPOINTS, work.snapshots)
+        may_settle = self._ask if work.asked else None
+        watch = Watch(self._notify, may_settle, NUM_CHECKPOINTS, work.snapshots)
         run_job(work.config, work.output, how == "resume", self._ranks, watch)
 
-    def _told(self, step: int, total: int, measures: Mapping[str, float]) -> None:
+    def _notify(self, step: int, total: int, measures: Mapping[str, float]) -> None:
         self._state = State(step, total)
 
     def _ask(self, metrics: Mapping[str, float]) -> bool:

@@ -21,7 +21,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from leap_dist.errors import UserError
-from leap_dist.files import Lines, reporting
+from leap_dist.files import Lines, warn_if_unwritten
 from leap_dist.run_folder import CERTIFICATE
 from leap_dist.sweep.board import Board
 from leap_dist.sweep.cluster import room
@@ -161,7 +161,7 @@ class RaySweep:
             if state.metrics is None or self._halving is None:
                 return None
             if (verdict := self._halving.verdict(trial.name)) is None:
-                verdict = self._halving.goes_on(trial.name, trial.config.leap.target, state.metrics[self._metric])
+                verdict = self._halving.judge(trial.name, trial.config.leap.target, state.metrics[self._metric])
                 self._judged[trial.name] = {"metrics": state.metrics, "goes_on": verdict}
                 self._write(JUDGED, trial, self._judged[trial.name])
         return verdict
@@ -191,7 +191,7 @@ class RaySweep:
             where = self._storage.folder / trial.name
             outcome = replace(outcome, kind="failed", error=f"{where} is not seen here: nodes have to share the output")
         if outcome.kind == "done":
-            with reporting(Path(trial.name), self._say):
+            with warn_if_unwritten(Path(trial.name), self._say):
                 self._storage.publish(trial.name)
         if trial.name in self._judged:
             outcome = replace(outcome, metrics=self._judged[trial.name]["metrics"])
@@ -207,7 +207,7 @@ class RaySweep:
 
     def _write(self, name: str, trial: Trial, content: Mapping[str, Any]) -> None:
         """One line more about a trial."""
-        with reporting(self._storage.folder / name, self._say):  # it waits, and comes with the next one
+        with warn_if_unwritten(self._storage.folder / name, self._say):  # it waits, and comes with the next one
             self._lines[name].add(json.dumps({"trial": trial.name, **content}))
 
 

@@ -104,7 +104,7 @@ def _point(result: Result, metric: str) -> tuple[str, float, float] | None:
     return task, result.density, result.value if higher_is_better(metric) else -result.value
 
 
-def rows(results: Sequence[Result], metric: str, gpus: int) -> list[dict[str, str | float]]:
+def table_lines(results: Sequence[Result], metric: str, gpus: int) -> list[dict[str, str | float]]:
     """The results as lines of a table; of the settings those that differ, and the target."""
     shown = varying([result.settings for result in results]) | {TARGET}
     hours = "GPU hours" if gpus else "CPU hours"

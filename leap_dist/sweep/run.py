@@ -11,12 +11,12 @@ from typing import Any
 from leap_dist.config.job_file import parse_section
 from leap_dist.console import console, summary_table
 from leap_dist.errors import UserError
-from leap_dist.files import is_free, reporting, write_text
+from leap_dist.files import is_free, warn_if_unwritten, write_text
 from leap_dist.run_folder import JOURNAL
 from leap_dist.sweep.cluster import check_room, connected
 from leap_dist.sweep.ladder import ladder_of
 from leap_dist.sweep.ray_sweep import RaySweep
-from leap_dist.sweep.results import RESULTS, Result, collect, metric_of, rows, write
+from leap_dist.sweep.results import RESULTS, Result, collect, metric_of, table_lines, write
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, identity, read_sweep, trials_of
 from leap_dist.tracking.mlflow import Tracker, differing
@@ -116,12 +116,12 @@ def _show_results(
     results: Sequence[Result], metric: str, sweep: SweepConfig, storage: Storage, title: str
 ) -> list[str]:
     """The table at the end; the names of the files that hold the results."""
-    summary_table(rows(results, metric, sweep.resources.gpus), title=f"{title}: {metric}; * on the Pareto front")
+    summary_table(table_lines(results, metric, sweep.resources.gpus), title=f"{title}: {metric}; * on the Pareto front")
     for result in results:
         if result.outcome == "failed":
             console().print(f"{result.name} failed: {result.error}", markup=False, soft_wrap=True)
     names: list[str] = []
-    with reporting(storage.folder / RESULTS, lambda text: console().print(text, markup=False, soft_wrap=True)):
+    with warn_if_unwritten(storage.folder / RESULTS, lambda text: console().print(text, markup=False, soft_wrap=True)):
         names = write(results, metric, storage.folder)
         for name in names:
             storage.publish(name)

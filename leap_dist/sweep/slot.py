@@ -34,7 +34,7 @@ class CallEnds(Exception):
 class Slot:
     """Runs trials one after another.
 
-    ended: whether the sweep is to end. watched: told (trial's state), every POLL seconds; what it returns is the
+    ended: whether the sweep is to end. watched: called with (trial's state), every POLL seconds; what it returns is the
     verdict on the state's metrics, None where there is none to give.
     """
 

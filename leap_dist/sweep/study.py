@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field
 from leap_dist.config.job_file import load_job, parse_section, read_json
 from leap_dist.config.section import Section
 from leap_dist.errors import UserError
-from leap_dist.files import reporting, write_text
+from leap_dist.files import warn_if_unwritten, write_text
 from leap_dist.run_folder import CERTIFICATE, REPORT, read_files
 from leap_dist.sweep.grid import Settings, expand, names, short, varying
 from leap_dist.tracking.pareto import Point, higher_is_better, pareto, picture_of
@@ -80,7 +80,7 @@ def overrides(settings: Settings) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
-def run_study(study: StudyConfig, output: Path, script: Path, workers: int, told: Callable[[str], None]) -> list[Cell]:
+def run_study(study: StudyConfig, output: Path, script: Path, workers: int, say: Callable[[str], None]) -> list[Cell]:
     """Run what is missing, `workers` cells at a time; `script` is launch/prune.py. The cells that came out, in order.
 
     A cell that fails is reported, and does not stop the others; the next call tries it again. Raises UserError for a
@@ -95,7 +95,7 @@ def run_study(study: StudyConfig, output: Path, script: Path, workers: int, told
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: {output} cannot be made: {error.strerror}; choose another folder") from error
-    told(f"{len(cells)} cells, {len(cells) - len(waiting)} done before, {workers} at a time")
+    say(f"{len(cells)} cells, {len(cells) - len(waiting)} done before, {workers} at a time")
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(_run_cell, study, cells[name], output / name, script, workers): name for name in waiting}
         for number, future in enumerate(as_completed(futures), start=1):
@@ -105,9 +105,9 @@ def run_study(study: StudyConfig, output: Path, script: Path, workers: int, told
                 how = f"failed with exit code {code}: {_last_words(output / f'{name}.log')}" if code else "done"
             except OSError as error:  # of its log
                 how = f"failed: {error}"
-            told(f"{number}/{len(waiting)} {name}: {how}")
+            say(f"{number}/{len(waiting)} {name}: {how}")
     found = [cell for name, settings in cells.items() if (cell := _read_cell(output / name, settings)) is not None]
-    with reporting(output / RESULT, told):
+    with warn_if_unwritten(output / RESULT, say):
         write_text(output / RESULT, json.dumps([asdict(cell) for cell in found], indent=1) + "\n")
     return found
 
@@ -162,13 +162,13 @@ class Mean:
 
 
 def summarize(cells: Sequence[Cell], metric: str | None = None) -> list[Mean]:
-    """One point for each combination of settings but the seed; `metric`: the first of the task if None."""
-    points = []
+    """One mean for each combination of settings but the seed; `metric`: the first of the task if None."""
+    means = []
     for settings, group in _by_settings(cells):
         name = metric or next(iter(group[0].metrics["pruned"]))
         values = [_value(cell, "pruned", name) for cell in group]
         ratios = [ratio for cell in group for ratio in cell.keep_ratios.values()]
-        points.append(
+        means.append(
             Mean(
                 settings,
                 statistics.mean(cell.density for cell in group),
@@ -180,7 +180,7 @@ def summarize(cells: Sequence[Cell], metric: str | None = None) -> list[Mean]:
                 max(ratios),
             )
         )
-    return points
+    return means
 
 
 def _by_settings(cells: Sequence[Cell]) -> Iterator[tuple[Settings, list[Cell]]]:
@@ -200,28 +200,28 @@ def _value(cell: Cell, model: str, metric: str) -> float:
     return value
 
 
-def rows(points: Sequence[Mean]) -> list[dict[str, str | float]]:
-    """The points as lines of a table, with the settings in which they differ."""
-    differing = varying([point.settings for point in points])
+def table_lines(means: Sequence[Mean]) -> list[dict[str, str | float]]:
+    """The means as lines of a table, with the settings in which they differ."""
+    differing = varying([mean.settings for mean in means])
     return [
         {
-            **{key.rpartition(".")[2]: short(value) for key, value in point.settings.items() if key in differing},
-            "density": point.density,
-            "mean": point.mean,
-            "spread": point.spread,
-            "seeds": point.num,
-            "dense": point.dense,
-            "keep ratios": f"{point.keep_ratio_min:.3f} to {point.keep_ratio_max:.3f}",
+            **{key.rpartition(".")[2]: short(value) for key, value in mean.settings.items() if key in differing},
+            "density": mean.density,
+            "mean": mean.mean,
+            "spread": mean.spread,
+            "seeds": mean.num,
+            "dense": mean.dense,
+            "keep ratios": f"{mean.keep_ratio_min:.3f} to {mean.keep_ratio_max:.3f}",
         }
-        for point in points
+        for mean in means
     ]
 
 
-def show(cells: Sequence[Cell], points: Sequence[Mean], metric: str | None, output: Path) -> list[Path]:
+def write_pictures(cells: Sequence[Cell], means: Sequence[Mean], metric: str | None, output: Path) -> list[Path]:
     """study.png and study.svg, that also dark, and report.html, the page of all cells; the files."""
     name = metric or next(iter(cells[0].metrics["pruned"]))
-    lines = varying([point.settings for point in points]) - {TARGET, *PANELS}
-    picture = picture_of([_drawn(point, lines) for point in points], name)
+    lines = varying([mean.settings for mean in means]) - {TARGET, *PANELS}
+    picture = picture_of([_point(mean, lines) for mean in means], name)
     values = [_value(cell, "pruned", name) for cell in cells]
     sign = 1.0 if higher_is_better(name) else -1.0
     panels = [_panel(cell.settings) for cell in cells]
@@ -236,10 +236,10 @@ def _panel(settings: Settings) -> str:
     return _words(settings, PANELS) or "all"
 
 
-def _drawn(point: Mean, lines: Collection[str]) -> Point:
+def _point(mean: Mean, lines: Collection[str]) -> Point:
     """A point of the picture, with a line for each combination of the settings `lines`."""
-    line = _words(point.settings, lines) or "pruned"
-    return Point(_panel(point.settings), line, point.density, point.mean, point.dense, point.spread)
+    line = _words(mean.settings, lines) or "pruned"
+    return Point(_panel(mean.settings), line, mean.density, mean.mean, mean.dense, mean.spread)
 
 
 def _words(settings: Settings, keys: Collection[str]) -> str:

@@ -91,7 +91,7 @@ def n_best(candidates: Sequence[tuple[float, str]], num: int) -> list[tuple[floa
     return [(score, text) for text, score in best.items()][:num]
 
 
-def choose(best: Sequence[tuple[float, str]], null_score: float, threshold: float | None) -> str:
+def choose_answer(best: Sequence[tuple[float, str]], null_score: float, threshold: float | None) -> str:
     """The answer to a question: the best text, or "" where "no answer" scores higher by more than `threshold`.
 
     best: from `n_best`; threshold: None where every question has an answer.

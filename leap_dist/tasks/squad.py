@@ -22,7 +22,7 @@ from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import Batch, Collator, Task, TokenTable, flat, joined, pad_id
 from leap_dist.tasks.cache import Arrays, cached
-from leap_dist.tasks.spans import best_spans, choose, n_best, squad_scores
+from leap_dist.tasks.spans import best_spans, choose_answer, n_best, squad_scores
 from leap_dist.tasks.tables import cell_text, hub_column, hub_split, load_hub, reading
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class SpanEvaluation:
         """exact_match and f1 over questions, and the mean loss over windows."""
         unanswerable = self.data.task == SQUAD_V2
         threshold = self.data.null_score_threshold if unanswerable else None
-        predictions = [choose(best, null, threshold) for best, null in self.answers(kept)]
+        predictions = [choose_answer(best, null, threshold) for best, null in self.answers(kept)]
         true = [[text for text, _ in question.answers] for question in self.questions]
         return squad_scores(predictions, true, unanswerable) | {"loss": kept["loss"].mean().item()}
 

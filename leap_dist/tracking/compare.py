@@ -27,12 +27,12 @@ from leap_dist.tracking.rows import (
     number,
     points,
     records,
-    table,
+    table_lines,
 )
 from leap_dist.tracking.runs import StoredRun
 
 NOT_SET = "(not set)"
-PICTURES, PAGE = (".png", ".svg"), ".html"
+PICTURES, HTML = (".png", ".svg"), ".html"
 MOST_NAMED = 5  # runs in one part of a message
 FORMULA = ("=", "+", "-", "@", "|", "%", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also in full width
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -55,8 +55,8 @@ class Request:
             parse_condition(self.best)
         if self.plot is not None and self.plot.suffix not in PICTURES:
             raise UserError(f"--plot: got {self.plot}; allowed: a file that ends in {' or '.join(PICTURES)}")
-        if self.report is not None and self.report.suffix != PAGE:
-            raise UserError(f"--report: got {self.report}; allowed: a file that ends in {PAGE}")
+        if self.report is not None and self.report.suffix != HTML:
+            raise UserError(f"--report: got {self.report}; allowed: a file that ends in {HTML}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def compare(runs: Sequence[StoredRun], request: Request, all_named: bool = False
         if found is None:
             return Answer({}, [], [*notes, nearest_miss(rows, condition)])
         shown, title = [found], f"the smallest density with {condition}"
-    tables = {title: table(shown, metric)}
+    tables = {title: table_lines(shown, metric)}
     if request.masks:
         from leap_dist.tracking.overlap import overlaps  # torch, which tables do without
 

@@ -58,7 +58,7 @@ class Delivery:
         except Exception as error:  # whatever a client raises: it is reported at the end of the run, and tried again
             self.problem = first_line(error)
             return
-        for kind, (size, limit, deliver) in KINDS.items():
+        for kind, (size, limit, deliver) in DELIVERIES.items():
             records = [record for record in waiting if record["kind"] == kind]
             for batch in _batches(records, size, limit):
                 taken = self._deliver(deliver, self._client, run_id, batch)
@@ -246,7 +246,7 @@ def _values(record: Record) -> int:
     return len(record["values"])
 
 
-KINDS: dict[str, tuple[Callable[[Record], int], int, Deliver]] = {
+DELIVERIES: dict[str, tuple[Callable[[Record], int], int, Deliver]] = {
     "params": (_values, MAX_BATCH, _params),
     "tags": (_values, MAX_BATCH, _tags),
     "metrics": (_values, MAX_METRICS, _metrics),

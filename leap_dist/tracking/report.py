@@ -20,7 +20,7 @@ from leap_dist.secrets import hide_in, hide_secrets
 from leap_dist.tracking import run_plots
 from leap_dist.tracking.plots import Picture, files_of, inline, save, save_all
 
-PAGE = Path(__file__).with_name("page")
+TEMPLATES = Path(__file__).with_name("page")
 LABELS = {
     "course": "density, R and loss over the steps of the run, in its three phases",
     "kept": "keep ratio of every matrix by layer",
@@ -65,7 +65,7 @@ class Column:
         object.__setattr__(self, "title", self.title or self.key)
 
 
-GATES = (
+GATE_COLUMNS = (
     Column("name", False),
     Column("granularity", False),
     Column("units"),
@@ -74,7 +74,7 @@ GATES = (
     Column("kept", title="weights kept"),
     Column("density"),
 )
-TENSORS = (
+TENSOR_COLUMNS = (
     Column("tensor", False),
     Column("shape", False),
     Column("numel", title="weights"),
@@ -82,7 +82,7 @@ TENSORS = (
     Column("density"),
     Column("zeros_kept", title="kept, yet zero"),
 )
-EXPORTS = (Column("kind", False), Column("parameters"), Column("bytes"), Column("latency", title="latency, ms"))
+EXPORT_COLUMNS = (Column("kind", False), Column("parameters"), Column("bytes"), Column("latency", title="latency, ms"))
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -136,11 +136,11 @@ def run_page(files: RunFiles) -> str:
         ],
         pictures=_inlined(folder, "p"),
         notes=_missing(files),
-        export_columns=EXPORTS,
+        export_columns=EXPORT_COLUMNS,
         export_rows=[asdict(export) for export in exports(folder)],
-        gate_columns=GATES,
+        gate_columns=GATE_COLUMNS,
         gate_rows=[{"units": None, "kept_units": None} | gate for gate in found["gates"]],
-        tensor_columns=TENSORS,
+        tensor_columns=TENSOR_COLUMNS,
         tensor_rows=[t | {"tensor": name, "shape": "×".join(map(str, t["shape"]))} for name, t in tensors],
         job=hide_secrets(json.dumps(hide_in(files.job), indent=2, ensure_ascii=False)),
         versions=found["versions"] | {key: found[key] for key in ("masks_sha256", "weights_sha256")},
@@ -290,16 +290,16 @@ def _render(template: str, **context: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    loader = FileSystemLoader(PAGE)
+    loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["shown"] = shown
-    script, style = ((PAGE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
+    environment.filters["shown"] = cell_text
+    script, style = ((TEMPLATES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     fixed = {"script": Markup(script), "style": Markup(style), "script_hash": digest}
     return environment.get_template(template).render(**fixed, **context)
 
 
-def shown(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A value as it stands in a cell: "" for none, whole numbers in full, others to four digits."""
     if value is None:
         return ""

@@ -61,7 +61,7 @@ class Row:
         return number(self.run, "leap_ms")
 
 
-def table(rows: Sequence[Row], metric: str) -> list[dict[str, str | float]]:
+def table_lines(rows: Sequence[Row], metric: str) -> list[dict[str, str | float]]:
     """The rows as lines of a table; a cell without a value is left out."""
     several = len({row.task for row in rows}) > 1
     lines = []

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from leap_dist.errors import UserError
 from leap_dist.secrets import hide_secrets
-from leap_dist.tracking.store import PARENT, quoted, reading
+from leap_dist.tracking.store import PARENT, open_store, quoted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 FOLDER = "leap.folder"  # the tag that says where a run's files are
-PAGE = 1000  # runs or experiments in one request; every MLflow server gives as many
+REQUEST_SIZE = 1000  # runs or experiments in one request; every MLflow server gives as many
 MOST_LISTED = 20  # names in one message
 
 
@@ -59,7 +59,7 @@ def read_runs(uri: str, selection: Selection) -> list[StoredRun]:
     Raises UserError for a store that cannot be read, and for what is not there.
     """
     conditions = _conditions(selection)
-    with reading(uri) as client:
+    with open_store(uri) as client:
         experiments = _experiment_ids(client, selection.experiments)
         found = [_stored(run) for run in _pages(client.search_runs, experiments, " AND ".join(conditions))]
     if selection.runs:
@@ -104,7 +104,7 @@ def _pages(search: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
     """All that a search of the client finds, page by page."""
     token: str | None = None
     while True:
-        page = search(*arguments, max_results=PAGE, page_token=token)
+        page = search(*arguments, max_results=REQUEST_SIZE, page_token=token)
         yield from page
         token = page.token
         if not token:

@@ -115,7 +115,7 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def reading(uri: str) -> Iterator[MlflowClient]:
+def open_store(uri: str) -> Iterator[MlflowClient]:
     """A client for a store that is there already; nothing is written, and no database is made.
 
     Raises UserError, also for what goes wrong inside the block, if the store cannot be reached or read.

@@ -20,15 +20,15 @@ from leap_dist.export.hf import save_model
 from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, MODEL, RANKS, RESOLVED, SCORES
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.train.evaluate import evaluate
+from leap_dist.train.folder_writer import FolderWriter, needed
 from leap_dist.train.guards import BadSteps, Heartbeats, spoiled
 from leap_dist.train.job import Job, build_job
 from leap_dist.train.meter import Meter
-from leap_dist.train.output import check_output, complete, prepared, shown
+from leap_dist.train.output import as_logged, check_output, complete_pages, prepared
 from leap_dist.train.progress import Progress
-from leap_dist.train.reports import Reports, needed
 from leap_dist.train.saving import Saver, read_progress
 from leap_dist.train.signals import Interrupted
-from leap_dist.train.summary import ending, flat, report, tags_of
+from leap_dist.train.summary import ending, prefixed, print_summary, tags_of
 from leap_dist.train.watch import NOTHING, Stopped, Watch
 from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, settle
 from leap_dist.zero.ranks import Ranks, torch_linear_put_back
@@ -43,45 +43,45 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     A folder that holds an unfinished run of this job is resumed; `resume` asks for one.
     Raises UserError, with nothing written, for what the user has to mend; Stopped and Interrupted if `watch` says so.
     """
-    if ranks.on_first(lambda: complete(output, config, ranks.world_size)):
+    if ranks.on_first(lambda: complete_pages(output, config, ranks.world_size)):
         return json.loads((output / CERTIFICATE).read_text("utf-8")) if ranks.first else {}
-    goes_on = ranks.on_first(lambda: check_output(output, resume, config, ranks.world_size))
+    resumes = ranks.on_first(lambda: check_output(output, resume, config, ranks.world_size))
     torch.manual_seed(config.train.seed)
-    saved = goes_on and ranks.on_first(lambda: latest_checkpoint(output / CHECKPOINTS) is not None)
+    saved = resumes and ranks.on_first(lambda: latest_checkpoint(output / CHECKPOINTS) is not None)
     reference = _dense_reference(config, ranks, watch) if config.train.dense_reference and not saved else {}
     job = build_job(config, ranks, watch)
     state = job.state
     state.measured |= reference
     checkpoints = Checkpoints(output / CHECKPOINTS, ranks, config.train.keep_checkpoints)
-    found, run_id = checkpoints.load(job.engine) if goes_on else None, None
+    found, run_id = checkpoints.load(job.engine) if resumes else None, None
     if found is not None:
         progress = read_progress(found, job.engine.leap.num_steps, job.phases.dense_end)
         state.start, state.measured, state.left_out = progress.step, dict(progress.measured), progress.left_out
         run_id = progress.run_id
-    settings = shown(job.config, ranks.world_size)
+    settings = as_logged(job.config, ranks.world_size)
     tags = tags_of(job, output) if ranks.first else {}
     with (
         Tracker(config.tracking, settings, ranks.first, run_id, tags, folder=output) as tracker,
-        prepared(output, settings, state.start) if ranks.first else nullcontext() as reports,
+        prepared(output, settings, state.start) if ranks.first else nullcontext() as writer,
     ):
         try:
             tracker.datasets(config.data, job.task)
             with Heartbeats(output / RANKS, ranks, config.train.collective_timeout) as heartbeats:
                 state.heartbeats = heartbeats
-                train(job, tracker, output, checkpoints, reports)
-                certificate = _finish(job, output, reports)
+                train(job, tracker, output, checkpoints, writer)
+                certificate = _finish(job, output, writer)
         except (Stopped, Interrupted):
             tracker.finish("KILLED")
             raise
         if ranks.first:
-            tracker.log(job.total_steps, flat(state.measured) | ending(job, certificate))
+            tracker.log(job.total_steps, prefixed(state.measured) | ending(job, certificate))
             tracker.artifact(output / CERTIFICATE)
             tracker.artifact(output / RESOLVED)
             tracker.table("gates.json", certificate["gates"])
             if config.tracking.log_model:
                 tracker.model(output / MODEL)
-            report(job, certificate, output)
-            for path in reports.page() if reports else ():
+            print_summary(job, certificate, output)
+            for path in writer.page() if writer else ():
                 tracker.artifact(path)
     return certificate
 
@@ -91,11 +91,11 @@ def train(
     tracker: Tracker,
     output: Path | None,
     checkpoints: Checkpoints | None,
-    reports: Reports | None = None,
+    writer: FolderWriter | None = None,
 ) -> None:
-    """All steps that are left. With an output folder checkpoints go there; metrics by the first rank's `reports`."""
+    """All steps that are left. With an output folder checkpoints go there; metrics by the first rank's `writer`."""
     config, ranks, state = job.config.train, job.ranks, job.state
-    check = reports.check if reports else lambda: None
+    check = writer.check if writer else lambda: None
     saver = Saver(job.engine, ranks, config, job.watch, checkpoints, state.start, job.total_steps, check)
     meter = Meter(ranks, state.start)
     bad = BadSteps(job.engine, config.max_bad_steps, state.left_out)
@@ -103,8 +103,8 @@ def train(
         for step in range(state.start, job.total_steps):
             if step == job.phases.dense_end and "dense" not in state.measured:
                 state.measured["dense"] = evaluate(job.engine, job.task, config.eval_batch_size, ranks)
-            if step == job.phases.settle_start and job.watch.goes_on is not None:
-                _ask(job, job.watch.goes_on)
+            if step == job.phases.settle_start and job.watch.may_settle is not None:
+                _ask(job, job.watch.may_settle)
             phase = job.engine.leap.phase
             loss = _train_step(job, step, meter)
             done = step + 1
@@ -113,7 +113,7 @@ def train(
                 raise UserError(bad.message(done, output and latest_checkpoint(output / CHECKPOINTS)))
             state.left_out = bad.total
             if done % config.log_every == 0 or done == job.total_steps:
-                fields = _log_step(job, done, phase, loss, meter, tracker, reports)
+                fields = _log_step(job, done, phase, loss, meter, tracker, writer)
                 progress.update(done, phase, fields)
             saver.after(done, loss, {"measured": state.measured, "run_id": tracker.run_id, "left_out": state.left_out})
             if state.heartbeats is not None:
@@ -121,10 +121,10 @@ def train(
     saver.wait()
 
 
-def _ask(job: Job, goes_on: Callable[[Mapping[str, float]], bool]) -> None:
+def _ask(job: Job, may_settle: Callable[[Mapping[str, float]], bool]) -> None:
     """Raises Stopped on every rank if the answer is no."""
     metrics = evaluate(job.engine, job.task, job.config.train.eval_batch_size, job.ranks)
-    if not job.ranks.on_first(lambda: goes_on(metrics)):
+    if not job.ranks.on_first(lambda: may_settle(metrics)):
         raise Stopped(metrics)
 
 
@@ -142,20 +142,20 @@ def _train_step(job: Job, step: int, meter: Meter) -> torch.Tensor:
 
 
 def _log_step(
-    job: Job, step: int, phase: str, loss: torch.Tensor, meter: Meter, tracker: Tracker, reports: Reports | None
+    job: Job, step: int, phase: str, loss: torch.Tensor, meter: Meter, tracker: Tracker, writer: FolderWriter | None
 ) -> dict[str, float]:
     """Gather and write the measures of a step; returns what the progress line shows."""
-    measured = job.engine.leap.report()
+    measured = job.engine.leap.measures()
     values = {"loss": job.ranks.mean(loss).item(), "lr": job.engine.leap.param_groups[0]["lr"], **measured}
     values |= {"left_out_steps": job.state.left_out, **meter.read(step)}
     if phase == "prune":
         job.state.costs.append({key: value for key, value in measured.items() if key.startswith("leap_")})
     if job.distiller:
         values |= {name: job.ranks.mean(part).item() for name, part in job.distiller.parts.items()}
-    if job.watch.told is not None:
-        job.watch.told(step, job.total_steps, values)
-    if reports is not None:
-        reports.metrics({"step": step, "phase": phase, **values})
+    if job.watch.notify is not None:
+        job.watch.notify(step, job.total_steps, values)
+    if writer is not None:
+        writer.metrics({"step": step, "phase": phase, **values})
         tracker.log(step, values)
     line = {
         "loss": values["loss"],
@@ -166,18 +166,18 @@ def _log_step(
     return line | ({"λ": measured["lambda"]} if "lambda" in measured else {})
 
 
-def _finish(job: Job, output: Path, reports: Reports | None) -> dict[str, Any]:
-    """Evaluate the pruned model, export it, and certify the exported files. `reports`: the first rank's."""
+def _finish(job: Job, output: Path, writer: FolderWriter | None) -> dict[str, Any]:
+    """Evaluate the pruned model, export it, and certify the exported files. `writer`: the first rank's."""
     engine, ranks, leap = job.engine, job.ranks, job.engine.leap
-    ranks.on_first(reports.check if reports else lambda: None)
+    ranks.on_first(writer.check if writer else lambda: None)
     settle(engine)
     job.state.measured["pruned"] = evaluate(engine, job.task, job.config.train.eval_batch_size, ranks)
     _save(job, output / MODEL)
     counts = cert.count(output / MODEL, gather_masks(engine), describe_gates(leap), ranks.rank)
     gates = score_histograms(leap.gating, leap.kept_units)
-    if reports is None:
+    if writer is None:
         return {}
-    reports.text(SCORES, json.dumps({"reach": REACH, "gates": gates}) + "\n")
+    writer.text(SCORES, json.dumps({"reach": REACH, "gates": gates}) + "\n")
     certificate = cert.build(
         counts,
         target=leap.config.target,

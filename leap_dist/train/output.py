@@ -24,7 +24,7 @@ from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, REPORT, R
 from leap_dist.secrets import hide_in
 from leap_dist.tracking.report import has_report, write_report
 from leap_dist.train.batches import accumulation
-from leap_dist.train.reports import Reports, needed
+from leap_dist.train.folder_writer import FolderWriter, needed
 
 BATCH = "train_batch_size"
 FREE_TO_CHANGE = (
@@ -53,8 +53,8 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
     if before is not None:
         steps_in(output)  # raises for what is none of ours
         lock(output).close()
-        accepted = _check_same_job(option, output, before, shown(config, world_size), world_size)
-        _tell(output, accepted, told=not resume)
+        accepted = _check_same_job(option, output, before, as_logged(config, world_size), world_size)
+        _tell(output, accepted, announce=not resume)
         return True
     if resume:
         raise UserError(f"--resume: there is no unfinished run in {output}; start without --resume")
@@ -79,7 +79,7 @@ def check_same_job(option: str, output: Path, config: JobConfig, world_size: int
             f"{option}: the run in {output} has no {RESOLVED} that says what it was started as; choose another folder, "
             "or remove it"
         )
-    return _check_same_job(option, output, before, shown(config, world_size), world_size)
+    return _check_same_job(option, output, before, as_logged(config, world_size), world_size)
 
 
 def _is_as_new(output: Path) -> bool:
@@ -98,7 +98,7 @@ def _started_as(output: Path) -> dict[str, Any] | None:
     return parse_job(job, str(output / RESOLVED)).resolved()
 
 
-def shown(config: JobConfig, world_size: int) -> dict[str, Any]:
+def as_logged(config: JobConfig, world_size: int) -> dict[str, Any]:
     """The job as it is written and logged: every default filled in, the examples of a step, and no secrets."""
     micro = config.deepspeed["train_micro_batch_size_per_gpu"]
     batch = micro * accumulation(config.deepspeed, world_size) * world_size
@@ -151,9 +151,9 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
     return show(settings[key]) if key in settings else "missing"
 
 
-def _tell(output: Path, accepted: list[str], told: bool) -> None:
+def _tell(output: Path, accepted: list[str], announce: bool) -> None:
     """Say in a line that a run is resumed, and what of it is new."""
-    if told:
+    if announce:
         console().print(f"{output} holds an unfinished run of this job: it is resumed", markup=False, soft_wrap=True)
     if accepted:
         console().print(f"changed since it was started: {'; '.join(accepted)}", markup=False, soft_wrap=True)
@@ -180,22 +180,22 @@ def lock(output: Path) -> IO[str]:
 
 
 @contextmanager
-def prepared(output: Path, settings: Mapping[str, Any], start: int) -> Iterator[Reports]:
+def prepared(output: Path, settings: Mapping[str, Any], start: int) -> Iterator[FolderWriter]:
     """Make the run folder, or cut the metrics of a resumed run back to its checkpoint; ours alone in this block."""
     with lock(output) as file:
-        reports = Reports(output, file)
-        reports.text(RESOLVED, json.dumps(settings, indent=2) + "\n")
+        writer = FolderWriter(output, file)
+        writer.text(RESOLVED, json.dumps(settings, indent=2) + "\n")
         metrics = output / METRICS
         if metrics.exists():
             lines = metrics.read_text("utf-8").splitlines(keepends=True)
             kept = list(takewhile(lambda line: line.endswith("\n") and json.loads(line)["step"] <= start, lines))
             os.truncate(metrics, len("".join(kept).encode()))  # which a full disk allows
-        yield reports
-        reports.close()
+        yield writer
+        writer.close()
         shutil.rmtree(output / RANKS, ignore_errors=True)
 
 
-def complete(output: Path, config: JobConfig, world_size: int) -> bool:
+def complete_pages(output: Path, config: JobConfig, world_size: int) -> bool:
     """Make what the finished run of this job in a folder lacks of pictures and page; False: there is nothing to make.
 
     Raises UserError where they cannot be made.

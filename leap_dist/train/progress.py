@@ -9,7 +9,7 @@ from time import monotonic
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as LiveProgress
 
-from leap_dist.console import cell, console, duration
+from leap_dist.console import console, duration, short_number
 from leap_dist.errors import printable
 
 LINE_EVERY = 5.0  # seconds between two plain lines
@@ -76,7 +76,7 @@ def _fields_text(fields: Mapping[str, float]) -> str:
     parts = []
     for name, value in fields.items():
         if paired and name == "R":
-            parts.append(f"R {cell(value)} → {cell(fields['target'])}")
+            parts.append(f"R {short_number(value)} → {short_number(fields['target'])}")
         elif not (paired and name == "target"):
-            parts.append(f"{name} {cell(value)}")
+            parts.append(f"{name} {short_number(value)}")
     return "  ".join(parts)

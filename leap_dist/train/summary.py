@@ -15,7 +15,7 @@ from leap_dist.machine import machine
 from leap_dist.train.job import Job
 
 
-def flat(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def prefixed(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{name}_{metric}": value for name, values in measured.items() for metric, value in values.items()}
 
 
@@ -48,7 +48,7 @@ def ending(job: Job, certificate: Mapping[str, Any]) -> dict[str, float]:
     return left
 
 
-def report(job: Job, certificate: Mapping[str, Any], output: Path) -> None:
+def print_summary(job: Job, certificate: Mapping[str, Any], output: Path) -> None:
     """The table at the end."""
     primary = job.task.primary
     rows: list[dict[str, str | float]] = []

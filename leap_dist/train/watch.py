@@ -11,9 +11,9 @@ from pathlib import Path
 class Watch:
     """By default nothing is reported and nothing is asked for."""
 
-    told: Callable[[int, int, Mapping[str, float]], None] | None = None
+    notify: Callable[[int, int, Mapping[str, float]], None] | None = None
     """Called on every rank with the step, the number of steps and the measures, as often as measures are logged."""
-    goes_on: Callable[[Mapping[str, float]], bool] | None = None
+    may_settle: Callable[[Mapping[str, float]], bool] | None = None
     """Asked on rank 0 where the settle phase begins, with the metrics of the model as it is pruned then."""
     num_checkpoints: int | None = None
     """Checkpoints in a run whose train.checkpoint_every is null."""

@@ -42,15 +42,16 @@ def same_settings(ranks: Ranks, settings: Mapping[str, Any], problem: str = "") 
             raise UserError(problem)
         return
     texts = {key: json.dumps(value, default=str) for key, value in settings.items()}
-    told = ranks.gather_objects((problem, _digest(json.dumps(texts, sort_keys=True).encode())))
-    problems = {words: rank for rank, (words, _) in reversed(list(enumerate(told))) if words}
+    everyone = ranks.gather_objects((problem, _digest(json.dumps(texts, sort_keys=True).encode())))
+    problems = {words: rank for rank, (words, _) in reversed(list(enumerate(everyone))) if words}
     if problems:
-        everywhere = len(problems) == 1 and all(words for words, _ in told)
+        everywhere = len(problems) == 1 and all(words for words, _ in everyone)
         lines = [words if everywhere else f"rank {rank}: {words}" for words, rank in problems.items()]
         raise UserError("\n".join(reversed(lines)))
-    if len({digest for _, digest in told}) > 1:
+    if len({digest for _, digest in everyone}) > 1:
         raise UserError(
-            f"the ranks are configured differently: {difference(ranks.gather_objects(texts))}; give every rank the same"
+            f"the ranks are configured differently: {first_difference(ranks.gather_objects(texts))}; "
+            "give every rank the same"
         )
 
 
@@ -60,11 +61,11 @@ def same_outcome(ranks: Ranks, certificate: Mapping[str, Any]) -> None:
         found = ranks.gather_objects({key: json.dumps(value) for key, value in certificate.items()})
         if any(other != found[0] for other in found):
             raise RuntimeError(
-                f"the ranks do not hold the same model: {difference(found)}; change it alike on every rank"
+                f"the ranks do not hold the same model: {first_difference(found)}; change it alike on every rank"
             )
 
 
-def difference(found: Sequence[Mapping[str, str]]) -> str:
+def first_difference(found: Sequence[Mapping[str, str]]) -> str:
     """The first key whose values differ over ranks, with two of the values, and how many more there are."""
     keys = list(dict.fromkeys(key for values in found for key in values))
     differing = [key for key in keys if any(values.get(key) != found[0].get(key) for values in found)]

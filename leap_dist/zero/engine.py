@@ -119,7 +119,7 @@ def _on_all_ranks(
 ) -> tuple[LeapAdamW, dict[str, Any]]:
     """The optimizer and the DeepSpeed config that `make` returns, if it does on every rank and they are alike.
 
-    `join` is called in between, so that a mistake needs no ranks to be told. Raises UserError on all ranks else.
+    `join` is called in between, so that a mistake is reported without any rank. Raises UserError on all ranks else.
     """
     made: tuple[LeapAdamW, dict[str, Any]] | None = None
     problem = ""

@@ -23,7 +23,7 @@ import torch
 
 import leap_dist
 from leap_dist.bench.forecast import empty_task
-from leap_dist.bench.overhead import LR, PHASE, TASK, Setting, engine_config, engine_step, random_batch
+from leap_dist.bench.overhead import LR, PHASE, TASK, Setting, deepspeed_keys, engine_step, random_batch
 from leap_dist.bench.processes import on_ranks
 from leap_dist.checkpoint.checkpoints import Checkpoints
 from leap_dist.checkpoint.engine_state import fragment_states, tensor_table, written_by
@@ -46,7 +46,7 @@ def engine_of(gates: list[str]) -> tuple[Any, Callable[[], None]]:
     model = load_model(ModelConfig(from_config={"model_type": "bert"}), empty_task(TASK)).eval()
     batch = random_batch(model, Setting(batch=BATCH, length=LENGTH))
     section = {"leap": {**PHASE, "gates": gates}, "train": {"learning_rate": LR}}
-    engine, *_ = leap_dist.initialize(model=model, config={**engine_config(2, BATCH), **section})
+    engine, *_ = leap_dist.initialize(model=model, config={**deepspeed_keys(2, BATCH), **section})
     return engine, partial(engine_step, engine, batch)
 
 

@@ -116,7 +116,7 @@ def measure(settings: dict[str, Any], train: Table, validation: Table) -> dict[s
         loss += (train_step(model, optimizer, train, step - 1, steps) - loss) / min(step, steps // 20)
         if step % (steps // 500) and step != last_prune:
             continue
-        report = optimizer.report()
+        report = optimizer.measures()
         if step % (steps // 100) == 0:
             rows.append([step, *(round(report[key], 4) for key in COLUMNS)])
         if step <= last_prune:

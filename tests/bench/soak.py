@@ -88,7 +88,7 @@ def watch(job: Job, last: int, reached: list[int], samples: list[tuple[float, in
         if step % EVALUATE == 0:
             evaluate(job.engine, job.task, job.config.train.eval_batch_size, job.ranks)
 
-    return Watch(told=told, asked=lambda: "the plan" if last <= reached[0] < job.total_steps else None)
+    return Watch(notify=told, asked=lambda: "the plan" if last <= reached[0] < job.total_steps else None)
 
 
 def memory_mb() -> float:

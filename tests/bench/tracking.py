@@ -81,7 +81,7 @@ def block(job: Job, first: int, tracker: Tracker) -> dict[str, float]:
             job.engine.step()
             meter.count(batch)
         if (step + 1) % LOG_EVERY == 0:
-            values = {"loss": loss.item(), **job.engine.leap.report(), **meter.read(step + 1)}
+            values = {"loss": loss.item(), **job.engine.leap.measures(), **meter.read(step + 1)}
             before = time.perf_counter()
             tracker.log(step + 1, values)
             waited += time.perf_counter() - before

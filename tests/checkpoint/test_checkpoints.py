@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from leap_dist.checkpoint.checkpoints import Checkpoints
 from leap_dist.checkpoint.folders import write_tensors
-from leap_dist.checkpoint.manifest import MANIFEST, sealed
+from leap_dist.checkpoint.manifest import MANIFEST, with_checksum
 from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from tests.peers.nets import GLOBAL_BATCH, batches, leap, loss_of, net
@@ -220,7 +220,7 @@ def changed(folder: Path, change: Any) -> None:
     body = json.loads((checkpoint / MANIFEST).read_text())
     del body["sha256"]
     change(body, checkpoint)
-    (checkpoint / MANIFEST).write_bytes(sealed(body))
+    (checkpoint / MANIFEST).write_bytes(with_checksum(body))
 
 
 def put(*keys: Any) -> Any:

@@ -18,7 +18,15 @@ from safetensors.torch import load_file
 
 from leap_dist.checkpoint import folders
 from leap_dist.checkpoint.folders import CheckpointError
-from leap_dist.checkpoint.manifest import MANIFEST, Damaged, FileEntry, Manifest, check_file, read_manifest, sealed
+from leap_dist.checkpoint.manifest import (
+    MANIFEST,
+    Damaged,
+    FileEntry,
+    Manifest,
+    check_file,
+    read_manifest,
+    with_checksum,
+)
 from leap_dist.errors import UserError
 from tests.checkpoint.mutations import EXAMPLES, changed_bytes, changed_json
 
@@ -213,7 +221,7 @@ def reseal(checkpoint: Path, **changes: Any) -> None:
     """Change the manifest as somebody would who knows about its checksum."""
     body = json.loads((checkpoint / MANIFEST).read_text()) | changes
     del body["sha256"]
-    (checkpoint / MANIFEST).write_bytes(sealed(body))
+    (checkpoint / MANIFEST).write_bytes(with_checksum(body))
 
 
 def link(path: Path) -> None:
@@ -290,7 +298,7 @@ def test_nothing_else_comes_out_of_a_mutated_manifest(
     body = json.loads(text)
     del body["sha256"]
     knowing = data.draw(st.booleans())
-    mutated = sealed(changed_json(body, data)) if knowing else changed_bytes(text, data)
+    mutated = with_checksum(changed_json(body, data)) if knowing else changed_bytes(text, data)
     (checkpoint / MANIFEST).write_bytes(mutated)
     try:
         read_manifest(checkpoint)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leap_dist.checkpoint.checkpoints import Checkpoints
-from leap_dist.checkpoint.manifest import MANIFEST, sealed
+from leap_dist.checkpoint.manifest import MANIFEST, with_checksum
 from leap_dist.errors import UserError
 from tests.checkpoint.mutations import EXAMPLES, changed_bytes, changed_json
 from tests.checkpoint.test_checkpoints import checkpoint_of, this_rank
@@ -31,7 +31,7 @@ def mutate(manifest: bytes, tensors: bytes, data: st.DataObject) -> dict[str, by
     body = json.loads(manifest)
     del body["sha256"]
     if kind == "sealed manifest":
-        return {MANIFEST: sealed(changed_json(body, data))}
+        return {MANIFEST: with_checksum(changed_json(body, data))}
     if kind == "header":
         length = int.from_bytes(tensors[:8], "little")
         header = json.dumps(changed_json(json.loads(tensors[8 : 8 + length]), data)).encode()
@@ -39,7 +39,7 @@ def mutate(manifest: bytes, tensors: bytes, data: st.DataObject) -> dict[str, by
     else:
         tensors = changed_bytes(tensors, data)
     body["files"][FILE] |= {"size": len(tensors), "sha256": hashlib.sha256(tensors).hexdigest()}
-    return {MANIFEST: sealed(body), FILE: tensors}
+    return {MANIFEST: with_checksum(body), FILE: tensors}
 
 
 def load_mutated(folder: str, examples: int) -> dict[str, int]:

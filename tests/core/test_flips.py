@@ -41,7 +41,7 @@ def reported_and_counted(kind: str, stage: int) -> list[tuple[float, int]]:
     for last in (STEPS // 3, STEPS // 2, STEPS):
         run_steps(engine, 1, done, last)
         done = last
-        reported = engine.leap.report()["mask_flips"]
+        reported = engine.leap.measures()["mask_flips"]
         masks = {name: mask.clone() for name, mask in gather_masks(engine) if mask is not None}
         counted = [
             mask != before.get(name, torch.ones_like(mask)) for name, mask in masks.items() if plan.counted(name)

@@ -159,7 +159,7 @@ def test_a_step_reports_what_it_costs(kind: str) -> None:
     model = net(kind)
     optimizer = build(model, leap(kind, STEPS), kind)
     train(model, optimizer, STEPS // 2)
-    report = optimizer.report()
+    report = optimizer.measures()
     assert all(isinstance(value, float) for value in report.values())
     spent = [report[key] for key in TIMINGS]
     assert report["leap_ms_communication"] == 0.0 and all(0.0 < value < 1e4 for value in spent[:-1])

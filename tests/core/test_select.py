@@ -11,7 +11,7 @@ from torch import Tensor
 from leap_dist.bench.jumps import most_held
 from leap_dist.core.brackets import ANYWHERE, Bracket
 from leap_dist.core.communicator import Communicator
-from leap_dist.core.digits import Runs, to_scores
+from leap_dist.core.digits import ScoreRuns, to_scores
 from leap_dist.core.oracle import top_k
 from leap_dist.core.select import NUM_SUMS, Selector, most_bytes
 from leap_dist.ops import dispatch
@@ -51,9 +51,9 @@ def pieces(size: int, world: int, split: str) -> list[list[tuple[int, int]]]:
     return [[(edges[r], edges[r + 1])] if edges[r] < edges[r + 1] else [] for r in range(world)]
 
 
-def one_run(gate: int, scores: Tensor, place: int) -> Runs:
+def one_run(gate: int, scores: Tensor, place: int) -> ScoreRuns:
     """One fragment as a buffer of its own, in rows of odd length."""
-    return Runs(scores, torch.ones_like(scores, dtype=torch.bool), run_table([(0, len(scores), gate, place)], 777))
+    return ScoreRuns(scores, torch.ones_like(scores, dtype=torch.bool), run_table([(0, len(scores), gate, place)], 777))
 
 
 def select_everywhere(kind: str, split: str) -> bool:
@@ -96,8 +96,8 @@ def test_a_level_that_jumps_gives_the_masks_of_a_full_sort(kind: str) -> None:
     table = run_table([(0, 1000, 1, 1), (1000, 50, 2, 2)], 777)
     for share in (1.0, 0.99, 0.2, 0.6, 1e-5):
         keep = [max(1, int(share * n)) for n in sizes]
-        small = Runs(torch.cat(scores[1:]), torch.ones(1050, dtype=torch.bool), table)
-        large = Runs(scores[0], torch.ones(sizes[0], dtype=torch.bool), run_table([(0, sizes[0], 0, 0)], 4096))
+        small = ScoreRuns(torch.cat(scores[1:]), torch.ones(1050, dtype=torch.bool), table)
+        large = ScoreRuns(scores[0], torch.ones(sizes[0], dtype=torch.bool), run_table([(0, sizes[0], 0, 0)], 4096))
         selector.masks_([large, small], keep)
         assert torch.equal(large.mask, top_k(scores[0], keep[0]))
         assert torch.equal(small.mask, torch.cat([top_k(s, k) for s, k in zip(scores[1:], keep[1:], strict=True)]))
@@ -118,7 +118,7 @@ def test_one_buffer_of_many_gates_and_a_gap(size: int) -> None:
     mask = torch.ones(900, dtype=torch.bool)
     selector = Selector([290, 600], [0, 1, 1], Communicator())
     for keep in ([10, 599], [200, 30], [290, 1]):
-        selector.masks_([Runs(scores, mask, run_table(parts, size))], keep)
+        selector.masks_([ScoreRuns(scores, mask, run_table(parts, size))], keep)
         second = torch.cat([scores[:300], scores[600:]])
         assert torch.equal(mask[310:600], top_k(scores[310:600], keep[0]))
         assert torch.equal(torch.cat([mask[:300], mask[600:]]), top_k(second, keep[1]))
@@ -173,7 +173,7 @@ def test_a_selection_takes_two_bytes_a_score_and_few_passes(kind: str, monkeypat
     scores = SHAPES[kind](torch.randn(num, generator=torch.Generator().manual_seed(1)))
     size = num // num_gates
     table = run_table([(gate * size, size, gate, gate) for gate in range(num_gates)], CPU_BLOCK)
-    run = Runs(scores, torch.ones(num, dtype=torch.bool), table)
+    run = ScoreRuns(scores, torch.ones(num, dtype=torch.bool), table)
     passed: list[int] = []
     for name in ("count_inside", "take_inside", "cut_"):
         op = getattr(dispatch, name)

@@ -13,8 +13,8 @@ import torch
 
 from leap_dist.bench import jumps, overhead, scale, select
 from leap_dist.bench.overhead import DENSE, DENSE_FUSED, GATES, ORACLE, Setting, measure, with_ratios
+from leap_dist.bench.printing import print_result
 from leap_dist.bench.processes import on_ranks
-from leap_dist.bench.report import print_report
 from leap_dist.errors import UserError
 from tests.launch.scripts import load_script
 from tests.ranks import RankPools
@@ -52,7 +52,7 @@ def test_json_is_one_object_and_nothing_else(
     result = json.loads(capfd.readouterr().out)
     assert result["variants"]["dense"].keys() >= {"seconds", "ratio"} and result["variants"]["element"]["ratio"] > 0
     assert result["machine"].keys() >= {"processor", "cores", "load", "versions", "commit"}
-    print_report(result)
+    print_result(result)
     shown = capfd.readouterr().out
     assert "load " in shown and "torch 2." in shown and "commit " in shown and "head+neuron" in shown
 
@@ -167,7 +167,7 @@ def test_ties_at_the_cut_go_to_the_lowest_index() -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_model_agrees_with_real_ranks(ranks: RankPools, world: int) -> None:
-    rows = ranks(world).run(scale.count)[0]
+    rows = ranks(world).run(scale.count_traffic)[0]
     assert [row["gates"] for row in rows] == list(scale.GATES)
     scale.check_model(rows)
 
@@ -189,5 +189,5 @@ def test_scale_reports_ranks_and_models(monkeypatch: pytest.MonkeyPatch, capsys:
     assert len({row["LEAP MB sent"] for row in result["ranks"][1:]}) == 1
     assert {row["model"] for row in result["models"]} == set(scale.MODELS)
     assert result["bert_base_ratio"] == pytest.approx(result["ranks"][1]["% of gradients"] / 100)
-    print_report(result)
+    print_result(result)
     assert "LEAP adds " in capsys.readouterr().out

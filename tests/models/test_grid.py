@@ -12,8 +12,8 @@ from leap_dist.config.job_file import parse_leap
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.oracle import unit_index
 from leap_dist.errors import UserError
-from leap_dist.models.compare import example_inputs, logit_difference
 from leap_dist.models.families import FAMILIES
+from leap_dist.models.outputs import example_inputs, logit_difference
 from leap_dist.models.plan import make_plan
 from leap_dist.models.routing import route_among_kept
 from leap_dist.models.shrink import shrink_

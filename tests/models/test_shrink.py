@@ -15,7 +15,7 @@ from transformers import AutoModel, PreTrainedModel
 from leap_dist.config.family import FamilyConfig
 from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_structures, find_sublayers
-from leap_dist.models.compare import example_inputs, logit_difference
+from leap_dist.models.outputs import example_inputs, logit_difference
 from leap_dist.models.pruned_folder import load_pruned, save_shrunk
 from leap_dist.models.routing import route_among_kept
 from leap_dist.models.shrink import shrink_

@@ -16,7 +16,7 @@ from leap_dist.sweep.cluster import connected
 from leap_dist.sweep.early_stop import Halving
 from leap_dist.sweep.ladder import ladder_of, rung_start
 from leap_dist.sweep.rank import Outcome
-from leap_dist.sweep.results import collect, metric_of, rows, write
+from leap_dist.sweep.results import collect, metric_of, table_lines, write
 from leap_dist.sweep.run import parse_budget, run_sweep
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import combinations, read_sweep, trials_of
@@ -154,13 +154,13 @@ def test_rungs_settle_exactly_where_the_walk_passes_their_target(tmp_path: Path)
 
 def test_of_one_target_the_better_half_goes_on() -> None:
     verdicts = Halving(higher_is_better=True)
-    assert verdicts.goes_on("a", 0.5, 0.8) and not verdicts.goes_on("b", 0.5, 0.7)
-    assert verdicts.goes_on("c", 0.1, 0.6) and verdicts.goes_on("d", 0.5, 0.9)
-    assert not verdicts.goes_on("e", 0.5, 0.75)
-    assert Halving(higher_is_better=False).goes_on("a", 0.5, 3.0)
-    assert verdicts.goes_on("a", 0.5, 0.8) and not verdicts.goes_on("b", 0.5, 0.7)  # they stand
-    assert verdicts.goes_on("n", 0.2, float("nan")) and verdicts.goes_on("o", 0.2, 0.1)
-    assert not verdicts.goes_on("p", 0.2, float("nan"))
+    assert verdicts.judge("a", 0.5, 0.8) and not verdicts.judge("b", 0.5, 0.7)
+    assert verdicts.judge("c", 0.1, 0.6) and verdicts.judge("d", 0.5, 0.9)
+    assert not verdicts.judge("e", 0.5, 0.75)
+    assert Halving(higher_is_better=False).judge("a", 0.5, 3.0)
+    assert verdicts.judge("a", 0.5, 0.8) and not verdicts.judge("b", 0.5, 0.7)  # they stand
+    assert verdicts.judge("n", 0.2, float("nan")) and verdicts.judge("o", 0.2, 0.1)
+    assert not verdicts.judge("p", 0.2, float("nan"))
 
 
 def test_the_front_is_what_no_other_beats() -> None:
@@ -185,7 +185,7 @@ def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
         ("done", True),
         ("failed", False),
     ]
-    table = rows([replace(r, settings=r.settings | {"train.seed": 3}) for r in results], "accuracy", gpus=0)
+    table = table_lines([replace(r, settings=r.settings | {"train.seed": 3}) for r in results], "accuracy", gpus=0)
     assert "seed" not in table[0] and [line["target"] for line in table] == [0.5, 0.3, 0.1]
     assert table[0]["CPU hours"] == pytest.approx(0.02) and table[0]["Δ dense"] == pytest.approx(-0.1)
     assert table[1]["latency ms"] == 1.5 and table[0]["parameters"] == "" and "LEAP ms" not in table[0]

@@ -15,7 +15,7 @@ import pytest
 
 from leap_dist.errors import UserError
 from leap_dist.sweep.grid import expand, name_of, names, short
-from leap_dist.sweep.study import Cell, read_study, rows, run_study, show, summarize
+from leap_dist.sweep.study import Cell, read_study, run_study, summarize, table_lines, write_pictures
 from tests.sweep import jobs
 from tests.tracking.folders import Page, run_folder
 
@@ -120,7 +120,7 @@ def test_means_and_spreads_over_seeds(tmp_path: Path) -> None:
         (1, 0.6, 0.0),
         (1, 0.7, 0.0),
     ]
-    assert rows(points)[0] | {"spread": 0} == {
+    assert table_lines(points)[0] | {"spread": 0} == {
         "rule": "leap",
         "target": 0.5,
         "density": 0.5,
@@ -210,7 +210,7 @@ def test_pictures_and_a_page_of_all_cells(tmp_path: Path) -> None:
     for number, (seed, accuracy) in enumerate(((1, 0.8), (2, 0.9))):
         folder = run_folder(tmp_path / f"cell{number}")
         cells.append(replace(cell(0.5, seed, accuracy), folder=folder.name))
-    files = show(cells, summarize(cells), None, tmp_path)
+    files = write_pictures(cells, summarize(cells), None, tmp_path)
     assert [file.name for file in files] == [
         "study.png",
         "study.svg",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist.tasks.spans import best_spans, choose, n_best, normalised, squad_scores
+from leap_dist.tasks.spans import best_spans, choose_answer, n_best, normalised, squad_scores
 
 # ------------------------------------------------------------------------------ spans
 
@@ -51,8 +51,8 @@ def test_n_best_merges_equal_texts_and_skips_blanks() -> None:
     [(5.0, None, "a"), (2.4, 0.5, "a"), (2.6, 0.5, ""), (1.0, -2.0, ""), (1.0, 0.0, "a")],
 )
 def test_no_answer_is_given_beyond_the_threshold(null: float, threshold: float | None, answer: str) -> None:
-    assert choose([(2.0, "a"), (1.0, "b")], null, threshold) == answer
-    assert choose([], null, threshold) == ""
+    assert choose_answer([(2.0, "a"), (1.0, "b")], null, threshold) == answer
+    assert choose_answer([], null, threshold) == ""
 
 
 # ------------------------------------------------------------------------------ metrics

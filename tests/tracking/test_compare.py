@@ -94,7 +94,7 @@ def stored(name: str, target: float, metrics: dict[str, float], **tags: str) -> 
 
 @pytest.mark.parametrize("page", [1000, 2])
 def test_runs_are_chosen_by_what_they_are(store: str, page: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs_module, "PAGE", page)
+    monkeypatch.setattr(runs_module, "REQUEST_SIZE", page)
     assert len(read_runs(store, Selection())) == 8
     assert names(read_runs(store, Selection(["ratios"]))) == ["beaten", "broken", "middle", "small"]
     assert len(read_runs(store, Selection(["ratios", "sweeps"]))) == 6

@@ -31,7 +31,7 @@ def run_beside(disk: str, job: dict[str, Any], full_at: int, free_at: int, befor
 
     from leap_dist.config.job_file import parse_job
     from leap_dist.errors import UserError
-    from leap_dist.train import loop, reports
+    from leap_dist.train import folder_writer, loop
     from leap_dist.train.watch import Watch
     from leap_dist.zero.ranks import Ranks
 
@@ -48,14 +48,18 @@ def run_beside(disk: str, job: dict[str, Any], full_at: int, free_at: int, befor
 
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     patch = pytest.MonkeyPatch()
-    points = {"page": (reports, "write_report"), "certificate": (loop.cert, "build"), "model": (loop, "save_model")}
+    points = {
+        "page": (folder_writer, "write_report"),
+        "certificate": (loop.cert, "build"),
+        "model": (loop, "save_model"),
+    }
     with contextlib.redirect_stdout(printed), patch.context() as patched:
         if before:
             owner, name = points[before]
             patched.setattr(owner, name, filled_first(getattr(owner, name)))
         try:
             loop.run_job(
-                parse_job(job), place / "run", False, Ranks(rank, world, torch.device("cpu")), Watch(told=told)
+                parse_job(job), place / "run", False, Ranks(rank, world, torch.device("cpu")), Watch(notify=told)
             )
         except UserError as error:
             refused = str(error)
@@ -149,7 +153,7 @@ def remove_at(output: str, job: dict[str, Any], step_of_it: int) -> str:
             shutil.rmtree(output)
 
     try:
-        run_job(parse_job(job), Path(output), False, Ranks(rank, world, torch.device("cpu")), Watch(told=told))
+        run_job(parse_job(job), Path(output), False, Ranks(rank, world, torch.device("cpu")), Watch(notify=told))
     except UserError as error:
         return str(error)
     return ""

@@ -20,7 +20,7 @@ def linear_during_and_after(file: str, output: str) -> tuple[bool, bool]:
     """Whether torch's own linear is in place while a stage 3 job runs, and after it."""
     own = torch.nn.functional.linear
     during: list[bool] = []
-    watch = Watch(told=lambda *_: during.append(torch.nn.functional.linear is own))
+    watch = Watch(notify=lambda *_: during.append(torch.nn.functional.linear is own))
     run_job(load_job(file, []), Path(output), False, Ranks(0, 1, torch.device("cpu")), watch)
     return any(during), torch.nn.functional.linear is own
 

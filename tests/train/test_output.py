@@ -11,7 +11,7 @@ import pytest
 
 from leap_dist.config.job_file import parse_job
 from leap_dist.errors import UserError
-from leap_dist.train.output import check_output, lock, prepared, shown
+from leap_dist.train.output import as_logged, check_output, lock, prepared
 from tests.sweep.jobs import JOB
 
 
@@ -21,7 +21,7 @@ def checked(output: Path, resume: bool = False, ranks: int = 1, **changes: Any) 
 
 def begin(output: Path, ranks: int = 1, **changes: Any) -> None:
     """What a run has left that was killed."""
-    with pytest.raises(KeyboardInterrupt), prepared(output, shown(parse_job(JOB | changes), ranks), 0):
+    with pytest.raises(KeyboardInterrupt), prepared(output, as_logged(parse_job(JOB | changes), ranks), 0):
         raise KeyboardInterrupt
 
 
@@ -90,7 +90,7 @@ def test_settings_that_are_newer_than_a_run_have_their_defaults(tmp_path: Path) 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     words = r"--output: another process is writing to .*; wait for it to end"
-    with prepared(tmp_path, shown(parse_job(JOB), 1), 0), pytest.raises(UserError, match=words):
+    with prepared(tmp_path, as_logged(parse_job(JOB), 1), 0), pytest.raises(UserError, match=words):
         checked(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     lock(tmp_path).close()

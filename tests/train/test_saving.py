@@ -73,7 +73,7 @@ def run_with_a_broken_store(folder: str) -> tuple[str, str]:
         elif step == 20:
             place.unlink()
 
-    return run(folder, Watch(told=told), checkpoint_every=5)
+    return run(folder, Watch(notify=told), checkpoint_every=5)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(ranks: RankPools, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def run_until_asked(folder: str, at: int, reference: bool = False) -> tuple[str,
     def asked() -> str | None:
         return "SIGTERM" if steps[0] >= at and ranks.rank == ranks.world_size - 1 else None
 
-    watch = Watch(told=told, asked=asked)
+    watch = Watch(notify=told, asked=asked)
     return run(folder, watch, checkpoint_every=None, keep_checkpoints=1, dense_reference=reference)
 
 
@@ -149,5 +149,5 @@ def run_until_asked_late(folder: str) -> tuple[str, str]:
     def told(step: int, total: int, measures: Mapping[str, float]) -> None:
         steps[0] = step
 
-    watch = Watch(told=told, asked=lambda: "SIGTERM" if steps[0] >= 39 else None)
+    watch = Watch(notify=told, asked=lambda: "SIGTERM" if steps[0] >= 39 else None)
     return run(folder, watch, checkpoint_every=1, keep_checkpoints=1)

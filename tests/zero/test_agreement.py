@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from leap_dist.errors import UserError
-from leap_dist.zero.agreement import difference
+from leap_dist.zero.agreement import first_difference
 from tests.peers.nets import LR, net
 from tests.ranks import RankPools
 
@@ -96,7 +96,7 @@ def test_an_engine_is_compared_when_it_is_attached_and_when_it_is_finished(ranks
 
 
 def test_the_first_key_that_differs_is_named() -> None:
-    assert difference([{"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {"a": "1", "c": "3"}]) == (
+    assert first_difference([{"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {"a": "1", "c": "3"}]) == (
         "b: rank 0 has 2, rank 2 has nothing; 1 more differ"
     )
 

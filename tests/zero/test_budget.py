@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist.bench.budget import Hosting, Memory, engine_traffic, leap_traffic, memory, parameter_groups, total
+from leap_dist.bench.budget import Hosting, Memory, engine_traffic, group_sizes, leap_traffic, memory, total
 from leap_dist.bench.forecast import empty_model, empty_task
 from leap_dist.bench.overhead import engine_step
 from leap_dist.bench.scale import held_state, sent_by
@@ -58,7 +58,7 @@ def hold(stage: int, gates: str, frozen: bool = False, **more: Any) -> dict[str,
         engine_step(engine, batch)
         seen.append(sent_by(engine))
     held = {"weights": sum(map(_held, engine.module.parameters())), "state": held_state(engine)}
-    held["extra"] = int(engine.leap.report()["leap_extra_bytes"])
+    held["extra"] = int(engine.leap.measures()["leap_extra_bytes"])
     engine.destroy()
     return held | {"sent": min(seen[SKIPPED:])}
 
@@ -142,9 +142,9 @@ def test_what_is_offloaded_is_not_on_the_device() -> None:
 def test_dense_jobs_have_no_gates() -> None:
     model = empty_model(MODEL, "builtin/clock")
     plan = make_plan(model, parse_leap({"target": 0.5, "gates": ["head", "neuron"]}))
-    groups = parameter_groups(model, plan)
+    groups = group_sizes(model, plan)
     assert sum(map(sum, groups)) == sum(p.numel() for p in model.parameters())
-    assert sum(map(sum, parameter_groups(model, None))) == sum(p.numel() for p in model.parameters())
+    assert sum(map(sum, group_sizes(model, None))) == sum(p.numel() for p in model.parameters())
     assert memory(model, None, Hosting(2, 2)).extra == 0
 
 

@@ -8,7 +8,7 @@ import time
 from leap_dist.console import duration
 
 
-class Progress:
+class TimeLeft:
     """Lines on standard error, one for each step that begins.
 
     total: work of all steps, in any unit (tokens that go through a model); what is left is taken to run as fast as

@@ -19,7 +19,7 @@ TITLES = {
 """Keys of a result that hold rows."""
 
 
-def print_report(result: Mapping[str, Any]) -> None:
+def print_result(result: Mapping[str, Any]) -> None:
     """Print what was measured, and on which machine."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

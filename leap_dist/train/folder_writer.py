@@ -22,8 +22,8 @@ from leap_dist.run_folder import METRICS, REPORT
 from leap_dist.tracking.report import write_report
 
 
-class Reports:
-    """Reports in a run folder. What cannot be written is said once, waits in memory, and is tried again.
+class FolderWriter:
+    """Writes what only reports of a run. What cannot be written is said once, waits in memory, and is tried again.
 
     lock: an open file in the folder, by which one sees that the folder is still there.
     """

@@ -14,7 +14,7 @@ from leap_dist.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RESULTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 """What is compared of a model's output, as far as it is there."""
 
 
@@ -53,7 +53,7 @@ def _result(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
     with torch.no_grad():
         output = model(**inputs)
     model.train(training)
-    found = [output[key].flatten() for key in RESULTS if key in output]
+    found = [output[key].flatten() for key in OUTPUTS if key in output]
     if not found:
-        raise UserError(f"{type(model).__name__}: gives none of {', '.join(RESULTS)}; got {', '.join(output)}")
+        raise UserError(f"{type(model).__name__}: gives none of {', '.join(OUTPUTS)}; got {', '.join(output)}")
     return torch.cat(found)
