@@ -1,6 +1,7 @@
 """What every rank of a test needs, imported once by the process that all ranks are forked from; it computes nothing."""
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -14,3 +15,5 @@ with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed tells of its builds
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     import leap_dist.train.loop  # noqa: F401
+
+gc.freeze()  # DeepSpeed collects garbage whenever it builds a stage 3 engine: what is imported is none

@@ -211,12 +211,18 @@ def project_exact(
     """
     goal = math.ceil(target * remaining.prunable - 1e-6)
     groups = remaining.plan.tied
+    enough: dict[tuple[int, ...], bool] = {}  # shifts that are close have the same kept counts, and masks take a while
 
     def counts(delta: float) -> list[int]:
         return remaining.keep_counts(keep_ratio(remaining.shifted(sigma, delta), temperature))
 
+    def is_enough(keep: list[int]) -> bool:
+        if (key := tuple(keep)) not in enough:
+            enough[key] = count(keep) >= goal
+        return enough[key]
+
     low, high = shift_range(remaining, sigma, temperature)
-    low, high = bisect(lambda delta: count(counts(delta)) < goal, low, high)
+    low, high = bisect(lambda delta: not is_enough(counts(delta)), low, high)
     few, many = counts(low), counts(high)
 
     def mixed(num: int) -> list[int]:
@@ -228,7 +234,7 @@ def project_exact(
     first, last = 0, len(groups)  # groups[:first] at `many` is too little, groups[:last] is enough
     while last - first > 1:
         middle = (first + last) // 2
-        first, last = (first, middle) if count(mixed(middle)) >= goal else (middle, last)
+        first, last = (first, middle) if is_enough(mixed(middle)) else (middle, last)
     keep = mixed(last)
     if remaining.plan.closed_form:
         keep = take_back(remaining.plan, keep, count(keep) - goal)
