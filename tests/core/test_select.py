@@ -33,6 +33,9 @@ def scores_at(step: int, kind: str) -> list[Tensor]:
         "jumps": lambda s: s * 10 ** (step % 5),
         "infinite": lambda s: torch.where(s > 1, float("inf"), s),
         "equal": lambda s: torch.full_like(s, -0.25),
+        "sorted": lambda s: s.sort().values,
+        "denormals": lambda s: (s * 1000).round().abs() * 1e-45,
+        "two values": lambda s: (s > 0.3).float(),
         "close": lambda s: 1 + (s * 4000).round() * 2.0**-23,  # told apart by their last bits, if at all
     }
     return [kinds[kind](s + step * d) for s, d in zip(start, drift, strict=True)]
@@ -56,19 +59,23 @@ def one_run(gate: int, scores: Tensor, place: int) -> ScoreRuns:
     return ScoreRuns(scores, torch.ones_like(scores, dtype=torch.bool), run_table([(0, len(scores), gate, place)], 777))
 
 
-def select_everywhere(kind: str, split: str) -> bool:
-    """On every rank: do the masks of its runs equal those of a full sort, at every step?"""
+STEADY = (0.9, 0.75, 0.6, 0.45, 0.3, 0.15)
+JUMPS = (1.0, 0.2, 0.95, 1e-5, 0.6, 0.2)  # up and down, from cold brackets and from warm ones
+
+
+def select_everywhere(kind: str, split: str, levels: tuple[float, ...] = STEADY) -> bool:
+    """On every rank: do the masks of its runs equal those of a full sort, at every level?"""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     communicator = Communicator(torch.distributed.group.WORLD) if world > 1 else Communicator()
     table = [(gate, *run) for gate, n in enumerate(SIZES) for part in pieces(n, world, split) for run in part]
     table.sort()
     mine = {(gate, *run) for gate, n in enumerate(SIZES) for run in pieces(n, world, split)[rank]}
     selector = Selector(SIZES, [gate for gate, _, _ in table], communicator)
-    for step in range(6):
+    for step, level in enumerate(levels):
         scores = scores_at(step, kind)
         local = [entry for entry in table if entry in mine]
         runs = [one_run(g, scores[g][a:b].clone(), table.index((g, a, b))) for g, a, b in local]
-        keep = [max(1, int(n * (0.9 - 0.15 * step))) for n in SIZES]
+        keep = [max(1, int(n * level)) for n in SIZES]
         selector.masks_(runs, keep)
         masks = [run.mask for run in runs]
         expected = [top_k(s, k) for s, k in zip(scores, keep, strict=True)]
@@ -108,6 +115,14 @@ def test_a_level_that_jumps_gives_the_masks_of_a_full_sort(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "jumps", "infinite", "equal", "close"])
 def test_masks_equal_a_full_sort(ranks: RankPools, world: int, split: str, kind: str) -> None:
     assert ranks(world).run(select_everywhere, kind, split) == [True] * world
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    "kind", ["normal", "ties", "zeros", "infinite", "equal", "sorted", "denormals", "two values", "close"]
+)
+def test_a_level_that_jumps_does_so_on_ranks(ranks: RankPools, world: int, kind: str) -> None:
+    assert ranks(world).run(select_everywhere, kind, "cards", JUMPS) == [True] * world
 
 
 @pytest.mark.parametrize("size", [1, 3, 100, 10**6])

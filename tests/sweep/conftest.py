@@ -25,10 +25,12 @@ def three_nodes() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 lets other tests keep its workers from running
+        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         for _ in range(2):
             cluster.add_node(**node)
+    try:
         yield cluster.address
     finally:
         cluster.shutdown()
