@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from shlex import quote
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from leap_dist.config.family import FamilyConfig
+from leap_dist.config.json_file import parse_json, read_json, read_text
 from leap_dist.errors import UserError
+from leap_dist.run_parts import Card, Certificate, GateCount, Job, Part, PartT, Scores, TensorCount
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,54 +30,13 @@ MODEL, CHECKPOINTS, RANKS = "model", "checkpoints", ".ranks"
 REPORT, PLOTS = "report.html", "plots"
 EXPORTS, CARD = "export", "card.json"  # RUN/export/<kind>/card.json
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+RESTORE = "restore the file, or run the job again"
+LARGEST = 2**26  # bytes of a file with an entry for each tensor
+LONGEST = 2**30  # bytes of a file with a line for each step
 COST = "leap_ms_"  # what the measures of LEAP's own time begin with
 
 STEP_KEYS = {"step", "phase", "loss", "level", "density", "remaining"}  # of a line of metrics.jsonl
 SEAL = "sha256"  # the key of a file's digest of its own content
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _Part(BaseModel):
-    """Of a certificate only what exports rely on is checked; the rest is kept as it is."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class GateCount(_Part):
-    """One gate: what its units are, and the tensors whose weights it prunes."""
-
-    granularity: str
-    tensors: list[str]
-    kept: int
-    prunable: int
-    density: float
-
-
-class TensorCount(_Part):
-    """One masked tensor. `zeros_kept`: its weights that are kept and yet exactly zero."""
-
-    shape: list[int]
-    kept: int
-    zeros_kept: int
-    numel: int
-    density: float
-    counted: bool
-
-
-class Certificate(_Part):
-    """certificate.json, as export/certificate.py builds it."""
-
-    target: float
-    density: float
-    unit: int
-    kept: int
-    prunable: int
-    metrics: dict[str, dict[str, float | None]]
-    gates: list[GateCount]
-    tensors: dict[str, TensorCount]
-    masks_sha256: Sha256
-    weights_sha256: Sha256
 
 
 class ExportedWeights:
@@ -110,8 +72,10 @@ class ExportedWeights:
     def _files(self) -> list[Path]:
         index = self._folder / INDEX_FILE
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-            return [self._folder / file for file in sorted(set(weight_map.values()))]
+            named = set(read_json(index, largest=LARGEST)["weight_map"].values())
+            if outside := [file for file in named if not isinstance(file, str) or Path(file).name != file]:
+                raise RuntimeError(f"{INDEX_FILE} names {outside[0]!r}, which is no file of that folder")
+            return [self._folder / file for file in sorted(named)]
         if (self._folder / SINGLE_FILE).is_file():
             return [self._folder / SINGLE_FILE]
         raise RuntimeError(f"{self._folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
@@ -165,10 +129,10 @@ def read_run(folder: Path) -> Run:
 def job_in(folder: Path) -> dict[str, Any] | None:
     """The resolved job file, by which a run folder is known; None where there is none."""
     try:
-        job = json.loads((folder / RESOLVED).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):  # not there, or not ours
+        job = read_json(folder / RESOLVED)
+    except UserError:  # not there, or not ours
         return None
-    return job if isinstance(job, dict) and {"leap", "model"} <= job.keys() else None
+    return job if {"leap", "model"} <= job.keys() else None
 
 
 def _read_job(folder: Path) -> dict[str, Any]:
@@ -188,15 +152,9 @@ def _read_certificate(folder: Path) -> Certificate:
     if not path.is_file():
         raise UserError(
             f"{folder}: the run is not finished, it has no {CERTIFICATE}; finish it with "
-            f"launch/prune.py --config {folder / RESOLVED} --output {folder} --resume"
+            f"launch/prune.py --config {quote(str(folder / RESOLVED))} --output {quote(str(folder))} --resume"
         )
-    try:
-        certificate = Certificate.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: damaged: {place}: {first['msg']}; restore it, or run the job again") from error
-    return certificate
+    return _checked(Certificate, read_json(path, RESTORE, largest=LARGEST), path)
 
 
 def _check_weights(folder: Path, certificate: Certificate) -> None:
@@ -311,19 +269,22 @@ def read_files(folder: Path) -> RunFiles:
     """Raises UserError for a folder that holds no finished run, and for a file that is damaged."""
     if not (folder / CERTIFICATE).is_file():
         raise UserError(f"{folder} holds no finished run: it has no {CERTIFICATE}")
-    job = _json(folder / RESOLVED) if (folder / RESOLVED).is_file() else {}
-    scores = _json(folder / SCORES) if (folder / SCORES).is_file() else {}
-    return RunFiles(folder, _json(folder / CERTIFICATE), job, steps_in(folder), scores)
+    kinds: dict[str, type[Part]] = {CERTIFICATE: Certificate, RESOLVED: Job, SCORES: Scores}
+    found = {name: _json(folder / name) if (folder / name).is_file() else {} for name in kinds}
+    for name, content in found.items():
+        if content:
+            _checked(kinds[name], content, folder / name)
+    return RunFiles(folder, found[CERTIFICATE], found[RESOLVED], steps_in(folder), found[SCORES])
 
 
 def exports(folder: Path | None) -> list[Export]:
     """The exports below a run folder, the fastest first, those that cannot be run last; none if it is not there."""
     found = []
     for path in sorted(folder.glob(f"{EXPORTS}/*/{CARD}")) if folder else ():
-        card = _json(path)
-        latency = card["latency"][0]["after"] if card["latency"] else None
-        parameters = card["parameters"]["after"] if card["parameters"] else None
-        found.append(Export(card["kind"], card["bytes"]["after"], parameters, latency))
+        card = _checked(Card, _json(path), path)
+        latency = card.latency[0].after if card.latency else None
+        parameters = card.parameters.after if card.parameters else None
+        found.append(Export(card.kind, card.bytes.after, parameters, latency))
     return sorted(found, key=lambda export: (export.latency is None, export.latency or 0.0))
 
 
@@ -335,11 +296,8 @@ def steps_in(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         return []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; restore the file, or run the job again") from error
-    found = [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    lines = read_text(path, RESTORE, LONGEST).split("\n")[:-1]
+    found = [parse_json(line, f"{path}:{number}", RESTORE, finite=False) for number, line in enumerate(lines, start=1)]
     for number, line in enumerate(found, start=1):
         numbers = [value for key, value in line.items() if key != "phase"]
         whole = line.keys() >= STEP_KEYS and isinstance(line["phase"], str) and type(line["step"]) is int
@@ -353,15 +311,20 @@ def steps_in(folder: Path) -> list[dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a file, whose digest fits if it has one. Raises UserError."""
-    try:
-        found = _parsed(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; restore the file, or run the job again") from error
+    found = read_json(path, RESTORE, finite=False, largest=LARGEST)
     if SEAL in found and found != sealed(found):
-        raise UserError(
-            f"{path}: was changed: its {SEAL} is not that of its content; restore the file, or run the job again"
-        )
+        raise UserError(f"{path}: was changed: its {SEAL} is not that of its content; {RESTORE}")
     return found
+
+
+def _checked(kind: type[PartT], content: Mapping[str, Any], path: Path) -> PartT:
+    """What a file holds, with the parts that are relied on; UserError where they are not what they should be."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: damaged: {place}: {first['msg']}; {RESTORE}") from error
 
 
 def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,13 +332,3 @@ def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in body.items() if key != SEAL}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return {**rest, SEAL: hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _parsed(text: str, place: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: damaged: {error}; restore the file, or run the job again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{place}: damaged: no JSON object; restore the file, or run the job again")
-    return found

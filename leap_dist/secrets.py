@@ -21,11 +21,20 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{0,40}://")
 NAME = r"(?:token|password|passwd|pwd|secret|key|signature|credential|sig|auth)"
 SECRET_NAME = re.compile(rf"{NAME}s?$|^{NAME}[-_.]|[-_.]{NAME}[-_.]|access_?key|api_?key|^x-amz-", re.IGNORECASE)
 VARIABLE = re.compile(
-    r"(?:^|_)(?:PASSWORD|PASSWD|TOKEN|SECRET|API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY)(?:_ID)?$|^PGPASSWORD$"
+    r"(?:^|_)(?:PASSWORD|PASSWD|TOKEN|SECRET|API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY)(?:_ID)?$"
+    r"|^(?:PGPASSWORD|MYSQL_PWD|SSHPASS)$|CONNECTION_STRING$"
 )
 """Environment variables that hold a secret, by name."""
+SETTING = re.compile(
+    r"(?:^|[-_.])(?:password|passwd|pwd|secret|(?:api|access|private|secret)[-_]?key|(?:access|auth|api|hub|hf)[-_]token)$"
+    r"|^(?:.*\.)?token$",
+    re.IGNORECASE,
+)
+"""Keys of settings, ours and DeepSpeed's (comet.api_key), whose value is a secret; pad_token is none."""
+QUOTED = re.compile(r"[\"']([\w.\-]+)[\"']\s*:\s*[\"']([^\"']+)")  # a setting in a text that may be no whole JSON
 USER = re.compile(r"://(?:[^/@\s:\"']*:[^\s\"'<>]*|[^/@\s\"'<>]+)@")
 PAIR = re.compile(r"([?&;])([^=?&;\s\"'<>]+)=([^&]*)")
+PART = re.compile(r"(?:^|;)\s*([^=;]+)=([^;]+)")  # of "AccountName=a;AccountKey=b=="
 QUERY = re.compile(
     rf"([?&;][^=&\s\"']*(?:{NAME}|access_?key|x-amz-)[^=&\s\"']*=)[^&\s\"'<>)]*[^&\s\"'<>),.;]",
     re.IGNORECASE,
@@ -45,8 +54,16 @@ _remembered: dict[str, None] = {}
 
 
 def remember(text: str) -> None:
-    """Note the secrets of an address, so that `hide_secrets` finds them in any text. Anything else is ignored."""
+    """Note the secrets of an address, or of settings in a text, so that `hide_secrets` finds them in any other text."""
     _remembered.update(dict.fromkeys(_secrets_of(text)))
+    for key, secret in QUOTED.findall(text):
+        remember_setting(key, secret)
+
+
+def remember_setting(key: str, value: Any) -> None:
+    """`remember`, where a key says that its whole value is a secret."""
+    if _is_secret(key, value):
+        _remembered.update(dict.fromkeys(_forms(str(value))))
 
 
 def remember_all(value: Any) -> None:
@@ -57,6 +74,7 @@ def remember_all(value: Any) -> None:
         for key, inner in value.items():
             remember_all(key)
             remember_all(inner)
+            remember_setting(key, inner)
     elif isinstance(value, list | tuple):
         for inner in value:
             remember_all(inner)
@@ -109,13 +127,19 @@ def must_quote(uri: str) -> str:
 def hide_in(value: Any) -> Any:
     """Nested settings, with what `hide_secrets` leaves out of every text in them."""
     if isinstance(value, Mapping):
-        return {key: hide_in(inner) for key, inner in value.items()}
+        return {key: HIDDEN if _is_secret(key, inner) else hide_in(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(hide_in, value))
     return hide_secrets(value) if isinstance(value, str) else value
 
 
 # ---------------------------------------------------------------------------------------------- taking apart
+
+
+def _is_secret(key: Any, value: Any) -> bool:
+    """Whether a setting's value is a secret as a whole: a text, or a number as which a text was read."""
+    named = isinstance(key, str) and SETTING.search(key) is not None
+    return named and isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
 
 
 def _split_user(rest: str) -> tuple[str, str]:
@@ -184,6 +208,9 @@ def _of_variables(user: str, variables: tuple[tuple[str, str], ...]) -> tuple[st
     found: dict[str, None] = {}
     for name, value in variables:
         found |= dict.fromkeys(_forms(value, user) if VARIABLE.search(name) else _secrets_of(value))
+        if name.endswith("CONNECTION_STRING"):
+            for pair in PART.finditer(value):
+                found |= dict.fromkeys(_forms(pair[2]) if SECRET_NAME.search(pair[1]) else ())
     return tuple(found)
 
 

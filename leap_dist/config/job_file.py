@@ -6,7 +6,6 @@ nearest right name.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -16,18 +15,17 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from leap_dist.config.family import FamilyConfig
+from leap_dist.config.json_file import Twice, loads, read_json, shortened
 from leap_dist.config.leap import GATE_NAMES, LeapConfig
 from leap_dist.config.section import Section, is_int, nearest, show
 from leap_dist.config.sections import DEEPSPEED_KEYS, OPTIONAL, SECTIONS, EngineConfig, JobConfig, TrainConfig
 from leap_dist.errors import UserError
 from leap_dist.files import shipped, user_path
-from leap_dist.secrets import remember, remember_all
+from leap_dist.secrets import remember, remember_all, remember_setting
 
 CONFIG_FOLDER = shipped("configs")
-LARGEST_FILE = 16 * 2**20  # bytes
 MOST_LEVELS = 64  # of lists and objects in each other, and parts of a dotted key
 MOST_PROBLEMS = 50  # in one message
-MOST_SHOWN = 200  # characters of an override or a key in a message
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -39,12 +37,12 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     override after "=" is JSON, or else a plain string.
     """
     for text in overrides:
-        remember(text)
+        _remember(text)
     file = _find(user_path(str(path)))
     raw = read_json(file)
     problems = [problem for text in overrides if (problem := _override(raw, text))]
     keys = Counter(text.partition("=")[0].strip() for text in overrides)
-    problems += [f"override: {_cut(key)} is given {num} times; keep one" for key, num in keys.items() if num > 1]
+    problems += [f"override: {shortened(key)} is given {num} times; keep one" for key, num in keys.items() if num > 1]
     return _parse_job(raw, str(file), problems)
 
 
@@ -109,46 +107,6 @@ def _find(path: Path) -> Path:
     raise UserError(f"config: no file {path}; looked for {places}; in configs/: {', '.join(known) or 'none'}{near}")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; UserError where there is none."""
-    try:
-        if (size := file.stat().st_size) > LARGEST_FILE:
-            raise UserError(f"{file}: has {size} bytes; allowed: at most {LARGEST_FILE}")
-        text = file.read_text("utf-8-sig")
-        raw = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{file}: not JSON: {where}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{file}: lists or objects are nested too deeply") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: got {show(raw)}; allowed: a JSON object")
-    return raw
-
-
-class _Twice(ValueError):
-    """An object with a key that stands in it twice."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = sorted(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
-    if twice:
-        raise _Twice(f"the same key stands twice: {', '.join(map(_cut, twice[:MOST_PROBLEMS]))}; keep one")
-    return dict(pairs)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
-
-
 def _check_depth(source: str, value: Any) -> None:
     """Raises UserError for what is nested so deeply that no part of the program could walk through it."""
     level = [value]
@@ -164,34 +122,37 @@ def _check_depth(source: str, value: Any) -> None:
     raise UserError(f"{source}: lists or objects are nested too deeply; allowed: {MOST_LEVELS} levels")
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON; allowed: a finite number")
-
-
 def _override(raw: dict[str, Any], text: str) -> str | None:
     """Set one dotted key in `raw`; the problem, if the text or the place is wrong."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts) or len(parts) > MOST_LEVELS:
-        return f'override: got "{_cut(text)}"; allowed: section.key=value, such as leap.target=0.05'
+        return f'override: got "{shortened(text)}"; allowed: section.key=value, such as leap.target=0.05'
     try:
         found = _override_value(value.strip())
-    except _Twice as error:
-        return f'override: got "{_cut(text)}"; {error}'
+    except Twice as error:
+        return f'override: got "{shortened(text)}"; {error}'
     place = raw
     for depth, part in enumerate(parts[:-1], start=1):
         place = place.setdefault(part, {})
         if not isinstance(place, dict):
             above = ".".join(parts[:depth])
-            return f'override: got "{_cut(text)}"; {above} holds {show(place)}, which has no keys'
+            return f'override: got "{shortened(text)}"; {above} holds {show(place)}, which has no keys'
     place[parts[-1]] = found
     return None
 
 
+def _remember(text: str) -> None:
+    """Note the secrets of an override, so that no message shows them."""
+    remember(text)
+    key, _, value = text.partition("=")
+    remember_setting(key.strip(), value.strip(' "'))
+
+
 def _override_value(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except _Twice:
+        return loads(text)
+    except Twice:
         raise
     except (ValueError, RecursionError):
         return text

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leap_dist.config.job_file import parse_leap, read_json
+from leap_dist.config.job_file import parse_leap
+from leap_dist.config.json_file import read_json
 from leap_dist.config.leap import LeapConfig
 from leap_dist.config.legacy import PLACE_WORDS, PRUNING, STRUCTURED, Group, Reader, tensor_pattern
 from leap_dist.config.section import is_int, is_number, show
@@ -53,6 +54,8 @@ def _write_new(output: Path, text: str) -> None:
     except FileExistsError:
         raise UserError(f"--output: {output} exists; choose another file, or remove it") from None
     except OSError as error:
+        with suppress(OSError):
+            output.unlink(missing_ok=True)  # a full disk has taken the name, and not all of the text
         raise UserError(f"--output: {output} cannot be written: {error.strerror}") from error
 
 

@@ -19,9 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from leap_dist.config.json_file import read_json
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
-from leap_dist.run_folder import ExportedWeights, Run, TensorCount
+from leap_dist.run_folder import ExportedWeights, Run
+from leap_dist.run_parts import TensorCount
 
 PACKED, INDEX = "masks.safetensors", "masks.json"
 
@@ -52,7 +54,7 @@ def save_masks(run: Run, folder: Path) -> int:
 def load_masks(folder: Path) -> dict[str, Tensor]:
     """Bool masks by tensor name, True = kept. UserError if the folder holds none, or not those it was written with."""
     try:
-        index = json.loads((folder / INDEX).read_text("utf-8"))
+        index = read_json(folder / INDEX)
         packed = load_file(folder / PACKED)
         shapes: dict[str, list[int]] = index["shapes"]
         masks = {name: _unpack(packed[name], shapes[name]) for name in sorted(shapes)}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from leap_dist.config.json_file import read_json
 from leap_dist.errors import UserError
 from leap_dist.export.hf import load_exported
 from leap_dist.run_folder import ExportedWeights, Run
@@ -56,8 +57,8 @@ def load_semi_structured(folder: Path, dtype: torch.dtype = torch.float16) -> Pr
     kernels; for inference only. That half has not been run: no GPU has seen it yet, only its CPU half is tested.
     """
     try:
-        names: list[str] = json.loads((folder / MARKER).read_text("utf-8"))["tensors"]
-    except (OSError, ValueError, LookupError) as error:
+        names: list[str] = read_json(folder / MARKER)["tensors"]
+    except (ValueError, LookupError) as error:
         raise UserError(f"{folder}: is no semi_structured export, it has no readable {MARKER}") from error
     model = load_exported(folder)
     if not torch.cuda.is_available():

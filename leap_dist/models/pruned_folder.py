@@ -6,7 +6,6 @@ Where all layers lose alike and the architecture's config can say so, transforme
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,13 @@ import torch
 from torch import nn
 
 from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig
+from leap_dist.config.json_file import read_json
 from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
 from leap_dist.files import staged
 from leap_dist.models.blocks import find_blocks, is_anchored
 from leap_dist.models.load import cause, others_code, quiet_transformers
 from leap_dist.models.pruned_json import (
-    MOST_BYTES,
     NAME,
     KeptUnits,
     PrunedJson,
@@ -166,12 +165,13 @@ def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrai
     manifest = read_pruned_json(folder)
     files = check_files(folder, manifest)
     _check_depth(folder, files)
+    with torch.device("meta"):  # no memory is taken before all shapes are known to be those of the files
+        described = _build(folder, manifest, attn_implementation)
+    _shrink_as_stored_(folder, manifest, described)
+    _check_shapes(folder, described, files)
     model = _build(folder, manifest, attn_implementation)
-    blocks = find_blocks(model, manifest.family)
-    kept = _kept_of(folder, manifest, model, blocks)
-    if not manifest.stock:
-        remove_units_(model, blocks, kept)
-    _load_weights(folder, model, files)
+    _shrink_as_stored_(folder, manifest, model)
+    _load_weights_(model, files)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -180,10 +180,18 @@ def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrai
     return model.eval()
 
 
+def _shrink_as_stored_(folder: Path, manifest: PrunedJson, model: PreTrainedModel) -> None:
+    """Remove the units that are not among those left, which are checked first."""
+    blocks = find_blocks(model, manifest.family)
+    kept = _kept_of(folder, manifest, model, blocks)
+    if not manifest.stock:
+        remove_units_(model, blocks, kept)
+
+
 def _check_depth(folder: Path, files: Sequence[Path]) -> None:
     """Raises UserError for more layers than there are tensors: building them would never end."""
     config = _config_json(folder / "config.json")
-    num_tensors = len({name for path in files for name in _names_in(path)})
+    num_tensors = len({name for path in files for name in _shapes_in(path)})
     for place, value in _numbers("", config):
         key = place.rpartition(".")[2]  # max_window_layers of Qwen is a bound, and may be larger
         if key.endswith("layers") and not key.startswith("max_") and value > num_tensors:
@@ -196,14 +204,7 @@ def _check_depth(folder: Path, files: Sequence[Path]) -> None:
 def _config_json(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path.parent}: has no config.json; copy the whole folder")
-    if path.stat().st_size > MOST_BYTES:
-        raise UserError(
-            f"{path}: got {path.stat().st_size} bytes; allowed: at most {MOST_BYTES}; copy the folder again"
-        )
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: {error}; copy the folder again") from error
+    return read_json(path, "copy the folder again")
 
 
 def _numbers(place: str, value: Any) -> Iterator[tuple[str, int]]:
@@ -215,12 +216,13 @@ def _numbers(place: str, value: Any) -> Iterator[tuple[str, int]]:
         yield place, value
 
 
-def _names_in(path: Path) -> list[str]:
+def _shapes_in(path: Path) -> dict[str, list[int]]:
+    """What the head of a weight file says is in it."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            return list(file.keys())
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: is no safetensors file: {error}") from error
 
@@ -266,26 +268,27 @@ def _kept_of(folder: Path, manifest: PrunedJson, model: nn.Module, blocks: Seque
     return {name: entry.kept for name, entry in stored.items()}
 
 
-def _load_weights(folder: Path, model: PreTrainedModel, files: Sequence[Path]) -> None:
-    """All weights, each of the right shape; aliases of tied weights may be left out."""
-    from safetensors import SafetensorError, safe_open
-
-    state: dict[str, torch.Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                # copied to aligned memory: kernels choose by alignment, and round each in their way
-                state |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path}: is no safetensors file: {error}") from error
+def _check_shapes(folder: Path, model: PreTrainedModel, files: Sequence[Path]) -> None:
+    """All weights are there, each of the right shape; aliases of tied weights may be left out."""
+    stored = {name: shape for path in files for name, shape in _shapes_in(path).items()}
     expected = model.state_dict(keep_vars=True)
-    loaded = {id(expected[name]) for name in state if name in expected}
-    missing = [name for name, value in expected.items() if name not in state and id(value) not in loaded]
-    unknown = [name for name in state if name not in expected]
-    wrong = [name for name in state if name in expected and state[name].shape != expected[name].shape]
+    present = {id(expected[name]) for name in stored if name in expected}
+    missing = [name for name, value in expected.items() if name not in stored and id(value) not in present]
+    unknown = [name for name in stored if name not in expected]
+    wrong = [name for name in stored if name in expected and stored[name] != list(expected[name].shape)]
     for names, problem in ((missing, "is missing"), (unknown, "is not the model's"), (wrong, "has another shape")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(f"{folder}: weights do not fit config.json and {NAME}: {names[0]} {problem}{more}")
+
+
+def _load_weights_(model: PreTrainedModel, files: Sequence[Path]) -> None:
+    from safetensors import safe_open
+
+    state: dict[str, torch.Tensor] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            # copied to aligned memory: kernels choose by alignment, and round each in their way
+            state |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()

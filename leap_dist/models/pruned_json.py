@@ -6,17 +6,18 @@ A folder comes from anywhere, so everything in it is checked before it is used, 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from leap_dist.config.family import FamilyConfig
+from leap_dist.config.json_file import read_json
 from leap_dist.config.section import Section
 from leap_dist.errors import UserError
 
 NAME = "pruned.json"
-MOST_BYTES = 16 * 2**20  # of a file that only describes; a larger one is none of ours
 
 
 class KeptUnits(Section):
@@ -66,10 +67,8 @@ def read_pruned_json(folder: Path) -> PrunedJson:
         raise UserError(f"{folder}: there is no such folder")
     if not path.is_file():
         raise UserError(f"{folder}: holds no pruned model: it has no {NAME}; give a folder that an export made")
-    if path.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path}: got {path.stat().st_size} bytes; allowed: at most {MOST_BYTES}; export it again")
     try:
-        manifest = PrunedJson.model_validate_json(path.read_bytes())
+        manifest = PrunedJson.model_validate_json(json.dumps(read_json(path, "export it again")))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

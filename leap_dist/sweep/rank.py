@@ -110,7 +110,8 @@ class Rank:
                 outcome = Outcome("lost", time.monotonic() - began, "another rank is gone")
             else:
                 outcome = Outcome("failed", time.monotonic() - began, _last_words(error))
-                _log(work.output).write_text(traceback.format_exc(), encoding="utf-8")
+                with suppress(OSError):  # a full disk: the last words are in the outcome
+                    _log(work.output).write_text(traceback.format_exc(), encoding="utf-8")
         gc.collect()
         return outcome
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
+from leap_dist.config.json_file import loads, read_text
 from leap_dist.errors import UserError
 from leap_dist.files import Lines, warn_if_unwritten
-from leap_dist.run_folder import CERTIFICATE
+from leap_dist.run_folder import CERTIFICATE, LONGEST
 from leap_dist.sweep.board import Board
 from leap_dist.sweep.cluster import room
 from leap_dist.sweep.early_stop import Halving
@@ -33,6 +34,7 @@ from leap_dist.sweep.sweep_file import SweepConfig, Trial
 from leap_dist.tracking.pareto import higher_is_better
 
 ENDED, JUDGED = "trials.jsonl", "rungs.jsonl"
+REMOVE = "remove the line"
 NO_ROOM = 600.0  # seconds without room for one trial, after which the sweep ends
 LOOK, LOOK_ROOM = 0.5, 10.0  # seconds between two looks at the slots, and at the cluster
 
@@ -213,16 +215,22 @@ class RaySweep:
 
 def _read_ended(folder: Path) -> dict[str, Outcome]:
     """The last outcome of each trial."""
-    return {name: Outcome(**outcome) for name, outcome in _read_lines(folder / ENDED).items()}
+    try:
+        return {name: Outcome(**outcome) for name, outcome in _read_lines(folder / ENDED).items()}
+    except TypeError as error:
+        raise UserError(f"{folder / ENDED}: damaged: {error}; {REMOVE}") from error
 
 
 def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
     """The last line of each trial; a line that a kill cut short is left out."""
     found: dict[str, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    lines = read_text(path, REMOVE, LONGEST).split("\n") if path.is_file() else ()
+    for number, line in enumerate(lines, start=1):
         try:
-            content = json.loads(line)
-        except json.JSONDecodeError:
+            content = loads(line, finite=False)
+        except (ValueError, RecursionError):
             continue
-        found[content.pop("trial")] = content
+        if not isinstance(content, dict) or not isinstance(name := content.pop("trial", None), str):
+            raise UserError(f"{path}:{number}: damaged: it names no trial; {REMOVE}")
+        found[name] = content
     return found

@@ -138,7 +138,7 @@ def _difference(result: Result) -> float | None:
 def write(results: Sequence[Result], metric: str, folder: Path) -> list[str]:
     """results.json, the page and, if there is anything to draw, the pictures; the names of the files."""
     text = json.dumps({"metric": metric, "trials": [asdict(result) for result in results]}, indent=1)
-    (folder / RESULTS).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / RESULTS, text + "\n")
     points = _points(results)
     picture = picture_of(points, metric) if points else None
     entries = [_entry(result, folder / result.name) for result in results]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.config.job_file import parse_section
+from leap_dist.config.json_file import read_json
 from leap_dist.console import console, summary_table
 from leap_dist.errors import UserError
 from leap_dist.files import is_free, warn_if_unwritten, write_text
@@ -77,8 +78,10 @@ def _check_folder(folder: Path, now: dict[str, str], resume: bool) -> dict[str, 
         if folder.exists() and (not folder.is_dir() or any(item.name not in OURS for item in folder.iterdir())):
             raise UserError(f"--output: {folder} exists and holds no sweep; choose another folder")
         return {}
-    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    before = saved["identity"]
+    saved = read_json(path, "restore it, or choose another folder")
+    before = saved.get("identity")
+    if not isinstance(before, dict):
+        raise UserError(f"--output: {path}: damaged: it does not say which sweep it is of; choose another folder")
     changed = [
         f"{key} is {now.get(key, 'missing')} now, and was {before.get(key, 'missing')}"
         for key in differing(before, now)

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from leap_dist.config.job_file import load_job, parse_section, read_json
+from leap_dist.config.job_file import load_job, parse_section
+from leap_dist.config.json_file import read_json
 from leap_dist.config.section import Section
 from leap_dist.errors import UserError
 from leap_dist.files import warn_if_unwritten, write_text
@@ -134,7 +135,7 @@ def _read_cell(folder: Path, settings: Settings) -> Cell | None:
     path = folder / CERTIFICATE
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_files(folder).certificate
     ratios = {name: tensor["density"] for name, tensor in found["tensors"].items() if tensor["counted"]}
     return Cell(settings, folder.name, found["density"], found["metrics"], ratios)
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from leap_dist.config.job_file import load_job, parse_section, read_json
+from leap_dist.config.job_file import load_job, parse_section
+from leap_dist.config.json_file import read_json
 from leap_dist.config.section import Conflict, PositiveFloat, Section, as_objects, is_int, is_number, show
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.errors import UserError

@@ -91,6 +91,7 @@ def _read(file: Path) -> Arrays | None:
 
 def _write(file: Path, arrays: Arrays) -> None:
     """The file appears under its name only when it is complete."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
@@ -98,7 +99,7 @@ def _write(file: Path, arrays: Arrays) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, partial)
         partial.replace(file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second of a full disk
         logger.warning("tokenised data cannot be kept in %s (%s)", file.parent, error)
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from leap_dist.tracking.runs import StoredRun
 NOT_SET = "(not set)"
 PICTURES, HTML = (".png", ".svg"), ".html"
 MOST_NAMED = 5  # runs in one part of a message
+BLANK = re.compile(r"^[\s\x00-\x1f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")  # what one does not see
 FORMULA = ("=", "+", "-", "@", "|", "%", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also in full width
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -235,16 +236,20 @@ def write(answer: Answer, json_target: str | None, csv_path: Path | None) -> Non
             Path(json_target).write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
         if csv_path is not None:
             with csv_path.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(lines[0]) if lines else [])
-                writer.writeheader()
-                writer.writerows({name: _plain(value) for name, value in line.items()} for line in lines)
+                writer = csv.writer(file)
+                writer.writerows([_plain(value) for value in line] for line in _lines_of(lines))
     except OSError as error:
         raise UserError(f"--json, --csv: {error.filename} cannot be written: {error.strerror}") from error
 
 
+def _lines_of(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """The titles, which may be names of runs, and the cells."""
+    return [list(records[0]), *(list(record.values()) for record in records)] if records else []
+
+
 def _plain(value: Any) -> Any:
     """A cell that a spreadsheet takes for text, also where a name begins as a formula does."""
-    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(FORMULA) else value
+    return f"'{value}" if isinstance(value, str) and BLANK.sub("", value).startswith(FORMULA) else value
 
 
 def plot(rows: Sequence[Row], metric: str, path: Path) -> None:

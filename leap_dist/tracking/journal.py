@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from leap_dist.config.json_file import loads
 from leap_dist.errors import UserError
 from leap_dist.files import append, is_free
-from leap_dist.run_folder import JOURNAL
+from leap_dist.run_folder import JOURNAL, LONGEST
 
 LONG = 1 << 20  # characters; a longer file is written anew when everything in it was taken
 
@@ -121,12 +123,14 @@ class Journal:
     def _read(self, file: FileIO) -> None:
         """Take over what the file holds, but for a last line that was cut off."""
         file.seek(0)
-        text = file.read()
+        text = file.read(LONGEST + 1)
         whole = text[: text.rfind(b"\n") + 1]
         try:
-            for line in map(json.loads, whole.splitlines()):
-                self._replay(line)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if len(text) > LONGEST:
+                raise ValueError(f"it has more than {LONGEST} bytes")
+            for line in whole.decode().split("\n")[:-1]:
+                self._replay(loads(line, finite=False))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             file.close()
             raise UserError(
                 f"{self.path}: damaged, it is no journal of MLflow records: {error}; restore or remove it"
@@ -134,7 +138,10 @@ class Journal:
         file.truncate(len(whole))
 
     def _replay(self, line: dict[str, Any]) -> None:
+        """Raises ValueError, KeyError, TypeError or AttributeError for a line that is none of ours."""
         if "run" in line:
+            if any(not isinstance(value, str | None) for value in line["run"].values()):
+                raise ValueError("a run is described by texts")
             self.run |= line["run"]
             self._last |= line.get("last", {})
             self._next = line.get("next", self._next)
@@ -142,6 +149,8 @@ class Journal:
             for number in line["taken"]:
                 self._waiting.pop(number, None)
         else:
+            if type(line["id"]) is not int or (line["kind"] == "metrics" and type(line["step"]) is not int):
+                raise ValueError("a record has a number, and metrics a step")
             self._keep(line)
 
     def _shorten(self) -> None:
@@ -162,6 +171,9 @@ class Journal:
 def _open_alone(path: Path) -> FileIO:
     """The file, for reading and appending, locked until it is closed or the process ends."""
     file = FileIO(path, "a+")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path}: is no plain file; remove it")
     if not is_free(file):
         file.close()
         raise UserError(f"{path}: another process is sending these records to MLflow; wait until it has ended")

@@ -28,6 +28,7 @@ from leap_dist.tracking.store import (
     connect,
     first_line,
     held_back,
+    in_time,
     is_down,
     starting,
     user_errors,
@@ -70,7 +71,7 @@ class Tracker:
         self._uri = tracking.mlflow_uri if enabled else None
         remember(self._uri or "")
         name = tracking.run_name or (folder.resolve().name if folder else None)
-        self._about = {"experiment": tracking.experiment, "name": name, "parent": tracking.parent_run}
+        self._about = hide_in({"experiment": tracking.experiment, "name": name, "parent": tracking.parent_run})
         self._run_id = run_id
         self._tags = tags or {}
         self._folder = folder
@@ -156,11 +157,7 @@ class Tracker:
         run_id, resumed = earlier.get("run_id") or self._run_id, bool(self._run_id or earlier)
         try:
             with starting(), user_errors(uri):
-                client = connect(uri)
-                if run_id:
-                    client.update_run(run_id, status="RUNNING")
-                else:
-                    run_id = begin(client, uri, self._about)
+                run_id = in_time(uri, lambda: self._begun(uri, run_id))
         except UserError as error:
             if not (resumed or self._about["parent"]) or not is_down(error.__cause__):
                 if journal:
@@ -173,6 +170,14 @@ class Tracker:
         self._journal.describe(uri=without_credentials(uri), status="RUNNING", **self._about, **begun)
         self._sender = Sender(self._journal, uri)
         self._add_description(resumed)
+
+    def _begun(self, uri: str, run_id: str | None) -> str:
+        """The id of the run, which is begun or resumed."""
+        client = connect(uri)
+        if not run_id:
+            return begin(client, uri, self._about)
+        client.update_run(run_id, status="RUNNING")
+        return run_id
 
     def _add_description(self, resumed: bool) -> None:
         if resumed:
@@ -251,7 +256,7 @@ def parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             flat |= parameters(value, f"{name}.")
         else:
-            text = hide_secrets(str(hide_in(value)))  # before it is cut: the rest of a secret would be left
+            text = hide_secrets(str(hide_in({key: value})[key]))  # before it is cut: the rest of a secret would be left
             flat[re.sub(r"[^\w.\- :/]", "_", name)[:MAX_KEY]] = text[:MAX_VALUE]
     return flat
 

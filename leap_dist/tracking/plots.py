@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, printable
 from leap_dist.files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ def _style() -> dict[Any, Any]:
         "legend.frameon": False,
         "svg.fonttype": "none",
         "svg.hashsalt": "leap_dist",
+        "text.parse_math": False,  # names may hold "$"
     }
 
 
@@ -132,7 +133,7 @@ def inline(file: Path, prefix: str, label: str) -> str:
     for name in NOT_IN_A_PAGE:
         root.attrib.pop(name, None)
     limits = f"min-width: {0.9 * width:.0f}px; max-width: {1.5 * width:.0f}px"  # letters of 9 to 15 px
-    root.attrib |= {"role": "img", "aria-label": label, "style": limits}
+    root.attrib |= {"role": "img", "aria-label": printable(label), "style": limits}
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", XLINK)
     return ElementTree.tostring(root, encoding="unicode")
@@ -145,7 +146,7 @@ def _in_page(key: str, value: str, used: set[str], prefix: str) -> str | None:
         return f"{prefix}{value}" if value in used else None
     if name == "href":
         return value.replace("#", f"#{prefix}", 1) if LOCAL.fullmatch(value) else None
-    if name.startswith("on") or not all(part.startswith("#") for part in re.findall(r"url\(([^)]*)", value)):
+    if name.startswith("on") or not all(part.startswith("#") for part in re.findall(r"(?i)url\(([^)]*)", value)):
         return None
     return _recoloured(value.replace("url(#", f"url(#{prefix}"), OF_THE_PAGE)
 
@@ -178,8 +179,8 @@ def trade_off(
                 ring = {"marker": "o", "s": 130, "facecolors": "none", "edgecolors": INK, "label": "Pareto front"}
                 axis.scatter(*zip(*front, strict=True), **ring)
             _label_densities(axis, [point[0] for line in lines.values() for point in line])
-            axis.set_title(title)
-        axes[0].set_ylabel(metric)
+            axis.set_title(printable(title))
+        axes[0].set_ylabel(printable(metric))
         legend_below(figure, axes)
 
     width = max(1.2 + 4.0 * len(panels), 6.4)
@@ -193,7 +194,12 @@ def _draw_line(axis: Any, number: int, name: str, line: Line) -> None:
     if len({round(point, 3) for point in density}) < len(density):
         style["linestyle"] = "none"  # several runs at one density: a line through them would be a zigzag
     bars = spread if any(spread) else None
-    axis.errorbar(density, mean, yerr=bars, capsize=3, linewidth=1.5, markersize=5, label=name, **style)
+    axis.errorbar(density, mean, yerr=bars, capsize=3, linewidth=1.5, markersize=5, label=_label(name), **style)
+
+
+def _label(name: str) -> str:
+    """A name in a legend, from which matplotlib leaves out what begins with "_"."""
+    return printable(f" {name}" if name.startswith("_") else name)
 
 
 def _label_densities(axis: Any, densities: Sequence[float]) -> None:

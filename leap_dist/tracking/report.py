@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leap_dist.errors import printable
 from leap_dist.files import write_text
 from leap_dist.run_folder import PLOTS, REPORT, RunFiles, exports, read_files
 from leap_dist.secrets import hide_in, hide_secrets
@@ -139,7 +140,7 @@ def run_page(files: RunFiles) -> str:
         export_columns=EXPORT_COLUMNS,
         export_rows=[asdict(export) for export in exports(folder)],
         gate_columns=GATE_COLUMNS,
-        gate_rows=[{"units": None, "kept_units": None} | gate for gate in found["gates"]],
+        gate_rows=[{"name": "", "units": None, "kept_units": None} | gate for gate in found["gates"]],
         tensor_columns=TENSOR_COLUMNS,
         tensor_rows=[t | {"tensor": name, "shape": "×".join(map(str, t["shape"]))} for name, t in tensors],
         job=hide_secrets(json.dumps(hide_in(files.job), indent=2, ensure_ascii=False)),
@@ -234,7 +235,7 @@ def write_page(
 
 
 def _choices(entry: Entry) -> dict[str, str]:
-    return {**entry.settings, "status": entry.status}
+    return {key: printable(text) for key, text in entry.settings.items()} | {"status": entry.status}
 
 
 def _differing(entries: Sequence[Entry]) -> dict[str, list[str]]:
@@ -293,10 +294,16 @@ def _render(template: str, **context: Any) -> str:
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["shown"] = cell_text
+    environment.finalize = lambda value: value if isinstance(value, Markup) else _readable(value)
     script, style = ((TEMPLATES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     fixed = {"script": Markup(script), "style": Markup(style), "script_hash": digest}
     return environment.get_template(template).render(**fixed, **context)
+
+
+def _readable(value: Any) -> Any:
+    """What turns the direction of writing, or is none of UTF-8, as an escape."""
+    return printable(value) if isinstance(value, str) else value
 
 
 def cell_text(value: Any) -> str:

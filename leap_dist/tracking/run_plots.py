@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from leap_dist.errors import printable
 from leap_dist.tracking.plots import COLOURS, FAINT, INK, PAPER, Picture, legend_below
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def _shade_phases(axes: Sequence[Any], steps: Sequence[Mapping[str, Any]]) -> No
         for axis in axes:
             axis.axvspan(begin, end, color=FAINT if number % 2 else PAPER, alpha=0.35, linewidth=0, zorder=0)
         place = {"xycoords": axes[0].get_xaxis_transform(), "xytext": (0, 4), "textcoords": "offset points"}
-        axes[0].annotate(phase, ((begin + end) / 2, 1.0), ha="center", va="bottom", fontsize="small", **place)
+        axes[0].annotate(
+            printable(phase), ((begin + end) / 2, 1.0), ha="center", va="bottom", fontsize="small", **place
+        )
         begin = end
 
 
@@ -104,7 +107,7 @@ def _grid(ratios: Mapping[str, float]) -> tuple[list[str], list[str], list[list[
 def _labels(names: Sequence[str]) -> tuple[list[int], list[str]]:
     """Places along a side and short names there, every second, third, ... of very many."""
     every = math.ceil(len(names) / MOST_LABELS)
-    return list(range(0, len(names), every)), _short(names)[::every]
+    return list(range(0, len(names), every)), [printable(name) for name in _short(names)[::every]]
 
 
 def _draw_ratios(figure: Figure, axis: Any, grid: Sequence[Sequence[float]]) -> None:
@@ -190,7 +193,7 @@ def scores(gates: Sequence[Mapping[str, Any]], reach: float) -> Picture:
             found = [gate for gate in gates if gate["granularity"] == kind]
             _draw_scores(axis, found, reach)
             axis.set_title(
-                f"{kind}: {sum(g['kept_units'] for g in found):,} of {sum(g['units'] for g in found):,} kept"
+                f"{printable(kind)}: {sum(g['kept_units'] for g in found):,} of {sum(g['units'] for g in found):,} kept"
             )
             axis.set_xlabel("score minus the cut of its gate,\nin standard deviations of the gate's scores")
         axes[0].set_ylabel("units")

@@ -10,13 +10,14 @@ import contextlib
 import hashlib
 import logging
 import os
+import queue
 import re
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import quote
 
 from leap_dist.errors import UserError
@@ -26,11 +27,14 @@ from leap_dist.secrets import hide_secrets, must_quote, plain_address, remember
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+T = TypeVar("T")
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 QUIET = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 """One retry: a wrong address is reported in seconds, and an address that is back is found in seconds."""
+LONGEST_REASON = 400  # characters; some servers answer with whole pages
 LONGEST_NAME = 200  # bytes; file systems take 255
 AT_START = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # seconds for one request; MLflow would wait for minutes
+LONGEST_START = 60.0  # seconds for all requests at the start
 LONGEST_MIGRATION = 300.0  # seconds that other processes wait while one makes the tables of a sqlite store
 CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 OWN_CREDENTIALS = [
@@ -71,7 +75,10 @@ def begin(client: MlflowClient, uri: str, run: Mapping[str, Any]) -> str:
             begun = str(found[0].info.run_id)
             client.update_run(begun, status="RUNNING")
             return begun
-    return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+    begun = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+    if not begun:
+        raise RuntimeError("it gave the run no id: this is no MLflow server")
+    return begun
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
@@ -154,7 +161,8 @@ def first_line(error: BaseException) -> str:
     line = (lines or [type(error).__name__])[0]
     found = re.search(r"""Caused by \w+\(["'](?:\w+\(.*?\): )?(.+?)["']\)(?:\)|$)""", line)
     reason = re.sub(r"', \w+\('", " ", found[1]) if found else line
-    return hide_secrets(reason).rstrip(".")
+    shown = hide_secrets(reason).rstrip(".")
+    return shown if len(shown) <= LONGEST_REASON else f"{shown[:LONGEST_REASON]}..."
 
 
 def check_is_store(uri: str) -> None:
@@ -177,6 +185,31 @@ def starting() -> Iterator[None]:
     """A server that does not answer is reported soon."""
     with _environment(AT_START):
         yield
+
+
+def in_time(uri: str, function: Callable[[], T]) -> T:
+    """What `function` gives. Raises TimeoutError where a server takes too long, byte by byte for instance.
+
+    The requests' own limit is for each part of an answer, not for the whole.
+    """
+    if not uri.startswith(("http:", "https:")):
+        return function()
+    ended: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            ended.put((function(), None))
+        except BaseException as error:
+            ended.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        found, error = ended.get(timeout=LONGEST_START)
+    except queue.Empty:
+        raise TimeoutError(f"it has not answered within {LONGEST_START:g} seconds") from None
+    if error is not None:
+        raise error
+    return cast(T, found)
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ class FolderWriter:
         self._write_waiting()
         missing = [*self._texts, *([f"{len(self._lines)} lines of {METRICS}"] if len(self._lines) else [])]
         if missing:
-            text = f"warning: {self._output} lacks {', '.join(missing)}: the disk has not taken them"
+            text = f"warning: {self._output} lacks {', '.join(missing)}: the disk has not taken them, and they are lost"
             console().print(text, markup=False, soft_wrap=True)
 
     def _write_waiting(self) -> None:

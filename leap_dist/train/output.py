@@ -95,7 +95,8 @@ def _started_as(output: Path) -> dict[str, Any] | None:
     job = job_in(output)
     if job is None or "train" not in job:
         return None
-    return parse_job(job, str(output / RESOLVED)).resolved()
+    before: dict[str, Any] = hide_in(parse_job(job, str(output / RESOLVED)).resolved())  # as `shown` has the new one
+    return before
 
 
 def as_logged(config: JobConfig, world_size: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from leap_dist.config.job_file import parse_engine, read_json
+from leap_dist.config.job_file import parse_engine
+from leap_dist.config.json_file import read_json
 from leap_dist.config.sections import SECTIONS, EngineConfig
 from leap_dist.core.counting import Counter, check_exact
 from leap_dist.core.gating import MASK

@@ -114,7 +114,9 @@ def test_a_shape_that_the_bits_do_not_fill_allocates_nothing(tmp_path: Path, sha
     save_file({"a": torch.zeros(1, dtype=torch.uint8)}, tmp_path / "masks.safetensors")
     (tmp_path / "masks.json").write_text(json.dumps({"masks_sha256": "0" * 64, "shapes": {"a": shape}}))
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"no masks can be read there: masks.json says shape .*safetensors holds 1"):
+    with pytest.raises(
+        UserError, match=r"no masks can be read there: (masks.json says shape .*safetensors holds 1|.*64 bits)"
+    ):
         load_masks(tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_a_folder_that_is_none_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none: there is no such folder"):
         load_pruned(tmp_path / "none")
     (folder / "pruned.json").write_text("{")
-    with pytest.raises(UserError, match=r"pruned\.json: damaged: Invalid JSON.*; export it again"):
+    with pytest.raises(UserError, match=r"pruned\.json: damaged: not JSON: line 1, column 2: .*; export it again"):
         load_pruned(folder)
     (folder / "pruned.json").unlink()
     with pytest.raises(
@@ -172,7 +173,7 @@ def test_a_weight_that_is_not_the_models_is_refused(folder: Path) -> None:
             set_key("num_layers", to=10**8),
             r"config\.json: num_layers: got 100000000; the weight files hold \d+ tensors",
         ),
-        (set_key("num_decoder_layers", to=10**30), r"config\.json: num_decoder_layers: got 10{30}; the weight files"),
+        (set_key("num_decoder_layers", to=10**30), r"config\.json: damaged: got 10{30}; allowed: integers of 64 bits"),
         (set_key("deep", "vision", to={"num_layers": 10**8}), r"config\.json: deep\.vision\.num_layers: got 10{8}; "),
     ],
 )
@@ -192,5 +193,22 @@ def test_a_deep_or_huge_description_is_refused(folder: Path, name: str) -> None:
         load_pruned(folder)
     with (folder / name).open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(UserError, match=rf"{name}: got 1099511627776 bytes; allowed: at most 16777216"):
+    with pytest.raises(UserError, match=rf"{name}: damaged: has 1099511627776 bytes; allowed: at most 16777216"):
         load_pruned(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("d_model", 2**40, r"config\.json: transformers refuses it: |has another shape"),
+        ("vocab_size", 2**34, r"weights do not fit config\.json and pruned\.json: \S+ has another shape"),
+        ("d_ff", 2**34, r"got \d+ units; config\.json gives it 17179869184"),
+    ],
+)
+def test_a_config_of_huge_widths_takes_no_memory(folder: Path, key: str, value: int, match: str) -> None:
+    """What it describes is compared with the weights before any of it is made."""
+    edit(folder, lambda content: content.update({key: value}), "config.json")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=match):
+        load_pruned(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kB

@@ -48,8 +48,10 @@ def certificate(**changes: Any) -> dict[str, Any]:
     tensors["bert.encoder.layer.0.output.dense.bias"] = bias
     counted = {"kept": 1536, "prunable": 3072, "density": 0.5}
     gate = {"name": "all <b>of it</b>", "granularity": "element", "units": 3072, "kept_units": 1536, **counted}
+    gate["tensors"] = [name for name, tensor in tensors.items() if tensor["counted"]]
     return {
         "target": 0.5,
+        "unit": 1,
         **counted,
         "metrics": {"dense": {"accuracy": 0.9, "loss": 0.1}, "pruned": {"accuracy": 0.8, "loss": None}},
         "gates": [gate],

@@ -373,3 +373,10 @@ def test_a_name_is_no_formula_in_a_spreadsheet(tmp_path: Path, name: str) -> Non
     write(Answer({}, [{"run": name, "difference": -0.5}], []), None, tmp_path / "runs.csv")
     with (tmp_path / "runs.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == [{"run": f"'{name}", "difference": "-0.5"}]
+
+
+def test_a_title_is_no_formula_either(tmp_path: Path) -> None:
+    one, other = (stored(name, target, {}) for name, target in (("=cmd()", 0.1), (" \u200b\t@x", 0.2)))
+    write(differences(one, other), None, tmp_path / "runs.csv")
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        assert next(csv.reader(file)) == ["parameter", "'=cmd()", "' \u200b\t@x"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,11 +11,24 @@ import pytest
 from leap_dist.errors import UserError
 from leap_dist.run_folder import exports, read_files
 from leap_dist.tracking import report
+from leap_dist.tracking.pareto import Point, picture_of
 from leap_dist.tracking.report import Entry, cell_text, write_page, write_report
 from tests.tracking.folders import LAYERS, MATRICES, Page, export_card, run_folder, steps
 
 SECRET = {"tracking.mlflow_uri": "http://me:secret@host"}
 HOSTILE = '"><script>alert(1)</script>'
+NAMES = [
+    *("\x1b[31mred", "\u202eturned", "\u2066isolated", "a\x00b", "\ud800", "$\\frac{$", "_first", "{{7*7}}", "%s%(x)s"),
+    *(
+        "</title><script>alert(1)</script>",
+        "javascript:alert(1)",
+        "![a](http://host/b.png)",
+        "x" * 300,
+        " ",
+        "\ufeff=1",
+    ),
+]
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +86,14 @@ def test_folders_that_hold_no_run(tmp_path: Path) -> None:
     (made / "metrics.jsonl").write_text(whole + '{"step": 62, "lo')
     assert list(read_files(made).steps) == steps() and read_files(made).leap_ms == 3.0
     (made / "metrics.jsonl").write_text(whole + "oh no\n")
-    with pytest.raises(UserError, match=r"^.*/metrics\.jsonl:31: damaged: Expecting value.*; restore the file, or run"):
+    with pytest.raises(
+        UserError, match=r"^.*/metrics\.jsonl:31: damaged: not JSON: line 1, column 1: .*; restore the file, or run"
+    ):
         read_files(made)
     (made / "scores.json").write_text("[]")
-    with pytest.raises(UserError, match=r"^.*/scores\.json: damaged: no JSON object; restore the file"):
+    with pytest.raises(
+        UserError, match=r"^.*/scores\.json: damaged: got \[\]; allowed: a JSON object; restore the file"
+    ):
         read_files(made)
 
 
@@ -128,3 +146,37 @@ def test_pictures_of_very_many_runs_stay_in_their_folders(
     write_page(entries(folder)[::-1], "accuracy", "many", None, tmp_path / "a.html")
     page = Page((tmp_path / "a.html").read_text("utf-8"))
     assert page.count["svg"] == 3 and page.text.count("The pictures of this run are in its folder.") == 2
+
+
+# ------------------------------------------------------------------------------ names that bite
+
+
+def test_names_of_any_characters_on_the_page_of_a_run(tmp_path: Path) -> None:
+    made = run_folder(tmp_path / "run")
+    found, scored = (json.loads((made / name).read_text()) for name in ("certificate.json", "scores.json"))
+    counted = next(iter(found["tensors"].values()))
+    found["tensors"] = {f"layer.{number}.{name}.weight": counted for number, name in enumerate(NAMES)}
+    found["gates"] = [found["gates"][0] | {"name": name, "granularity": name} for name in NAMES]
+    found["metrics"]["pruned"] |= dict.fromkeys(NAMES, 0.5)
+    for gate, name in zip(scored["gates"], NAMES, strict=False):
+        gate["name"] = f"layer.3.{name}:head"
+    scored["gates"][-1]["granularity"] = NAMES[0]
+    job = {"data": {"task": "".join(NAMES)}, "leap": {}, "model": {"name": NAMES[1]}, "label_names": NAMES}
+    for name, content in {"certificate": found, "scores": scored, "config": job}.items():
+        (made / f"{name}.json").write_text(json.dumps(content))
+    lines = (made / "metrics.jsonl").read_text()
+    (made / "metrics.jsonl").write_text(lines.replace('"dense"', json.dumps(NAMES[0])).replace('"settle"', '"$x{$"'))
+    write_report(made)
+    text = (made / "report.html").read_text("utf-8")
+    assert Page(text).count["svg"] == 3 and not OBEYED.search(text) and r"\x1b[31mred" in text
+
+
+def test_names_of_any_characters_on_the_page_of_several_runs(tmp_path: Path) -> None:
+    runs = [
+        Entry(name, "done", {"task": name}, 0.5, 0.5, 0.8, 0.9, error=name, parameters={name: name}) for name in NAMES
+    ]
+    points = [Point(NAMES[number // 4], name, 0.5, 0.8, 0.9) for number, name in enumerate(NAMES)]
+    write_page(runs, NAMES[0], NAMES[1], picture_of(points, NAMES[0]), tmp_path / "page.html", NAMES)
+    text = (tmp_path / "page.html").read_text("utf-8")
+    page = Page(text)
+    assert not OBEYED.search(text.replace(r"\u", "")) and page.count["tbody"] == len(NAMES) and "_first" in page.text
