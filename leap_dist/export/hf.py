@@ -15,7 +15,7 @@ import torch
 
 from leap_dist.errors import UserError
 from leap_dist.files import staged
-from leap_dist.models.load import others_code, quiet_transformers
+from leap_dist.models.load import others_code, quiet_transformers, refuse_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,6 +88,7 @@ def load_exported(folder: Path) -> PreTrainedModel:
     import transformers
 
     with others_code(f"{folder}: its model", RESTORE), quiet_transformers():
+        refuse_kernels(folder)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model_class = getattr(transformers, config.architectures[0])
         return model_class.from_pretrained(folder, dtype=torch.float32).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -90,6 +90,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
     _check_folder(name)
     with _hub_errors(name, "config"):
+        refuse_kernels(name)
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
@@ -138,6 +139,7 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
 
     _check_folder(name)
     with _hub_errors(name, "model"):
+        refuse_kernels(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **labels)
     _check_size(config, task)
     if (quantised := getattr(config, "quantization_config", None)) is not None:
@@ -182,6 +184,32 @@ def _hub_errors(name: str, what: str, key: str = "model.name") -> Iterator[None]
     _check_pointers(name, key)
     with others_code(f'{key}: got "{name}"; its {what}', allowed):
         yield
+
+
+def refuse_kernels(name: str | Path) -> None:
+    """Raises UserError where the config of a folder or of a hub model names a kernel of the hub.
+
+    As an attention implementation with a "/" in its name: transformers would fetch its code, and run it.
+    """
+    from transformers import PreTrainedConfig
+
+    settings, _ = PreTrainedConfig.get_config_dict(str(name))
+    for key, value in _implementations(settings):
+        if "/" in value:
+            raise UserError(
+                f'{name}: config.json: {key}: got "{value}", code of the hub, which is never run here; allowed: what '
+                'transformers has itself, such as "sdpa"; remove the key'
+            )
+
+
+def _implementations(settings: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, str]]:
+    """(key, value) of all that says how something is computed, in configs of configs too."""
+    for key, value in settings.items():
+        place = inside or (key if "implementation" in key else "")
+        if isinstance(value, Mapping):
+            yield from _implementations(value, place)
+        elif place and isinstance(value, str):
+            yield place, value
 
 
 @contextmanager

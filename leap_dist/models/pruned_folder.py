@@ -19,7 +19,7 @@ from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
 from leap_dist.files import staged
 from leap_dist.models.blocks import find_blocks, is_anchored
-from leap_dist.models.load import cause, others_code, quiet_transformers
+from leap_dist.models.load import cause, others_code, quiet_transformers, refuse_kernels
 from leap_dist.models.pruned_json import (
     NAME,
     KeptUnits,
@@ -239,11 +239,14 @@ def _build(folder: Path, manifest: PrunedJson, attn_implementation: str | None) 
             f"{transformers.__version__}"
         )
     try:
+        refuse_kernels(folder)
         config = cls.config_class.from_pretrained(folder, attn_implementation=attn_implementation)
         with no_init_weights(), quiet_transformers():
             model = cls(config)
             model.tie_weights()
             return model
+    except UserError:
+        raise
     except Exception as error:  # whatever transformers' code comes to on the folder's config
         raise UserError(f"{folder / 'config.json'}: transformers refuses it: {cause(error)}") from error
 

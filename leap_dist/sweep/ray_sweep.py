@@ -14,14 +14,16 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from leap_dist.config.json_file import loads, read_text
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, own_words
 from leap_dist.files import Lines, warn_if_unwritten
 from leap_dist.run_folder import CERTIFICATE, LONGEST
 from leap_dist.sweep.board import Board
@@ -48,7 +50,7 @@ class RaySweep:
         over = {name for name, outcome in self.ended.items() if outcome.kind == "stopped"}
         self.waiting = [trial for trial in trials if not self._is_done(trial) and trial.name not in over]
         self._halving = Halving(higher_is_better(metric)) if sweep.early_stop else None
-        self._judged = _read_lines(storage.folder / JUDGED)
+        self._judged = _read_lines(storage.folder / JUDGED, _Judged)
         self._lines = {name: Lines(storage.folder / name) for name in (ENDED, JUDGED)}
         for trial in trials if self._halving else ():
             self._note(trial)
@@ -215,22 +217,30 @@ class RaySweep:
 
 def _read_ended(folder: Path) -> dict[str, Outcome]:
     """The last outcome of each trial."""
-    try:
-        return {name: Outcome(**outcome) for name, outcome in _read_lines(folder / ENDED).items()}
-    except TypeError as error:
-        raise UserError(f"{folder / ENDED}: damaged: {error}; {REMOVE}") from error
+    return {name: Outcome(**line) for name, line in _read_lines(folder / ENDED, Outcome).items()}
 
 
-def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """The last line of each trial; a line that a kill cut short is left out."""
+@dataclass
+class _Judged:
+    """A line of rungs.jsonl."""
+
+    metrics: dict[str, float]
+    goes_on: bool
+
+
+def _read_lines(path: Path, kind: type[Outcome] | type[_Judged]) -> dict[str, dict[str, Any]]:
+    """The last line of each trial, which holds what `kind` does; a line that a kill cut short is left out."""
     found: dict[str, dict[str, Any]] = {}
+    allowed = TypeAdapter(kind)
     lines = read_text(path, REMOVE, LONGEST).split("\n") if path.is_file() else ()
     for number, line in enumerate(lines, start=1):
         try:
             content = loads(line, finite=False)
         except (ValueError, RecursionError):
             continue
-        if not isinstance(content, dict) or not isinstance(name := content.pop("trial", None), str):
-            raise UserError(f"{path}:{number}: damaged: it names no trial; {REMOVE}")
-        found[name] = content
+        try:
+            name = content.pop("trial")
+            found[name] = asdict(allowed.validate_python(content))
+        except (ValidationError, AttributeError, TypeError, LookupError) as error:
+            raise UserError(f"{path}:{number}: damaged: {own_words(error)}; {REMOVE}") from error
     return found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from leap_dist.config.section import show
 from leap_dist.errors import UserError
+from leap_dist.files import write_text
 from leap_dist.run_folder import CERTIFICATE, REPORT, exports, read_files
 from leap_dist.sweep.grid import Settings, short, varying
 from leap_dist.sweep.rank import Outcome

@@ -80,7 +80,7 @@ def _check_folder(folder: Path, now: dict[str, str], resume: bool) -> dict[str, 
         return {}
     saved = read_json(path, "restore it, or choose another folder")
     before = saved.get("identity")
-    if not isinstance(before, dict):
+    if not isinstance(before, dict) or not isinstance(saved.get("parent_run"), str | None):
         raise UserError(f"--output: {path}: damaged: it does not say which sweep it is of; choose another folder")
     changed = [
         f"{key} is {now.get(key, 'missing')} now, and was {before.get(key, 'missing')}"

@@ -67,7 +67,6 @@ def text(content: str | bytes) -> Callable[[Path], None]:
         (folder, "cannot be read: Is a directory"),
         (link_to("/dev/zero"), "is no plain file"),
         (link_to("a.json"), "cannot be read: Too many levels of symbolic links"),
-        (link_to("/proc/self/mem"), "cannot be read: "),
         (huge, r"has 1099511627776 bytes; allowed: at most 16777216"),
         (text(""), "not JSON: line 1, column 1: "),
         (text('{"a": 1'), "not JSON: line 1, column 8: "),
@@ -198,7 +197,7 @@ def test_every_reader_refuses_what_is_no_file_of_ours(finished: Path, tmp_path: 
             continue
         with pytest.raises(
             UserError,
-            match="--sync: " if name == "mlflow.jsonl" and number == 4 else Path(name).name.replace(".", r"\."),
+            match="--sync: " if name == "mlflow.jsonl" and number == 1 else Path(name).name.replace(".", r"\."),
         ):
             READERS[name](run)
 

@@ -13,6 +13,7 @@ from leap_dist.config.job_file import load_job, parse_job, parse_leap
 from leap_dist.config.legacy import tensor_pattern
 from leap_dist.config.migrate import Imported, import_compression, import_file
 from leap_dist.errors import UserError
+from tests.disks import fill, free
 from tests.launch.test_prune import JOB, MODEL, check_refused, prune
 
 BASE: dict[str, Any] = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}
@@ -357,3 +358,13 @@ def test_an_imported_job_runs_and_reaches_its_target(tmp_path: Path) -> None:
     prunable = 3 * 16 * 16 + 16 * 24
     assert certificate["prunable"] == prunable and certificate["unit"] == 1
     assert abs(certificate["kept"] - 0.3 * prunable) <= 1
+
+
+def test_a_full_disk_leaves_no_part_of_a_job_file(tmp_path: Path, small_disk: Path) -> None:
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(old(sparse_pruning=sparse())), "utf-8")
+    fill(small_disk)
+    with pytest.raises(UserError, match=r"--output: .*job\.json cannot be written: No space left on device"):
+        import_file(file, small_disk / "job.json")
+    free(small_disk)
+    assert import_file(file, small_disk / "job.json") == 0

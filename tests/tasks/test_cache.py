@@ -10,6 +10,7 @@ import pytest
 
 from leap_dist.tasks import cache
 from leap_dist.tasks.cache import cached
+from tests.disks import fill, free
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +71,15 @@ def test_where_nothing_can_be_written_nothing_is_kept(tokenizer: Any, cache_fold
     cache_folder.write_text("a file where the folder should be")
     assert value(tokenizer, "a") == (1, True)
     assert value(tokenizer, "a", number=2) == (2, True)
+
+
+def test_a_full_disk_keeps_nothing_and_ends_nothing(
+    tokenizer: Any, small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache, "cache_folder", lambda: small_disk / "tokens")
+    (small_disk / "tokens").mkdir()
+    fill(small_disk)
+    assert value(tokenizer, "a") == (1, True)
+    assert "tokenised data cannot be kept in" in caplog.text and not list((small_disk / "tokens").iterdir())
+    free(small_disk)
+    assert value(tokenizer, "a", number=2) == (2, True) and value(tokenizer, "a", number=3) == (2, False)
