@@ -119,24 +119,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def read_all(run: Path) -> None:
-    from leap_dist.run_folder import exports, read_files
-
-    read_files(run)
-    exports(run)
-
-
 def read_page(run: Path) -> None:
+    from leap_dist.run_folder import read_files
     from leap_dist.tracking.report import run_page
 
-    read_all(run)
-    run_page(read_files_of(run))
-
-
-def read_files_of(run: Path) -> Any:
-    from leap_dist.run_folder import read_files
-
-    return read_files(run)
+    run_page(read_files(run))
 
 
 def read_journal(run: Path) -> None:
@@ -167,15 +154,7 @@ READERS = {
     "sweep.json": read_sweep,
     "trials.jsonl": read_trials,
 }
-EDITS = {
-    "null": None,
-    "a text": "x",
-    "a list": [1],
-    "an object": {"a": 1},
-    "large": 2**62,
-    "huge": 10**400,
-    "nan": float("nan"),
-}
+EDITS = [None, "x", {"a": 1}, 2**62, float("nan")]
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -204,14 +183,14 @@ def test_every_reader_refuses_what_is_no_file_of_ours(finished: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_value_of_another_kind_is_one_message_or_does_not_matter(finished: Path, tmp_path: Path, name: str) -> None:
-    """Every value in a file, as deep as two levels of it go, is put in the place of by what it is not."""
+    """Each of a file's values, and of those inside the first, in turn."""
     from leap_dist.run_folder import sealed
 
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     first, _, rest = (finished / name).read_text().partition("\n" if name.endswith("l") else "\0")
     refused = 0
     for path in list(places(json.loads(first))):
-        for value in EDITS.values():
+        for value in EDITS:
             content = json.loads(first)
             inner = content
             for key in path[:-1]:
@@ -229,7 +208,7 @@ def test_a_value_of_another_kind_is_one_message_or_does_not_matter(finished: Pat
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for number, (key, inner) in enumerate(items):
-        if number < 12:
+        if number < (3 if path else 20):
             yield (*path, key)
             if len(path) < 3:
                 yield from places(inner, (*path, key))
