@@ -244,7 +244,8 @@ def write(answer: Answer, json_target: str | None, csv_path: Path | None) -> Non
 
 def _lines_of(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """The titles, which may be names of runs, and the cells."""
-    return [list(records[0]), *(list(record.values()) for record in records)] if records else []
+    titles = list(records[0]) if records else []
+    return [titles, *([record.get(title, "") for title in titles] for record in records)]
 
 
 def _plain(value: Any) -> Any:

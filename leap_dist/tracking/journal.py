@@ -123,10 +123,11 @@ class Journal:
     def _read(self, file: FileIO) -> None:
         """Take over what the file holds, but for a last line that was cut off."""
         file.seek(0)
-        text = file.read(LONGEST + 1)
+        size = os.fstat(file.fileno()).st_size
+        text = file.read(min(size, LONGEST))
         whole = text[: text.rfind(b"\n") + 1]
         try:
-            if len(text) > LONGEST:
+            if size > LONGEST:
                 raise ValueError(f"it has more than {LONGEST} bytes")
             for line in whole.decode().split("\n")[:-1]:
                 self._replay(loads(line, finite=False))

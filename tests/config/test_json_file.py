@@ -157,6 +157,7 @@ READERS = {
 EDITS = [None, "x", {"a": 1}, 2**62, float("nan")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_every_reader_refuses_what_is_no_file_of_ours(finished: Path, tmp_path: Path, name: str) -> None:
     makes = [
@@ -181,6 +182,7 @@ def test_every_reader_refuses_what_is_no_file_of_ours(finished: Path, tmp_path: 
             READERS[name](run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_value_of_another_kind_is_one_message_or_does_not_matter(finished: Path, tmp_path: Path, name: str) -> None:
     """Each of a file's values, and of those inside the first, in turn."""

@@ -22,6 +22,8 @@ from leap_dist.tasks.tables import load_hub
 from tests.export.runs import classifier
 from tests.models.tiny import save_masked, tiny
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import pathlib
 pathlib.Path({mark!r}).touch()
