@@ -6,15 +6,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leap_dist.checkpoint.checkpoints import Checkpoints
     from leap_dist.models.pruned_folder import load_pruned
+    from leap_dist.zero.calibration import calibrate
     from leap_dist.zero.engine import attach, finalize, host, initialize, release
     from leap_dist.zero.trainer import LeapCallback
 
-__all__ = ["Checkpoints", "LeapCallback", "attach", "finalize", "host", "initialize", "load_pruned", "release"]
+__all__ = [
+    "Checkpoints",
+    "LeapCallback",
+    "attach",
+    "calibrate",
+    "finalize",
+    "host",
+    "initialize",
+    "load_pruned",
+    "release",
+]
 
 _HOMES = {
     "Checkpoints": "leap_dist.checkpoint.checkpoints",
     "LeapCallback": "leap_dist.zero.trainer",
     "attach": "leap_dist.zero.engine",
+    "calibrate": "leap_dist.zero.calibration",
     "finalize": "leap_dist.zero.engine",
     "host": "leap_dist.zero.engine",
     "initialize": "leap_dist.zero.engine",

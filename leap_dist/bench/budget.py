@@ -13,7 +13,7 @@ from torch import nn
 from leap_dist.config.leap import LeapConfig
 from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gates import GatePlan
-from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, MASK, state_keys
+from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, state_keys
 from leap_dist.core.select import COUNTS, NUM_SUMS, most_bytes
 
 FP32, INT32, INT64 = 4, 4, 8  # bytes
@@ -100,8 +100,11 @@ def group_sizes(model: nn.Module, plan: GatePlan | None) -> list[list[int]]:
     return [group for group in groups if group]
 
 
-def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting) -> Memory:
-    """Bytes that one rank holds; without a plan, of the same job with dense AdamW."""
+def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting, one_shot: bool = False) -> Memory:
+    """Bytes that one rank holds; without a plan, of the same job with dense AdamW.
+
+    one_shot: no gradients and no moments, and the weights stand where they are cut.
+    """
     groups = group_sizes(model, plan)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     numel, shard = sum(map(sum, groups)), sum(map(hosting.shard, groups))
@@ -116,17 +119,20 @@ def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting) -> Memory:
         held = numel if hosting.stage == 1 else shard
         gradients = held * hosting.width + max(map(hosting.shard, groups)) * FP32  # fp32 for the group that steps
         state = 3 * shard * FP32
+    if one_shot:
+        gradients, state = 0, 0 if hosting.stage == 0 else shard * FP32
     if plan is None or not plan.gates:
         return Memory(weights, gradients, state)
     sizes = gate_sizes(plan).values()
     own = sum(sizes) if hosting.stage == 0 else sum(-(-size // hosting.ranks) for size in sizes)
-    extra, selection = _extra(groups[0], plan, hosting), _selection(groups[0], plan, hosting)
-    return Memory(weights, gradients, state + 3 * own * FP32, extra, selection)
+    extra, selection = _extra(groups[0], plan, hosting, one_shot), _selection(groups[0], plan, hosting)
+    return Memory(weights, gradients, state + (1 if one_shot else 3) * own * FP32, extra, selection)
 
 
-def _extra(gated: list[int], plan: GatePlan, hosting: Hosting) -> int:
+def _extra(gated: list[int], plan: GatePlan, hosting: Hosting, one_shot: bool) -> int:
     """Bytes of the state that LEAP adds to Adam's, on the flat partition of the gated group."""
-    keys = [key for key in state_keys(plan) if key not in (EXP_AVG, EXP_AVG_SQ)]
+    shared = (EXP_AVG, EXP_AVG_SQ, LATENT) if one_shot else (EXP_AVG, EXP_AVG_SQ)
+    keys = [key for key in state_keys(plan, moments=not one_shot) if key not in shared]
     return hosting.shard(gated) * sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
 
 

@@ -18,6 +18,7 @@ from leap_dist.config.sections import JobConfig, ModelConfig
 from leap_dist.console import console, summary_table
 from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
+from leap_dist.models.inputs import describe_start, resolve_start
 from leap_dist.models.load import auto_class, load_config, load_model
 from leap_dist.models.plan import make_plan
 from leap_dist.tasks import problem_of
@@ -43,6 +44,7 @@ class Forecast:
     model: PreTrainedModel
     plan: GatePlan
     hosting: Hosting
+    why_start: str = ""
 
     def at(self, ranks: int) -> Forecast:
         """The same on another number of ranks."""
@@ -51,7 +53,12 @@ class Forecast:
     def memory(self, ranks: int, stage: int, dense: bool = False) -> Memory:
         """Bytes on one rank, with other ranks or another stage."""
         hosting = Hosting.of(self.config.deepspeed, ranks)
-        return memory(self.model, None if dense else self.plan, hosting.at(stage))
+        return memory(self.model, None if dense else self.plan, hosting.at(stage), self.one_shot)
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether the job takes no training step."""
+        return self.config.leap.mode == "one_shot"
 
     def gpus(self, stage: int, dense: bool = False) -> int | None:
         """The fewest GPUs whose memory holds a rank each; None if no number does."""
@@ -69,7 +76,9 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
         raise UserError(f"DeepSpeed's part of the config: a size or count is no number: {error}") from error
     model = empty_model(config.model, config.data.task)
     check_engine_config(config.resolved(), model, None, None, None, None, planned=True)
-    return Forecast(config, model, make_plan(model, config.leap, config.family), hosting)
+    plan = make_plan(model, config.leap, config.family)
+    start = resolve_start(model, plan, config.leap)
+    return Forecast(config.model_copy(update={"leap": start.config}), model, plan, hosting, start.why)
 
 
 def empty_model(model: ModelConfig, task_name: str) -> PreTrainedModel:
@@ -183,7 +192,10 @@ def print_forecast(job: Forecast) -> None:
     console().print(f"{name}: {parameters:,} parameters, {job.plan.prunable:,} prunable; {host}", markup=False)
     summary_table(gate_rows(job.plan), title="gates")
     summary_table(memory_rows(job), title="a rank holds")
-    summary_table(traffic_rows(job), title="a rank sends to collectives in a step")
+    if not job.one_shot:
+        summary_table(traffic_rows(job), title="a rank sends to collectives in a step")
+    if job.why_start:
+        console().print(describe_start(job.config.leap, job.why_start), markup=False, soft_wrap=True)
     for line in (*advice(job), fit_line(job), gpu_line(job), "activations and communication buffers are not counted"):
         console().print(line, markup=False, soft_wrap=True)
 
@@ -228,6 +240,8 @@ def traffic_rows(job: Forecast) -> list[Mapping[str, str | float]]:
 
 def advice(job: Forecast) -> list[str]:
     """What would make LEAP's traffic small, where there are so many units that it is not."""
+    if job.one_shot:
+        return ["one shot: no gradients, no moments; what it sends, it sends once"]
     reduced, units = engine_traffic(job.model, job.hosting), job.plan.num_structured_units
     sent = leap_traffic(job.plan, job.config.leap, job.hosting)
     if not reduced or not sent or units * FP32 <= MUCH * reduced[0].bytes:

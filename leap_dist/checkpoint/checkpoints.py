@@ -213,6 +213,8 @@ def _check_engine(engine: Any) -> None:
     """Raise UserError for what no checkpoint is taken of."""
     if not isinstance(getattr(engine, "leap", None), LeapAdamW):
         raise UserError(f"engine: got a {type(engine).__name__}; allowed: one that leap_dist.initialize or attach made")
+    if engine.leap.config.mode == "one_shot":
+        raise UserError('engine: leap.mode is "one_shot", which takes no step that could be saved or resumed')
     if engine.micro_steps % engine.gradient_accumulation_steps():
         raise UserError(
             f"engine: it is in the middle of a step, after {engine.micro_steps % engine.gradient_accumulation_steps()} "

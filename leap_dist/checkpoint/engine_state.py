@@ -6,14 +6,13 @@ under gates are W * M, made again from the latent weights and the masks.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from leap_dist.checkpoint.manifest import EngineState, LeapState, TensorEntry
 from leap_dist.core.fragments import Fragment
-from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import (
     ELEMENT_MASK,
     EXP_AVG,
@@ -22,35 +21,45 @@ from leap_dist.core.gating import (
     SCORE,
     SCORE_EXP_AVG,
     SCORE_EXP_AVG_SQ,
-    state_keys,
 )
+from leap_dist.core.inputs import INPUTS
+from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.core.update import write_
 from leap_dist.zero.binding import all_fragments, refresh_hosted, trained_shapes
 
-HOSTED = "hosted"  # the fp32 masters of what no gate covers
+HOSTED = "hosted"  # the masters of what no gate covers
 ON_ELEMENTS = SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ, ELEMENT_MASK
 _SCALER = "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 _COUNTERS = "global_steps", "global_samples", "skipped_steps"
 
 
-def stored_keys(plan: GatePlan, tensor: str) -> tuple[str, ...]:
+def stored_keys(leap: LeapAdamW, tensor: str) -> tuple[str, ...]:
     """The states of a tensor that are stored."""
+    if tensor == INPUTS:
+        return (HOSTED,)
+    plan = leap.plan
     if tensor not in plan.covers:
         return HOSTED, EXP_AVG, EXP_AVG_SQ
     elementwise = any(plan.gates[cover.gate].elementwise for cover in plan.covers[tensor])
-    return tuple(key for key in state_keys(plan) if elementwise or key not in ON_ELEMENTS)
+    return tuple(key for key in leap.gating.keys if elementwise or key not in ON_ELEMENTS)
 
 
 def tensor_table(engine: Any) -> dict[str, TensorEntry]:
     """Every tensor that is trained, the gates' own included: its size, and the dtypes of its states."""
-    plan = engine.leap.plan
     return {
         name: TensorEntry(
             numel=math.prod(shape),
-            states={key: "BOOL" if key in (MASK, ELEMENT_MASK) else "F32" for key in stored_keys(plan, name)},
+            states={key: _dtype(name, key) for key in stored_keys(engine.leap, name)},
         )
         for name, shape in trained_shapes(engine).items()
     }
+
+
+def _dtype(tensor: str, key: str) -> Literal["F32", "F64", "BOOL"]:
+    """As safetensors names it."""
+    if tensor == INPUTS:
+        return "F64"
+    return "BOOL" if key in (MASK, ELEMENT_MASK) else "F32"
 
 
 def gate_table(engine: Any) -> tuple[tuple[str, int], ...]:
@@ -60,7 +69,7 @@ def gate_table(engine: Any) -> tuple[tuple[str, int], ...]:
 
 def fragment_states(engine: Any, fragment: Fragment) -> Iterator[tuple[str, Tensor]]:
     """(key, view of shape (length,)) of every state of a fragment that is stored."""
-    for key in stored_keys(engine.leap.plan, fragment.tensor):
+    for key in stored_keys(engine.leap, fragment.tensor):
         yield key, fragment.view(fragment.flat if key == HOSTED else engine.leap.states_of(fragment.flat)[key])
 
 

@@ -32,7 +32,7 @@ from leap_dist.checkpoint.manifest import (
 )
 from leap_dist.errors import UserError
 
-DTYPES = {torch.float32: "F32", torch.bool: "BOOL", torch.uint8: "U8"}  # as safetensors calls them
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bool: "BOOL", torch.uint8: "U8"}  # in safetensors
 PATIENCE = 900.0  # seconds that the first rank waits for the files of the others; less than a collective may take
 POLL = 0.05  # seconds between two looks
 ACTIONS = {

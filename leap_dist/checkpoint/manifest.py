@@ -39,7 +39,7 @@ class TensorEntry(ManifestPart):
     """A tensor of the model: its number of elements, and the dtype of each of its states."""
 
     numel: Count
-    states: dict[str, Literal["F32", "BOOL"]]
+    states: dict[str, Literal["F32", "F64", "BOOL"]]
 
 
 class FileEntry(ManifestPart):
@@ -55,6 +55,7 @@ class LeapState(ManifestPart):
 
     num_steps: Count
     settled: bool
+    started: bool = True  # as all were that an older version has saved
     calibration: float
     kept_units: tuple[Count, ...]
     kept_weights: Count

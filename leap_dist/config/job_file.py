@@ -18,7 +18,15 @@ from leap_dist.config.family import FamilyConfig
 from leap_dist.config.json_file import Twice, loads, read_json, shortened
 from leap_dist.config.leap import GATE_NAMES, LeapConfig
 from leap_dist.config.section import Section, is_int, nearest, show
-from leap_dist.config.sections import DEEPSPEED_KEYS, OPTIONAL, SECTIONS, EngineConfig, JobConfig, TrainConfig
+from leap_dist.config.sections import (
+    DEEPSPEED_KEYS,
+    OPTIONAL,
+    SECTIONS,
+    EngineConfig,
+    JobConfig,
+    TrainConfig,
+    exactly_one,
+)
 from leap_dist.errors import UserError
 from leap_dist.files import shipped, user_path
 from leap_dist.secrets import remember, remember_all, remember_setting
@@ -66,7 +74,7 @@ def parse_engine(raw: Mapping[str, Any]) -> EngineConfig:
     if "leap" not in raw:
         raise UserError('leap: the config has no "leap" section; the shortest is {"target": 0.5, "total_steps": 1000}')
     leap, train = raw["leap"], raw.get("train") or {}
-    if isinstance(leap, Mapping) and isinstance(train, Mapping):
+    if isinstance(leap, Mapping) and isinstance(train, Mapping) and leap.get("mode") != "one_shot":
         steps = leap.get("total_steps") or train.get("max_steps")
         if steps is None:
             raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
@@ -170,7 +178,7 @@ def _parse_job(raw: Mapping[str, Any], source: str, problems: list[str]) -> JobC
     problems += _deepspeed_problems(deepspeed)
     given = {name: cls for name, cls in SECTIONS.items() if name in raw or name not in OPTIONAL}
     sections = {name: _parse_section(cls, name, raw.get(name, {}), problems) for name, cls in given.items()}
-    problems += _total_steps_problem(raw)
+    problems += _length_problem(raw)
     _raise_if(problems, source)
     return JobConfig.model_validate({"deepspeed": deepspeed, **sections})
 
@@ -287,10 +295,12 @@ def _deepspeed_problems(deepspeed: Mapping[str, Any]) -> Iterable[str]:
         yield f"zero_optimization.stage: got {show(zero['stage'])}; allowed: 0, 1, 2 or 3"
 
 
-def _total_steps_problem(raw: Mapping[str, Any]) -> Iterable[str]:
-    """leap.total_steps and train.max_steps are the same number, if both are given."""
-    leap, train = raw.get("leap"), raw.get("train")
+def _length_problem(raw: Mapping[str, Any]) -> Iterable[str]:
+    """A run has a length, unless it is one shot; leap.total_steps and train.max_steps are the same number."""
+    leap, train = raw.get("leap"), raw.get("train", {})
     if isinstance(leap, Mapping) and isinstance(train, Mapping):
+        if leap.get("mode") != "one_shot" and train.get("epochs") is None and train.get("max_steps") is None:
+            yield from (f"train: {text}" for _, text in exactly_one(train, "epochs", "max_steps"))
         total, steps = leap.get("total_steps"), train.get("max_steps")
         if is_int(total) and is_int(steps) and total != steps:
             yield f"leap.total_steps: got {total}; allowed: train.max_steps, which is {steps}, or null"

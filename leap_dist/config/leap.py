@@ -83,8 +83,15 @@ class LeapConfig(Section):
     """How rule "leap" holds the level: an exact projection per step, or the published regulariser."""
     temperature: float = Field(default=32.0, gt=0, description="a number > 0")
     """T in the keep ratio sigmoid(sigma / T)."""
-    score_init: Literal["magnitude", "zero"] = Field(default="magnitude", description='"magnitude" or "zero"')
-    """Scores start at |W| / mean |W|, or at 0 as published."""
+    score_init: Literal["auto", "activation", "magnitude", "zero"] = Field(
+        default="auto", description='"auto", "activation", "magnitude" or "zero"'
+    )
+    """Scores start at |W| ("magnitude"), or at |W| times the norm of the input that it meets ("activation"), over the
+    mean, or at 0 as published; "auto": by activation for causal language models, by magnitude for others."""
+    mode: Literal["train", "one_shot"] = Field(default="train", description='"train" or "one_shot"')
+    """"one_shot": the model is cut to the target at once, by where scores start, and takes no training step."""
+    calibration_batches: int = Field(default=16, ge=1, description="an integer >= 1")
+    """Micro-batches, over all ranks, that show the inputs for score_init "activation" where there is no dense phase."""
     score_learning_rate: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
     """"auto": the published 1e-2; for single weights 1e-3 / target where that is less."""
     threshold_learning_rate: PositiveFloat | Literal["auto"] = Field(
@@ -135,11 +142,23 @@ class LeapConfig(Section):
         low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", "auto")
         if is_number(low) and is_number(high) and low > high > 0:
             found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))
-        return found or _without_effect(raw)
+        one_shot = raw.get("mode") == "one_shot"
+        if one_shot and raw.get("score_init") == "zero":
+            problem = 'got "zero", by which no weight is better than another; allowed in one shot: "activation", '
+            found.append(("score_init", problem + '"magnitude" or "auto"'))
+        return found or _without_effect(raw, dict.fromkeys(OF_STEPS, ONE_SHOT) if one_shot else {})
 
 
-def _without_effect(raw: Mapping[str, Any]) -> list[Conflict]:
-    """Settings of the leap section that the others leave no meaning."""
+OF_STEPS = (
+    *("rule", "control", "temperature", "score_learning_rate", "threshold_learning_rate", "lambda_max", "lambda_min"),
+    *("dense_fraction", "settle_fraction", "total_steps"),
+)
+"""Settings that say how masks move from step to step."""
+ONE_SHOT = 'mode "one_shot" takes no step, and score_init says what is kept'
+
+
+def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Conflict]:
+    """Settings of the leap section that the others leave no meaning; `steps`: why those have none."""
 
     def given(key: str) -> Any:
         return raw.get(key, LeapConfig.model_fields[key].default)
@@ -157,6 +176,9 @@ def _without_effect(raw: Mapping[str, Any]) -> list[Conflict]:
     fixed = shared or ("an n:m pattern says what is kept, and there are no other gates" if pattern else None)
     no_penalty = 'control "projected" has no regulariser' if projected else None
     scored = 'rule "magnitude" takes the weights as they are for scores' if rule == "magnitude" else None
+    start = given("score_init")
+    unseen = f'score_init "{start}" looks at no inputs' if start in ("magnitude", "zero") else None
+    shown = "the dense phase shows the inputs" if given("dense_fraction") and not steps else None
     follows = 'under control "projected" an automatic threshold_learning_rate follows it: give that a number'
     reasons = {
         "control": shared,
@@ -165,7 +187,9 @@ def _without_effect(raw: Mapping[str, Any]) -> list[Conflict]:
         "lambda_max": shared or no_penalty,
         "lambda_min": shared or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
         "score_init": scored,
+        "calibration_batches": scored or unseen or shown,
         "score_learning_rate": scored,
+        **steps,
     }
     return [
         (key, f"got {show(raw[key])}, which has no effect here: {why}; remove it")

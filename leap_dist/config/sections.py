@@ -40,7 +40,7 @@ DEEPSPEED_KEYS = (
 """Top-level keys that DeepSpeed 0.19 reads. Its own checks judge their values."""
 
 
-def _exactly_one(raw: Mapping[str, Any], first: str, second: str) -> list[Conflict]:
+def exactly_one(raw: Mapping[str, Any], first: str, second: str) -> list[Conflict]:
     given = [key for key in (first, second) if raw.get(key) is not None]
     if len(given) == 1:
         return []
@@ -62,7 +62,7 @@ class ModelConfig(Section):
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
-        found = _exactly_one(raw, "name", "from_config")
+        found = exactly_one(raw, "name", "from_config")
         config = raw.get("from_config")
         if isinstance(config, Mapping) and not isinstance(config.get("model_type"), str):
             received = show(config["model_type"]) if "model_type" in config else "nothing"
@@ -220,7 +220,8 @@ class TrainConfig(Section):
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
-        return _exactly_one(raw, "epochs", "max_steps")
+        both = raw.get("epochs") is not None and raw.get("max_steps") is not None
+        return exactly_one(raw, "epochs", "max_steps") if both else []
 
 
 class DistillConfig(Section):

@@ -23,23 +23,30 @@ ELEMENT_MASK = "element_mask"  # the element gates' own masks, in a plan where s
 State = dict[Tensor, dict[str, Tensor]]
 
 
-def state_keys(plan: GatePlan) -> tuple[str, ...]:
-    """The state of the gated partition, the same on every rank, also on one that holds nothing."""
+MOMENTS = EXP_AVG, EXP_AVG_SQ, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
+
+
+def state_keys(plan: GatePlan, moments: bool = True) -> tuple[str, ...]:
+    """The state of the gated partition, the same on every rank, also on one that holds nothing; without moments that
+    of a run that takes no step."""
     keys = [EXP_AVG, EXP_AVG_SQ, LATENT, MASK]
     if any(gate.elementwise for gate in plan.gates):
         keys += [SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ]
         if any(map(plan.hybrid, plan.covers)):
             keys.append(ELEMENT_MASK)
-    return tuple(keys)
+    return tuple(key for key in keys if moments or key not in MOMENTS)
 
 
-def make_states(plan: GatePlan, fragments: Sequence[Fragment], states: State) -> None:
-    """Make what is missing of the state of the fragments' flat buffers, each tensor of the buffer's shape."""
+def make_states(plan: GatePlan, fragments: Sequence[Fragment], states: State, keys: Sequence[str]) -> None:
+    """Make what is missing of the state of the fragments' flat buffers, each tensor of the buffer's shape; `keys` are
+    those of gated ones. Without a step no weight can come back, so W needs no place beside W * M."""
+    plain = [key for key in (EXP_AVG, EXP_AVG_SQ) if key in keys]
     gated = {f.flat for f in fragments if f.tensor in plan.covers}
     for flat in dict.fromkeys(fragment.flat for fragment in fragments):
-        for key in state_keys(plan) if flat in gated else (EXP_AVG, EXP_AVG_SQ):
+        for key in keys if flat in gated else plain:
             if key not in states[flat]:
-                states[flat][key] = _initial(key, flat)
+                in_place = key == LATENT and not plain
+                states[flat][key] = flat.detach() if in_place else _initial(key, flat)
 
 
 def _initial(key: str, flat: Tensor) -> Tensor:
@@ -54,15 +61,16 @@ def _initial(key: str, flat: Tensor) -> Tensor:
 class Gating:
     """Local fragments of gated tensors and of the gates' own values.
 
-    fragments: this rank's fragments of the gated group; values: its share of thresholds and structured scores; state:
-    the optimizer's, made before; no_decay: tensors without weight decay. `unit_mask` is the mask of all structured
-    units, shape (num_structured_units,), on this rank's device, the same on every rank; `own_units` has this rank's
-    share of it.
+    keys: of the state; fragments: this rank's of the gated group; values: its share of thresholds and structured
+    scores; state: the optimizer's, made before; no_decay: tensors without weight decay. `unit_mask` is the mask of all
+    structured units, shape (num_structured_units,), on this rank's device, the same on every rank; `own_units` has this
+    rank's share of it.
     """
 
     def __init__(
         self,
         plan: GatePlan,
+        keys: Sequence[str],
         fragments: Sequence[Fragment],
         values: GateValues,
         state: State,
@@ -80,7 +88,8 @@ class Gating:
         owned = {key: [f for f in self.weights if id(f.flat) == key] for key in flats}
         self.parts = [Part(plan, flat, owned[key], no_decay) for key, flat in flats.items()]
         self.device = values.flat.device
-        self.element_key = ELEMENT_MASK if ELEMENT_MASK in state_keys(plan) else MASK
+        self.keys = keys
+        self.element_key = ELEMENT_MASK if ELEMENT_MASK in self.keys else MASK
         self.unit_mask = torch.ones(plan.num_structured_units, dtype=torch.bool, device=self.device)
         self.own_units = torch.zeros_like(self.unit_mask)
         structured = [0 if gate.elementwise else gate.num_units for gate in plan.gates]
@@ -91,9 +100,10 @@ class Gating:
     @property
     def extra_bytes(self) -> int:
         """Bytes of the state on this rank beyond dense AdamW's: latent weights, masks, scores and their moments."""
-        states = {id(f.flat): self._state[f.flat] for f in self.weights}.values()
-        kept = [value for state in states for key, value in state.items() if key not in (EXP_AVG, EXP_AVG_SQ)]
-        return sum(value.numel() * value.element_size() for value in kept if isinstance(value, Tensor))
+        flats = {id(f.flat): f.flat for f in self.weights}
+        own = [key for key in self.keys if key not in (EXP_AVG, EXP_AVG_SQ)]
+        kept = [(flat, self._state[flat][key]) for flat in flats.values() for key in own]
+        return sum(v.numel() * v.element_size() for flat, v in kept if v.data_ptr() != flat.data_ptr())
 
     def state(self, fragment: Fragment, key: str) -> Tensor:
         """This fragment's part of a state tensor, shape (length,)."""

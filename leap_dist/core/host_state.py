@@ -24,6 +24,7 @@ def leap_entry(optimizer: Any) -> dict[str, Any]:
         "num_left_out": optimizer.num_left_out,
         "unit_mask": optimizer.gating.unit_mask,
         "values": {"value": values.flat, **values.state},
+        "inputs": {} if optimizer.inputs is None else {"inputs": optimizer.inputs.flat},
     }
 
 
@@ -46,6 +47,8 @@ def restore(optimizer: Any, flats: Sequence[Tensor], saved: Mapping[str, Any]) -
     states = [saved["state"].get(number, {}) for number in ids]
     own, mine = saved[LEAP]["values"], optimizer.gating.values
     pairs = [(own, {"value": mine.flat, **mine.state})]
+    inputs = {} if optimizer.inputs is None else {"inputs": optimizer.inputs.flat}
+    pairs.append((saved[LEAP].get("inputs", {}), inputs))
     pairs += [(state, optimizer.state.get(flat, {})) for state, flat in zip(states, flats, strict=True)]
     pairs.append(({"unit_mask": saved[LEAP]["unit_mask"]}, {"unit_mask": optimizer.gating.unit_mask}))
     copies = [copy for there, here in pairs for copy in _copies(there, here)]

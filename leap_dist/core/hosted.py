@@ -14,7 +14,8 @@ from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
 from leap_dist.core.gate_values import GateValues
 from leap_dist.core.gates import GatePlan
-from leap_dist.core.gating import EXP_AVG, EXP_AVG_SQ, Gating, make_states
+from leap_dist.core.gating import EXP_AVG, EXP_AVG_SQ, Gating, make_states, state_keys
+from leap_dist.core.inputs import Axes, Inputs
 from leap_dist.core.level import Level
 from leap_dist.core.loaded import Loaded
 from leap_dist.core.masks import Masks
@@ -32,7 +33,8 @@ class HostedOptimizer(torch.optim.Optimizer):
     params: parameter groups; at most one carries `leap_gated: True` and holds the gated tensors, in whatever shards.
     Its key `no_decay` names gated tensors without weight decay. As in torch, parameters may be (name, parameter) pairs:
     `hosted` has them by name, also when the host has put shards in their place. `bind` must be called before the first
-    step.
+    step. axes: of gated tensors, where scores start from what the weights are multiplied with (core/inputs.py); who has
+    the model reports that to `inputs`.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class HostedOptimizer(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = WEIGHT_DECAY,
+        axes: Mapping[str, Axes] = MappingProxyType({}),
     ) -> None:
-        if config.total_steps is None:
+        if config.total_steps is None and config.mode == "train":
             raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, GATED: False}
         super().__init__(params, defaults)
@@ -56,11 +59,14 @@ class HostedOptimizer(torch.optim.Optimizer):
             group["no_decay"] = sorted(group.get("no_decay", ()))
         self.plan = plan
         self.config = config
-        self.schedule = Schedule(config.total_steps, config.dense_fraction, config.settle_fraction, config.target)
+        self.schedule = Schedule(config.total_steps or 0, config.dense_fraction, config.settle_fraction, config.target)
         self.num_steps = 0
         self.num_left_out = 0
         self.check_gradient = False  # whether step() looks if the gradient is finite; under ZeRO DeepSpeed has
         self.level = Level(plan, config, self.schedule)
+        self.axes = axes
+        self.why_start = ""  # why "auto" came to what scores start from, in words
+        self.inputs: Inputs | None = None
         self.rates = Rates(plan, config, self.schedule)
         self._gating: Gating | None = None
         self.communicator = Communicator()
@@ -72,24 +78,30 @@ class HostedOptimizer(torch.optim.Optimizer):
         fragments: Sequence[Fragment],
         communicator: Communicator,
         copies: Mapping[Tensor, Tensor] = MappingProxyType({}),
+        everyone: Communicator | None = None,
     ) -> None:
         """Tell which parts of which tensors this rank's flat buffers hold, and make the whole state.
 
         copies: for each flat buffer that the host copies after a step, what forward passes read, in its shape.
+        everyone: sums over all ranks that see data; the same as `communicator` where not given.
 
         Raises UserError if the target is below what one unit in every gate keeps.
         """
         self.fragments = fragments
-        make_states(self.plan, fragments, self.state)
+        moments = (EXP_AVG, EXP_AVG_SQ) if self.config.mode == "train" else ()
+        keys = state_keys(self.plan, moments=bool(moments))
+        make_states(self.plan, fragments, self.state, keys)
         no_decay = {name for group in self.param_groups if group[GATED] for name in group["no_decay"]}
         self.communicator = communicator
         if fragments:
             communicator.stopwatch = Stopwatch(fragments[0].flat.device)
         device = fragments[0].flat.device if fragments else torch.device("cpu")
-        values = GateValues(self.plan, communicator, device, (EXP_AVG, EXP_AVG_SQ))
-        self._gating = Gating(self.plan, fragments, values, self.state, communicator, no_decay)
+        values = GateValues(self.plan, communicator, device, moments)
+        self._gating = Gating(self.plan, keys, fragments, values, self.state, communicator, no_decay)
         self.masks = Masks(self._gating)
-        self.level.bind(self._gating, self.masks)
+        if self.axes:
+            self.inputs = Inputs(self.axes, communicator, everyone or communicator, device)
+        self.level.bind(self._gating, self.masks, self.inputs)
         self._loaded = Loaded(self._gating, fragments, copies)
         self._started = False
         if self._early is not None:

@@ -11,7 +11,8 @@ from leap_dist.config.leap import LeapConfig
 from leap_dist.core import thresholds as th
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import Gating
-from leap_dist.core.magnitude import magnitude_scores_
+from leap_dist.core.importance import Norms, write_importance_
+from leap_dist.core.inputs import Inputs
 from leap_dist.core.masks import Masks
 from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
@@ -26,13 +27,14 @@ class Level:
 
     kept_units: of every gate; kept_weights: prunable ones that the masks in place keep; lowest_weights: what the fewest
     units that every gate keeps come to, by the scores at the start; calibration: density / R, as
-    last measured; regulariser: lambda and L_reg of the last step, empty where there is none.
+    last measured; regulariser: lambda and L_reg of the last step, empty where there is none; started: whether scores
+    have their start, which with norms of inputs comes with the first masks.
     """
 
     def __init__(self, plan: GatePlan, config: LeapConfig, schedule: Schedule) -> None:
         self.plan, self.config, self.schedule = plan, config, schedule
         self.remaining = th.Remaining(plan)
-        self.settled = False
+        self.settled = self.started = False
         self.calibration = 1.0
         self.kept_units = [gate.num_units for gate in plan.gates]
         self.kept_weights = self.lowest_weights = plan.prunable
@@ -40,18 +42,43 @@ class Level:
         self.task_size = th.TaskSize()
         self._made: list[int] | None = None  # kept counts of the masks that are in place
 
-    def bind(self, gating: Gating, masks: Masks) -> None:
-        """Start the thresholds, and the scores where they start from magnitude.
+    def bind(self, gating: Gating, masks: Masks, inputs: Inputs | None = None) -> None:
+        """Start the thresholds, and the scores where they start from the weights alone.
 
-        Raises UserError if the target is below what one unit in every gate keeps.
+        inputs: where scores wait for what the weights are multiplied with. Raises UserError if the target is below
+        what one unit in every gate keeps.
         """
-        self._gating, self._masks = gating, masks
+        self._gating, self._masks, self._inputs = gating, masks, inputs
+        self.started = False
         if not self.plan.gates:
             return
         gating.write_thresholds(torch.full((len(self.plan.gates),), th.START * self.config.temperature))
-        if self.config.score_init == "magnitude" or self.config.rule == "magnitude":
-            magnitude_scores_(gating, scaled=True)
+        if inputs is None and self.config.mode == "train":
+            self._start()
         self._check_reachable()
+
+    def gather(self) -> None:
+        """Until scores start: sum what this step's forward passes have shown over the ranks. Collective."""
+        if not self.started and self._inputs is not None:
+            self._inputs.pool()
+
+    def _start(self) -> None:
+        """Give the scores their start, once. Collective.
+
+        Where that waits for inputs it is added to what the scores have moved: as long as nothing is masked no gradient
+        depends on them, so it is as if they had started there. Where nothing is learned from it, it stays |W| or
+        |W| ||x|| to the bit.
+        """
+        config, norms = self.config, None
+        if self.started:
+            return
+        if self._inputs is not None:
+            self._inputs.pool()
+            norms = Norms(self._inputs.norms(), self._inputs.axes)
+            self._inputs.listen(False)
+        if config.score_init != "zero" or config.rule == "magnitude":
+            write_importance_(self._gating, norms, scaled=config.mode == "train", added=norms is not None)
+        self.started = True
 
     def _check_reachable(self) -> None:
         """Raise UserError if the target is below or above what the gates allow."""
@@ -128,8 +155,9 @@ class Level:
 
     def hold(self, step: int) -> None:
         """Thresholds and masks of the forward pass of a step; settles where that is in the settle phase."""
+        self._start()
         if self.config.rule == "magnitude":
-            magnitude_scores_(self._gating, scaled=False)
+            write_importance_(self._gating, scaled=False)
         if self.schedule.phase(step) == "settle":
             self.settle()
             return
@@ -148,6 +176,7 @@ class Level:
 
     def settle(self) -> None:
         """Make the density exact and freeze the masks."""
+        self._start()
         self._made = None  # scores have moved
         if self.plan.gates:
             temperature, target = self.config.temperature, self.config.target
@@ -189,6 +218,7 @@ class Level:
         """What a checkpoint has to hold of the level, JSON-able."""
         return {
             "settled": self.settled,
+            "started": self.started,
             "calibration": self.calibration,
             "kept_units": self.kept_units,
             "kept_weights": self.kept_weights,
@@ -207,6 +237,9 @@ class Level:
     def take_plain_state(self, saved: Mapping[str, Any]) -> None:
         """Continue from `plain_state()`, after scores and masks were put in place. Local."""
         self.settled, self.calibration = saved["settled"], saved["calibration"]
+        self.started = saved.get("started", True)  # as all were that an older version has saved
+        if self._inputs is not None:
+            self._inputs.listen(not self.started)
         self.regulariser, self.task_size.mean_square = dict(saved["regulariser"]), saved["task_size"]
         self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]
         self._made = list(self.kept_units) if saved["masked"] else None

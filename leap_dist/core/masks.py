@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leap_dist.core.digits import ScoreRuns
 from leap_dist.core.flips import Flips
-from leap_dist.core.gating import MASK, SCORE, Gating, state_keys
+from leap_dist.core.gating import MASK, SCORE, Gating
 from leap_dist.core.pattern import PatternRun, PatternSelector
 from leap_dist.core.select import Selector
 from leap_dist.ops import dispatch as ops
@@ -21,7 +21,7 @@ class Masks:
     def __init__(self, gating: Gating) -> None:
         self._gating, self._communicator = gating, gating.communicator
         gates = gating.plan.gates
-        self._score_keys = (SCORE,) if SCORE in state_keys(gating.plan) else ()
+        self._score_keys = (SCORE,) if SCORE in gating.keys else ()
         self._hybrid = any(map(gating.plan.hybrid, gating.plan.covers))
         self._spread: Tensor | None = None  # the unit masks that MASK holds now
         self._flips = Flips()

@@ -25,6 +25,7 @@ from leap_dist.core.gating import EXP_AVG, EXP_AVG_SQ
 from leap_dist.core.hosted import GATED, HostedOptimizer
 from leap_dist.core.phases import Phase
 from leap_dist.core.update import learn_, move_, update_, write_
+from leap_dist.errors import UserError
 from leap_dist.ops import dispatch as ops
 
 
@@ -41,6 +42,11 @@ class LeapAdamW(HostedOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure
         """One optimizer step for the groups that hold parameters now (ZeRO calls once a group)."""
         assert closure is None, "LeapAdamW takes no closure"
+        if self.config.mode == "one_shot":
+            raise UserError(
+                'leap.mode: got "one_shot", which takes no step: call leap_dist.finalize in place of the loop, or '
+                "remove it to train"
+            )
         if not self._started:
             self._take_over()
         for flat in (flat for group in self.param_groups for flat in group["params"]):
@@ -57,7 +63,7 @@ class LeapAdamW(HostedOptimizer):
     def _take_over(self) -> None:
         """Before the first step: weights that were loaded since `bind` are the start, as if they had been there."""
         if self._loaded.take_over():
-            self.level.bind(self.gating, self.masks)
+            self.level.bind(self.gating, self.masks, self.inputs)
         self._started = True
 
     def _gradient_is_finite(self) -> bool:
@@ -70,6 +76,7 @@ class LeapAdamW(HostedOptimizer):
         self.num_steps += 1
         for state in self.state.values():
             state["step"] = self.num_steps
+        self.level.gather()
 
     def _step_plain(self, group: dict[str, Any]) -> None:
         for param in group["params"]:
@@ -91,6 +98,7 @@ class LeapAdamW(HostedOptimizer):
         if phase != "dense" and not self.settled:
             with communicator.stopwatch.measure("select"):
                 self.level.hold(self.num_steps)
+        self.level.gather()
         write_(self.gating)
         self._communicated = communicator.num_collectives - before[0], communicator.num_bytes - before[1]
 
@@ -120,6 +128,8 @@ class LeapAdamW(HostedOptimizer):
     def settle(self) -> None:
         """Make the density exact and freeze the masks, now; does nothing where that is done."""
         if not self.settled:
+            if not self._started:
+                self._take_over()
             self.level.settle()
             write_(self.gating)
 

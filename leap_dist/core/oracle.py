@@ -5,7 +5,9 @@ weights W; a forward pass uses W * M, with masks by a full stable sort of the sc
 estimator of Yao et al., arXiv 2105.14636.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,8 +83,10 @@ class Oracle:
         self.remaining = th.Remaining(plan)
         self.sigma = nn.Parameter(torch.full((len(plan.gates),), th.START * config.temperature))
         self.scores = [nn.Parameter(torch.zeros(gate.num_units)) for gate in plan.gates]
-        if config.score_init == "magnitude" or config.rule == "magnitude":
-            self._scores_from_magnitude(scaled=True)
+        self.squares: dict[str, Tensor] = {}  # of the inputs of linear layers, summed over all rows
+        self.waits = config.score_init == "activation" and config.rule != "magnitude"  # for the norms of inputs
+        if (config.score_init != "zero" or config.rule == "magnitude") and not self.waits:
+            self._scores_from_weights(scaled=True)
         self.masks = [torch.ones(gate.num_units, dtype=torch.bool) for gate in plan.gates]
         self.num_steps, self.calibration, self.settled = 0, 1.0, False
         decayed = [p for name, p in self.latent.items() if name not in set(no_decay)]
@@ -127,7 +131,8 @@ class Oracle:
         hosted = self.masked_weights(units)
         for name in self.plan.covers:
             hosted[name].retain_grad()
-        value = loss(lambda *args, **kwargs: functional_call(self.model, hosted, args, kwargs))
+        with self._watching():
+            value = loss(lambda *args, **kwargs: functional_call(self.model, hosted, args, kwargs))
         for parameter in (*self.latent.values(), *self.scores, self.sigma):
             parameter.grad = None
         value.backward()
@@ -181,16 +186,32 @@ class Oracle:
             if self.config.rule == "leap" and self.schedule.phase(self.num_steps) == "prune":
                 self.threshold_optimizer.step()
 
-    def _scores_from_magnitude(self, scaled: bool) -> None:
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """While scores wait for their start: sum the squares of what every linear layer is given."""
+
+        def see(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+            rows = given[0].detach().double().reshape(-1, given[0].shape[-1])
+            self.squares[name] = self.squares.get(name, torch.zeros(())) + rows.square().sum(0)
+
+        linear = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and self.waits}
+        hooks = [m.register_forward_pre_hook(partial(see, f"{name}.weight")) for name, m in linear.items()]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def _scores_from_weights(self, scaled: bool) -> None:
+        """S_u = mean |W|, or mean |W_ij| ||x_j|| where inputs were seen, added to what is there."""
         for index, gate in enumerate(self.plan.gates):
             sums = torch.zeros(gate.num_units, dtype=torch.float64)
             for tensor, covers in self.plan.covers.items():
                 for cover in covers:
                     if cover.gate == index and self.plan.counted(tensor):
-                        size = self.latent[tensor].detach().abs().double().flatten()
+                        size = self.latent[tensor].detach().abs().double()
+                        size = (size * self.squares[tensor].sqrt() if self.squares else size).flatten()
                         sums.index_add_(0, unit_index(cover.slices).flatten(), size)
             mean = sums.sum() / gate.num_weights if scaled else 1.0
-            self.scores[index].data.copy_(sums / gate.unit_sizes / mean)
+            self.scores[index].data.mul_(float(self.waits)).add_(sums / gate.unit_sizes / mean)
 
     def _count(self, keep: list[int]) -> int:
         units = [mask.float() for mask in self._best(keep)]
@@ -205,7 +226,10 @@ class Oracle:
         """Thresholds and masks of the next forward pass."""
         config = self.config
         if config.rule == "magnitude":
-            self._scores_from_magnitude(scaled=False)
+            self._scores_from_weights(scaled=False)
+        if self.waits:
+            self._scores_from_weights(scaled=True)
+            self.waits, self.squares = False, {}
         settle = self.schedule.phase(self.num_steps) == "settle"
         level = 0.0 if settle else self.schedule.level(self.num_steps)
         self.sigma.copy_(self.remaining.with_patterns(self.sigma, config.temperature, level))

@@ -45,6 +45,16 @@ class Owners:
             for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 self._owners.setdefault(self._first[id(parameter)], []).append(Owner(path, module, local))
 
+    def of(self, name: str) -> list[Owner]:
+        """The modules that own a parameter."""
+        return self._owners[name]
+
+    def shape(self, name: str) -> Shape:
+        """A parameter's shape, whole also where ZeRO-3 holds a part."""
+        owner = self._owners[name][0]
+        parameter = getattr(owner.module, owner.local)
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
     def names(self) -> dict[str, str]:
         """The first name of every parameter, by each of its names."""
         return {_join(o.path, o.local): first for first, owners in self._owners.items() for o in owners}

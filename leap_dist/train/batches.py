@@ -1,6 +1,6 @@
 """The order of training data: a pure function of seed, step and rank, so that a resumed run continues where it was."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,14 +55,21 @@ class Batches:
         for number in range(self._accumulation):
             position = (within * self._accumulation + number) * self._ranks.world_size + self._ranks.rank
             rows = self._order[position * self._micro_batch : (position + 1) * self._micro_batch].tolist()
-            batches.append(self._batch([self._task.train[row] for row in rows], (step, number)))
+            batches.append(self._batch([self._task.train[row] for row in rows], (step, number, self._ranks.rank)))
         return batches
 
-    def _batch(self, examples: Sequence[Example], place: tuple[int, int]) -> dict[str, Tensor]:
-        """The collated examples; `place` (step, micro-batch) and the rank decide all chance in it."""
+    def calibration(self, num: int) -> Iterator[dict[str, Tensor]]:
+        """This rank's part of the first `num` micro-batches of the first epoch, counted over all ranks."""
+        order = bucketed(self._lengths, self._per_step, self._seed, epoch=0)
+        for number in range(self._ranks.rank, min(num, len(order) // self._micro_batch), self._ranks.world_size):
+            rows = order[number * self._micro_batch : (number + 1) * self._micro_batch].tolist()
+            yield self._batch([self._task.train[row] for row in rows], (0, number, 0))
+
+    def _batch(self, examples: Sequence[Example], place: tuple[int, int, int]) -> dict[str, Tensor]:
+        """The collated examples; `place` (step, micro-batch, rank) decides all chance in it."""
         batch = self._task.collate(examples)
         if self._task.augment is not None:
-            state = np.random.SeedSequence([self._seed, *place, self._ranks.rank]).generate_state(1, np.uint64)
+            state = np.random.SeedSequence([self._seed, *place]).generate_state(1, np.uint64)
             batch = self._task.augment(batch, torch.Generator().manual_seed(int(state[0]) >> 1))
         return {key: value.to(self._ranks.device) for key, value in batch.items()}
 

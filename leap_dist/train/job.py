@@ -58,18 +58,28 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     task = ranks.first_then_rest(lambda: load_task(config.data, tokenizer))
     micro = config.deepspeed["train_micro_batch_size_per_gpu"]
     batches = Batches(task, micro, accumulation(config.deepspeed, ranks.world_size), config.train.seed, ranks)
+    one_shot = config.leap.mode == "one_shot"
+    total = 0 if one_shot else _total_steps(config, batches)
+    config = config.model_copy(update={"leap": config.leap.model_copy(update={"total_steps": total or None})})
+    torch.manual_seed(config.train.seed)
+    model = load_model(config.model, task)
+    distills = config.distill is not None and not one_shot
+    teacher = _load_teacher(config, task, model) if distills else None
+    scheduled = one_shot or "scheduler" in config.deepspeed
+    scheduler = None if scheduled else _linear_schedule(total, config.train.warmup_fraction)
+    engine, *_ = initialize(model=model, config=config, lr_scheduler=scheduler)
+    config = config.model_copy(update={"leap": engine.leap.config})  # with what depends on the model
+    distiller = _distiller(config, task, engine, teacher) if distills else None
+    torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
+    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller, watch)
+
+
+def _total_steps(config: JobConfig, batches: Batches) -> int:
+    """Optimizer steps of the whole run. Raises UserError for too few."""
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * batches.steps_per_epoch))
     if total < 10:
         raise UserError(f"train: {total} optimizer steps are too few for three phases; allowed: at least 10")
-    config = config.model_copy(update={"leap": config.leap.model_copy(update={"total_steps": total})})
-    torch.manual_seed(config.train.seed)
-    model = load_model(config.model, task)
-    teacher = _load_teacher(config, task, model) if config.distill else None
-    scheduler = None if "scheduler" in config.deepspeed else _linear_schedule(total, config.train.warmup_fraction)
-    engine, *_ = initialize(model=model, config=config, lr_scheduler=scheduler)
-    distiller = _distiller(config, task, engine, teacher) if config.distill else None
-    torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
-    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller, watch)
+    return total
 
 
 def _load_teacher(config: JobConfig, task: Task, model: Any) -> Any:

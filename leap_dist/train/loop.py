@@ -17,6 +17,7 @@ from leap_dist.core.histograms import REACH, score_histograms
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
+from leap_dist.models.inputs import describe_start
 from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, MODEL, RANKS, RESOLVED, SCORES
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.train.evaluate import evaluate
@@ -24,6 +25,7 @@ from leap_dist.train.folder_writer import FolderWriter, needed
 from leap_dist.train.guards import BadSteps, Heartbeats, spoiled
 from leap_dist.train.job import Job, build_job
 from leap_dist.train.meter import Meter
+from leap_dist.train.one_shot import prepare_one_shot, show_inputs
 from leap_dist.train.output import as_logged, check_output, complete_pages, prepared
 from leap_dist.train.progress import Progress
 from leap_dist.train.saving import Saver, read_progress
@@ -47,8 +49,9 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
         return json.loads((output / CERTIFICATE).read_text("utf-8")) if ranks.first else {}
     resumes = ranks.on_first(lambda: check_output(output, resume, config, ranks.world_size))
     torch.manual_seed(config.train.seed)
+    trains = config.leap.mode == "train"
     saved = resumes and ranks.on_first(lambda: latest_checkpoint(output / CHECKPOINTS) is not None)
-    reference = _dense_reference(config, ranks, watch) if config.train.dense_reference and not saved else {}
+    reference = _dense_reference(config, ranks, watch) if trains and config.train.dense_reference and not saved else {}
     job = build_job(config, ranks, watch)
     state = job.state
     state.measured |= reference
@@ -59,6 +62,8 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
         state.start, state.measured, state.left_out = progress.step, dict(progress.measured), progress.left_out
         run_id = progress.run_id
     settings = as_logged(job.config, ranks.world_size)
+    if ranks.first and job.engine.leap.why_start:
+        console().print(describe_start(job.engine.leap.config, job.engine.leap.why_start), markup=False, soft_wrap=True)
     tags = tags_of(job, output) if ranks.first else {}
     with (
         Tracker(config.tracking, settings, ranks.first, run_id, tags, folder=output) as tracker,
@@ -68,7 +73,10 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
             tracker.datasets(config.data, job.task)
             with Heartbeats(output / RANKS, ranks, config.train.collective_timeout) as heartbeats:
                 state.heartbeats = heartbeats
-                train(job, tracker, output, checkpoints, writer)
+                if trains:
+                    train(job, tracker, output, checkpoints, writer)
+                else:
+                    prepare_one_shot(job)
                 certificate = _finish(job, output, writer)
         except (Stopped, Interrupted):
             tracker.finish("KILLED")
@@ -99,6 +107,8 @@ def train(
     saver = Saver(job.engine, ranks, config, job.watch, checkpoints, state.start, job.total_steps, check)
     meter = Meter(ranks, state.start)
     bad = BadSteps(job.engine, config.max_bad_steps, state.left_out)
+    if state.start == job.phases.dense_end == 0:
+        show_inputs(job)
     with Progress(job.total_steps, enabled=ranks.first, start=state.start) as progress:
         for step in range(state.start, job.total_steps):
             if step == job.phases.dense_end and "dense" not in state.measured:

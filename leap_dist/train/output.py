@@ -115,6 +115,8 @@ def _check_same_job(
     if BATCH not in old:  # a folder that a sweep has made
         new.pop(BATCH)
     new["leap.total_steps"] = old["leap.total_steps"]  # filled in when the data are there; from what is compared here
+    if new["leap.score_init"] == "auto":  # filled in when the model is there
+        new["leap.score_init"] = old["leap.score_init"]
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     texts = {key: f"{key}: before {_shown(old, key)}, now {_shown(new, key)}" for key in changed}
     refused = [key for key in changed if not f"{key}.".startswith(_prefixes())]

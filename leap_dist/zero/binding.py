@@ -14,6 +14,7 @@ from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
 from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gating import ELEMENT_MASK, MASK
+from leap_dist.core.inputs import INPUTS, num_features
 
 
 def hosted_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
@@ -71,14 +72,16 @@ def find_fragments(engine: Any) -> list[Fragment]:
 
 
 def all_fragments(engine: Any) -> list[Fragment]:
-    """The fragments of every parameter and of the gates' own values that this rank holds."""
-    return [*engine.leap.fragments, *engine.leap.gating.values.fragments]
+    """The fragments of every parameter, of the gates' own values and of sums of inputs that this rank holds."""
+    inputs = engine.leap.inputs.fragments if engine.leap.inputs else ()
+    return [*engine.leap.fragments, *engine.leap.gating.values.fragments, *inputs]
 
 
 def trained_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    """The whole shape of everything that is trained, by name: parameters and the gates' own values."""
+    """The whole shape of everything that checkpoints hold, by name: parameters, gates' own values, sums of inputs."""
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in hosted_parameters(engine)}
-    return shapes | {name: (size,) for name, size in gate_sizes(engine.leap.plan).items()}
+    shapes |= {name: (size,) for name, size in gate_sizes(engine.leap.plan).items()}
+    return shapes | ({INPUTS: (num_features(engine.leap.axes),)} if engine.leap.axes else {})
 
 
 def _zero12_view(parameter: Any) -> tuple[Tensor | None, int, int]:
@@ -107,6 +110,13 @@ def _flat_of(view: Tensor, flats: list[Tensor]) -> Tensor:
         if same and first >= 0 and first + view.numel() <= flat.numel():
             return flat
     raise RuntimeError("a parameter's fp32 fragment lies in none of the engine's flat partitions")
+
+
+def everyone(engine: Any) -> Communicator:
+    """Sums over all ranks, which see data of their own under every stage."""
+    if engine.dp_world_size == 1:
+        return Communicator()
+    return Communicator(torch.distributed.group.WORLD, torch.device(engine.device))
 
 
 def make_communicator(engine: Any) -> Communicator:
@@ -138,7 +148,8 @@ def gather(engine: Any, names: Iterable[str], key: str | None = None) -> Iterato
     communicator = make_communicator(engine)
     shapes = trained_shapes(engine)
     for name in names:
-        dtype = torch.uint8 if key in (MASK, ELEMENT_MASK) else torch.float32
+        dtype = torch.float64 if name == INPUTS else torch.float32
+        dtype = torch.uint8 if key in (MASK, ELEMENT_MASK) else dtype
         full = torch.zeros(torch.Size(shapes[name]).numel(), dtype=dtype)
         for f in fragments.get(name, ()):
             source = f.flat if key is None else engine.leap.states_of(f.flat)[key]

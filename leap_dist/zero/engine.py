@@ -19,10 +19,12 @@ from leap_dist.core.counting import Counter, check_exact
 from leap_dist.core.gating import MASK
 from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.errors import UserError
+from leap_dist.models.inputs import resolve_start
 from leap_dist.models.plan import make_plan
 from leap_dist.models.routing import route_among_kept
 from leap_dist.zero.agreement import agreement, engine_settings, optimizer_settings, same_outcome, same_settings
 from leap_dist.zero.binding import (
+    everyone,
     find_fragments,
     forward_copies,
     gather,
@@ -31,14 +33,15 @@ from leap_dist.zero.binding import (
     refresh_hosted,
 )
 from leap_dist.zero.groups import parameter_groups
+from leap_dist.zero.listener import Listener
 from leap_dist.zero.ranks import Ranks, errors_only, join_ranks, several
 from leap_dist.zero.refusals import check_engine_config, check_hosting, check_masters, refusals_of_deepspeed
 
 ALL_IN_ONE = 10**15  # a ZeRO-3 sub-group that is never full: one step sees all of a gate
 
 
-_HOOKS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
-"""On the routers of models that are hosted, if experts are pruned."""
+_HOOKS: WeakKeyDictionary[nn.Module, list[RemovableHandle | Listener]] = WeakKeyDictionary()
+"""On models that are hosted: on routers if experts are pruned, on layers while scores wait for their inputs."""
 
 
 def initialize(
@@ -161,7 +164,9 @@ def attach(engine: Any) -> None:
         )
     fragments = find_fragments(engine)
     check_masters(fragments)
-    base.bind(fragments, make_communicator(engine), forward_copies(engine))
+    base.bind(fragments, make_communicator(engine), forward_copies(engine), everyone(engine))
+    if base.inputs is not None:
+        _HOOKS.setdefault(engine.module, []).append(Listener(engine.module, base.inputs, on=not base.level.started))
     base.check_gradient = engine.zero_optimization_stage() == 0
     for group, peak in zip(base.param_groups, getattr(engine.lr_scheduler, "max_lrs", ()), strict=False):
         group["max_lr"] = peak  # of a scheduler that sets rates, whatever the group started with
@@ -186,7 +191,7 @@ def _count_skipped(engine: Any, base: LeapAdamW) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Make a model as it was before `host`: without hooks on its routers. Harmless where there are none."""
+    """Make a model as it was before `host`: without hooks. Harmless where there are none."""
     for hook in _HOOKS.pop(model, []):
         hook.remove()
 
@@ -305,7 +310,9 @@ def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parame
     plan = make_plan(model, leap, family)
     defaults = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     groups = parameter_groups(model, plan, optimizer, model_parameters, defaults)
-    base = LeapAdamW(groups, plan, leap)
+    start = resolve_start(model, plan, leap)
+    base = LeapAdamW(groups, plan, start.config, axes=start.axes)
+    base.why_start = start.why
     release(model)
     if any(gate.granularity == "expert" for gate in plan.gates):
         _HOOKS[model] = route_among_kept(model, family)

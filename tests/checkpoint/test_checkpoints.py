@@ -66,6 +66,8 @@ CASES = [
     ("hybrid", 1, 2, {}),
     ("row", 2, 1, {"rule": "magnitude"}),
     ("head+2:4", 3, 2, {}),
+    ("hybrid", 3, 2, {"score_init": "activation"}),
+    ("element", 0, 2, {"score_init": "activation"}),
 ]
 
 
@@ -117,7 +119,8 @@ def masks_sha256(engine: Any) -> str:
 
 def link(kind: str, stage: int, accumulation: int, folder: str, first: int, last: int) -> dict[str, Any]:
     """Resume after `first` steps, save after `last` ones, and take one step more."""
-    engine, checkpoints = pruned_engine(kind, stage, accumulation, {}), Checkpoints(Path(folder), this_rank())
+    engine = pruned_engine(kind, stage, accumulation, STARTS.get(kind, {}))
+    checkpoints = Checkpoints(Path(folder), this_rank())
     before = torch.get_rng_state()
     found: dict[str, Any] = {}
     if first:
@@ -143,6 +146,7 @@ CHAINS = {
     "head+2:4": [(1, 1, 1), (3, 2, 1), (2, 3, 1), (1, 2, 1)],
     "head+neuron": [(2, 1, 1), (3, 0, 1), (1, 3, 1), (2, 3, 1)],
 }
+STARTS = {"hybrid": {"score_init": "activation"}}
 
 
 @pytest.mark.parametrize("kind", CHAINS)
@@ -158,7 +162,7 @@ def test_resumes_at_any_ranks_and_stage(ranks: RankPools, tmp_path: Path, kind: 
             assert all(each["random_kept"] for each in found)
         before = found[0]
     end = before["end"]
-    assert end == ranks(1).run(undisturbed, kind, 2, {})[0] | {
+    assert end == ranks(1).run(undisturbed, kind, 2, STARTS.get(kind, {}))[0] | {
         key: end[key] for key in ("weights_sha256", "thresholds", "random")
     }
 

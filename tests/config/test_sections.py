@@ -63,7 +63,7 @@ def test_defaults_of_leap_are_pinned() -> None:
     assert set(defaults) == {
         "target", "gates", "rule", "control", "temperature", "score_init", "score_learning_rate",
         "threshold_learning_rate", "lambda_max", "lambda_min", "dense_fraction", "settle_fraction",
-        "include", "exclude", "total_steps",
+        "include", "exclude", "total_steps", "mode", "calibration_batches",
     }  # fmt: skip
 
 
@@ -422,6 +422,7 @@ OTHER: dict[str, Any] = {  # a value of every key of the leap section that is no
     "control": "paper", "temperature": 16.0, "score_init": "zero", "score_learning_rate": 0.02,
     "threshold_learning_rate": 0.5, "lambda_max": 100.0, "lambda_min": 5.0, "dense_fraction": 0.1,
     "settle_fraction": 0.3, "include": ["a.weight"], "exclude": ["b.weight"], "total_steps": 100, "target": 0.3,
+    "calibration_batches": 4,
 }  # fmt: skip
 ALWAYS = {"dense_fraction", "settle_fraction", "include", "exclude", "total_steps", "target", "score_init"}
 SCORED = ALWAYS | {"score_learning_rate"}
@@ -436,15 +437,22 @@ READ: dict[str, set[str]] = {  # by rule, control and gates: the keys that have 
     "movement projected 2:4": SCORED,
     "magnitude projected element": ALWAYS - {"score_init"},
     "magnitude projected head": ALWAYS - {"score_init"},
+    "one_shot": {"include", "exclude", "target", "calibration_batches"},
 }
 
 
 @pytest.mark.parametrize("case", READ)
 @pytest.mark.parametrize("key", OTHER)
 def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> None:
-    rule, control, gates = case.split()
-    section = {"target": 0.5, "rule": rule, "control": control, "gates": gates.split("+")} | {key: OTHER[key]}
-    if key in READ[case] or (key == "control" and control == OTHER["control"]):
+    if case == "one_shot":
+        control, section = "projected", {"target": 0.5, "mode": "one_shot"} | {key: OTHER[key]}
+    else:
+        rule, control, gates = case.split()
+        section = {"target": 0.5, "rule": rule, "control": control, "gates": gates.split("+")} | {key: OTHER[key]}
+    if key == "score_init" and case == "one_shot":
+        with pytest.raises(UserError, match=r'leap\.score_init: got "zero", by which no weight is better'):
+            parse_leap(section)
+    elif key in READ[case] or (key == "control" and control == OTHER["control"]):
         parse_leap(section)
     else:
         with pytest.raises(UserError, match=rf"leap\.{key}: got .*, which has no effect here: .*; remove it"):
@@ -454,6 +462,11 @@ def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> Non
 @pytest.mark.parametrize(
     ("section", "refused"),
     [
+        ({"mode": "one_shot", "rule": "movement"}, 'leap.rule: got "movement", which has no effect here: mode'),
+        ({"calibration_batches": 4}, "the dense phase shows the inputs"),
+        ({"calibration_batches": 4, "dense_fraction": 0}, None),
+        ({"calibration_batches": 4, "dense_fraction": 0, "score_init": "magnitude"}, "looks at no inputs"),
+        ({"calibration_batches": 4, "mode": "one_shot", "score_init": "magnitude"}, "looks at no inputs"),
         ({"lambda_min": 200}, 'control "projected" has no regulariser'),
         ({"lambda_min": 200, "control": "paper"}, 'lambda_max is "auto"'),
         ({"lambda_min": 200, "control": "paper", "lambda_max": 160}, "at most lambda_max, which is 160"),

@@ -17,6 +17,8 @@ from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.core.oracle import Oracle, best_units, top_k, unit_index
 from leap_dist.core.stopwatch import TIMINGS, Stopwatch
 from leap_dist.errors import UserError
+from leap_dist.models.inputs import resolve_start
+from leap_dist.zero.listener import Listener
 from tests.peers.nets import GATES, LR, WEIGHT_DECAY, batches, leap, loss_of, net, plan_of, relative_error
 
 STEPS = 40
@@ -25,13 +27,16 @@ STEPS = 40
 def build(model: nn.Module, config: LeapConfig, kind: str = "element") -> LeapAdamW:
     """The optimizer over whole tensors."""
     plan = plan_of(kind, model, config)
+    start = resolve_start(model, plan, config)
     named = dict(model.named_parameters())
     gated = [p for name, p in named.items() if name in plan.covers]
     rest = [p for name, p in named.items() if name not in plan.covers]
     no_decay = frozenset(biases(plan))
     groups = [{"params": gated, GATED: True, "no_decay": no_decay}, {"params": rest}]
-    optimizer = LeapAdamW(groups, plan, config, lr=LR, weight_decay=WEIGHT_DECAY)
+    optimizer = LeapAdamW(groups, plan, start.config, lr=LR, weight_decay=WEIGHT_DECAY, axes=start.axes)
     optimizer.bind(whole(named.items()), Communicator())
+    if optimizer.inputs is not None:
+        Listener(model, optimizer.inputs, on=True)
     return optimizer
 
 
@@ -56,8 +61,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS
         {"rule": "movement"},
         {"rule": "magnitude"},
         {"score_init": "zero"},
+        {"score_init": "activation", "dense_fraction": 0.1},
     ],
-    ids=["projected", "paper", "published-lambda", "movement", "magnitude", "zero-scores"],
+    ids=["projected", "paper", "published-lambda", "movement", "magnitude", "zero-scores", "activation"],
 )
 def test_equals_the_oracle(kind: str, changes: dict[str, Any]) -> None:
     config = leap(kind, STEPS, **changes)

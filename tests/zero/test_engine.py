@@ -147,14 +147,29 @@ def test_equals_the_oracle(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"control": "paper"}, {"rule": "movement"}, {"rule": "magnitude"}, {"score_init": "zero"}],
-    ids=["paper", "movement", "magnitude", "zero"],
+    [
+        {"control": "paper"},
+        {"rule": "movement"},
+        {"rule": "magnitude"},
+        {"score_init": "zero"},
+        {"score_init": "activation"},
+    ],
+    ids=["paper", "movement", "magnitude", "zero", "activation"],
 )
 @pytest.mark.parametrize("kind", ["element", "row"])
 def test_other_rules_equal_the_oracle_on_shards(
     ranks: RankPools, expected: Callable[..., dict[str, Tensor]], kind: str, changes: dict[str, Any]
 ) -> None:
     results = ranks(2).run(final_weights, kind, 3, 1, changes)
+    assert compare(results, expected(kind, changes)) <= 1e-5
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(0, "hybrid"), (1, "head+neuron"), (2, "2:4")])
+def test_scores_from_activations_equal_the_oracle_under_every_stage(
+    ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int, kind: str
+) -> None:
+    changes = {"score_init": "activation", "dense_fraction": 0.1}
+    results = ranks(2).run(final_weights, kind, stage, 3 if stage else 1, changes)
     assert compare(results, expected(kind, changes)) <= 1e-5
 
 

@@ -73,6 +73,8 @@ def resumed(folder: str, kind: str, stage: int, changes: dict[str, Any], more: d
         ("head+2:4", 2, 2, {}),
         ("hybrid", 3, 2, {"control": "paper"}),
         ("element", 3, 1, {"rule": "magnitude"}),
+        ("hybrid", 0, 2, {"score_init": "activation"}),
+        ("element", 3, 2, {"score_init": "activation"}),
     ],
 )
 def test_a_loaded_run_ends_bit_for_bit_like_the_undisturbed_one(

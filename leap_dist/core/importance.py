@@ -1,0 +1,110 @@
+"""Importance: scores from the weights as they are, where learned scores start, and those of the magnitude rule."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leap_dist.core.fragments import Fragment
+from leap_dist.core.gates import Cover
+from leap_dist.core.gating import LATENT, SCORE, Gating
+from leap_dist.core.inputs import Axes
+from leap_dist.ops.slices import add_unit_sums_, expand_units
+
+
+class Norms(NamedTuple):
+    """||x_j|| of the inputs of gated matrices, fp32 of shape (features,), and where the matrices have them."""
+
+    values: Mapping[str, Tensor]
+    axes: Mapping[str, Axes]
+
+
+def write_importance_(
+    gating: Gating, norms: Norms | None = None, *, scaled: bool, added: bool = False, by_row: bool = False
+) -> None:
+    """S_u = mean |W_ij|, or with norms mean |W_ij| ||x_j||, over the unit's prunable weights. Collective.
+
+    scaled: divided by the mean over the gate. added: to the scores that are there, which have moved before they start.
+    by_row, with norms: those of single weights are divided by the mean over their output row instead. Biases follow
+    their unit without a say.
+    """
+    plan = gating.plan
+    num_gates = len(plan.gates)
+    sums = torch.zeros(num_gates + plan.num_structured_units, dtype=torch.float64, device=gating.device)
+    for fragment, sizes in _sizes(gating, norms, gating.weights):
+        for cover in plan.covers[fragment.tensor]:
+            if not plan.gates[cover.gate].elementwise:
+                _add_sums_(sums[num_gates:][plan.units(cover.gate)], sizes, fragment, cover)
+            if scaled:
+                sums[cover.gate] += sizes.sum(dtype=torch.float64)
+    gating.communicator.sum_(sums)
+    totals, units = sums[:num_gates].tolist(), sums[num_gates:]
+    means = [max(t / g.num_weights, 1e-30) if scaled else 1.0 for t, g in zip(totals, plan.gates, strict=True)]
+    _write_elements_(gating, norms, means, added, by_row)
+    for index in plan.structured:
+        numbers = plan.gates[index].unit_sizes.to(units.device, non_blocking=True)
+        units[plan.units(index)] /= numbers.double() * means[index]
+    for fragment in gating.own_scores:
+        _put_(fragment.view(fragment.flat), units[fragment.start : fragment.start + fragment.length], added)
+
+
+def _write_elements_(gating: Gating, norms: Norms | None, means: list[float], added: bool, by_row: bool) -> None:
+    """The scores of single weights."""
+    under = {f.tensor: gate for f in gating.weights if (gate := _element_gate(gating, f.tensor)) is not None}
+    rows = _row_means(gating, norms) if by_row and norms else {}
+    for fragment, sizes in _sizes(gating, norms, [f for f in gating.weights if f.tensor in under]):
+        mean: float | Tensor = means[under[fragment.tensor]]
+        if norms and fragment.tensor in rows:
+            outputs = norms.axes[fragment.tensor].outputs
+            mean = expand_units(rows[fragment.tensor], torch.empty_like(sizes), fragment.start, outputs)
+        _put_(gating.state(fragment, SCORE), sizes.div_(mean), added)
+
+
+def _element_gate(gating: Gating, tensor: str) -> int | None:
+    """The gate that scores a tensor's single weights."""
+    return next((c.gate for c in gating.plan.covers[tensor] if gating.plan.gates[c.gate].elementwise), None)
+
+
+def _put_(scores: Tensor, start: Tensor, added: bool) -> None:
+    if added:
+        scores.add_(start)
+    else:
+        scores.copy_(start)
+
+
+def _sizes(gating: Gating, norms: Norms | None, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, Tensor]]:
+    """|W|, or |W| ||x||, of the prunable weights of fragments: new tensors of shape (length,)."""
+    for fragment in fragments:
+        if not gating.plan.counted(fragment.tensor):
+            continue
+        sizes = gating.state(fragment, LATENT).abs()
+        if norms is not None:
+            values = norms.values[fragment.tensor].to(sizes.device)
+            inputs = norms.axes[fragment.tensor].inputs
+            sizes *= expand_units(values, torch.empty_like(sizes), fragment.start, inputs)
+        yield fragment, sizes
+
+
+def _row_means(gating: Gating, norms: Norms) -> dict[str, Tensor]:
+    """The mean over every output row of the tensors under element gates, fp32 of shape (outputs,). Collective."""
+    under = [tensor for tensor in sorted(gating.plan.covers) if _element_gate(gating, tensor) is not None]
+    outputs = {name: norms.axes[name].outputs for name in under}
+    counts = [part.units.stop for part in outputs.values()]
+    sums = torch.zeros(sum(counts), dtype=torch.float64, device=gating.device)
+    by_tensor = dict(zip(outputs, sums.split(counts), strict=True))
+    for fragment, sizes in _sizes(gating, norms, gating.weights):
+        if fragment.tensor in by_tensor:
+            add_unit_sums_(by_tensor[fragment.tensor], sizes, fragment.start, outputs[fragment.tensor])
+    gating.communicator.sum_(sums)
+    return {
+        name: (found / outputs[name].unit_sizes().to(found.device)).clamp(min=1e-30).float()
+        for name, found in by_tensor.items()
+    }
+
+
+def _add_sums_(units: Tensor, values: Tensor, fragment: Fragment, cover: Cover) -> None:
+    local = torch.zeros_like(units)
+    for part in cover.slices:
+        add_unit_sums_(local, values, fragment.start, part)
+    units += local

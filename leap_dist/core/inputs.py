@@ -1,0 +1,106 @@
+"""Inputs: how large each input feature of the gated matrices is, ||x_j|| over the tokens of the dense phase.
+
+Scores that start at |W_ij| ||x_j|| (Sun et al., arXiv 2306.11695) know which weights meet large inputs. Forward
+passes of a rank are counted as they come (`see`); after every step they are summed over the ranks (`pool`), so that a
+checkpoint between two steps holds them all. Sums are fp64: in which order and on how many ranks they are made does not
+show in an fp32 norm.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leap_dist.core.communicator import Communicator
+from leap_dist.core.fragments import Fragment
+from leap_dist.errors import UserError
+from leap_dist.ops.slices import Slice
+
+INPUTS = "leap.inputs"  # the name of the sums in checkpoints
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where a matrix has its inputs and its outputs: slices that cut it into one unit for each of them."""
+
+    inputs: Slice
+    outputs: Slice
+
+    @property
+    def num_inputs(self) -> int:
+        """Input features."""
+        return self.inputs.units.stop
+
+
+def num_features(axes: Mapping[str, Axes]) -> int:
+    """Input features of all matrices together."""
+    return sum(own.num_inputs for own in axes.values())
+
+
+class Inputs:
+    """Sums of squares of the inputs of matrices, over tokens and ranks.
+
+    axes: by tensor, in name order on every rank. A rank keeps the share of the features that `fragments` says, fp64 in
+    `flat`; `everyone` are the ranks that see data, `sharing` those that share the state (one under stage 0).
+    `listen` is called with whether forward passes are to be reported from now on; `calibrating`: also those in
+    evaluation mode.
+    """
+
+    def __init__(
+        self, axes: Mapping[str, Axes], sharing: Communicator, everyone: Communicator, device: torch.device
+    ) -> None:
+        self.axes = dict(sorted(axes.items()))
+        self.sharing, self.everyone = sharing, everyone
+        size = num_features(self.axes)
+        share = -(-size // sharing.world_size)
+        start = min(sharing.rank * share, size)
+        self.flat = torch.zeros(min(share, size - start), dtype=torch.float64, device=device)
+        self.fragments = [Fragment(INPUTS, start, len(self.flat), self.flat, 0)] if len(self.flat) else []
+        self._start, self._size = start, size
+        self._seen: dict[str, Tensor] = {}
+        self.listen: Callable[[bool], None] = lambda on: None
+        self.calibrating = False
+
+    def see(self, tensor: str, rows: Tensor) -> None:
+        """Count the inputs of one forward pass, (..., features of the tensor). Rows that are not finite make the pass
+        count for nothing: such a step is left out."""
+        sums = rows.detach().reshape(-1, rows.shape[-1]).float().square().sum(0, dtype=torch.float64)
+        sums = torch.where(torch.isfinite(sums).all(), sums, 0.0)
+        before = self._seen.get(tensor)
+        self._seen[tensor] = sums if before is None else before.add_(sums)
+
+    def pool(self) -> None:
+        """Add what all ranks have seen since the last call. Collective."""
+        device = self.flat.device
+        parts = [
+            self._seen[name].to(device) if name in self._seen else self.flat.new_zeros(own.num_inputs)
+            for name, own in self.axes.items()
+        ]
+        self._seen.clear()
+        self.flat += self.everyone.sum_(torch.cat(parts))[self._start : self._start + len(self.flat)]
+
+    def norms(self) -> dict[str, Tensor]:
+        """||x_j|| of the inputs of every matrix, fp32 of shape (features,). Collective.
+
+        Raises UserError, on every rank, for a matrix through which nothing went.
+        """
+        sums = self.flat.new_zeros(self._size)
+        sums[self._start : self._start + len(self.flat)] = self.flat
+        sizes = [own.num_inputs for own in self.axes.values()]
+        found = self.sharing.sum_(sums).sqrt().float().split(sizes)
+        norms = dict(zip(self.axes, found, strict=True))
+        unseen = [name for name, norm in norms.items() if not norm.any()]
+        if unseen:
+            raise UserError(_nothing_seen(unseen, len(norms)))
+        return norms
+
+
+def _nothing_seen(names: list[str], of: int) -> str:
+    few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    what = "the inputs of any weight" if len(names) == of else f"the inputs of {few}"
+    return (
+        f'leap.score_init: got "activation", but no forward pass in training mode has shown {what}; call '
+        "engine.train() before the first step, or leap_dist.calibrate(engine, batches), leave out in leap.exclude what "
+        'no batch reaches, or set it to "magnitude"'
+    )

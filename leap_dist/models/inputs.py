@@ -1,0 +1,101 @@
+"""What the weights of a model are multiplied with, where its modules show that, and how scores start by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from leap_dist.config.leap import LeapConfig
+from leap_dist.core.gates import GatePlan
+from leap_dist.core.inputs import Axes
+from leap_dist.errors import UserError
+from leap_dist.models.families import is_conv1d
+from leap_dist.models.views import Owner, Owners, Shape
+from leap_dist.ops.slices import Slice
+
+
+class Start(NamedTuple):
+    """How scores start: the config with "auto" resolved, the axes of gated tensors where inputs count, and in words why
+    "auto" came to it; "" where the config says."""
+
+    config: LeapConfig
+    axes: Mapping[str, Axes]
+    why: str
+
+
+def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start:
+    """What `leap.score_init` comes to for a model.
+
+    Raises UserError where "activation" is asked for and no module shows the inputs of a gated tensor.
+    """
+    if config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
+        return Start(config, {}, "")
+    if config.score_init == "auto" and not is_causal_lm(model):
+        return _by_magnitude(config, "the model is no causal language model")
+    owners = Owners(model)
+    counted = [name for name in plan.covers if plan.counted(name)]
+    found = {name: axes_of(owners.of(name), name, owners.shape(name)) for name in counted}
+    axes = {name: own for name, own in found.items() if own is not None}
+    hidden = [name for name in counted if name not in axes]
+    if hidden:
+        few = ", ".join(hidden[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
+        if config.score_init == "auto":
+            return _by_magnitude(config, f"no module shows the inputs of {few}")
+        raise UserError(
+            f'leap.score_init: got "activation", but no linear layer or convolution shows the inputs of {few}; leave '
+            'it out in leap.exclude, or set leap.score_init to "magnitude"'
+        )
+    why = "the model is a causal language model" if config.score_init == "auto" else ""
+    return Start(config.model_copy(update={"score_init": "activation"}), axes, why)
+
+
+def _by_magnitude(config: LeapConfig, why: str) -> Start:
+    return Start(config.model_copy(update={"score_init": "magnitude"}), {}, why)
+
+
+def describe_start(config: LeapConfig, why: str) -> str:
+    """What "auto" came to, in a line."""
+    what = "|W| times the norm of its input (activation)" if config.score_init == "activation" else "|W| (magnitude)"
+    return f"scores start from {what}: {why}"
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether a model is, or holds, one that transformers loads for causal language modelling."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(kind.__name__ in names for module in model.modules() for kind in type(module).__mro__)
+
+
+def shows_inputs(owner: Owner) -> bool:
+    """Whether a module is called with what its parameter is multiplied with.
+
+    The projection of torch's attention is no such module: its weight is handed to a function.
+    """
+    linear = isinstance(owner.module, nn.Linear) and not isinstance(owner.module, NonDynamicallyQuantizableLinear)
+    return owner.local == "weight" and (linear or is_conv1d(owner.module) or isinstance(owner.module, _ConvNd))
+
+
+def axes_of(owners: list[Owner], name: str, shape: Shape) -> Axes | None:
+    """Where a tensor of that whole shape has inputs and outputs; None where no module shows, or several differ."""
+    found = {_axes(owner.module, name, shape) for owner in owners if shows_inputs(owner)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _axes(module: nn.Module, name: str, shape: Shape) -> Axes:
+    rows, cols = shape[0], math.prod(shape[1:])
+
+    def cut(block_rows: int, block_cols: int) -> Slice:
+        return Slice(name, rows, cols, block_rows, block_cols)
+
+    if isinstance(module, _ConvNd):
+        group, kernel = rows // module.groups, math.prod(shape[2:])
+        by_row, by_window = cut(1, cols), cut(group, kernel)
+        return Axes(by_row, by_window) if module.transposed else Axes(by_window, by_row)
+    by_row, by_column = cut(1, cols), cut(rows, 1)
+    return Axes(by_row, by_column) if is_conv1d(module) else Axes(by_column, by_row)
