@@ -84,7 +84,7 @@ def test_settings_that_are_newer_than_a_run_have_their_defaults(tmp_path: Path) 
     del settings["train_batch_size"]  # as a sweep leaves it
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert checked(tmp_path)
-    with pytest.raises(UserError, match=r"leap\.score_init: before \"magnitude\", now \"zero\""):
+    with pytest.raises(UserError, match=r"leap\.score_init: before \"auto\", now \"zero\""):
         checked(tmp_path, leap={"target": 0.5, "score_init": "zero"})
 
 
