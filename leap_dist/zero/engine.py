@@ -315,7 +315,7 @@ def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parame
     base.why_start = start.why
     release(model)
     if any(gate.granularity == "expert" for gate in plan.gates):
-        _HOOKS[model] = route_among_kept(model, family)
+        _HOOKS[model] = [*route_among_kept(model, family)]
     return base
 
 
