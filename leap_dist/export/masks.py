@@ -55,6 +55,8 @@ def load_masks(folder: Path) -> dict[str, Tensor]:
     """Bool masks by tensor name, True = kept. UserError if the folder holds none, or not those it was written with."""
     try:
         index = read_json(folder / INDEX)
+        if not (folder / PACKED).is_file():  # a pipe would be waited for
+            raise OSError(f"{PACKED} is no plain file")
         packed = load_file(folder / PACKED)
         shapes: dict[str, list[int]] = index["shapes"]
         masks = {name: _unpack(packed[name], shapes[name]) for name in sorted(shapes)}

@@ -181,7 +181,7 @@ def test_a_rank_tells_how_far_it_is_and_needs_the_folder(tmp_path: Path, monkeyp
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "DO_NOT_TRACK", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "1")
     rank = Rank(tmp_path, 1.0, 0)
-    rank._told(5, 10, {"loss": 0.5})
+    rank._notify(5, 10, {"loss": 0.5})
     assert (rank.state().step, rank.state().total) == (5, 10)
     with pytest.raises(ValueError, match=r"has no folder .*nowhere: a sweep needs one that all nodes share"):
         Rank(tmp_path / "nowhere", 1.0, 0)
