@@ -74,7 +74,11 @@ def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int, laten
     if "semi_structured" in kinds:
         check_semi_structured(run)
     models = Models(run)
-    progress = TimeLeft(sum(_work(kind, models, latency) for kind in kinds))
+    timed = [kind for kind in kinds if latency and kind != "mask"]
+    measured = [
+        (_latency_work(models.length, batch), 2.0 * models.length * batch, LONGEST) for batch in BATCHES for _ in timed
+    ]
+    progress = TimeLeft(sum(_work(kind, models) for kind in kinds), measured)
     models.say = progress.begin
     for kind in kinds:
         progress.of = kind
@@ -93,13 +97,12 @@ def refuse_foreign(folder: Path) -> None:
         raise UserError(f"--output: {folder} cannot be made: {place} is no folder that can be written to")
 
 
-def _work(kind: str, models: Models, latency: bool) -> float:
-    """About as many tokens go through a model for an export."""
+def _work(kind: str, models: Models) -> float:
+    """About as many tokens go through a model for an export, without the measurement of latencies."""
     if kind == "mask":
         return 0.0
     compared = 2 * sum(batch * length for batch, length in compared_sizes(models.masked))
-    measured = sum(map(_latency_work, [models.length] * len(BATCHES), BATCHES)) if latency else 0.0
-    return {"hf": 1, "shrunk": 2, "onnx": 2, "semi_structured": 0}[kind] * compared + 2 * models.length + measured
+    return {"hf": 1, "shrunk": 2, "onnx": 2, "semi_structured": 0}[kind] * compared + 2 * models.length
 
 
 def _latency_work(length: int, batch: int) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.errors import UserError
+from leap_dist.ops.words import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,9 +24,6 @@ Batch = dict[str, Tensor]
 
 Problem = Literal["single_label_classification", "regression", "question_answering", "causal_lm", "masked_lm"]
 """What a model is asked for; models/load.py gives it the head for it."""
-
-IGNORED = -100
-"""The label of a token that has none, as transformers' losses know it."""
 
 
 class Evaluation(Protocol):

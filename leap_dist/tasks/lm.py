@@ -23,9 +23,11 @@ from torch.nn import functional as F
 
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
-from leap_dist.tasks.base import IGNORED, Batch, Collator, Example, Task, TokenTable, pad_id
+from leap_dist.ops.words import IGNORED
+from leap_dist.tasks.base import Batch, Collator, Example, Task, TokenTable, pad_id
 from leap_dist.tasks.cache import Arrays
 from leap_dist.tasks.documents import read_documents, token_stream
+from leap_dist.tasks.head import WordHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,18 +84,25 @@ class TokenEvaluation:
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, Tensor]:
         """Sums over each example's labelled tokens, (batch,): loss (in float64), right, tokens, and bytes if known."""
-        logits = model(**{key: value for key, value in batch.items() if key not in ("labels", BYTES)}).logits
+        asked = {key: value for key, value in batch.items() if key != BYTES}
+        words, labels = WordHead(model, self.causal), batch["labels"][:, 1:] if self.causal else batch["labels"]
+        judged = words.judge(asked) if words.fits(asked) else self._judge(model, asked)
+        known = {BYTES: batch[BYTES]} if BYTES in batch else {}
+        loss, right = judged.double().sum(1).unbind(-1)
+        return {"loss": loss, "right": right.long(), "tokens": (labels != IGNORED).sum(-1), **known}
+
+    def _judge(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """As WordHead.judge, from a model that gives all logits at once."""
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         labels = batch["labels"]
         if self.causal:
             logits, labels = logits[:, :-1], labels[:, 1:]
         # one example at a time: a copy of all logits in float32 is the largest thing on the device
         losses = [
-            F.cross_entropy(row.float(), true, ignore_index=IGNORED, reduction="none").double().sum()
+            F.cross_entropy(row.float(), true, ignore_index=IGNORED, reduction="none")
             for row, true in zip(logits, labels, strict=True)
         ]
-        right = (logits.argmax(-1) == labels).sum(-1)
-        known = {BYTES: batch[BYTES]} if BYTES in batch else {}
-        return {"loss": torch.stack(losses), "right": right, "tokens": (labels != IGNORED).sum(-1), **known}
+        return torch.stack([torch.stack(losses), (logits.argmax(-1) == labels).float()], dim=-1)
 
     def score(self, split: str, kept: Mapping[str, Tensor]) -> dict[str, float]:
         """perplexity = exp(loss), the part of words that are right, and the loss: means over all labelled tokens.

@@ -18,7 +18,9 @@ from leap_dist.config.sections import DistillConfig
 from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_structures
-from leap_dist.tasks.base import IGNORED, Task
+from leap_dist.ops.words import IGNORED
+from leap_dist.tasks.base import Task
+from leap_dist.tasks.head import WordHead
 
 Batch = Mapping[str, Tensor]
 ANSWERS = ("labels", "start_positions", "end_positions")  # of a batch; a teacher is not asked for its loss
@@ -42,24 +44,42 @@ class Distiller:
     ) -> None:
         self.config, self.teacher, self.engine, self.task = config, teacher, engine, task
         self.layers, self._heads = list(layers), list(heads)
+        causal = task.problem == "causal_lm"
+        sharded = isinstance(getattr(teacher, "module", None), nn.Module)  # its head is whole in its own pass alone
+        by_chunks = task.problem in ("causal_lm", "masked_lm") and not sharded
+        self._words = WordHead(engine, causal) if by_chunks else None
+        self._teacher_words = WordHead(teacher, causal)
         self.parts: dict[str, Tensor] = {}
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch with labels; a scalar."""
         config = self.config
         shown = {"output_hidden_states": config.hidden_weight > 0, "output_attentions": config.attention_weight > 0}
-        student = self.engine(**batch, **shown)
+        by_chunks = self._words is not None and self._words.fits(batch) and self._teacher_words.fits(batch)
+        loss, parts, student, teacher = self._by_chunks(batch, shown) if by_chunks else self._whole(batch, shown)
+        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+        inside: dict[str, Tensor] = {}
+        if config.hidden_weight:
+            inside["loss_hidden"] = config.hidden_weight * self._hidden(student, teacher, mask)
+        if config.attention_weight:
+            inside["loss_attention"] = config.attention_weight * self._attention(student, teacher, mask)
+        self.parts = {name: part.detach().float() for name, part in {**parts, **inside}.items()}
+        return loss + config.alpha * sum(inside.values())
+
+    def _by_chunks(self, batch: Batch, shown: dict[str, bool]) -> tuple[Tensor, dict[str, Tensor], Any, Any]:
+        """The loss by labels and by the teacher's answers, its two parts, and both outputs, without all logits."""
+        assert self._words is not None
+        teaching, teacher = self._teacher_words.teaching(batch, self.config.temperature, self.config.alpha, **shown)
+        loss, (task, divergence), student = self._words.loss(batch, teaching, **shown)
+        return loss, {"loss_task": task, "loss_kl": divergence}, student, teacher
+
+    def _whole(self, batch: Batch, shown: dict[str, bool]) -> tuple[Tensor, dict[str, Tensor], Any, Any]:
+        """The same from all logits at once."""
+        student, alpha = self.engine(**batch, **shown), self.config.alpha
         with torch.no_grad():
             teacher = self.teacher(**{key: value for key, value in batch.items() if key not in ANSWERS}, **shown)
         parts = {"loss_task": student.loss, "loss_kl": self._divergence(student, teacher, batch)}
-        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
-        if config.hidden_weight:
-            parts["loss_hidden"] = config.hidden_weight * self._hidden(student, teacher, mask)
-        if config.attention_weight:
-            parts["loss_attention"] = config.attention_weight * self._attention(student, teacher, mask)
-        self.parts = {name: part.detach().float() for name, part in parts.items()}
-        distilled = sum(part for name, part in parts.items() if name != "loss_task")
-        return config.alpha * distilled + (1.0 - config.alpha) * parts["loss_task"]
+        return alpha * parts["loss_kl"] + (1.0 - alpha) * parts["loss_task"], parts, student, teacher
 
     def _divergence(self, student: Any, teacher: Any, batch: Batch) -> Tensor:
         """KL t^2 of the answers, a mean over examples or labelled tokens; squared distance where they are numbers."""
@@ -68,7 +88,10 @@ class Distiller:
         names = ("start_logits", "end_logits") if hasattr(student, "start_logits") else ("logits",)
         pairs = [(getattr(student, name).float(), getattr(teacher, name).float()) for name in names]
         if pairs[0][0].dim() == 3:  # a language model: only what has a label is asked for
-            asked = batch["labels"] != IGNORED
+            if self.task.problem == "causal_lm":  # a token is predicted by the one before
+                pairs = [(ours[:, :-1], theirs[:, :-1]) for ours, theirs in pairs]
+            labels = batch["labels"][:, 1:] if self.task.problem == "causal_lm" else batch["labels"]
+            asked = labels != IGNORED
             pairs = [(ours[asked], theirs[asked]) for ours, theirs in pairs]
         t = self.config.temperature
         values = [

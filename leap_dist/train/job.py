@@ -11,6 +11,7 @@ from leap_dist.errors import UserError
 from leap_dist.models.load import load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.base import Task
+from leap_dist.tasks.head import WordHead
 from leap_dist.train.batches import Batches, accumulation
 from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
 from leap_dist.train.guards import Heartbeats
@@ -43,6 +44,7 @@ class Job:
     batches: Batches
     total_steps: int
     distiller: Distiller | None = None
+    words: WordHead | None = None  # of a language model
     watch: Watch = NOTHING
     state: RunState = field(default_factory=RunState)
 
@@ -71,7 +73,8 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     config = config.model_copy(update={"leap": engine.leap.config})  # with what depends on the model
     distiller = _distiller(config, task, engine, teacher) if distills else None
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
-    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller, watch)
+    words = WordHead(engine, task.problem == "causal_lm") if task.problem in ("causal_lm", "masked_lm") else None
+    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller, words, watch)
 
 
 def _total_steps(config: JobConfig, batches: Batches) -> int:

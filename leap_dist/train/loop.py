@@ -143,12 +143,22 @@ def _train_step(job: Job, step: int, meter: Meter) -> torch.Tensor:
     batches = job.batches.step(step)
     total = torch.zeros((), device=job.ranks.device)
     for batch in batches:
-        loss = job.distiller.loss(batch) if job.distiller else job.engine(**batch).loss
+        loss = _loss(job, batch)
         job.engine.backward(spoiled(loss))
         job.engine.step()
         total += loss.detach().float()
         meter.count(batch)
     return total / len(batches)
+
+
+def _loss(job: Job, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Of one micro-batch: the teacher's, that of words by chunks, or the model's own."""
+    if job.distiller:
+        return job.distiller.loss(batch)
+    if job.words and job.words.fits(batch):
+        return job.words.loss(batch)[0]
+    loss: torch.Tensor = job.engine(**batch).loss
+    return loss
 
 
 def _log_step(

@@ -14,8 +14,8 @@ import torch
 
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
+from leap_dist.ops.words import IGNORED
 from leap_dist.tasks import cache, documents, load_task
-from leap_dist.tasks.base import IGNORED
 from leap_dist.tasks.documents import token_stream
 
 WORDS = "a b c d good bad film plot"
