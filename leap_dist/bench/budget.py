@@ -100,10 +100,12 @@ def group_sizes(model: nn.Module, plan: GatePlan | None) -> list[list[int]]:
     return [group for group in groups if group]
 
 
-def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting, one_shot: bool = False) -> Memory:
+def memory(
+    model: nn.Module, plan: GatePlan | None, hosting: Hosting, one_shot: bool = False, scores: bool = True
+) -> Memory:
     """Bytes that one rank holds; without a plan, of the same job with dense AdamW.
 
-    one_shot: no gradients and no moments, and the weights stand where they are cut.
+    one_shot: no gradients and no moments, and the weights stand where they are cut. Without scores masks are fixed.
     """
     groups = group_sizes(model, plan)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -125,14 +127,15 @@ def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting, one_shot: 
         return Memory(weights, gradients, state)
     sizes = gate_sizes(plan).values()
     own = sum(sizes) if hosting.stage == 0 else sum(-(-size // hosting.ranks) for size in sizes)
-    extra, selection = _extra(groups[0], plan, hosting, one_shot), _selection(groups[0], plan, hosting)
+    extra, selection = _extra(groups[0], plan, hosting, one_shot, scores), _selection(groups[0], plan, hosting)
+    selection = selection if scores else 0
     return Memory(weights, gradients, state + (1 if one_shot else 3) * own * FP32, extra, selection)
 
 
-def _extra(gated: list[int], plan: GatePlan, hosting: Hosting, one_shot: bool) -> int:
+def _extra(gated: list[int], plan: GatePlan, hosting: Hosting, one_shot: bool, scores: bool) -> int:
     """Bytes of the state that LEAP adds to Adam's, on the flat partition of the gated group."""
     shared = (EXP_AVG, EXP_AVG_SQ, LATENT) if one_shot else (EXP_AVG, EXP_AVG_SQ)
-    keys = [key for key in state_keys(plan, moments=not one_shot) if key not in shared]
+    keys = [key for key in state_keys(plan, not one_shot, scores) if key not in shared]
     return hosting.shard(gated) * sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
 
 

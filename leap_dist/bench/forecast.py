@@ -20,7 +20,7 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
 from leap_dist.models.inputs import describe_start, resolve_start
 from leap_dist.models.load import auto_class, load_config, load_model
-from leap_dist.models.plan import make_plan
+from leap_dist.models.plan import start_plan
 from leap_dist.tasks import problem_of
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.glue import GLUE
@@ -53,7 +53,8 @@ class Forecast:
     def memory(self, ranks: int, stage: int, dense: bool = False) -> Memory:
         """Bytes on one rank, with other ranks or another stage."""
         hosting = Hosting.of(self.config.deepspeed, ranks)
-        return memory(self.model, None if dense else self.plan, hosting.at(stage), self.one_shot)
+        scores = self.config.leap.start is None
+        return memory(self.model, None if dense else self.plan, hosting.at(stage), self.one_shot, scores)
 
     @property
     def one_shot(self) -> bool:
@@ -76,7 +77,7 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
         raise UserError(f"DeepSpeed's part of the config: a size or count is no number: {error}") from error
     model = empty_model(config.model, config.data.task)
     check_engine_config(config.resolved(), model, None, None, None, None, planned=True)
-    plan = make_plan(model, config.leap, config.family)
+    plan, _ = start_plan(model, config.leap, config.family)
     start = resolve_start(model, plan, config.leap)
     return Forecast(config.model_copy(update={"leap": start.config}), model, plan, hosting, start.why)
 

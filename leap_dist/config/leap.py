@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_serializer
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, field_validator
 from pydantic_core import PydanticCustomError
 
 from leap_dist.config.section import (
@@ -17,6 +17,7 @@ from leap_dist.config.section import (
     as_objects,
     is_number,
     show,
+    with_home,
 )
 
 GATE_NAMES = ("element", "row", "column", "block:RxC", "n:m", "head", "neuron", "expert", "layer")
@@ -67,8 +68,8 @@ Gates = Annotated[tuple[Annotated[GateConfig, BeforeValidator(_as_gate)], ...], 
 class LeapConfig(Section):
     """What is pruned, to which density, and how. Fractions are parts of `total_steps`."""
 
-    target: float = Field(gt=0, le=1, description="a number, 0 < target <= 1")
-    """Density to reach: kept prunable weights / prunable weights."""
+    target: float = Field(default=0.0, gt=0, le=1, description="a number, 0 < target <= 1")
+    """Density to reach: kept prunable weights / prunable weights. Only with `start` it may be left out."""
     gates: Gates = Field(
         default=(GateConfig(granularity="element"),),
         min_length=1,
@@ -90,6 +91,11 @@ class LeapConfig(Section):
     mean, or at 0 as published; "auto": by activation for causal language models, by magnitude for others."""
     mode: Literal["train", "one_shot"] = Field(default="train", description='"train" or "one_shot"')
     """"one_shot": the model is cut to the target at once, by where scores start, and takes no training step."""
+    start: str | None = Field(
+        default=None, min_length=1, description='"zeros", a folder of masks, an .npz file of masks, or null'
+    )
+    """Masks that are fixed from the first step, and the weights that are left train: "zeros", those that the model has;
+    a folder that `launch/export.py --to mask` wrote; or the packed masks that others publish as .npz."""
     calibration_batches: int = Field(default=16, ge=1, description="an integer >= 1")
     """Micro-batches, over all ranks, that show the inputs for score_init "activation" where there is no dense phase."""
     score_learning_rate: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
@@ -113,6 +119,8 @@ class LeapConfig(Section):
     total_steps: int | None = Field(default=None, ge=10, description="an integer >= 10, or null")
     """Optimizer steps of the whole run; launch/prune.py fills it in from `train`."""
 
+    _home = field_validator("start")(with_home)
+
     def score_rate(self, elementwise: bool) -> float:
         """Peak learning rate of scores, of single weights or of structured units.
 
@@ -132,6 +140,8 @@ class LeapConfig(Section):
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
         found: list[Conflict] = []
+        if "target" not in raw and raw.get("start") is None:
+            found.append(("target", f"missing; allowed: {LeapConfig.model_fields['target'].description}"))
         dense, settle = raw.get("dense_fraction", 0.05), raw.get("settle_fraction", 0.2)
         if is_number(dense) and is_number(settle) and dense + settle >= 1:
             problem = f"got {dense}; allowed: dense_fraction + settle_fraction < 1, and settle_fraction is {settle}"
@@ -146,7 +156,9 @@ class LeapConfig(Section):
         if one_shot and raw.get("score_init") == "zero":
             problem = 'got "zero", by which no weight is better than another; allowed in one shot: "activation", '
             found.append(("score_init", problem + '"magnitude" or "auto"'))
-        return found or _without_effect(raw, dict.fromkeys(OF_STEPS, ONE_SHOT) if one_shot else {})
+        if one_shot and raw.get("start") is not None:
+            found.append(("start", f"got {show(raw['start'])}; one shot makes its masks itself: remove one of the two"))
+        return found or _without_effect(raw, _unread(raw))
 
 
 OF_STEPS = (
@@ -154,7 +166,30 @@ OF_STEPS = (
     *("dense_fraction", "settle_fraction", "total_steps"),
 )
 """Settings that say how masks move from step to step."""
+OF_SCORES = ("gates", "score_init", "calibration_batches")
 ONE_SHOT = 'mode "one_shot" takes no step, and score_init says what is kept'
+
+
+def _differs(key: str, value: Any) -> bool:
+    """Whether a value of a setting is another than the default; gates may come as they stand in a file."""
+    if key == "gates":
+        return as_objects(value) not in (
+            ("element",),
+            ({"granularity": "element"},),
+            LeapConfig.model_fields[key].default,
+        )
+    return bool(value != LeapConfig.model_fields[key].default)
+
+
+def _unread(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that one shot, or masks that are there at the start, leave without effect: why."""
+    start = raw.get("start")
+    if start is None:
+        return dict.fromkeys(OF_STEPS, ONE_SHOT) if raw.get("mode") == "one_shot" else {}
+    unread = [*(key for key in OF_STEPS if key != "total_steps"), *OF_SCORES]
+    if start != "zeros":
+        unread += ["include", "exclude"]
+    return dict.fromkeys(unread, "the masks of leap.start are fixed from the first step")
 
 
 def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Conflict]:
@@ -194,5 +229,5 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
     return [
         (key, f"got {show(raw[key])}, which has no effect here: {why}; remove it")
         for key, why in reasons.items()
-        if why and raw.get(key, given(key)) != LeapConfig.model_fields[key].default
+        if why and _differs(key, raw.get(key, given(key)))
     ]

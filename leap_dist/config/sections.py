@@ -294,6 +294,8 @@ class JobConfig(EngineConfig):
     def resolved(self) -> dict[str, Any]:
         """The file form again, every default filled in: `parse_job(config.resolved()) == config`."""
         sections = self.model_dump(mode="json", exclude={name for name in OPTIONAL if getattr(self, name) is None})
+        if not self.leap.target:  # what the masks of leap.start keep
+            del sections["leap"]["target"]
         return {**sections.pop("deepspeed"), **{name: sections[name] for name in SECTIONS if name in sections}}
 
 

@@ -26,11 +26,11 @@ State = dict[Tensor, dict[str, Tensor]]
 MOMENTS = EXP_AVG, EXP_AVG_SQ, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
 
 
-def state_keys(plan: GatePlan, moments: bool = True) -> tuple[str, ...]:
+def state_keys(plan: GatePlan, moments: bool = True, scores: bool = True) -> tuple[str, ...]:
     """The state of the gated partition, the same on every rank, also on one that holds nothing; without moments that
-    of a run that takes no step."""
+    of a run that takes no step, without scores of one whose masks are fixed."""
     keys = [EXP_AVG, EXP_AVG_SQ, LATENT, MASK]
-    if any(gate.elementwise for gate in plan.gates):
+    if scores and any(gate.elementwise for gate in plan.gates):
         keys += [SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ]
         if any(map(plan.hybrid, plan.covers)):
             keys.append(ELEMENT_MASK)

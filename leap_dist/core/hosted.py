@@ -11,6 +11,7 @@ from leap_dist.config.leap import LeapConfig
 from leap_dist.config.sections import LEARNING_RATE, WEIGHT_DECAY
 from leap_dist.core import host_state
 from leap_dist.core.communicator import Communicator
+from leap_dist.core.fixed import Fixed
 from leap_dist.core.fragments import Fragment
 from leap_dist.core.gate_values import GateValues
 from leap_dist.core.gates import GatePlan
@@ -22,6 +23,7 @@ from leap_dist.core.masks import Masks
 from leap_dist.core.phases import Phase, Schedule
 from leap_dist.core.rates import Rates
 from leap_dist.core.stopwatch import Stopwatch
+from leap_dist.core.update import write_
 from leap_dist.errors import UserError
 
 GATED = "leap_gated"  # key of a parameter group: True for the one that holds the gated tensors
@@ -34,7 +36,7 @@ class HostedOptimizer(torch.optim.Optimizer):
     Its key `no_decay` names gated tensors without weight decay. As in torch, parameters may be (name, parameter) pairs:
     `hosted` has them by name, also when the host has put shards in their place. `bind` must be called before the first
     step. axes: of gated tensors, where scores start from what the weights are multiplied with (core/inputs.py); who has
-    the model reports that to `inputs`.
+    the model reports that to `inputs`. fixed: masks for all steps, in place of those that are learned.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class HostedOptimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = WEIGHT_DECAY,
         axes: Mapping[str, Axes] = MappingProxyType({}),
+        fixed: Fixed | None = None,
     ) -> None:
         if config.total_steps is None and config.mode == "train":
             raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
@@ -59,11 +62,12 @@ class HostedOptimizer(torch.optim.Optimizer):
             group["no_decay"] = sorted(group.get("no_decay", ()))
         self.plan = plan
         self.config = config
-        self.schedule = Schedule(config.total_steps or 0, config.dense_fraction, config.settle_fraction, config.target)
+        fractions = (config.dense_fraction, config.settle_fraction) if fixed is None else (0.0, 1.0)
+        self.schedule = Schedule(config.total_steps or 0, *fractions, config.target)
         self.num_steps = 0
         self.num_left_out = 0
         self.check_gradient = False  # whether step() looks if the gradient is finite; under ZeRO DeepSpeed has
-        self.level = Level(plan, config, self.schedule)
+        self.level = Level(plan, config, self.schedule, fixed)
         self.axes = axes
         self.why_start = ""  # why "auto" came to what scores start from, in words
         self.inputs: Inputs | None = None
@@ -89,7 +93,7 @@ class HostedOptimizer(torch.optim.Optimizer):
         """
         self.fragments = fragments
         moments = (EXP_AVG, EXP_AVG_SQ) if self.config.mode == "train" else ()
-        keys = state_keys(self.plan, moments=bool(moments))
+        keys = state_keys(self.plan, moments=bool(moments), scores=self.level.fixed is None)
         make_states(self.plan, fragments, self.state, keys)
         no_decay = {name for group in self.param_groups if group[GATED] for name in group["no_decay"]}
         self.communicator = communicator
@@ -101,12 +105,18 @@ class HostedOptimizer(torch.optim.Optimizer):
         self.masks = Masks(self._gating)
         if self.axes:
             self.inputs = Inputs(self.axes, communicator, everyone or communicator, device)
-        self.level.bind(self._gating, self.masks, self.inputs)
+        self._bind_level()
         self._loaded = Loaded(self._gating, fragments, copies)
         self._started = False
         if self._early is not None:
             host_state.restore(self, *self._early)
             self._early, self._started = None, True
+
+    def _bind_level(self) -> None:
+        self.level.bind(self.gating, self.masks, self.inputs)
+        if self.level.fixed is not None:  # the density is what they keep
+            self.config, self.schedule = self.level.config, self.level.schedule
+            write_(self.gating)
 
     def states_of(self, flat: Tensor) -> dict[str, Tensor]:
         """The state tensors of a fragment's flat buffer, each of its shape."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from leap_dist.config.leap import LeapConfig
 from leap_dist.core import thresholds as th
+from leap_dist.core.counting import SLACK
+from leap_dist.core.fixed import Fixed, put_masks_
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import Gating
 from leap_dist.core.importance import Norms, write_importance_
@@ -31,8 +34,9 @@ class Level:
     have their start, which with norms of inputs comes with the first masks.
     """
 
-    def __init__(self, plan: GatePlan, config: LeapConfig, schedule: Schedule) -> None:
-        self.plan, self.config, self.schedule = plan, config, schedule
+    def __init__(self, plan: GatePlan, config: LeapConfig, schedule: Schedule, fixed: Fixed | None = None) -> None:
+        self.plan, self.config, self.schedule, self.fixed = plan, config, schedule, fixed
+        self._asked = config.target
         self.remaining = th.Remaining(plan)
         self.settled = self.started = False
         self.calibration = 1.0
@@ -52,10 +56,43 @@ class Level:
         self.started = False
         if not self.plan.gates:
             return
+        if self.fixed is not None:
+            self._fix(self.fixed)
+            return
         gating.write_thresholds(torch.full((len(self.plan.gates),), th.START * self.config.temperature))
         if inputs is None and self.config.mode == "train":
             self._start()
         self._check_reachable()
+
+    def _fix(self, fixed: Fixed) -> None:
+        """Settle with masks that are there; the target is what they keep. Collective.
+
+        Raises UserError where that is not what was asked for, or nothing is pruned, or everything.
+        """
+        self.kept_units = self._made = put_masks_(self._gating, fixed)
+        counted = [gate.num_weights > 0 for gate in self.plan.gates]
+        kept = sum(n for n, counts in zip(self.kept_units, counted, strict=True) if counts)
+        start, prunable, target = self.config.start, self.plan.prunable, self._asked
+        if kept in (0, prunable):
+            what = "no weight" if kept == prunable else "every weight"
+            raise UserError(
+                f'leap.start: got "{start}", by which {what} of the {prunable} prunable ones is zero; allowed: masks '
+                "that keep a part"
+            )
+        if target and abs(target * prunable - kept) > 1.0 + SLACK:
+            raise UserError(
+                f'leap.target: got {target}, but the masks of leap.start "{start}" keep {kept} of {prunable} weights, '
+                f"{kept / prunable:.6f}; leave it out"
+            )
+        density = target or kept / prunable
+        self.config = self.config.model_copy(update={"target": density})
+        self.schedule = replace(self.schedule, target=density)
+        self.kept_weights = self.lowest_weights = kept
+        shares = [n / gate.num_units for n, gate in zip(self.kept_units, self.plan.gates, strict=True)]
+        k = torch.tensor(shares, dtype=torch.float64).clamp(1e-6, 1.0 - 1e-6)
+        self._gating.write_thresholds((torch.logit(k) * self.config.temperature).float())
+        self.settled = self.started = True
+        self._masks.note_flips()
 
     def gather(self) -> None:
         """Until scores start: sum what this step's forward passes have shown over the ranks. Collective."""
@@ -230,7 +267,7 @@ class Level:
     def load_plain_state(self, saved: Mapping[str, Any]) -> None:
         """Continue from `plain_state()`, after the scores were put in place: the masks follow from them. Collective."""
         self.take_plain_state(saved)
-        if self._made is not None:
+        if self._made is not None and self.fixed is None:
             self._masks.make(self._made)
             self._masks.note_flips()
 

@@ -156,7 +156,7 @@ def _ranked_runs(gating: Gating) -> Iterator[_Run]:
     for f in gating.weights:
         for cover in gating.plan.covers[f.tensor]:
             gate = gating.plan.gates[cover.gate]
-            if gate.elementwise and gate.pattern is None:
+            if gate.elementwise and gate.pattern is None and SCORE in gating.keys:
                 scores, mask = gating.buffer(f, SCORE), gating.buffer(f, gating.element_key)
                 yield _Run(scores, mask, f.offset, f.length, cover.gate, f.start)
     for f in gating.own_scores:

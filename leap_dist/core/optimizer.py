@@ -63,7 +63,7 @@ class LeapAdamW(HostedOptimizer):
     def _take_over(self) -> None:
         """Before the first step: weights that were loaded since `bind` are the start, as if they had been there."""
         if self._loaded.take_over():
-            self.level.bind(self.gating, self.masks, self.inputs)
+            self._bind_level()
         self._started = True
 
     def _gradient_is_finite(self) -> bool:

@@ -6,7 +6,6 @@ shapes and the certificate's masks_sha256.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -15,17 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from leap_dist.config.json_file import read_json
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
+from leap_dist.models.mask_files import INDEX, PACKED, load_masks
 from leap_dist.run_folder import ExportedWeights, Run
 from leap_dist.run_parts import TensorCount
 
-PACKED, INDEX = "masks.safetensors", "masks.json"
+__all__ = ["load_masks", "masks_of", "save_masks"]
 
 
 def save_masks(run: Run, folder: Path) -> int:
@@ -49,27 +47,6 @@ def save_masks(run: Run, folder: Path) -> int:
     index = {"masks_sha256": found, "shapes": shapes}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return sum(map(prod, shapes.values()))
-
-
-def load_masks(folder: Path) -> dict[str, Tensor]:
-    """Bool masks by tensor name, True = kept. UserError if the folder holds none, or not those it was written with."""
-    try:
-        index = read_json(folder / INDEX)
-        if not (folder / PACKED).is_file():  # a pipe would be waited for
-            raise OSError(f"{PACKED} is no plain file")
-        packed = load_file(folder / PACKED)
-        shapes: dict[str, list[int]] = index["shapes"]
-        masks = {name: _unpack(packed[name], shapes[name]) for name in sorted(shapes)}
-        said = index["masks_sha256"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder}: no masks can be read there: {error}; export them again, with --to mask") from error
-    digest = hashlib.sha256()
-    for name in masks:
-        digest.update(name.encode() + b"\0")
-        digest.update(packed[name].numpy().data)
-    if digest.hexdigest() != said:
-        raise UserError(f"{folder}: the masks are not those of {INDEX}; export them again, with --to mask")
-    return masks
 
 
 def masks_of(run: Run) -> Iterator[tuple[str, Tensor]]:
@@ -124,13 +101,3 @@ def _whole_blocks(nonzero: Tensor, block: tuple[int, ...]) -> Tensor:
     padded[:rows, :columns] = nonzero
     alive = padded.view(padded.shape[0] // height, height, -1, width).any(dim=3).any(dim=1)
     return alive.repeat_interleave(height, 0).repeat_interleave(width, 1)[:rows, :columns]
-
-
-def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    """A mask of that shape, which has to be that of the bits that are there: ValueError before anything is made."""
-    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-    if not whole or packed.dtype != torch.uint8 or packed.shape != (-(-prod(shape) // 8),):
-        said = f"{INDEX} says shape {str(shape)[:80]}"
-        raise ValueError(f"{said}, {PACKED} holds {packed.numel()} bytes of {packed.dtype}")
-    bits = np.unpackbits(packed.numpy(), count=prod(shape))
-    return torch.from_numpy(bits.astype(bool)).view(shape)

@@ -33,7 +33,7 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
 
     Raises UserError where "activation" is asked for and no module shows the inputs of a gated tensor.
     """
-    if config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
+    if config.start is not None or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
         return Start(config, {}, "")
     if config.score_init == "auto" and not is_causal_lm(model):
         return _by_magnitude(config, "the model is no causal language model")

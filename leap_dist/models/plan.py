@@ -4,15 +4,18 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
 from leap_dist.config.family import FamilyConfig
 from leap_dist.config.leap import GateConfig, LeapConfig
+from leap_dist.core.fixed import Fixed, mask_gates
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_structures, find_sublayers, tensor_shapes
 from leap_dist.models.families import computed_weights, prunable_matrices
+from leap_dist.models.mask_files import read_masks
 from leap_dist.models.structures import Structure, UnitRun
 from leap_dist.models.views import Owners
 from leap_dist.ops.slices import Slice
@@ -39,6 +42,22 @@ def match_names(names: Iterable[str], patterns: Sequence[str], key: str, what: s
             raise UserError(f"{key}: {pattern!r} matches no {what} of the model; names look like {examples}")
         found |= matched
     return [n for n in names if n in found]
+
+
+def start_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None) -> tuple[GatePlan, Fixed | None]:
+    """The gates of a model, and the masks that `leap.start` says, if it says any.
+
+    A file of masks has gates of single weights on the tensors that it names. Raises UserError for a choice that does
+    not fit the model, and for masks that are not its own.
+    """
+    if config.start in (None, "zeros"):
+        return make_plan(model, config, family), Fixed({}) if config.start else None
+    key, path, shapes = "leap.start", Path(str(config.start)), tensor_shapes(model)
+    masks = read_masks(key, path, shapes)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if still := next((name for name in masks if name not in trained), None):
+        raise UserError(f"{key}: {path} has a mask of {still}, which is not trained; call requires_grad_(True) on it")
+    return GatePlan(mask_gates(masks, shapes)), Fixed(masks)
 
 
 def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None = None) -> GatePlan:

@@ -49,6 +49,11 @@ class Job:
     state: RunState = field(default_factory=RunState)
 
     @property
+    def before(self) -> str:
+        """What the metrics of the model are called that is not pruned yet, or as it was pruned before."""
+        return "dense" if self.config.leap.start is None else "start"
+
+    @property
     def phases(self) -> Any:
         """The schedule of the run's phases."""
         return self.engine.leap.schedule

@@ -58,7 +58,7 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     checkpoints = Checkpoints(output / CHECKPOINTS, ranks, config.train.keep_checkpoints)
     found, run_id = checkpoints.load(job.engine) if resumes else None, None
     if found is not None:
-        progress = read_progress(found, job.engine.leap.num_steps, job.phases.dense_end)
+        progress = read_progress(found, job.engine.leap.num_steps, job.phases.dense_end, job.before)
         state.start, state.measured, state.left_out = progress.step, dict(progress.measured), progress.left_out
         run_id = progress.run_id
     settings = as_logged(job.config, ranks.world_size)
@@ -111,8 +111,8 @@ def train(
         show_inputs(job)
     with Progress(job.total_steps, enabled=ranks.first, start=state.start) as progress:
         for step in range(state.start, job.total_steps):
-            if step == job.phases.dense_end and "dense" not in state.measured:
-                state.measured["dense"] = evaluate(job.engine, job.task, config.eval_batch_size, ranks)
+            if step == job.phases.dense_end and job.before not in state.measured:
+                state.measured[job.before] = evaluate(job.engine, job.task, config.eval_batch_size, ranks)
             if step == job.phases.settle_start and job.watch.may_settle is not None:
                 _ask(job, job.watch.may_settle)
             phase = job.engine.leap.phase
@@ -232,7 +232,7 @@ def _dense_reference(config: JobConfig, ranks: Ranks, watch: Watch) -> dict[str,
     """The metrics of a run of the same length and seed in which nothing is pruned."""
     if ranks.first:
         console().print("dense reference: a run of the same length without pruning", markup=False)
-    dense = config.model_copy(update={"leap": config.leap.model_copy(update={"target": 1.0})})
+    dense = config.model_copy(update={"leap": config.leap.model_copy(update={"target": 1.0, "start": None})})
     job = build_job(dense, ranks, Watch(asked=watch.asked))
     train(job, Tracker(config.tracking, {}, enabled=False), output=None, checkpoints=None)
     metrics = evaluate(job.engine, job.task, config.train.eval_batch_size, ranks)

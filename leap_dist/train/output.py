@@ -117,6 +117,8 @@ def _check_same_job(
     new["leap.total_steps"] = old["leap.total_steps"]  # filled in when the data are there; from what is compared here
     if new["leap.score_init"] == "auto":  # filled in when the model is there
         new["leap.score_init"] = old["leap.score_init"]
+    if new["leap.start"] is not None:  # and the density that its masks keep
+        new.setdefault("leap.target", old.get("leap.target"))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     texts = {key: f"{key}: before {_shown(old, key)}, now {_shown(new, key)}" for key in changed}
     refused = [key for key in changed if not f"{key}.".startswith(_prefixes())]

@@ -64,15 +64,18 @@ class RunProgress(BaseModel):
     run_id: str | None
 
 
-def read_progress(found: Mapping[str, Any], num_steps: int, dense_end: int) -> RunProgress:
-    """The progress in a checkpoint of a run with `num_steps` steps. Raises UserError for what no run has written."""
+def read_progress(found: Mapping[str, Any], num_steps: int, dense_end: int, before: str = "dense") -> RunProgress:
+    """The progress in a checkpoint of a run with `num_steps` steps, which has metrics of the model `before`.
+
+    Raises UserError for what no run has written.
+    """
     try:
         progress = RunProgress.model_validate(dict(found))
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     else:
-        if progress.step == num_steps and ("dense" in progress.measured or num_steps <= dense_end):
+        if progress.step == num_steps and (before in progress.measured or num_steps <= dense_end):
             return progress
         problem = f"it is of step {progress.step} and has metrics of {list(progress.measured)}"
     raise UserError(

@@ -53,8 +53,9 @@ def print_summary(job: Job, certificate: Mapping[str, Any], output: Path) -> Non
     primary = job.task.primary
     rows: list[dict[str, str | float]] = []
     for name, metrics in job.state.measured.items():
-        density = certificate["density"] if name == "pruned" else 1.0
-        kept = certificate["kept"] if name == "pruned" else certificate["prunable"]
+        pruned = name in ("pruned", "start")
+        density = certificate["density"] if pruned else 1.0
+        kept = certificate["kept"] if pruned else certificate["prunable"]
         rows.append({"model": name, "density": density, "weights": kept, primary: metrics[primary]})
     summary_table(rows, title=f"{job.task.name}, target density {certificate['target']}")
     if "note" in certificate:

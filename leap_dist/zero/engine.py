@@ -20,7 +20,7 @@ from leap_dist.core.gating import MASK
 from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.errors import UserError
 from leap_dist.models.inputs import resolve_start
-from leap_dist.models.plan import make_plan
+from leap_dist.models.plan import start_plan
 from leap_dist.models.routing import route_among_kept
 from leap_dist.zero.agreement import agreement, engine_settings, optimizer_settings, same_outcome, same_settings
 from leap_dist.zero.binding import (
@@ -165,6 +165,8 @@ def attach(engine: Any) -> None:
     fragments = find_fragments(engine)
     check_masters(fragments)
     base.bind(fragments, make_communicator(engine), forward_copies(engine), everyone(engine))
+    if base.level.fixed is not None:  # masks are in place, and the weights follow
+        refresh_hosted(engine)
     if base.inputs is not None:
         _HOOKS.setdefault(engine.module, []).append(Listener(engine.module, base.inputs, on=not base.level.started))
     base.check_gradient = engine.zero_optimization_stage() == 0
@@ -307,11 +309,11 @@ def engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parameters: Any) -> LeapAdamW:
     """The optimizer of a model's gates, and hooks on its routers; everything that can fail comes first."""
     leap, family, train = settings.leap, settings.family, settings.train
-    plan = make_plan(model, leap, family)
+    plan, fixed = start_plan(model, leap, family)
     defaults = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     groups = parameter_groups(model, plan, optimizer, model_parameters, defaults)
     start = resolve_start(model, plan, leap)
-    base = LeapAdamW(groups, plan, start.config, axes=start.axes)
+    base = LeapAdamW(groups, plan, start.config, axes=start.axes, fixed=fixed)
     base.why_start = start.why
     release(model)
     if any(gate.granularity == "expert" for gate in plan.gates):

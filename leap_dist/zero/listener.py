@@ -77,14 +77,17 @@ class Listener:
                 yield module.register_forward_pre_hook(partial(self._enter, places), with_kwargs=True, prepend=True)
                 yield module.register_forward_hook(self._leave, always_call=True)
 
+    @torch.compiler.disable
     def _enter(self, places: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(places, args, strict=False)) | kwargs
         self._calls.append(_Call(*(given.get(name) for name in ARGUMENTS)))
 
+    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._calls:
             self._calls.pop()
 
+    @torch.compiler.disable
     def _see(self, tensor: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._counts():
             return

@@ -1,0 +1,51 @@
+"""Fixed masks: those that a model has at the start, or that a file gives, in place of masks made from scores."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leap_dist.core.gates import Gate
+from leap_dist.core.gating import LATENT, MASK, Gating
+from leap_dist.ops.slices import Slice
+
+Shape = tuple[int, ...]
+
+
+class Fixed(NamedTuple):
+    """masks: by tensor name, packed (np.packbits, 1 = kept); empty: where the weights are not zero."""
+
+    masks: Mapping[str, Tensor]
+
+
+def mask_gates(masks: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> list[Gate]:
+    """A gate of single weights for every masked tensor; what is no matrix (a bias) is not counted."""
+    return [Gate(f"{name}:element", "element", (_whole(name, shapes[name]),)) for name in shapes if name in masks]
+
+
+def _whole(name: str, shape: Shape) -> Slice:
+    return Slice(name, shape[0], torch.Size(shape[1:]).numel(), 1, 1, counted=len(shape) > 1)
+
+
+def put_masks_(gating: Gating, fixed: Fixed) -> list[int]:
+    """Make MASK what is fixed; returns the kept units of every gate. Collective."""
+    kept = torch.zeros(len(gating.plan.gates), dtype=torch.int64, device=gating.device)
+    for fragment in gating.weights:
+        mask = gating.state(fragment, MASK)
+        if fixed.masks:
+            mask.copy_(unpack(fixed.masks[fragment.tensor], fragment.start, fragment.length))
+        else:
+            torch.ne(gating.state(fragment, LATENT), 0, out=mask)
+        for cover in gating.plan.covers[fragment.tensor]:
+            kept[cover.gate] += torch.count_nonzero(mask)
+    found: list[int] = gating.communicator.sum_(kept).tolist()
+    return found
+
+
+def unpack(packed: Tensor, start: int, length: int) -> Tensor:
+    """The bits [start, start + length) of a packed mask, bool of shape (length,)."""
+    first = start // 8
+    places = torch.arange(7, -1, -1, dtype=torch.uint8)
+    bits = packed[first : -(-(start + length) // 8), None] >> places & 1
+    return bits.flatten()[start - 8 * first :][:length].bool()

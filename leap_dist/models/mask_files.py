@@ -1,0 +1,124 @@
+"""Masks in files: a folder that `--to mask` wrote, and the npz files that others publish.
+
+masks.safetensors holds for every masked tensor the uint8 of np.packbits over its flat mask (1 = kept), masks.json the
+shapes and the certificate's masks_sha256. An npz holds the same bytes by tensor name, some files also
+`<name>.__shape__` and a `__meta__`; MaskLLM's names end in ".mask". Files may come from anywhere: nothing in them is
+executed, and sizes are checked before anything is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from leap_dist.config.json_file import read_json
+from leap_dist.core.fixed import Shape, unpack
+from leap_dist.errors import UserError
+
+PACKED, INDEX = "masks.safetensors", "masks.json"
+SHAPE, META = ".__shape__", "__meta__"
+SMALL = 2**20  # bytes of what is no mask: a shape, a header
+
+
+def load_masks(folder: Path) -> dict[str, Tensor]:
+    """Bool masks by tensor name, True = kept. UserError if the folder holds none, or not those it was written with."""
+    packed, shapes = _read_folder(folder)
+    return {name: unpack(packed[name], 0, prod(shapes[name])).view(shapes[name]) for name in sorted(shapes)}
+
+
+def read_masks(key: str, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Packed masks by the names of a model's tensors, whose shapes are given; in name order.
+
+    key: the setting that named `path`, for messages. Raises UserError if there are no masks, or those of another model.
+    """
+    packed, said = _read_folder(path) if path.is_dir() else _read_npz(key, path, max(map(prod, shapes.values())))
+    names = {name: _own_name(name, shapes) for name in packed}
+    unknown = [name for name, own in names.items() if own is None]
+    if unknown or not names:
+        few = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        near = ", ".join(list(shapes)[:3])
+        what = f"has masks of {few}, which the model does not have; its" if unknown else "has no masks; the model's"
+        raise UserError(f"{key}: {path} {what} tensors are called {near} and so on; give the mask of this model")
+    found: dict[str, Tensor] = {}
+    for name, own in names.items():
+        assert own is not None
+        shape = shapes[own]
+        if name in said and tuple(said[name]) != shape:
+            raise UserError(f"{key}: {path} has a mask of shape {tuple(said[name])} for {own}, which is {shape}")
+        if packed[name].dtype != torch.uint8 or packed[name].shape != (-(-prod(shape) // 8),):
+            bits = f"{packed[name].numel()} bytes of {packed[name].dtype} for {own}"
+            asked = f"{-(-prod(shape) // 8)} of torch.uint8"
+            raise UserError(f"{key}: {path} has {bits}, whose {prod(shape)} weights take {asked}")
+        if own in found:
+            raise UserError(f"{key}: {path} has two masks of {own}; keep one")
+        found[own] = packed[name]
+    return dict(sorted(found.items()))
+
+
+def _own_name(name: str, shapes: Mapping[str, Shape]) -> str | None:
+    """The tensor of the model that a name in a file means."""
+    base = name.removeprefix("module.").removesuffix(".mask")
+    return next((own for own in (name, base, f"{base}.weight") if own in shapes), None)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """(packed masks, shapes) of a folder of ours."""
+    try:
+        index = read_json(folder / INDEX)
+        if not (folder / PACKED).is_file():  # a pipe would be waited for
+            raise OSError(f"{PACKED} is no plain file")
+        packed = load_file(folder / PACKED)
+        shapes: dict[str, list[int]] = index["shapes"]
+        for name, shape in shapes.items():
+            _check_shape(packed[name], shape)
+        said = index["masks_sha256"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{folder}: no masks can be read there: {error}; export them again, with --to mask") from error
+    digest = hashlib.sha256()
+    for name in sorted(shapes):
+        digest.update(name.encode() + b"\0")
+        digest.update(packed[name].numpy().data)
+    if digest.hexdigest() != said:
+        raise UserError(f"{folder}: the masks are not those of {INDEX}; export them again, with --to mask")
+    return {name: packed[name] for name in sorted(shapes)}, shapes
+
+
+def _check_shape(packed: Tensor, shape: Any) -> None:
+    """A mask has the shape of the bits that are there: ValueError before anything is made of it."""
+    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not whole or packed.dtype != torch.uint8 or packed.shape != (-(-prod(shape) // 8),):
+        said = f"{INDEX} says shape {str(shape)[:80]}"
+        raise ValueError(f"{said}, {PACKED} holds {packed.numel()} bytes of {packed.dtype}")
+
+
+def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """(packed masks, the shapes that are said) of an npz; `largest`: elements of the model's largest tensor."""
+    try:
+        if not path.is_file():
+            raise OSError("it is no file" if path.exists() else "there is nothing of this name")
+        with zipfile.ZipFile(path) as file:
+            for info in file.infolist():
+                if info.file_size > largest // 8 + SMALL:
+                    raise ValueError(f"{info.filename} has {info.file_size} bytes, more than any mask of the model")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name != META}
+        shapes = {name.removesuffix(SHAPE): _sizes(a) for name, a in arrays.items() if name.endswith(SHAPE)}
+        packed = {name: torch.from_numpy(a) for name, a in arrays.items() if not name.endswith(SHAPE)}
+    except (OSError, ValueError, TypeError, EOFError, LookupError, zipfile.BadZipFile, NotImplementedError) as error:
+        allowed = '"zeros", a folder that --to mask wrote, or an .npz of packed masks'
+        raise UserError(f"{key}: {path} cannot be read: {error}; allowed: {allowed}") from error
+    return packed, shapes
+
+
+def _sizes(array: Any) -> list[int]:
+    return [int(size) for size in np.asarray(array).reshape(-1)[:16]]
