@@ -1,0 +1,73 @@
+"""Scores from weights and norms of inputs, for every way that a matrix may lie in memory."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from leap_dist.config.job_file import parse_leap
+from leap_dist.core.communicator import Communicator
+from leap_dist.core.fragments import Fragment
+from leap_dist.core.gating import SCORE
+from leap_dist.core.importance import Norms, write_importance_
+from leap_dist.core.optimizer import GATED, LeapAdamW
+from leap_dist.models.inputs import resolve_start
+from leap_dist.models.plan import make_plan
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 7), lambda w: w),
+    "conv1d of GPT-2": (lambda: Conv1D(7, 5), lambda w: w.T),
+    "convolution": (lambda: nn.Conv2d(6, 4, 3, groups=2), lambda w: w.view(2, 2, 3, 9).permute(0, 1, 3, 2)),
+    "transposed convolution": (
+        lambda: nn.ConvTranspose2d(6, 4, 3, groups=2),
+        lambda w: w.view(2, 3, 2, 9).permute(0, 2, 3, 1),
+    ),
+}
+"""A layer, and its weight as (outputs, inputs), or (groups, outputs, window, inputs)."""
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_score_is_the_weight_times_the_norm_of_its_input(kind: str, by_row: bool) -> None:
+    torch.manual_seed(0)
+    make, seen = LAYERS[kind]
+    model = nn.ModuleDict({"layer": make()})
+    weight = model["layer"].weight
+    config = parse_leap({"target": 0.5, "total_steps": 10, "score_init": "activation", "include": ["layer.weight"]})
+    plan = make_plan(model, config)
+    start = resolve_start(model, plan, config)
+    size = start.axes["layer.weight"].num_inputs
+    norms = torch.rand(size)
+    parts = [Fragment("layer.weight", first, length, weight, first) for first, length in _cuts(weight.numel())]
+    optimizer = LeapAdamW([{"params": [weight], GATED: True}], plan, start.config, axes=start.axes)
+    optimizer.bind(parts, Communicator())
+    write_importance_(optimizer.gating, Norms({"layer.weight": norms}, start.axes), scaled=True, by_row=by_row)
+    factors = norms if seen(weight).dim() == 2 else norms.view(2, 1, 1, 3)
+    expected = seen(weight.detach()).abs() * factors
+    rows = (1,) if expected.dim() == 2 else (2, 3)
+    expected = expected / (expected.mean(rows, keepdim=True) if by_row else expected.mean())
+    torch.testing.assert_close(seen(optimizer.state[weight][SCORE]), expected)
+
+
+def _cuts(numel: int) -> list[tuple[int, int]]:
+    """Fragments that begin and end within rows."""
+    edges = [0, 4, 11, numel - 3, numel]
+    return [(first, last - first) for first, last in pairwise(edges)]
+
+
+def test_scores_that_have_moved_keep_their_movement() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
+    weight: Tensor = model[0].weight  # type: ignore[assignment]
+    config = parse_leap({"target": 0.5, "total_steps": 10, "score_init": "activation"})
+    plan = make_plan(model, config)
+    start = resolve_start(model, plan, config)
+    optimizer = LeapAdamW([{"params": [weight], GATED: True}], plan, start.config, axes=start.axes)
+    optimizer.bind([Fragment("0.weight", 0, 35, weight, 0)], Communicator())
+    moved = optimizer.state[weight][SCORE].copy_(torch.randn(7, 5)).clone()
+    norms = Norms({"0.weight": torch.rand(5)}, start.axes)
+    write_importance_(optimizer.gating, norms, scaled=True, added=True)
+    sizes = weight.detach().abs() * norms.values["0.weight"]
+    torch.testing.assert_close(optimizer.state[weight][SCORE], moved + sizes / sizes.mean())
