@@ -54,7 +54,8 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
         steps_in(output)  # raises for what is none of ours
         lock(output).close()
         accepted = _check_same_job(option, output, before, as_logged(config, world_size), world_size)
-        _tell(output, accepted, announce=not resume)
+        anew = config.leap.mode == "one_shot"
+        _tell(output, accepted, "" if resume else "starts anew" if anew else "is resumed")
         return True
     if resume:
         raise UserError(f"--resume: there is no unfinished run in {output}; start without --resume")
@@ -156,10 +157,10 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
     return show(settings[key]) if key in settings else "missing"
 
 
-def _tell(output: Path, accepted: list[str], announce: bool) -> None:
-    """Say in a line that a run is resumed, and what of it is new."""
-    if announce:
-        console().print(f"{output} holds an unfinished run of this job: it is resumed", markup=False, soft_wrap=True)
+def _tell(output: Path, accepted: list[str], what: str) -> None:
+    """Say in a line what becomes of an unfinished run, and what of it is new."""
+    if what:
+        console().print(f"{output} holds an unfinished run of this job: it {what}", markup=False, soft_wrap=True)
     if accepted:
         console().print(f"changed since it was started: {'; '.join(accepted)}", markup=False, soft_wrap=True)
 

@@ -92,6 +92,53 @@ def test_real_engines_hold_and_send_what_was_forecast(ranks: RankPools, world: i
         assert found["sent"] == expected["sent"]
 
 
+def held_before_a_step(gates: str, **leap: Any) -> list[tuple[int, int]]:
+    """(state, LEAP's own part of it) of this rank under every stage, of engines that learn no masks."""
+    import leap_dist
+    from leap_dist.zero.binding import flat_partitions
+
+    found = []
+    for stage in (0, 1, 2, 3):
+        model = load_model(MODEL, empty_task("builtin/clock")).eval()
+        if "start" in leap:
+            for name, weight in model.named_parameters():
+                weight.data.mul_(torch.rand_like(weight) < 0.5 if "attention" in name else 1.0)
+        config = config_of(stage, gates) | {"leap": {**leap, **({"gates": GATES[gates]} if "mode" in leap else {})}}
+        engine, *_ = leap_dist.initialize(model=model, config=config)
+        tensors = [t for state in engine.leap.state.values() for t in state.values()]
+        values = engine.leap.gating.values
+        tensors += [*flat_partitions(engine), values.flat, *values.state.values()]
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel()}  # a buffer once
+        hosted = {p.data_ptr() for p in engine.module.parameters()}  # under stage 0 these are the masters
+        state = sum(size for place, size in held.items() if stage > 0 or place not in hosted)
+        found.append((state, engine.leap.gating.extra_bytes))
+        engine.destroy()
+    return found
+
+
+def held_by_one_shot(gates: str) -> list[tuple[int, int]]:
+    return held_before_a_step(gates, target=0.5, mode="one_shot", score_init="magnitude")
+
+
+def held_by_fixed_masks(gates: str) -> list[tuple[int, int]]:
+    return held_before_a_step(gates, start="zeros", total_steps=10)
+
+
+@pytest.mark.parametrize("gates", ["element", "head+neuron", "fixed"])
+def test_engines_that_learn_no_masks_hold_what_was_forecast(ranks: RankPools, gates: str) -> None:
+    fixed = gates == "fixed"
+    gates = "element" if fixed else gates
+    model = empty_model(MODEL, "builtin/clock")
+    for found in ranks(2).run(held_by_fixed_masks if fixed else held_by_one_shot, gates):
+        for stage, (state, extra) in enumerate(found):
+            plan = make_plan(model, parse_leap({"target": 0.5, "gates": GATES[gates]}))
+            hosting = Hosting.of(config_of(stage, gates), 2)
+            held = memory(model, plan, hosting, one_shot=not fixed, scores=not fixed)
+            assert state == pytest.approx(held.state + held.extra, rel=0.01)
+            assert extra == pytest.approx(held.extra, rel=0.01)
+            assert fixed or held.gradients == 0
+
+
 @pytest.mark.parametrize(
     ("stage", "gates", "more"),
     [
