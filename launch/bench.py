@@ -9,25 +9,25 @@ from leap_dist.cli import parsed
 from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
-CODES = "Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run; 1 a fault of ours."
+CODES = "Exit codes: 0 done; 2 a mistake in the command line, or no finished run in the folder; 1 a fault."
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure; nothing is reported if a result is wrong.", epilog=CODES)
+    parser = argparse.ArgumentParser(description="Run a benchmark. A wrong result is not reported.", epilog=CODES)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     overhead = commands.add_parser("overhead", help="a training step: dense, pruned, and masks in the forward pass")
     overhead.add_argument("--model", metavar="FOLDER", help="folder or hub id of a model (default: a tiny one)")
     for name, default, text in (
-        ("batch", 32, "sentences of a rank's batch"),
+        ("batch", 32, "sentences in a batch of a rank"),
         ("length", 64, "tokens of a sentence"),
         ("stage", 2, "ZeRO stage"),
         ("ranks", 1, "processes; several have one thread each"),
         ("steps", 9, "timed steps of each variant"),
     ):
         overhead.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    commands.add_parser("select", help="an exact selection: ours against sort, topk and kthvalue")
-    commands.add_parser("scale", help="bytes held and sent against ranks and parameters")
+    commands.add_parser("select", help="an exact selection: ours compared with sort, topk and kthvalue")
+    commands.add_parser("scale", help="bytes held and sent, by number of ranks and parameters")
     inference = commands.add_parser("inference", help="a run's model: dense, masked and shrunk; torch and onnxruntime")
     inference.add_argument("run", type=user_path, metavar="RUN", help="folder of a finished run of launch/prune.py")
     inference.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")

@@ -1,7 +1,7 @@
 """Compare finished runs that MLflow has recorded: python launch/compare.py [--experiment NAME] [--pareto] ...
 Send what a run could not, as MLflow was down: python launch/compare.py --sync OUTPUT_FOLDER
 
-Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake in the call.
+Exit codes: 0 done; 1 no run satisfies --best, or a fault; 2 a mistake in the command line.
 """
 
 import argparse
@@ -15,25 +15,25 @@ from leap_dist.files import user_path
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Compare finished runs, side by side; all runs of the store if none are chosen.",
-        epilog="Exit codes: 0 done; 1 no run satisfies --best, or a fault of ours; 2 a mistake in the call.",
+        description="Compare finished runs, side by side; without a selection all runs of the store.",
+        epilog="Exit codes: 0 done; 1 no run satisfies --best, or a fault; 2 a mistake in the command line.",
     )
     add = parser.add_argument
     add("--uri", help="the MLflow store (default: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db; with --sync the run's)")
-    add("--experiment", action="append", default=[], metavar="NAME", help="runs of an experiment; repeatable")
+    add("--experiment", action="append", default=[], metavar="NAME", help="runs of an experiment; can be repeated")
     add("--sweep", metavar="PARENT_RUN_ID", help="the trials of a sweep")
-    add("--tag", action="append", default=[], metavar="KEY=VALUE", help='such as "leap.rule=movement"; repeatable')
+    add("--tag", action="append", default=[], metavar="KEY=VALUE", help='such as "leap.rule=movement"; can be repeated')
     add("--runs", nargs="+", default=[], metavar="ID", help="runs by id, by the beginning of an id, or by name")
-    add("--metric", metavar="NAME", help="such as accuracy (default: the first that all runs have)")
-    add("--pareto", action="store_true", help="only the runs that no other beats in both density and metric")
-    add("--best", metavar="CONDITION", help='the run of smallest density with, for example, "accuracy>=0.9"')
-    add("--masks", action="store_true", help="how much the runs' masks overlap (IoU), from their folders")
-    add("--diff", nargs=2, metavar=("A", "B"), help="the parameters that two runs differ in, and nothing else")
-    add("--plot", type=user_path, metavar="FILE", help="the metric over density, .png or .svg")
-    add("--report", type=user_path, metavar="FILE", help="a page of these runs, .html, with each one's pictures")
-    add("--csv", type=user_path, metavar="FILE", help="the table for programs")
-    add("--json", metavar="FILE", help="the same; - for standard output, without anything else on it")
-    add("--sync", type=user_path, metavar="FOLDER", help="send the records that a run could not send, and nothing else")
+    add("--metric", metavar="NAME", help="metric to compare, such as accuracy (default: the first that all runs have)")
+    add("--pareto", action="store_true", help="only runs on the Pareto front of density and metric")
+    add("--best", metavar="CONDITION", help='the smallest run that satisfies it, such as "accuracy>=0.9"')
+    add("--masks", action="store_true", help="overlap (IoU) of the runs' masks, read from their folders")
+    add("--diff", nargs=2, metavar=("A", "B"), help="only the parameters in which two runs differ")
+    add("--plot", type=user_path, metavar="FILE", help="picture of the metric over density, .png or .svg")
+    add("--report", type=user_path, metavar="FILE", help="page of these runs with their pictures, .html")
+    add("--csv", type=user_path, metavar="FILE", help="the table as CSV")
+    add("--json", metavar="FILE", help="the table as JSON; - prints it, and nothing else, to standard output")
+    add("--sync", type=user_path, metavar="FOLDER", help="only send the records that this run could not send")
     return parsed(parser)
 
 

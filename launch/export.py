@@ -1,6 +1,6 @@
 """Export a finished run: python launch/export.py RUN --to hf,shrunk,onnx,mask,semi_structured [--output DIR]
 
-Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run; 1 a fault of ours.
+Exit codes: 0 done; 2 a mistake in the command line, or no finished run in the folder; 1 a fault.
 """
 
 import argparse
@@ -15,13 +15,18 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Export a pruned model, each kind in a folder of its own with a card of its size and speed.",
-        epilog="Exit codes: 0 done; 2 a mistake in the call, or a folder without a finished run; 1 a fault of ours.",
+        epilog="Exit codes: 0 done; 2 a mistake in the command line, or no finished run in the folder; 1 a fault.",
     )
     parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a finished run of launch/prune.py")
-    parser.add_argument("--to", required=True, metavar="KINDS", help="hf, shrunk, onnx, mask, semi_structured; a,b,...")
-    parser.add_argument("--output", type=user_path, metavar="DIR", help="where the folders go (default: RUN/export)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads that latencies are measured with")
-    parser.add_argument("--no-latency", action="store_true", help="measure no latencies")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="KINDS",
+        help="one or more of hf, shrunk, onnx, mask, semi_structured, with commas",
+    )
+    parser.add_argument("--output", type=user_path, metavar="DIR", help="folder for the exports (default: RUN/export)")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of threads for measuring latencies")
+    parser.add_argument("--no-latency", action="store_true", help="do not measure latencies")
     return parsed(parser)
 
 

@@ -1,9 +1,9 @@
 """Prune one model: deepspeed launch/prune.py --config ds_leap.json [--set leap.target=0.05] [--output DIR] [--resume]
-What it takes: python launch/prune.py --config ds_leap.json --plan 64
+What it needs: python launch/prune.py --config ds_leap.json --plan 64
 From an old config: python launch/prune.py --import-compression old_ds_config.json [--output new_job.json]
 
 SIGTERM, SIGINT and SIGUSR1: the step in progress is finished, and a checkpoint saved; the same command resumes from it.
-Exit codes: 0 done; 1 a fault; 2 a mistake in the config, the data or the call; 3 stopped by a signal.
+Exit codes: 0 done; 1 a fault; 2 a mistake in the config, the data or the command line; 3 stopped by a signal.
 """
 
 import argparse
@@ -16,9 +16,7 @@ from leap_dist.cli import parsed
 from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
-PATIENCE = 10.0
-"""Seconds that other ranks leave the first one to report a mistake. The launcher ends every rank as soon as one has
-ended, so a rank that is still there has seen what the first one did not, and reports it itself."""
+PATIENCE = 10.0  # seconds that other ranks leave the first one to report a mistake
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,15 +26,15 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--config", help="job file, or the name of one in configs/")
     source.add_argument("--import-compression", type=user_path, metavar="FILE", help="make a job file of an old config")
     add = parser.add_argument
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a dotted key; repeatable")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; can be repeated")
     add("--output", type=user_path, help="run folder (default: outputs/<config name>), or the new job file")
-    add("--resume", action="store_true", help="resume the run in the folder; fail if there is none")
+    add("--resume", action="store_true", help="resume the run in the folder; an error if there is none")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    add("--plan", type=int, nargs="?", const=world, metavar="N", help="print what the job takes on N ranks, and end")
+    add("--plan", type=int, nargs="?", const=world, metavar="N", help="print what the job needs on N ranks, and exit")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parsed(parser)
     if arguments.import_compression and (arguments.set or arguments.resume or arguments.plan is not None):
-        parser.error("--import-compression goes with --output alone")
+        parser.error("--import-compression can be combined with --output only")
     return arguments
 
 
@@ -73,7 +71,7 @@ def main() -> int:
 def complain(error: UserError, first: bool) -> int:
     """Report a mistake, on rank 0 first; the exit code."""
     if not first:
-        time.sleep(PATIENCE)
+        time.sleep(PATIENCE)  # the launcher ends all ranks with the first: one that is left saw what that one did not
     print(f"error: {error}", file=sys.stderr)
     return 2
 

@@ -1,6 +1,6 @@
 """Run a study: python launch/study.py configs/studies/clock.json [--output DIR] [--workers N]
 
-Exit codes: 0 done; 1 a cell failed, or a fault of ours; 2 a mistake in the study file or the call.
+Exit codes: 0 done; 1 a run failed, or a fault; 2 a mistake in the study file or the command line.
 """
 
 import argparse
@@ -16,12 +16,12 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Run every combination of a study's settings, and show the results.",
-        epilog="Exit codes: 0 done; 1 a cell failed, or a fault of ours; 2 a mistake in the study file or the call.",
+        epilog="Exit codes: 0 done; 1 a run failed, or a fault; 2 a mistake in the study file or the command line.",
     )
     parser.add_argument("study", type=user_path, metavar="STUDY", help="a study file")
-    where = "where the runs go (default: outputs/<study name>)"
+    where = "folder for the runs (default: outputs/<study name>)"
     parser.add_argument("--output", type=user_path, metavar="DIR", help=where)
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     return parsed(parser)
 
 

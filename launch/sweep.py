@@ -11,7 +11,9 @@ from leap_dist.cli import parsed
 from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
-EXIT_CODES = "Exit codes: 0 done; 1 a trial failed, or a fault of ours; 2 a mistake; 3 stopped by Ctrl-C."
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a trial failed, or a fault; 2 a mistake in the file or the call; 3 stopped by Ctrl-C."
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
         "--address", help='"auto", host:port or ray://host:port of a Ray cluster (default: Ray on this machine alone)'
     )
     parser.add_argument("--output", metavar="DIR", help="a folder, or a URI for fsspec (default: outputs/<name>)")
-    parser.add_argument("--resume", action="store_true", help="resume a sweep; fail if there is none")
+    parser.add_argument("--resume", action="store_true", help="resume a sweep; an error if there is none")
     parser.add_argument("--budget", metavar="KEY=N", help="end after trials=N, hours=N or gpu_hours=N")
     return parsed(parser)
 

@@ -69,7 +69,8 @@ def warn_if_unwritten(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
     except OSError as error:
         say(
-            f"warning: {path} could not be written: {error.strerror or error}; make room, and the same command makes it"
+            f"warning: {path} could not be written: {error.strerror or error}; make room, and run the "
+            "same command again to make it"
         )
 
 

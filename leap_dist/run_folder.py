@@ -74,7 +74,7 @@ class ExportedWeights:
         if index.is_file():
             named = set(read_json(index, largest=LARGEST)["weight_map"].values())
             if outside := [file for file in named if not isinstance(file, str) or Path(file).name != file]:
-                raise RuntimeError(f"{INDEX_FILE} names {outside[0]!r}, which is no file of that folder")
+                raise RuntimeError(f"{INDEX_FILE} names {outside[0]!r}, which is not a file of that folder")
             return [self._folder / file for file in sorted(named)]
         if (self._folder / SINGLE_FILE).is_file():
             return [self._folder / SINGLE_FILE]
@@ -141,7 +141,7 @@ def _read_job(folder: Path) -> dict[str, Any]:
     job = job_in(folder)
     if job is None:
         raise UserError(
-            f"RUN: got {folder}; that folder is no run: it has no {RESOLVED} of a job; "
+            f"RUN: got {folder}; that folder is not a run: it has no {RESOLVED} of a job; "
             "allowed: a folder that launch/prune.py wrote"
         )
     return job
@@ -166,7 +166,9 @@ def _check_weights(folder: Path, certificate: Certificate) -> None:
     counter, problems = Counter([]), _wrong_sums(certificate)
     try:
         with ExportedWeights(folder / MODEL) as weights:
-            problems += [f"tensors.{name} is no weight" for name in certificate.tensors.keys() - set(weights.names())]
+            problems += [
+                f"tensors.{name} is not a weight" for name in certificate.tensors.keys() - set(weights.names())
+            ]
             for name in weights.names():
                 weight = weights.read(name)
                 counter.add(name, weight, None)

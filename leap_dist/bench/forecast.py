@@ -74,7 +74,7 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
     try:
         hosting = Hosting.of(config.deepspeed, ranks)
     except (TypeError, ValueError) as error:
-        raise UserError(f"DeepSpeed's part of the config: a size or count is no number: {error}") from error
+        raise UserError(f"DeepSpeed's part of the config: a size or count is not a number: {error}") from error
     model = empty_model(config.model, config.data.task)
     check_engine_config(config.resolved(), model, None, None, None, None, planned=True)
     plan, _ = start_plan(model, config.leap, config.family)
@@ -101,7 +101,9 @@ def _from_stored_config(name: str, task: Task) -> PreTrainedModel:
         model: PreTrainedModel = auto_class(task.problem).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, StrictDataclassError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f'model.name: got "{name}"; transformers builds no model from its config: {first}') from error
+        raise UserError(
+            f'model.name: got "{name}"; transformers cannot build a model from its config: {first}'
+        ) from error
     return model
 
 

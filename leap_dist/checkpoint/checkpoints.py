@@ -55,7 +55,9 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, ranks: Ranks | None = None, keep: int = 2) -> None:
         if not isinstance(folder, str | Path) or not str(folder):
-            raise UserError(f"folder: got {folder!r}; allowed: the path of a folder, made if it is not there")
+            raise UserError(
+                f"folder: got {folder!r}; allowed: the path of a folder, which is created if it does not exist"
+            )
         if not is_int(keep) or keep < 1:
             raise UserError(f"keep: got {keep!r}; allowed: an integer >= 1")
         self._folder, self._ranks, self._keep = Path(folder).expanduser(), ranks or Ranks.here(), keep

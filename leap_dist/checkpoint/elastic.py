@@ -106,7 +106,7 @@ def _check_fits(checkpoint: Path, manifest: Manifest, engine: Any) -> None:
         differing = "its learning rate follows another scheduler"
     if differing:
         raise UserError(
-            f"--resume: {checkpoint} is of another model, or of other gates: {differing}; set the config back, or "
+            f"--resume: {checkpoint} is of another model, or of other gates: {differing}; restore the config, or "
             "start a new run"
         )
     counts = zip(saved.leap.kept_units, leap.plan.gates, strict=False)

@@ -143,7 +143,7 @@ def _check_names(manifest: Manifest) -> None:
         for tensor, (start, length) in entry.runs.items():
             known = manifest.tensors.get(tensor)
             if known is None or start + length > known.numel:
-                raise Damaged(f"{MANIFEST}: {name} holds elements of {tensor!r} that there are not")
+                raise Damaged(f"{MANIFEST}: {name} holds elements that {tensor!r} does not have")
 
 
 def _checksum(body: Mapping[str, Any]) -> str:
@@ -161,5 +161,5 @@ def _plain_size(path: Path) -> int:
     """Bytes of a plain file; a link may lead out of the folder, and a pipe has no end."""
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise Damaged(f"{path.name} is no plain file")
+        raise Damaged(f"{path.name} is not a regular file")
     return found.st_size

@@ -62,7 +62,7 @@ class FfnFamily(Section):
     gate: str | None = Field(default=None, description="the module whose activation multiplies up, or null")
     gate_up: str | None = Field(default=None, description="the one module that makes gate, then up")
     down: str = Field(description="the module that maps the neurons back to the model's width")
-    activation: str | None = Field(default=None, description="the activation, or null if it is no attribute")
+    activation: str | None = Field(default=None, description="the activation, or null if it is not an attribute")
     resize: Names = Field(default=(), description="attributes that are proportional to the number of neurons")
     config: Names = Field(default=(), description="keys of the model's config that are proportional to it")
 

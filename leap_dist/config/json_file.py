@@ -69,7 +69,7 @@ def read_text(file: Path, remedy: str, largest: int) -> str:
         with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
             found = os.fstat(stream.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise _refused(file, "is no plain file", remedy)
+                raise _refused(file, "is not a regular file", remedy)
             if found.st_size > largest:
                 raise _refused(file, f"has {found.st_size} bytes; allowed: at most {largest}", remedy)
             data = stream.read(found.st_size)  # of one that grows meanwhile, what was there
@@ -94,7 +94,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = sorted(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
-        raise Twice(f"the same key stands twice: {', '.join(map(shortened, twice[:MOST_NAMED]))}; keep one")
+        raise Twice(f"the same key is given twice: {', '.join(map(shortened, twice[:MOST_NAMED]))}; keep one")
     return found
 
 

@@ -148,7 +148,7 @@ class LeapConfig(Section):
             found.append(("dense_fraction", problem))
         gates = as_objects(raw.get("gates", ()))
         if isinstance(gates, tuple) and len(set(map(str, gates))) < len(gates):
-            found.append(("gates", f"got {show(gates)}; each gate may stand once"))
+            found.append(("gates", f"got {show(gates)}; each gate may be given once"))
         low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", "auto")
         if is_number(low) and is_number(high) and low > high > 0:
             found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))

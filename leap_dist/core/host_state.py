@@ -68,7 +68,7 @@ def restore(optimizer: Any, flats: Sequence[Tensor], saved: Mapping[str, Any]) -
 def _check(optimizer: Any, saved: Mapping[str, Any]) -> None:
     if LEAP not in saved:
         raise UserError(
-            "checkpoint: the optimizer that wrote it was not LEAP's; only its weights can be taken over, before the "
+            "checkpoint: the optimizer that wrote it was not LEAP's; only its weights can be loaded, before the "
             "first step: engine.load_checkpoint(..., load_module_only=True)"
         )
     there, here = saved[LEAP]["of"], made_by(optimizer)
@@ -79,7 +79,7 @@ def _check(optimizer: Any, saved: Mapping[str, Any]) -> None:
             problems.append(f"{name}: the checkpoint was written with {was!r}, this run has {now!r}")
     if problems:
         shown = problems[:5] + ([f"and {len(problems) - 5} more differences"] if len(problems) > 5 else [])
-        raise UserError("\n".join([*shown, "checkpoint: set the config back, or take over its weights alone"]))
+        raise UserError("\n".join([*shown, "checkpoint: restore the config, or load its weights only"]))
     if len(saved["param_groups"]) != len(optimizer.param_groups):
         num = len(saved["param_groups"])
         raise _misfit(f"it has {num} parameter groups, this run {len(optimizer.param_groups)}")

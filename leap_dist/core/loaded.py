@@ -62,7 +62,7 @@ class Loaded:
             alike = _alike(found, made)
         if not alike:
             raise UserError(
-                "weights: they were changed after the last step, and the next one would undo that in silence; load "
+                "weights: they were changed after the last step, and the next one would undo that silently; load "
                 "weights before the first step, or a whole checkpoint by engine.load_checkpoint, and put weights that "
                 "were exchanged for an evaluation back before the step"
             )

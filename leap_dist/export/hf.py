@@ -36,7 +36,7 @@ def save_model(
     Every rank walks it to the end (it may run collectives); rank 0 copies each tensor as it comes.
     The folder appears under its name only when it is complete.
 
-    Raises UserError if `folder` exists and is no exported model, RuntimeError if a name is not the model's.
+    Raises UserError if `folder` exists and is not an exported model, RuntimeError if a name is not the model's.
     """
     if rank != 0:
         for _ in weights:
@@ -65,7 +65,7 @@ def _state_dict(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tenso
     for name, tensor in weights:
         assert tensor is not None, f"rank 0 needs the tensor of {name}"
         if name not in names_of:
-            raise RuntimeError(f"export: {name} is no parameter of {type(model).__name__}")
+            raise RuntimeError(f"export: {name} is not a parameter of {type(model).__name__}")
         state.update(dict.fromkeys(names_of[name], tensor.detach().to("cpu", copy=True)))
     buffers = {name: value for name, value in model.state_dict().items() if name not in names_of}
     return state | buffers

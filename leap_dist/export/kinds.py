@@ -91,10 +91,10 @@ def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int, laten
 def refuse_foreign(folder: Path) -> None:
     """UserError if an export cannot go to `folder`: something stands there that is no export."""
     if folder.exists() and not (folder / CARD).is_file():
-        raise UserError(f"--output: {folder} exists and is no export; remove it, or choose another folder")
+        raise UserError(f"--output: {folder} exists and is not an export; remove it, or choose another folder")
     place = next(parent for parent in folder.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--output: {folder} cannot be made: {place} is no folder that can be written to")
+        raise UserError(f"--output: {folder} cannot be made: {place} is not a folder that can be written to")
 
 
 def _work(kind: str, models: Models) -> float:

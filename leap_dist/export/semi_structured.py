@@ -59,7 +59,7 @@ def load_semi_structured(folder: Path, dtype: torch.dtype = torch.float16) -> Pr
     try:
         names: list[str] = read_json(folder / MARKER)["tensors"]
     except (ValueError, LookupError) as error:
-        raise UserError(f"{folder}: is no semi_structured export, it has no readable {MARKER}") from error
+        raise UserError(f"{folder}: is not a semi_structured export: it has no readable {MARKER}") from error
     model = load_exported(folder)
     if not torch.cuda.is_available():
         return model

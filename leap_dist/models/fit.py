@@ -47,13 +47,13 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any], h
     if found:
         raise UserError(
             f'model.name: got "{name}"; its weights are not those of its config.json, a {kind} model: '
-            f"{'; '.join(found)}; allowed: a folder that is whole, whose config.json was written with its weights "
+            f"{'; '.join(found)}; allowed: a complete folder, whose config.json was written with its weights "
             "(only the head may be new)"
         )
     broken = {key for key, value in model.named_parameters() if not torch.isfinite(value).all()}
     if broken:
-        numbers = "are NaN or infinite; allowed: a model whose training did not break; take an earlier checkpoint"
-        raise UserError(f'model.name: got "{name}"; numbers of {_listed(broken, {})} {numbers}')
+        numbers = "are NaN or infinite; allowed: a model without them; use an earlier checkpoint"
+        raise UserError(f'model.name: got "{name}"; values of {_listed(broken, {})} {numbers}')
     new = (missing | shapes.keys()) & {key for key, _ in model.named_parameters()}
     if new and not head_may_be_new:
         raise UserError(

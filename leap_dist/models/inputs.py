@@ -36,7 +36,7 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
     if config.start is not None or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
         return Start(config, {}, "")
     if config.score_init == "auto" and not is_causal_lm(model):
-        return _by_magnitude(config, "the model is no causal language model")
+        return _by_magnitude(config, "the model is not a causal language model")
     owners = Owners(model)
     counted = [name for name in plan.covers if plan.counted(name)]
     found = {name: axes_of(owners.of(name), name, owners.shape(name)) for name in counted}

@@ -222,9 +222,9 @@ def others_code(what: str, allowed: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{what} comes with code of its own (auto_map), which is never run here; allowed: what transformers "
-                f"{_version()} knows itself; it would take a version of transformers that has this architecture, or a "
-                "folder converted to one that it has"
+                f"{what} comes with code of its own (auto_map), which is never run here; allowed: an architecture "
+                f"that transformers {_version()} has; use a version of transformers that has this one, or a folder "
+                "converted to one that it has"
             ) from error
         raise UserError(f"{what} cannot be loaded: {cause(error)}; {allowed}") from error
 
@@ -306,7 +306,7 @@ def _check_direction(config: PreTrainedConfig, task: Task) -> None:
     both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if task.problem == "causal_lm" and both_ways:
         raise UserError(
-            f'data.task: got "{task.name}", but a {config.model_type} model reads both ways; allowed: a decoder, '
+            f'data.task: got "{task.name}", but a {config.model_type} model is bidirectional; allowed: a decoder, '
             'or "task": "mlm"'
         )
 

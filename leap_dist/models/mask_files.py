@@ -76,7 +76,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]
     try:
         index = read_json(folder / INDEX)
         if not (folder / PACKED).is_file():  # a pipe would be waited for
-            raise OSError(f"{PACKED} is no plain file")
+            raise OSError(f"{PACKED} is not a regular file")
         packed = load_file(folder / PACKED)
         shapes: dict[str, list[int]] = index["shapes"]
         for name, shape in shapes.items():

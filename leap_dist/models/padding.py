@@ -59,7 +59,7 @@ def _set_padding(model: PreTrainedModel, task: Task, pad: int) -> None:
         raise UserError(
             f"model: a {config.model_type} model counts positions from config.pad_token_id, which is "
             f"{config.pad_token_id}, but its tokenizer pads with {pad}; allowed: one token for both: set pad_token in "
-            "tokenizer_config.json, or take the tokenizer that came with the model"
+            "tokenizer_config.json, or use the tokenizer that came with the model"
         )
     for holder in (config, config.get_text_config(), getattr(model, "generation_config", None)):
         if holder is not None:
@@ -158,7 +158,7 @@ def _check_ends(model: PreTrainedModel, task: Task) -> None:
                     f"model: a {model.config.model_type} classifier answers at the token that ends a text (id {end}), "
                     f"and needs as many in every example, at least one: example {row + 1} of {split} has {count}"
                     + (f", the first has {expected}" if count != expected else "")
-                    + "; take a tokenizer that ends texts with it, or another model"
+                    + "; use a tokenizer that ends texts with it, or another model"
                 )
 
 

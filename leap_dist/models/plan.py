@@ -85,9 +85,9 @@ def _refuse_computed(model: nn.Module, config: LeapConfig) -> None:
         listed = ", ".join(f"{name} ({maker})" for name, maker in list(computed.items())[:3])
         more = f" and {len(computed) - 3} more" if len(computed) > 3 else ""
         raise UserError(
-            f"leap.gates: the weight of {listed}{more} is no parameter, but made from others, so it cannot be pruned; "
-            "make it plain first (torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm, "
-            "parametrize.remove_parametrizations), or name the tensors to prune in leap.include"
+            f"leap.gates: the weight of {listed}{more} is not a parameter, but computed from others, so it cannot "
+            "be pruned; turn it into a parameter first (torch.nn.utils.prune.remove, remove_weight_norm, "
+            "remove_spectral_norm, parametrize.remove_parametrizations), or name the tensors to prune in leap.include"
         )
 
 
@@ -234,6 +234,6 @@ def _check_once(gates: list[Gate]) -> None:
             if (tensor, kind) in seen:
                 raise UserError(
                     f"leap.gates: two gates for {kind} on {tensor} (the second is {gate.granularity}); keep one, "
-                    "or part them with include and exclude"
+                    "or separate them with include and exclude"
                 )
             seen.add((tensor, kind))

@@ -224,7 +224,7 @@ def _shapes_in(path: Path) -> dict[str, list[int]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path}: is no safetensors file: {error}") from error
+        raise UserError(f"{path}: is not a safetensors file: {error}") from error
 
 
 def _build(folder: Path, manifest: PrunedJson, attn_implementation: str | None) -> PreTrainedModel:

@@ -105,7 +105,9 @@ def _view(module: nn.Module, shape: Shape) -> View | str:
     if len(shape) not in (2, 3):
         return f"has shape {shape}"
     if len(shape) == 3 and hasattr(module, "kernel_size"):
-        return f"belongs to a {type(module).__name__}, which is no convolution of torch.nn: its channels are not known"
+        return (
+            f"belongs to a {type(module).__name__}, which is not a convolution of torch.nn: its channels are not known"
+        )
     return View(shape, transposed=is_conv1d(module))
 
 

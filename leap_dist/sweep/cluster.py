@@ -62,7 +62,7 @@ def _start_here(quiet: Mapping[str, Any]) -> Iterator[None]:
         except Exception as error:  # of many kinds: no room, no rights, no ports
             ray.shutdown()
             raise UserError(
-                f"sweep: Ray does not start on this machine: {_first_line(error)}; mend that, or name a cluster with "
+                f"sweep: Ray does not start on this machine: {_first_line(error)}; fix that, or name a cluster with "
                 "--address"
             ) from error
         yield
@@ -101,7 +101,7 @@ def _init_in_time(address: str, quiet: dict[str, Any]) -> None:
     thread.start()
     thread.join(PATIENCE)
     if thread.is_alive():
-        raise UserError(f"--address: what answers at {address} is no Ray cluster; {HINT}")
+        raise UserError(f"--address: what answers at {address} is not a Ray cluster; {HINT}")
     if failed:
         raise UserError(f"--address: no Ray cluster at {address}: {_first_line(failed[0])}; {HINT}") from failed[0]
 

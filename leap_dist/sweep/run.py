@@ -88,7 +88,7 @@ def _check_folder(folder: Path, now: dict[str, str], resume: bool) -> dict[str, 
     ]
     if changed:
         more = [f"and {len(changed) - MOST_SHOWN} more"] if len(changed) > MOST_SHOWN else []
-        head = f"--output: {folder} holds another sweep's results; choose another folder, or set back what differs:"
+        head = f"--output: {folder} holds another sweep's results; choose another folder, or undo what differs:"
         raise UserError("\n  ".join([head, *changed[:MOST_SHOWN], *more]))
     return saved
 

@@ -63,7 +63,7 @@ NAMES = (*GLUE, LOCAL)
 MAX_SCORE = 5.0
 NOT_NAMES = ("nan", "-nan", "<na>", "#n/a", "null", "inf", "-inf")
 """What table programs write where there is no value."""
-NO_CLASS = "that is no class; allowed: a name or a number >= 0; fill it in, or remove the row"
+NO_CLASS = "that is not a class; allowed: a name or a number >= 0; fill it in, or remove the row"
 
 
 def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:

@@ -40,7 +40,7 @@ class WordHead:
             _FITS[self.module] = self._can() and self._agrees(batch)
             if not _FITS[self.module]:
                 name = type(self.module).__name__
-                logger.warning("the head of %s is no plain matrix product: its loss takes all logits at once", name)
+                logger.warning("the head of %s is not a plain matrix product: its loss takes all logits at once", name)
         return _FITS[self.module]
 
     def loss(self, batch: Batch, teaching: Teaching | None = None, **shown: bool) -> tuple[Tensor, Tensor, Any]:

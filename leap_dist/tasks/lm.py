@@ -145,7 +145,7 @@ class Masking:
 
 def _masking(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Masking:
     if tokenizer.mask_token_id is None:
-        raise UserError('data.task: got "mlm"; the tokenizer has no mask token: take another model, or "task": "lm"')
+        raise UserError('data.task: got "mlm"; the tokenizer has no mask token: use another model, or "task": "lm"')
     special = torch.tensor(sorted(tokenizer.all_special_ids))
     return Masking(data.mask_probability, tokenizer.mask_token_id, len(tokenizer), special)
 

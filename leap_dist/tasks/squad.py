@@ -235,7 +235,7 @@ def _official(key: str, file: Path) -> Iterator[Question]:
                     yield _question(str(file), str(entry["id"]), entry["question"], paragraph["context"], answers)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f'{key}: {file}: no SQuAD file: {error}; allowed: {{"data": [{{"paragraphs": [{{"context": ..., "qas": '
+            f'{key}: {file}: not a SQuAD file: {error}; allowed: {{"data": [{{"paragraphs": [{{"context": ..., "qas": '
             '[{"id": ..., "question": ..., "answers": [{"text": ..., "answer_start": ...}]}]}]}]}'
         ) from error
 

@@ -56,7 +56,7 @@ def cell_text(value: Any, source: str, place: str, column: str) -> str:
             half = value[error.start].encode("unicode_escape").decode()
             raise UserError(
                 f'{source}: {place}, column "{column}": {half} at character {error.start + 1} is half of a surrogate '
-                "pair, no text; save the file again as UTF-8"
+                "pair, not text; save the file again as UTF-8"
             ) from error
         return value
     if value is None:
@@ -96,7 +96,7 @@ def hub_split(splits: DatasetDict, key: str, name: str) -> Dataset:
     if name not in splits:
         known = list(splits)
         raise UserError(
-            f'{key}: got "{name}", no split of the dataset; allowed: {", ".join(known)}{nearest(name, known)}'
+            f'{key}: got "{name}", not a split of the dataset; allowed: {", ".join(known)}{nearest(name, known)}'
         )
     if not len(splits[name]):
         raise UserError(f'{key}: the split "{name}" of the dataset has no rows')
@@ -185,13 +185,13 @@ def reading(key: str, file: Path) -> Iterator[None]:
         with file.open("rb") as stream:
             start = stream.read(1024)
         if packed := next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None):
-            raise UserError(f"{key}: {file}: is a {packed} file, no text; unpack or convert it first")
+            raise UserError(f"{key}: {file}: is a {packed} file, not text; unpack or convert it first")
         if start.startswith(LFS_POINTER):
             raise UserError(f"{key}: {file}: is a pointer of Git LFS, not the file itself; run git lfs pull there")
         if b"\0" in start and not start.startswith(UTF_16):
             raise UserError(
-                f"{key}: {file}: no text: a zero byte at byte {start.index(0)}, as in UTF-16 and in files of programs; "
-                "save it as UTF-8 text"
+                f"{key}: {file}: not text: a zero byte at byte {start.index(0)}, as in UTF-16 and in files of "
+                "programs; save it as UTF-8 text"
             )
         yield
     except UnicodeDecodeError as error:

@@ -154,7 +154,7 @@ def finished(runs: Sequence[StoredRun], asked_for: bool) -> tuple[list[StoredRun
 def _unfinished(run: StoredRun) -> str:
     """Why a run has no result; "" if it has one."""
     if TARGET not in run.params:
-        return f"{run.label} is no pruning job: it has no {TARGET}"
+        return f"{run.label} is not a pruning job: it has no {TARGET}"
     if metrics_of(run) and _density(run) is not None:
         return ""
     return f"{run.label} has no density of a pruned model: it did not finish, its status is {run.status}"

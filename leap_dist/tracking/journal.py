@@ -134,7 +134,7 @@ class Journal:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             file.close()
             raise UserError(
-                f"{self.path}: damaged, it is no journal of MLflow records: {error}; restore or remove it"
+                f"{self.path}: damaged, it is not a journal of MLflow records: {error}; restore or remove it"
             ) from error
         file.truncate(len(whole))
 
@@ -174,7 +174,7 @@ def _open_alone(path: Path) -> FileIO:
     file = FileIO(path, "a+")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path}: is no plain file; remove it")
+        raise UserError(f"{path}: is not a regular file; remove it")
     if not is_free(file):
         file.close()
         raise UserError(f"{path}: another process is sending these records to MLflow; wait until it has ended")

@@ -120,7 +120,7 @@ def inline(file: Path, prefix: str, label: str) -> str:
         width = float(root.attrib["width"].removesuffix("pt"))
     except (ElementTree.ParseError, KeyError, ValueError) as error:
         raise UserError(
-            f"{file}: damaged: no SVG of ours: {error}; remove it, or write the run's report again"
+            f"{file}: damaged: not an SVG file of ours: {error}; remove it, or write the run's report again"
         ) from error
     for parent in list(root.iter()):
         for child in list(parent):

@@ -293,7 +293,7 @@ def _render(template: str, **context: Any) -> str:
 
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["shown"] = cell_text
+    environment.filters["shown"] = formatted
     environment.finalize = lambda value: value if isinstance(value, Markup) else _readable(value)
     script, style = ((TEMPLATES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -306,7 +306,7 @@ def _readable(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def cell_text(value: Any) -> str:
+def formatted(value: Any) -> str:
     """A value as it stands in a cell: "" for none, whole numbers in full, others to four digits."""
     if value is None:
         return ""

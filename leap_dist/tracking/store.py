@@ -77,7 +77,7 @@ def begin(client: MlflowClient, uri: str, run: Mapping[str, Any]) -> str:
             return begun
     begun = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
     if not begun:
-        raise RuntimeError("it gave the run no id: this is no MLflow server")
+        raise RuntimeError("it gave the run no id: this is not an MLflow server")
     return begun
 
 
@@ -109,7 +109,7 @@ def quoted(value: str, option: str) -> str:
     """A value in a filter; MLflow's filters have no way to escape a quote. `option` is where the value is from."""
     mark = '"' if "'" in value else "'"
     if mark in value:
-        raise UserError(f"{option}: got {value}; allowed: no text with both kinds of quotes")
+        raise UserError(f"{option}: got {value}; allowed: text with one kind of quotes at most")
     return f"{mark}{value}{mark}"
 
 

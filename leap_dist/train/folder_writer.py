@@ -66,7 +66,7 @@ class FolderWriter:
         except Exception as error:  # the run is complete, whatever this is
             console().print(
                 f"warning: the pictures and {REPORT} in {self._output} could not be made: {reason(error)}; the run is "
-                "complete; mend this, and the same command makes them",
+                "complete; fix this and run the same command again to make them",
                 markup=False,
                 soft_wrap=True,
             )

@@ -81,7 +81,7 @@ def memory_advice(config: JobConfig, error: BaseException) -> str:
         ways.append('set zero_optimization.offload_optimizer to {"device": "cpu"}')
     ways.append(f"lower data.max_length, now {config.data.max_length}")
     why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return "\n  ".join([f"memory is too short: {why[:200]}; what helps:", *ways])
+    return "\n  ".join([f"not enough memory: {why[:200]}; what helps:", *ways])
 
 
 # ---------------------------------------------------------------------------------------------- ranks

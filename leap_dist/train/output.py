@@ -65,7 +65,7 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
         )
     place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--output: {output} cannot be made: {place} is no folder that can be written to")
+        raise UserError(f"--output: {output} cannot be made: {place} is not a folder that can be written to")
     return False
 
 

@@ -35,7 +35,7 @@ class Interrupted(Exception):
 class Signals:
     """A context of the main thread in which HEEDED signals, and the end of DeepSpeed's launcher, are requests.
 
-    `asked` is what a request came by, "SIGTERM" for instance; None as long as there is none.
+    `asked` is how a request arrived, "SIGTERM" for instance; None as long as there is none.
     """
 
     def __init__(self) -> None:

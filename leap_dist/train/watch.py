@@ -20,7 +20,7 @@ class Watch:
     snapshots: Mapping[int, Path] = field(default_factory=dict)
     """Steps after which a checkpoint is written that stays, each into a folder of its own."""
     asked: Callable[[], str | None] = lambda: None
-    """Asked on every rank now and then: what a request to save and stop came by; None if there is none."""
+    """Asked on every rank now and then: how a request to save and stop arrived; None if there is none."""
 
 
 NOTHING = Watch()

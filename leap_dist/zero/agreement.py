@@ -27,8 +27,9 @@ def agreement(engine: Any, ranks: Ranks) -> None:
     ]
     if wrong:
         raise RuntimeError(
-            f"ranks do not prune alike after step {engine.leap.num_steps}: compared with rank 0, {'; '.join(wrong)}; "
-            "resume from the last checkpoint, and check the machines of these ranks if it happens again"
+            f"the ranks do not prune in the same way after step {engine.leap.num_steps}: compared with rank 0, "
+            f"{'; '.join(wrong)}; resume from the last checkpoint, and check the machines of these ranks "
+            "if it happens again"
         )
 
 
@@ -61,7 +62,8 @@ def same_outcome(ranks: Ranks, certificate: Mapping[str, Any]) -> None:
         found = ranks.gather_objects({key: json.dumps(value) for key, value in certificate.items()})
         if any(other != found[0] for other in found):
             raise RuntimeError(
-                f"the ranks do not hold the same model: {first_difference(found)}; change it alike on every rank"
+                f"the ranks do not hold the same model: {first_difference(found)}; change it in the same "
+                "way on every rank"
             )
 
 

@@ -259,8 +259,8 @@ def gather_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
     lost = sorted(set(engine.leap.plan.covers) - {trained.get(id(p)) for _, p in found})
     if lost:
         raise UserError(
-            f"model: {lost[0]} is not the parameter that was pruned: it was replaced, tied or taken out after "
-            "initialize; change a model before"
+            f"model: {lost[0]} is not the parameter that was pruned: it was replaced, tied or removed after "
+            "initialize; change the model before it"
         )
     masters = gather(engine, [name for name, p in found if id(p) in trained])
     for name, parameter in found:

@@ -120,7 +120,7 @@ def _shared(settings: list[dict[str, Any]], key: str) -> dict[str, Any]:
     ]
     if len(decays) > 1 or any(own != compared[0] for own in compared):
         raise UserError(
-            f"{key}: gated weights, and biases that follow them, stand in groups with different hyperparameters; a "
+            f"{key}: gated weights, and biases that follow them, are in groups with different hyperparameters; a "
             "gate needs its weights in one group: give them the same lr, betas, eps and weight_decay (or 0 of that)"
         )
     return {**settings[0], "weight_decay": max(decays, default=0.0)}
@@ -176,12 +176,12 @@ def _check_members(groups: list[dict[str, Any]], names: Mapping[int, str], cover
     if foreign is not None:
         raise UserError(
             f"{key}: a parameter of shape {tuple(foreign.shape)} is not one of the model's; allowed: parameters of the "
-            "very model that is handed in"
+            "model that is passed in"
         )
     seen: set[str] = set()
     for name in (names[id(p)] for p in members):
         if name in seen:
-            raise UserError(f"{key}: {name} stands in it twice; keep one")
+            raise UserError(f"{key}: {name} is in it twice; keep one")
         seen.add(name)
     missing = next((name for name in covered if name not in seen), None)
     if missing is not None:

@@ -111,12 +111,14 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"zero_optimization.stage: got {stage!r}; allowed: 0, 1, 2, 3"
     low = [name for name in ("bf16", "fp16", "amp") if _section(config, name).get("enabled")]
     if stage == 0 and low:
-        yield (f"{low[0]}.enabled: zero_optimization.stage 0 hides its fp32 masters; use stage 1, 2 or 3, or fp32")
+        yield (
+            f"{low[0]}.enabled: zero_optimization.stage 0 hides its fp32 master weights; use stage 1, 2 or 3, or fp32"
+        )
     for key, value, why in BF16_OPTIONS:
         if _section(config, "bf16").get(key, value) != value:
             yield f"bf16.{key}: got {not value}; allowed: {value}: {why}"
     if "amp" in low and stage != 0:
-        yield "amp.enabled: ZeRO and amp do not go together; use bf16 or fp16"
+        yield "amp.enabled: ZeRO and amp cannot be combined; use bf16 or fp16"
     for name in ("offload_optimizer", "offload_param"):
         if _section(zero, name).get("device") == "nvme":
             yield f"zero_optimization.{name}.device: got 'nvme'; the state has to stay in memory: use 'cpu' or drop it"
@@ -231,10 +233,10 @@ def _unready_parameters(model: nn.Module, planned: bool) -> Iterator[str]:
     named = list(model.named_parameters())
     lazy = next((name for name, p in named if is_lazy(p)), None)
     if lazy is not None:
-        yield f"model: {lazy} has no shape yet (a lazy module); call the model once before"
+        yield f"model: {lazy} has no shape yet (a lazy module); call the model once first"
     meta = next((name for name, p in named if p.is_meta), None)
     if meta is not None and not planned:
-        yield f"model: {meta} is on the meta device, without values; load the weights before"
+        yield f"model: {meta} is on the meta device, without values; load the weights first"
     if not any(p.requires_grad for _, p in named):
         yield "model: it has no parameter that is trained; call requires_grad_(True) on what is to be pruned"
 

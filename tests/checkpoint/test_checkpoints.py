@@ -334,7 +334,7 @@ def test_what_does_not_fit_is_told(ranks: RankPools, tmp_path: Path) -> None:
     for name, (_, message) in MISFITS.items():
         with pytest.raises(UserError, match=message):
             raise UserError(said[name])
-    with pytest.raises(UserError, match=r"is of another model, or of other gates: .*; set the config back"):
+    with pytest.raises(UserError, match=r"is of another model, or of other gates: .*; restore the config"):
         ranks(2).run(load, "hybrid", 2, str(tmp_path), {"gates": ["element"]})
 
 
@@ -376,8 +376,8 @@ def from_outside(folder: str) -> dict[str, Any]:
 def test_checkpoints_are_of_use_from_the_outside(ranks: RankPools, tmp_path: Path) -> None:
     found = ranks(2).run(from_outside, str(tmp_path / "checkpoints"))[0]
     assert found["said"] == [
-        "folder: got 7; allowed: the path of a folder, made if it is not there",
-        "folder: got ''; allowed: the path of a folder, made if it is not there",
+        "folder: got 7; allowed: the path of a folder, which is created if it does not exist",
+        "folder: got ''; allowed: the path of a folder, which is created if it does not exist",
         "keep: got 0; allowed: an integer >= 1",
         "engine: got a Sequential; allowed: one that leap_dist.initialize or attach made",
     ]

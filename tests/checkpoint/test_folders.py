@@ -240,20 +240,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a flipped bit": (lambda c: flip(c / MANIFEST), "manifest.json (was changed: its checksum does|is not JSON)"),
     "no object": (lambda c: (c / MANIFEST).write_text("[]"), "was changed"),
     "nested": (lambda c: (c / MANIFEST).write_text("[" * 10**6), "is not JSON"),
-    "a link": (lambda c: link(c / MANIFEST), "manifest.json is no plain file"),
+    "a link": (lambda c: link(c / MANIFEST), "manifest.json is not a regular file"),
     "a path": (lambda c: reseal(c, files={"../rank-00000.safetensors": FILE}), "does not name the files of 1 ranks"),
     "many ranks": (lambda c: reseal(c, world_size=10**6), "does not name the files of 1000000 ranks"),
     "a key": (lambda c: reseal(c, more=1), "'more': Extra inputs"),
     "a run": (
         lambda c: reseal(c, files={"rank-00000.safetensors": {**FILE, "runs": {"a": [3, 3]}}}),
-        "rank-00000.safetensors holds elements of 'a' that there are not",
+        "rank-00000.safetensors holds elements that 'a' does not have",
     ),
     "a file that is cut short": (lambda c: os.truncate(c / "rank-00000.safetensors", 9), "has 9 bytes, not"),
     "a file with a flipped bit": (
         lambda c: flip(c / "rank-00000.safetensors"),
         "was changed: its SHA-256 does not fit",
     ),
-    "a file that is a link": (lambda c: link(c / "rank-00000.safetensors"), "is no plain file"),
+    "a file that is a link": (lambda c: link(c / "rank-00000.safetensors"), "is not a regular file"),
 }
 
 

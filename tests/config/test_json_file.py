@@ -63,9 +63,9 @@ def text(content: str | bytes) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (pipe, "is no plain file"),
+        (pipe, "is not a regular file"),
         (folder, "cannot be read: Is a directory"),
-        (link_to("/dev/zero"), "is no plain file"),
+        (link_to("/dev/zero"), "is not a regular file"),
         (link_to("a.json"), "cannot be read: Too many levels of symbolic links"),
         (huge, r"has 1099511627776 bytes; allowed: at most 16777216"),
         (text(""), "not JSON: line 1, column 1: "),
@@ -74,8 +74,8 @@ def text(content: str | bytes) -> Callable[[Path], None]:
         (text("[" * 100_000), "lists or objects are nested too deeply"),
         (text('{"a":' * 100_000), "lists or objects are nested too deeply"),
         (text("[1]"), r"got \[1\]; allowed: a JSON object"),
-        (text('{"a": 1, "a": 2}'), "the same key stands twice: a; keep one"),
-        (text('{"a": {"b": 1, "b": 1}}'), "the same key stands twice: b; keep one"),
+        (text('{"a": 1, "a": 2}'), "the same key is given twice: a; keep one"),
+        (text('{"a": {"b": 1, "b": 1}}'), "the same key is given twice: b; keep one"),
         (text(f'{{"a": {2**63}}}'), "got 9223372036854775808; allowed: integers of 64 bits"),
         (text(f'{{"a": -{"9" * 10_000_000}}}'), r"got -9{196}\.\.\.; allowed: integers of 64 bits"),
         (text('{"a": NaN}'), "NaN is not JSON; allowed: a finite number"),

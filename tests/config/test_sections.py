@@ -156,7 +156,7 @@ REFUSED = {
         {"leap": {"target": 0.1, "gates": "block:0x4"}},
         r'leap\.gates\[0\]: got "block:0x4"',
     ),
-    "a gate twice": ({"leap": {"target": 0.1, "gates": ["row", "row"]}}, r"leap\.gates: .*may stand once"),
+    "a gate twice": ({"leap": {"target": 0.1, "gates": ["row", "row"]}}, r"leap\.gates: .*may be given once"),
     "no gate": ({"leap": {"target": 0.1, "gates": []}}, r"leap\.gates: got \[\]; allowed: one or more"),
     "unknown rule": (
         {"leap": {"target": 0.1, "rule": "leep"}},
@@ -335,7 +335,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ('{"leap": }', r"job\.json: not JSON: line 1, column 10"),
         ("[1]", r"job\.json: got \[1\]; allowed: a JSON object"),
-        ('{"a": 1, "a": 2}', r"job\.json: the same key stands twice: a"),
+        ('{"a": 1, "a": 2}', r"job\.json: the same key is given twice: a"),
         ('{"a": NaN}', r"job\.json: NaN is not JSON"),
     ],
 )
@@ -503,7 +503,7 @@ def test_forty_thousand_keys(tmp_path: Path) -> None:
     gates = [{"granularity": "row", "colour": number} for number in range(10_000)]
     assert "more than 50 problems" in refused_quickly(tmp_path, json.dumps({"leap": {"target": 0.5, "gates": gates}}))
     twice = ",".join(f'"k{number}": 1' for number in [*range(20_000), *range(20_000)])
-    assert "the same key stands twice: k0, k1, " in refused_quickly(tmp_path, f"{{{twice}}}")
+    assert "the same key is given twice: k0, k1, " in refused_quickly(tmp_path, f"{{{twice}}}")
 
 
 def test_deep_keys_and_values(tmp_path: Path) -> None:
@@ -515,7 +515,7 @@ def test_deep_keys_and_values(tmp_path: Path) -> None:
 def test_a_key_that_is_given_twice_on_the_command_line(tmp_path: Path) -> None:
     said = refused_quickly(tmp_path, "{}", "leap.target=0.1", "leap.target=0.2")
     assert "override: leap.target is given 2 times; keep one" in said
-    assert "the same key stands twice: target; keep one" in refused_quickly(
+    assert "the same key is given twice: target; keep one" in refused_quickly(
         tmp_path, "{}", 'leap={"target": 1, "target": 2}'
     )
 

@@ -165,7 +165,7 @@ def test_failure_leaves_the_older_export(tmp_path: Path) -> None:
     model = tiny_classifier()
     folder = save_model(model, parameters(model), tmp_path / "model")
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(RuntimeError, match=r"nowhere\.weight is no parameter of Bert"):
+    with pytest.raises(RuntimeError, match=r"nowhere\.weight is not a parameter of Bert"):
         save_model(model, [("nowhere.weight", torch.zeros(1))], folder)
     assert (folder / "model.safetensors").read_bytes() == before
 

@@ -171,7 +171,7 @@ def test_semi_structured(tmp_path: Path) -> None:
 
 def test_a_foreign_folder_stops_everything(run: Run, tmp_path: Path) -> None:
     (tmp_path / "shrunk").mkdir()
-    with pytest.raises(UserError, match="shrunk exists and is no export"):
+    with pytest.raises(UserError, match="shrunk exists and is not an export"):
         list(export_run(run, ["hf", "shrunk"], tmp_path, threads=1))
     assert [path.name for path in tmp_path.iterdir()] == ["shrunk"]
 

@@ -150,9 +150,9 @@ def test_an_edited_card_is_refused(run: Path) -> None:
     ("damage", "message"),
     [
         (lambda run: shutil.rmtree(run), "RUN: got .*run; there is no such folder"),
-        (lambda run: (run / "config.json").unlink(), "that folder is no run: it has no config.json of a job"),
-        (lambda run: (run / "config.json").write_text("{"), "that folder is no run"),
-        (lambda run: shutil.copy(run / "model" / "config.json", run), "that folder is no run"),
+        (lambda run: (run / "config.json").unlink(), "that folder is not a run: it has no config.json of a job"),
+        (lambda run: (run / "config.json").write_text("{"), "that folder is not a run"),
+        (lambda run: shutil.copy(run / "model" / "config.json", run), "that folder is not a run"),
         (
             lambda run: (run / "certificate.json").unlink(),
             r"the run is not finished, it has no certificate.json; finish it with .* --resume",
@@ -180,10 +180,10 @@ def test_what_is_no_finished_run_is_refused(run: Path, damage: Callable[[Path], 
 def test_foreign_folders_are_refused(tmp_path: Path) -> None:
     refuse_foreign(tmp_path / "not" / "there" / "yet")
     (tmp_path / "thesis").mkdir()
-    with pytest.raises(UserError, match="thesis exists and is no export; remove it"):
+    with pytest.raises(UserError, match="thesis exists and is not an export; remove it"):
         refuse_foreign(tmp_path / "thesis")
     (tmp_path / "note").touch()
-    with pytest.raises(UserError, match=re.escape(f"cannot be made: {tmp_path / 'note'} is no folder")):
+    with pytest.raises(UserError, match=re.escape(f"cannot be made: {tmp_path / 'note'} is not a folder")):
         refuse_foreign(tmp_path / "note" / "hf")
     (tmp_path / "thesis" / "card.json").touch()
     refuse_foreign(tmp_path / "thesis")

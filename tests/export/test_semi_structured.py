@@ -83,5 +83,5 @@ def test_a_width_that_four_does_not_divide_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no semi_structured export, it has no readable semi_structured\.json"):
+    with pytest.raises(UserError, match=r"is not a semi_structured export: it has no readable semi_structured\.json"):
         load_semi_structured(tmp_path)

@@ -90,7 +90,7 @@ def test_no_traceback_from_a_fresh_process(tmp_path: Path) -> None:
         command = [sys.executable, str(ROOT / "launch" / script), *(["inference"] if script == "bench.py" else [])]
         done = subprocess.run([*command, str(tmp_path), *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2
-        assert done.stderr.startswith(f"error: RUN: got {tmp_path}; that folder is no run") and done.stdout == ""
+        assert done.stderr.startswith(f"error: RUN: got {tmp_path}; that folder is not a run") and done.stdout == ""
 
 
 def test_bench_as_json_and_as_a_table(

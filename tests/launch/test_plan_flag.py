@@ -136,7 +136,7 @@ def test_the_head_is_the_tasks(tmp_path: Path, task: str, config: dict[str, Any]
 
 def test_a_broken_config_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MODEL | {"num_attention_heads": 3}), "utf-8")
-    with pytest.raises(UserError, match="transformers builds no model from its config: "):
+    with pytest.raises(UserError, match="transformers cannot build a model from its config: "):
         empty_model(ModelConfig(name=str(tmp_path)), "squad")
 
 
@@ -154,9 +154,13 @@ def _parameters(shown: str) -> int:
         (
             ["--plan"],
             {"zero_optimization": {"reduce_bucket_size": "auto"}},
-            "DeepSpeed's part of the config: a size or count is no number: ",
+            "DeepSpeed's part of the config: a size or count is not a number: ",
         ),
-        (["--plan"], {"bf16": {"enabled": True}}, "bf16.enabled: zero_optimization.stage 0 hides its fp32 masters"),
+        (
+            ["--plan"],
+            {"bf16": {"enabled": True}},
+            "bf16.enabled: zero_optimization.stage 0 hides its fp32 master weights",
+        ),
     ],
 )
 def test_what_the_job_would_be_refused_for(

@@ -225,7 +225,7 @@ def test_an_output_that_cannot_be_made_is_refused(ranks: RankPools, texts: Path,
         refused = ranks(1).run(run_in_rank, JOB, str(output))[0]
         assert refused.startswith(f"--output: {output} exists and holds no run of this program; choose another"), output
     refused = ranks(1).run(run_in_rank, JOB, str(texts / "file" / "run"))[0]
-    assert refused.endswith(f"run cannot be made: {texts / 'file'} is no folder that can be written to")
+    assert refused.endswith(f"run cannot be made: {texts / 'file'} is not a folder that can be written to")
     refused = ranks(1).run(run_in_rank, JOB, str(tmp_path / "run"), True)[0]
     assert refused == f"--resume: there is no unfinished run in {tmp_path / 'run'}; start without --resume"
     assert not list(tmp_path.iterdir())

@@ -186,7 +186,7 @@ def test_a_longer_example_than_the_model_takes() -> None:
 
 def test_a_model_that_reads_both_ways_is_no_causal_one() -> None:
     task = dataclasses.replace(make_task(2, "causal_lm"), label_names=())
-    with pytest.raises(UserError, match=r'data\.task: got "tiny", but a bert model reads both ways; .*"task": "mlm"'):
+    with pytest.raises(UserError, match=r'data\.task: got "tiny", but a bert model is bidirectional; .*"task": "mlm"'):
         load_model(from_config(), task)
     load_model(from_config(is_decoder=True), task)
 
@@ -342,7 +342,7 @@ def test_code_that_comes_with_a_model_is_never_run(what: str, folder: Path, monk
     (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
     code = {"AutoConfig": "own.C", "AutoModelForSequenceClassification": "own.M", "AutoTokenizer": ["own.T", None]}
     (folder / "config.json").write_text(json.dumps({"model_type": "homemade", "auto_map": code}))
-    refusal = rf"its {what} comes with code of its own \(auto_map\), which is never run here; .*; it would take"
+    refusal = rf"its {what} comes with code of its own \(auto_map\), which is never run here; .*; use a version"
     with pytest.raises(UserError, match=refusal.replace("its config", "its (config|model)")):
         if what == "tokenizer":
             (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": code}))
@@ -369,7 +369,7 @@ def test_home_is_meant_by_a_tilde(folder: Path, monkeypatch: pytest.MonkeyPatch)
         (lambda weight: weight.to(torch.float8_e4m3fn), r"query\.weight is stored as F8_E4M3, quantised"),
         (
             lambda weight: weight * torch.nan,
-            r"numbers of bert\.encoder\.layer\.0\.\S*query\.weight are NaN or infinite",
+            r"values of bert\.encoder\.layer\.0\.\S*query\.weight are NaN or infinite",
         ),
     ],
 )

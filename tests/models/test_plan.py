@@ -298,7 +298,9 @@ def test_a_head_on_a_model_that_has_none_is_refused() -> None:
 def test_a_weight_that_is_made_from_others_is_refused_by_name(change: Any, maker: str, gate: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     change(model[0])
-    with pytest.raises(UserError, match=rf"^leap\.gates: the weight of 0 \({maker}\) is no parameter.*leap\.include"):
+    with pytest.raises(
+        UserError, match=rf"^leap\.gates: the weight of 0 \({maker}\) is not a parameter.*leap\.include"
+    ):
         make_plan(model, parse_leap({"target": 0.5, "gates": gate}))
     plan = make_plan(model, parse_leap({"target": 0.5, "gates": gate, "include": "1.weight"}))
     assert [gate.slices[0].tensor for gate in plan.gates] == ["1.weight"]

@@ -154,7 +154,7 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
         load_pruned(folder)
     file.write_bytes(b"no weights")
     edit(folder, set_key("files", "model.safetensors", to=describe_file(file).model_dump()))
-    with pytest.raises(UserError, match=r"model\.safetensors: is no safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: is not a safetensors file"):
         load_pruned(folder)
 
 

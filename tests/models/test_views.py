@@ -146,7 +146,7 @@ class Own(nn.Module):
         (nn.PReLU(3), "row", r"has shape \(3,\)"),
         (Own(), "element", r"has shape \(\)"),
         (Own(2, 3, 4, 5), "row", r"has shape \(2, 3, 4, 5\)"),
-        (Own(2, 3, 4, kernel_size=4), "row", r"belongs to a Own, which is no convolution of torch\.nn"),
+        (Own(2, 3, 4, kernel_size=4), "row", r"belongs to a Own, which is not a convolution of torch\.nn"),
         (Own(0, 3), "element", "has no elements"),
         (Own(3, 0), "row", "has no elements"),
         (nn.Embedding(5, 3, sparse=True), "element", "is an embedding with sparse gradients"),

@@ -76,7 +76,7 @@ def test_names_of_classes_come_with_the_dataset(tokenizer: Any, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"validation": "dev"}, r'data\.validation: got "dev", no split of the dataset; allowed: train, test'),
+        ({"validation": "dev"}, r'data\.validation: got "dev", not a split of the dataset; allowed: train, test'),
         (
             {"text": "won"},
             r'data\.text: got "won", no column of the dataset; allowed: one, two, kind; did you mean two',
@@ -184,7 +184,7 @@ def test_what_is_no_class(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, label
     hub(monkeypatch, rows_of(labels))
     row = 1 if isinstance(labels[0], list) else 3
     with pytest.raises(
-        UserError, match=rf'some/set train: row {row}, column "label": got .*; that is no class; allowed'
+        UserError, match=rf'some/set train: row {row}, column "label": got .*; that is not a class; allowed'
     ):
         load_task(section(task="text/classification", dataset="some/set", text="text"), tokenizer)
 

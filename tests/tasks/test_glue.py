@@ -222,7 +222,9 @@ def test_what_is_no_class_in_a_table(files: Any, tokenizer: Any, task: str, labe
     good = 's,label\na,1\n"b\nc",0\n'
     for train, dev, name in ((good + f"d,{label}\n", good, "train"), (good, good + f"d,{label}\n", "dev")):
         data = files(train, dev, suffix=".csv", task=task, text="s")
-        with pytest.raises(UserError, match=rf'{name}\.csv: line 5, column "label": got .*; that is no class; allowed'):
+        with pytest.raises(
+            UserError, match=rf'{name}\.csv: line 5, column "label": got .*; that is not a class; allowed'
+        ):
             load_task(data, tokenizer)
 
 
@@ -231,7 +233,7 @@ def test_what_is_no_class_in_json_lines(files: Any, tokenizer: Any, label: Any) 
     rows = [{"s": "a", "label": "x"}, {"s": "b", "label": "y"}, {"s": "c", "label": label}]
     data = files("\n\n".join(map(json.dumps, rows)), suffix=".jsonl", task=LOCAL, text="s")
     with pytest.raises(
-        UserError, match=r'train\.jsonl: line 5(, column "label": got .* no class|: nothing in column "l)'
+        UserError, match=r'train\.jsonl: line 5(, column "label": got .* not a class|: nothing in column "l)'
     ):
         load_task(data, tokenizer)
 
@@ -308,7 +310,7 @@ def test_broken_jsonl(files: Any, tokenizer: Any, text: str, message: str) -> No
         (
             gzip.compress(GOOD.encode(), mtime=0),
             ".tsv",
-            r"train\.tsv: is a gzip file, no text; unpack or convert it first",
+            r"train\.tsv: is a gzip file, not text; unpack or convert it first",
         ),
         (gzip.compress(GOOD.encode(), mtime=0), ".tsv.gz", r"train\.tsv\.gz: is a gzip file"),
         (b"PAR1....PAR1", ".parquet", r"is a Parquet file"),
@@ -412,11 +414,11 @@ MISREAD = {
     "a tab in a text": ("text\tlabel\na\tb\t0\nc\t1\n", ".tsv", r"line 2: got 3 cells.*; replace tabs"),
     "semicolons": ("text;label\na;0\nb;1\n", ".csv", r'data\.text: got "text".*they look parted by \';\''),
     "commas in .tsv": ("text,label\na,0\nb,1\n", ".tsv", r"they look parted by ','"),
-    "UTF-16 without its mark": ("t\0e\0x\0t\0,\0", ".csv", r"data\.train: .*no text: a zero byte at byte 1"),
+    "UTF-16 without its mark": ("t\0e\0x\0t\0,\0", ".csv", r"data\.train: .*not text: a zero byte at byte 1"),
     "a pointer of Git LFS": ("version https://git-lfs.github.com/spec/v1\n", ".csv", r"is a pointer of Git LFS"),
     "several labels": ('text,label\na,"[0, 1]"\nb,[1]\n', ".csv", r"line 2.*: got '\[0, 1\]'; a list of labels"),
     "names in a list": ("text,label\na,['x']\nb,['y']\n", ".csv", r"line 2.*a list of labels"),
-    "nothing, as SQL writes it": ("text,label\na,x\nb,NULL\n", ".csv", r"line 3.*got 'NULL'; that is no class"),
+    "nothing, as SQL writes it": ("text,label\na,x\nb,NULL\n", ".csv", r"line 3.*got 'NULL'; that is not a class"),
     "a key twice": ('{"text": "a", "label": 0, "label": 1}\n', ".jsonl", r'line 1: the key "label" stands there more'),
 }
 

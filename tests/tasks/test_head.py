@@ -76,7 +76,7 @@ def test_a_head_that_does_more_is_left_to_itself(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, logger="leap_dist.tasks.head"):
         assert not asked.fits(batch_of()) and not asked.fits(batch_of())
     assert [record.getMessage() for record in caplog.records] == [
-        "the head of CohereForCausalLM is no plain matrix product: its loss takes all logits at once"
+        "the head of CohereForCausalLM is not a plain matrix product: its loss takes all logits at once"
     ]
 
 

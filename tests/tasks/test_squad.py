@@ -193,7 +193,7 @@ REFUSED = {
     "a place in words": ([question(0, "a", "0")], r"question q0: got '0' as answer_start; allowed: an integer"),
     "no context": (
         [{"qas": [{"id": 1, "question": "a", "is_impossible": True}]}],
-        r"no SQuAD file: 'context'; allowed",
+        r"not a SQuAD file: 'context'; allowed",
     ),
 }
 
@@ -217,7 +217,7 @@ def test_a_text_whose_characters_all_vanish(squad: Any, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", r"data\.train: .*cannot be read"), ("[1]", r"data\.train: .*no SQuAD file"), ("3", "no SQuAD file")],
+    [("{", r"data\.train: .*cannot be read"), ("[1]", r"data\.train: .*not a SQuAD file"), ("3", "not a SQuAD file")],
 )
 def test_a_file_of_another_kind(squad: Any, tokenizer: Any, content: str, message: str) -> None:
     data = squad([question(0, "a")])

@@ -124,7 +124,7 @@ def test_runs_are_found_by_id_and_by_name(store: str) -> None:
         (Selection(["ratios"], tags=["leap.rule=x"]), r"has no run with --experiment ratios --tag leap\.rule=x$"),
         (Selection(tags=["leap.rule"]), r"^--tag: got leap\.rule; allowed: key=value"),
         (Selection(tags=["`=1"]), r"^--tag: got `=1; allowed: key=value"),
-        (Selection(tags=["a='\""]), r"^--tag: got '\"; allowed: no text with both kinds of quotes"),
+        (Selection(tags=["a='\""]), r"^--tag: got '\"; allowed: text with one kind of quotes at most"),
     ],
 )
 def test_what_is_not_there_is_one_message(store: str, selection: Selection, match: str) -> None:
@@ -219,7 +219,7 @@ def test_a_named_run_has_to_be_finished(store: str) -> None:
         UserError, match=r"^broken \(\w{8}\) has no density .*: it did not finish, its status is FAILED"
     ):
         compare(read_runs(store, Selection(runs=["broken", "middle"])), Request(), all_named=True)
-    with pytest.raises(UserError, match=r"^the sweep \(\w{8}\) is no pruning job: it has no leap\.target"):
+    with pytest.raises(UserError, match=r"^the sweep \(\w{8}\) is not a pruning job: it has no leap\.target"):
         compare(read_runs(store, Selection(runs=["the sweep"])), Request(), all_named=True)
     with pytest.raises(UserError, match=r"^none of the 1 runs is a pruning job"):
         compare(read_runs(store, Selection(runs=["the sweep"])), Request())

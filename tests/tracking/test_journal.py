@@ -77,7 +77,9 @@ def test_the_file_stays_short_and_goes_when_all_is_taken(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("line", ["no JSON", "3", json.dumps({"kind": "metrics"})])
 def test_a_damaged_file_is_the_users_error(line: str, tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_text(f"{line}\n")
-    with pytest.raises(UserError, match=r"mlflow.jsonl: damaged, it is no journal of MLflow records: .*; restore or"):
+    with pytest.raises(
+        UserError, match=r"mlflow.jsonl: damaged, it is not a journal of MLflow records: .*; restore or"
+    ):
         Journal(tmp_path)
     (tmp_path / JOURNAL).write_text("")
     Journal(tmp_path).close(remove=True)

@@ -118,5 +118,5 @@ def test_only_drawing_gets_into_a_page(tmp_path: Path) -> None:
 def test_what_is_no_picture_is_told(tmp_path: Path) -> None:
     for text in ("<svg", "<svg/>", '<svg width="wide"/>'):
         (tmp_path / "a.svg").write_text(text)
-        with pytest.raises(UserError, match=r"a\.svg: damaged: no SVG of ours: .*; remove it, or write"):
+        with pytest.raises(UserError, match=r"a\.svg: damaged: not an SVG file of ours: .*; remove it, or write"):
             inline(tmp_path / "a.svg", "p", "x")

@@ -12,7 +12,7 @@ from leap_dist.errors import UserError
 from leap_dist.run_folder import exports, read_files
 from leap_dist.tracking import report
 from leap_dist.tracking.pareto import Point, picture_of
-from leap_dist.tracking.report import Entry, cell_text, write_page, write_report
+from leap_dist.tracking.report import Entry, formatted, write_page, write_report
 from tests.tracking.folders import LAYERS, MATRICES, Page, export_card, run_folder, steps
 
 SECRET = {"tracking.mlflow_uri": "http://me:secret@host"}
@@ -106,7 +106,7 @@ def test_the_fastest_export_counts(folder: Path, tmp_path: Path) -> None:
 
 def test_numbers_in_cells() -> None:
     values = [None, 0.123456, 12345.6, 1234567, 1e-9, "text", 0.0]
-    assert [cell_text(v) for v in values] == ["", "0.1235", "12,346", "1,234,567", "1e-09", "text", "0"]
+    assert [formatted(v) for v in values] == ["", "0.1235", "12,346", "1,234,567", "1e-09", "text", "0"]
 
 
 # ------------------------------------------------------------------------------ of several

@@ -83,7 +83,7 @@ def refused(address: str, folder: Path) -> str:
         (200, b"<html>please log in</html>", "the response body was not in a valid JSON format"),
         (200, b"\xff\xfe{{{", "the response body was not in a valid JSON format"),
         (200, b"[" * 1_000_000, "the response body was not in a valid JSON format"),
-        (200, b"", "it gave the run no id: this is no MLflow server"),
+        (200, b"", "it gave the run no id: this is not an MLflow server"),
         (200, json.dumps({"experiment": 5, "run": [], "experiment_id": {}}).encode(), "does not take the run: "),
         (500, b"<html>\x1b[31m out of order</html>", "too many 500 error responses"),
         (403, b"<html>no</html>", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),

@@ -89,7 +89,7 @@ def test_what_is_said_where_memory_is_short() -> None:
     zero: dict[str, Any] = {"stage": 2}
     said = memory_advice(parse_job(JOB | {"zero_optimization": zero}), MemoryError("no more\nat all")).splitlines()
     assert said == [
-        "memory is too short: no more; what helps:",
+        "not enough memory: no more; what helps:",
         "  lower train_micro_batch_size_per_gpu, now 8, and raise gradient_accumulation_steps, now 1, by the same "
         "factor: the run stays the same",
         "  raise zero_optimization.stage, now 2: ranks share more of the state",

@@ -47,5 +47,5 @@ def test_what_is_no_matter_of_ranks_or_memory_is_raised(monkeypatch: pytest.Monk
         ended(monkeypatch, 1, RuntimeError("Connection closed by peer"))
     with pytest.raises(UserError, match="as it is"):
         ended(monkeypatch, 2, UserError("gloo: as it is"))
-    with pytest.raises(UserError, match=r"memory is too short: CUDA out of memory; what helps:\n  lower train_micro"):
+    with pytest.raises(UserError, match=r"not enough memory: CUDA out of memory; what helps:\n  lower train_micro"):
         ended(monkeypatch, 2, torch.OutOfMemoryError("CUDA out of memory"))

@@ -158,8 +158,8 @@ def test_an_optimizer_with_a_past_or_company_is_refused() -> None:
 def test_parameters_that_do_not_fit_the_model_are_refused() -> None:
     model = net()
     assert refused(model, adamw(net().parameters())) == (
-        "optimizer: a parameter of shape (8, 6) is not one of the model's; allowed: parameters of the very model that "
-        "is handed in"
+        "optimizer: a parameter of shape (8, 6) is not one of the model's; allowed: parameters of the model that is "
+        "passed in"
     )
     assert refused(model, adamw([model[0].weight, model[2].weight]), ROWS) == (
         "optimizer: 0.bias is under a gate but not among them; add it, or call requires_grad_(False) on it"
@@ -171,7 +171,7 @@ def test_parameters_that_do_not_fit_the_model_are_refused() -> None:
         (model[0].weight, f"model_parameters: got a Parameter; {allowed}"),
         (["0.weight"], f"model_parameters: got a str among the parameters in group 0; {allowed}"),
         (3, f"model_parameters: got a int; {allowed}"),
-        ([*model.parameters(), model[0].bias], "model_parameters: 0.bias stands in it twice; keep one"),
+        ([*model.parameters(), model[0].bias], "model_parameters: 0.bias is in it twice; keep one"),
         ([], "model_parameters: 0.weight is under a gate but not among them; add it, or call requires_grad_(False) on"),
         (net().parameters(), "model_parameters: a parameter of shape (8, 6) is not one of the model's; allowed: "),
     ):
@@ -189,7 +189,7 @@ def test_named_parameters_in_torchs_own_optimizer_are_taken() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.LazyLinear(4), "model: weight has no shape yet (a lazy module); call the model once before"),
+        (nn.LazyLinear(4), "model: weight has no shape yet (a lazy module); call the model once first"),
         (nn.Linear(2, 3, device="meta"), "model: weight is on the meta device, without values"),
         (nn.Linear(2, 3).requires_grad_(False), "model: it has no parameter that is trained"),
         (nn.Tanh(), "model: it has no parameter that is trained"),

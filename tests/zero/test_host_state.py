@@ -124,8 +124,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(ranks: RankPools, tmp
     target, steps, gates, foreign = ranks(1).run(messages, str(tmp_path), 2)[0]
     assert target.startswith("leap.target: the checkpoint was written with 0.2, this run has 0.3\n")
     assert steps.startswith("leap.total_steps: the checkpoint was written with 20, this run has 30\n")
-    assert gates.splitlines()[-1] == "checkpoint: set the config back, or take over its weights alone"
-    assert foreign.startswith("checkpoint: the optimizer that wrote it was not LEAP's; only its weights can be taken")
+    assert gates.splitlines()[-1] == "checkpoint: restore the config, or load its weights only"
+    assert foreign.startswith("checkpoint: the optimizer that wrote it was not LEAP's; only its weights can be loaded")
 
 
 def by_torch(folder: str) -> bool:

@@ -277,7 +277,7 @@ class Attention(nn.Module):
     ("make", "changes", "start", "why"),
     [
         (llama, {}, "activation", "the model is a causal language model"),
-        (lambda: BertModel(BertConfig(**SMALL)), {}, "magnitude", "the model is no causal language model"),
+        (lambda: BertModel(BertConfig(**SMALL)), {}, "magnitude", "the model is not a causal language model"),
         (llama, {"score_init": "magnitude"}, "magnitude", ""),
         (llama, {"score_init": "zero"}, "zero", ""),
         (llama, {"rule": "magnitude"}, "auto", ""),

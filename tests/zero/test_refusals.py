@@ -79,16 +79,16 @@ def test_what_works_passes(config: dict[str, Any]) -> None:
             {"bf16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": {"stage": 1}},
             r"bf16\.check_grad_overflow: got False; allowed: True: a gradient that is not finite would spoil every",
         ),
-        ({"bf16": {"enabled": True}}, r"bf16\.enabled: zero_optimization\.stage 0 hides its fp32 masters"),
-        ({"fp16": {"enabled": True}}, r"fp16\.enabled: zero_optimization\.stage 0 hides its fp32 masters"),
-        ({"amp": {"enabled": True}}, r"amp\.enabled: zero_optimization\.stage 0 hides its fp32 masters"),
+        ({"bf16": {"enabled": True}}, r"bf16\.enabled: zero_optimization\.stage 0 hides its fp32 master weights"),
+        ({"fp16": {"enabled": True}}, r"fp16\.enabled: zero_optimization\.stage 0 hides its fp32 master weights"),
+        ({"amp": {"enabled": True}}, r"amp\.enabled: zero_optimization\.stage 0 hides its fp32 master weights"),
         (
             {"amp": {"enabled": True}, "zero_optimization": {"stage": 2}},
-            r"amp\.enabled: ZeRO and amp do not go together; use bf16 or fp16",
+            r"amp\.enabled: ZeRO and amp cannot be combined; use bf16 or fp16",
         ),
         (
             {"amp": {"enabled": True}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
-            r"amp\.enabled: ZeRO and amp do not go together",
+            r"amp\.enabled: ZeRO and amp cannot be combined",
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
@@ -192,7 +192,7 @@ def test_refused_object(objects: dict[str, Any], message: str) -> None:
     [
         ('{"leap": ', "not JSON: line 1, column 10"),
         ("[1]", "allowed: a JSON object"),
-        ('{"leap": {"target": 0.5}, "leap": {}}', "the same key stands twice: leap"),
+        ('{"leap": {"target": 0.5}, "leap": {}}', "the same key is given twice: leap"),
         ("[" * 5000 + "]" * 5000, "nested too deeply"),
     ],
 )
