@@ -16,12 +16,12 @@ from leap_dist.errors import UserError
 from leap_dist.zero.ranks import Ranks
 
 
-def calibrate(engine: Any, batches: Iterable[Any], told: Callable[[int, int], None] = lambda done, of: None) -> int:
+def calibrate(engine: Any, batches: Iterable[Any], notify: Callable[[int, int], None] = lambda done, of: None) -> int:
     """Measure ||x_j||, the norms of what gated layers are given, for leap.score_init "activation"; before any mask.
 
     batches: what the engine is called with, of this rank: dicts by keyword, tuples and lists by position, or tensors.
     leap.calibration_batches of them are used, over all ranks together. The passes run in evaluation mode, without
-    gradients, and change no weight. `told` is called after each with how many of this rank's are done, of how many.
+    gradients, and change no weight. `notify` is called after each with how many of this rank's are done, of how many.
     Returns how many counted, over all ranks.
 
     Raises UserError, on every rank, where scores start from something else or have started, and where no rank has a
@@ -44,7 +44,7 @@ def calibrate(engine: Any, batches: Iterable[Any], told: Callable[[int, int], No
                     _call(engine, own[number])
             elif engine.zero_optimization_stage() == 3:  # the ranks gather weights in step
                 _call(engine, own[-1])
-            told(number + 1, max(counts))
+            notify(number + 1, max(counts))
     inputs.pool()
     return sum(counts)
 
