@@ -174,7 +174,9 @@ def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
     for name, accuracy in (("0.5", 0.8), ("0.3", 0.85)):
         (tmp_path / name).mkdir()
         metrics = {"dense": {"accuracy": 0.9, "loss": 1.0}, "pruned": {"accuracy": accuracy, "loss": 2.0}}
-        content = {"density": float(name), "kept": 7, "metrics": metrics, "masks_sha256": "m", "weights_sha256": "w"}
+        content = {"target": float(name), "density": float(name), "unit": 1, "kept": 7, "prunable": 14, "gates": [],
+                   "tensors": {}, "metrics": metrics, "masks_sha256": "a" * 64, "weights_sha256": "b" * 64, "seed": 0,
+                   "versions": {}}  # fmt: skip
         (tmp_path / name / "certificate.json").write_text(json.dumps(content))
     export_card(tmp_path / "0.3", "onnx", 1.5)
     ended = {"0.5": Outcome("done", 36.0), "0.1": Outcome("failed", 1.0, "no luck")}
@@ -196,7 +198,7 @@ def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
     assert "report.html" in names and page.count["tbody"] == 3 and "no luck" in page.text and "★ 0.3" in page.text
     assert write(results[2:], "accuracy", tmp_path / "0.5") == ["results.json", "report.html"]  # nothing to draw
     saved = json.loads((tmp_path / "results.json").read_text())
-    assert saved["trials"][2]["error"] == "no luck" and saved["trials"][1]["weights_sha256"] == "w"
+    assert saved["trials"][2]["error"] == "no luck" and saved["trials"][1]["weights_sha256"] == "b" * 64
 
 
 def test_the_sweeps_in_configs_are_valid() -> None:
