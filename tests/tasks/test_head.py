@@ -80,6 +80,15 @@ def test_a_head_that_does_more_is_left_to_itself(caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_a_head_whose_bias_is_added_outside_is_left_to_itself() -> None:
+    from transformers import EsmConfig, EsmForMaskedLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = EsmForMaskedLM(EsmConfig(vocab_size=64, pad_token_id=1, mask_token_id=2, **sizes)).eval()
+    assert not WordHead(model, causal=False).fits(batch_of())
+    assert model(**batch_of()).logits.shape[-1] == 64
+
+
 def trained(stage: int, by_chunks: bool) -> list[float]:
     """Losses of steps in a real engine."""
     import deepspeed
