@@ -59,7 +59,7 @@ def rank_processes(folder: Path) -> list[int]:
 def test_a_killed_rank_and_a_killed_driver_lose_and_repeat_nothing(
     tmp_path: Path, three_nodes: str, ranks: RankPools
 ) -> None:
-    job = {"zero_optimization": {"stage": 2}}
+    job = {"train": {**JOB["train"], "max_steps": 100}, "zero_optimization": {"stage": 2}}
     file, out, told = (
         sweep_file(tmp_path, job, vary={"leap.target": [0.5, 0.3]}, ranks=2),
         tmp_path / "out",
