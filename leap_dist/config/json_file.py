@@ -11,6 +11,7 @@ import math
 import os
 import stat
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,15 @@ def _refused(place: Path | str, problem: str, remedy: str) -> UserError:
     return UserError(f"{place}: damaged: {problem}; {remedy}" if remedy else f"{place}: {problem}")
 
 
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that stand there more than once, in the order in which they come."""
+    return [name for name, number in Counter(names).items() if number > 1]
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = sorted(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        twice = sorted(repeated(key for key, _ in pairs))
         raise Twice(f"the same key is given twice: {', '.join(map(shortened, twice[:MOST_NAMED]))}; keep one")
     return found
 

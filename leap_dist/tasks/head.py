@@ -107,9 +107,10 @@ class WordHead:
             logits = self.model(**{key: value for key, value in few.items() if key != "labels"}).logits.float()
             words = logits.argmax(-1)
             labels = torch.cat([words[:, :1], words[:, :-1]], dim=1) if self.causal else words
-            judged = self.judge({**few, "labels": labels})
-        except RuntimeError:  # what follows the head takes logits alone: ESM adds a bias of the vocabulary's size
-            return False
+            try:
+                judged = self.judge({**few, "labels": labels})
+            except RuntimeError:  # what follows the head takes logits alone: ESM adds a bias of the vocabulary's size
+                return False
         finally:
             self.model.train(training)
         own = -logits.log_softmax(-1).amax(-1)[:, : judged.shape[1]]

@@ -6,13 +6,13 @@ import csv
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from leap_dist.config.json_file import repeated
 from leap_dist.config.section import nearest
 from leap_dist.errors import UserError, own_words
 
@@ -248,7 +248,7 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Itera
                 if quoting == csv.QUOTE_NONE
                 else 'put "" around texts with commas, the first " right after the comma before it, or name the column'
             )
-            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+            if twice := [name for name in repeated(header) if name]:
                 raise UserError(
                     f'{file}: line {before}: more than one column is called "{twice[0]}"; give each a name of its own'
                 )
@@ -287,8 +287,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, in which each key stands once."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f'the key "{twice}" stands there more than once')
+        raise ValueError(f'the key "{repeated(key for key, _ in pairs)[0]}" stands there more than once')
     return row
 
 
