@@ -20,6 +20,7 @@ NOT_OURS = {
     "KMP_INIT_AT_FORK",
 }
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; tiny products wait for threads
 os.environ["DO_NOT_TRACK"] = "1"  # MLflow and the hub report usage over the network unless told not to
 
 
