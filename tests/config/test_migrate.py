@@ -342,6 +342,7 @@ def test_mistakes_of_the_call(tmp_path: Path) -> None:
         assert run.returncode == 2 and run.stderr.startswith("usage: ") and "--import-compression" in run.stderr
 
 
+@pytest.mark.slow
 def test_an_imported_job_runs_and_reaches_its_target(tmp_path: Path) -> None:
     sections = {"sparse_pruning": sparse(0.3, "attention.self", "intermediate.dense$", schedule_offset=3)}
     optimizer = {"type": "AdamW", "params": {"lr": 1e-3}}

@@ -55,15 +55,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"control": "paper"},
-        {"control": "paper", "lambda_max": 160.0},
-        {"rule": "movement"},
-        {"rule": "magnitude"},
-        {"score_init": "zero"},
-        {"score_init": "activation", "dense_fraction": 0.1},
+        pytest.param({}, id="projected"),
+        pytest.param({"control": "paper"}, id="paper", marks=pytest.mark.slow),
+        pytest.param({"control": "paper", "lambda_max": 160.0}, id="published-lambda", marks=pytest.mark.slow),
+        pytest.param({"rule": "movement"}, id="movement", marks=pytest.mark.slow),
+        pytest.param({"rule": "magnitude"}, id="magnitude", marks=pytest.mark.slow),
+        pytest.param({"score_init": "zero"}, id="zero-scores", marks=pytest.mark.slow),
+        pytest.param({"score_init": "activation", "dense_fraction": 0.1}, id="activation", marks=pytest.mark.slow),
     ],
-    ids=["projected", "paper", "published-lambda", "movement", "magnitude", "zero-scores", "activation"],
 )
 def test_equals_the_oracle(kind: str, changes: dict[str, Any]) -> None:
     config = leap(kind, STEPS, **changes)
