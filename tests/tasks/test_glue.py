@@ -377,6 +377,7 @@ def test_a_tokenizer_that_cannot_pad(files: Any, tokenizer: Any, monkeypatch: py
 # ------------------------------------------------------------------------------ real text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "sst2").is_dir(), reason="no SST-2: set LEAP_DATA to the folder of real data")
 def test_sst2_whole(tokenizer: Any) -> None:
     train, dev = str(DATA / "sst2" / "train.tsv"), str(DATA / "sst2" / "dev.tsv")

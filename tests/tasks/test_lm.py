@@ -293,6 +293,7 @@ def test_no_mask_token(texts: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPat
 # ------------------------------------------------------------------------------ real text
 
 
+@pytest.mark.slow
 def test_wikitext2_whole(data_dir: Path, tokenizer: Any, plain: Any) -> None:
     """Every word of the file is in a block."""
     file = data_dir / "wikitext2" / "wiki.test.raw.txt"

@@ -235,6 +235,7 @@ def test_a_file_that_is_not_there(squad: Any, tokenizer: Any) -> None:
 # ------------------------------------------------------------------------------ real text
 
 
+@pytest.mark.slow
 def test_gold_spans_are_found_in_the_official_data(data_dir: Path, tokenizer: Any) -> None:
     """Tokens that the labels point at, turned back into text, are the answers; SQuAD 1.1, first articles."""
     from transformers import PreTrainedTokenizerFast
