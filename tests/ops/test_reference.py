@@ -169,6 +169,7 @@ SELECTION = ["count_inside", "take_inside", "cut_"]
 @pytest.mark.parametrize("name", [*NAMES, *SELECTION, "expand_units_", "best_of_"])
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(ops, name), sample(name))
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"leap_dist::{name}", "CUDA")
 
 
 def test_a_backend_says_all_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
