@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leap_dist.checkpoint.checkpoints import Checkpoints
-    from leap_dist.models.pruned_folder import load_pruned
+    from leap_dist.models.adapters import hold_zeros
+    from leap_dist.models.pruned_folder import load_pruned, save_pruned
     from leap_dist.zero.calibration import calibrate
     from leap_dist.zero.engine import attach, finalize, host, initialize, release
     from leap_dist.zero.trainer import LeapCallback
@@ -16,10 +17,12 @@ __all__ = [
     "attach",
     "calibrate",
     "finalize",
+    "hold_zeros",
     "host",
     "initialize",
     "load_pruned",
     "release",
+    "save_pruned",
 ]
 
 _HOMES = {
@@ -28,10 +31,12 @@ _HOMES = {
     "attach": "leap_dist.zero.engine",
     "calibrate": "leap_dist.zero.calibration",
     "finalize": "leap_dist.zero.engine",
+    "hold_zeros": "leap_dist.models.adapters",
     "host": "leap_dist.zero.engine",
     "initialize": "leap_dist.zero.engine",
     "load_pruned": "leap_dist.models.pruned_folder",
     "release": "leap_dist.zero.engine",
+    "save_pruned": "leap_dist.models.pruned_folder",
 }
 
 

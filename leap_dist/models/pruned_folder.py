@@ -6,6 +6,7 @@ Where all layers lose alike and the architecture's config can say so, transforme
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 Kept = Mapping[str, Sequence[int]]
 """By structure name, the units that are left, ascending."""
+OF_ONE_EXPORT = ("card.json", "README.md")
+"""What an export says of the weights that were exported."""
 
 
 # ---------------------------------------------------------------------------------------------- saving
@@ -85,6 +88,30 @@ def save_shrunk(
         )
         write_pruned_json(partial, manifest)
     return manifest
+
+
+def save_pruned(model: PreTrainedModel, folder: Path, like: Path) -> None:
+    """Write a model that `load_pruned(like)` gave and that was trained since; `load_pruned(folder)` reads it.
+
+    Config, tokenizer and what was removed are those of `like`; an adapter is merged first. An older one in `folder` is
+    replaced. UserError if `like` is no pruned model, or the model has not the weights of one.
+    """
+    folder, like = Path(folder), Path(like)
+    if folder.exists() and (not (folder / NAME).is_file() or folder.samefile(like)):
+        raise UserError(f"{folder}: exists; give another folder, or that of an older pruned model other than {like}")
+    manifest = read_pruned_json(like)
+    if "peft" in type(model).__module__ or any(hasattr(module, "base_layer") for module in model.modules()):
+        raise UserError("model: got a model with adapters; allowed: what model.merge_and_unload() returns")
+    _check_shapes(like, model, check_files(like, manifest))
+    with staged(folder) as partial:
+        with quiet_transformers():
+            model.save_pretrained(partial, save_original_format=False)
+        for path in like.iterdir():
+            own = path.name in (NAME, *OF_ONE_EXPORT) or ".safetensors" in path.name
+            if path.is_file() and not own and not (partial / path.name).exists():
+                shutil.copy(path, partial)
+        files = {path.name: describe_file(path) for path in sorted(partial.glob("*.safetensors"))}
+        write_pruned_json(partial, manifest.model_copy(update={"files": files, "extra": {}}))
 
 
 def _kept_units(block: Block, kept: Kept) -> KeptUnits:

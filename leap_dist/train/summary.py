@@ -50,19 +50,23 @@ def ending(job: Job, certificate: Mapping[str, Any]) -> dict[str, float]:
 
 def print_summary(job: Job, certificate: Mapping[str, Any], output: Path) -> None:
     """The table at the end."""
-    primary = job.task.primary
     rows: list[dict[str, str | float]] = []
     for name, metrics in job.state.measured.items():
         pruned = name in ("pruned", "start")
         density = certificate["density"] if pruned else 1.0
         kept = certificate["kept"] if pruned else certificate["prunable"]
-        rows.append({"model": name, "density": density, "weights": kept, primary: metrics[primary]})
+        rows.append({"model": name, "density": density, "weights": kept, **shown(job.task.primary, metrics)})
     summary_table(rows, title=f"{job.task.name}, target density {certificate['target']}")
     if "note" in certificate:
         console().print(certificate["note"], markup=False, soft_wrap=True)
     if job.state.costs:
         console().print(_cost_line(job.state.costs), markup=False, soft_wrap=True)
     console().print(f"certificate and model: {output}", markup=False)
+
+
+def shown(primary: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the table has of a model's metrics: the main one, and beside a perplexity what tokenizers do not change."""
+    return {name: metrics[name] for name in (primary, "bits_per_byte") if name in metrics}
 
 
 def _cost_line(costs: list[dict[str, float]]) -> str:

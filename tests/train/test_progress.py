@@ -12,6 +12,7 @@ from leap_dist import console
 from leap_dist.console import summary_table
 from leap_dist.train import progress
 from leap_dist.train.progress import Progress
+from leap_dist.train.summary import shown
 
 FIELDS = {"loss": 0.41237, "R": 0.5, "target": 0.05, "density": 0.51, "lambda": 10.0, "units": 12}
 
@@ -115,3 +116,9 @@ def test_summary_table(capsys: pytest.CaptureFixture[str]) -> None:
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
     assert ["dense", "0.9123", "1000", ""] in cells
     assert ["pruned [0.1]", "0.9", "", "0.1"] in cells
+
+
+def test_the_table_has_bits_per_byte_beside_a_perplexity() -> None:
+    measured = {"perplexity": 45.5, "bits_per_byte": 1.3, "accuracy": 0.4, "loss": 3.8}
+    assert shown("perplexity", measured) == {"perplexity": 45.5, "bits_per_byte": 1.3}
+    assert shown("accuracy", {"accuracy": 0.9, "loss": 0.1}) == {"accuracy": 0.9}
