@@ -35,7 +35,7 @@ def hold_zeros(model: PeftModel) -> int:
             f"model: got {type(model).__name__}; allowed: a PEFT model with its adapters, as get_peft_model and "
             "PeftModel.from_pretrained give it"
         )
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     zeros = {name: _num_zeros(layer.get_base_layer()) for name, layer in layers.items()}
     held = {name: layer for name, layer in layers.items() if zeros[name]}
     for name, layer in held.items():
