@@ -1,5 +1,7 @@
 """Export a finished run: python launch/export.py RUN --to hf,shrunk,onnx,mask,semi_structured [--output DIR]
 
+With --vocabulary TEXT it keeps the tokens that the texts use, also of a model that no run pruned.
+
 Exit codes: 0 done; 2 a mistake in the command line, or no finished run in the folder; 1 a fault.
 """
 
@@ -17,7 +19,9 @@ def parse_arguments() -> argparse.Namespace:
         description="Export a pruned model, each kind in a folder of its own with a card of its size and speed.",
         epilog="Exit codes: 0 done; 2 a mistake in the command line, or no finished run in the folder; 1 a fault.",
     )
-    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of a finished run of launch/prune.py")
+    parser.add_argument(
+        "run", type=user_path, metavar="RUN", help="folder of a finished run of launch/prune.py, or of a model"
+    )
     parser.add_argument(
         "--to",
         required=True,
@@ -25,6 +29,14 @@ def parse_arguments() -> argparse.Namespace:
         help="one or more of hf, shrunk, onnx, mask, semi_structured, with commas",
     )
     parser.add_argument("--output", type=user_path, metavar="DIR", help="folder for the exports (default: RUN/export)")
+    files = {"type": user_path, "nargs": "+", "metavar": "TEXT"}
+    parser.add_argument(
+        "--vocabulary", **files, help="keep the tokens that these files use, and special and byte tokens"
+    )
+    parser.add_argument(
+        "--vocabulary-size", type=int, metavar="N", help="keep at most N tokens, the most frequent ones"
+    )
+    parser.add_argument("--held-out", **files, help="files whose tokens are counted before and after")
     parser.add_argument("--threads", type=int, metavar="N", help="number of threads for measuring latencies")
     parser.add_argument("--no-latency", action="store_true", help="do not measure latencies")
     return parsed(parser)
@@ -38,22 +50,27 @@ def main() -> int:
 
         from leap_dist.console import console, summary_table
         from leap_dist.export.kinds import export_run, parse_kinds
-        from leap_dist.run_folder import EXPORTS, read_run
+        from leap_dist.export.vocabulary import Wanted
+        from leap_dist.run_folder import EXPORTS, read_run_or_model
         from leap_dist.tracking.report import write_report
 
         kinds = parse_kinds(arguments.to)
         threads = torch.get_num_threads() if arguments.threads is None else arguments.threads
         if threads < 1:
             raise UserError(f"--threads: got {threads}; allowed: an integer >= 1")
-        run = read_run(arguments.run)
+        for option in ("vocabulary_size", "held_out"):
+            if getattr(arguments, option) is not None and not arguments.vocabulary:
+                raise UserError(f"--{option.replace('_', '-')}: needs --vocabulary TEXT, the texts whose tokens stay")
+        run = read_run_or_model(arguments.run)
+        wanted = Wanted(arguments.vocabulary, arguments.vocabulary_size, arguments.held_out or ())
         output = arguments.output or arguments.run / EXPORTS
         cards = []
-        for card in export_run(run, kinds, output, threads, not arguments.no_latency):
+        for card in export_run(run, kinds, output, threads, not arguments.no_latency, wanted if wanted.texts else None):
             console().print(f"{card.kind}: {output / card.kind}", markup=False, soft_wrap=True)
             cards.append(card)
         title = f"density {run.certificate.density:.4g}, dense → exported, {threads} thread{'s' * (threads > 1)}"
         summary_table([card.row() for card in cards], title=title)
-        if arguments.output is None:
+        if arguments.output is None and not run.plain:
             write_report(arguments.run)  # the run's page shows its exports
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

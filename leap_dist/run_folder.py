@@ -86,18 +86,19 @@ class Run:
     """A finished run whose weights are those that its certificate was counted from.
 
     sealed: whether the certificate holds a digest of its own content; those of older versions hold none, and of them
-    only what can be counted from the weights was checked.
+    only what can be counted from the weights was checked. plain: `folder` is a model that no run pruned.
     """
 
     folder: Path
     job: dict[str, Any]
     certificate: Certificate
     sealed: bool = True
+    plain: bool = False
 
     @property
     def model(self) -> Path:
         """The Hugging Face folder of the pruned model, removed weights at zero."""
-        return self.folder / MODEL
+        return self.folder if self.plain else self.folder / MODEL
 
     @property
     def family(self) -> FamilyConfig | None:
@@ -124,6 +125,30 @@ def read_run(folder: Path) -> Run:
     _check_weights(folder, certificate)
     sealed_itself = SEAL in _json(folder / CERTIFICATE)
     return Run(folder, job, certificate, sealed_itself)
+
+
+def read_run_or_model(folder: Path) -> Run:
+    """As read_run; a Hugging Face folder is a run that pruned nothing."""
+    is_model = (folder / RESOLVED).is_file() and "architectures" in read_json(folder / RESOLVED)
+    return _read_plain(folder) if is_model and job_in(folder) is None else read_run(folder)
+
+
+def _read_plain(folder: Path) -> Run:
+    from safetensors import SafetensorError
+
+    from leap_dist.core.counting import Counter
+
+    counter = Counter([])
+    try:
+        with ExportedWeights(folder) as weights:
+            for name in weights.names():
+                counter.add(name, weights.read(name), None)
+    except (RuntimeError, SafetensorError, OSError, ValueError, LookupError) as error:
+        raise UserError(f"{folder}: the weights cannot be read: {str(error).removeprefix(f'{folder}: ')}") from error
+    digests = {key: value for key, value in counter.result().items() if key.endswith("sha256")}
+    nothing = {"kept": 0, "prunable": 0, "metrics": {}, "gates": [], "tensors": {}, "versions": {}}
+    certificate = Certificate(target=1.0, density=1.0, unit=1, seed=0, **nothing, **digests)
+    return Run(folder, {"model": {"name": str(folder)}}, certificate, plain=True)
 
 
 def job_in(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.export.flops import Flops
+from leap_dist.export.vocabulary import Vocabulary
 from leap_dist.run_folder import CARD, sealed
 
 README = "README.md"
@@ -60,6 +61,8 @@ class Card:
     machine: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     """The hub id of the model that the run started from, if it has one."""
+    vocabulary: Vocabulary | None = None
+    """What was kept of the tokens, where the vocabulary was cut."""
 
     def write(self, folder: Path) -> None:
         """card.json and README.md."""
@@ -68,8 +71,9 @@ class Card:
 
     def page(self) -> str:
         """The card as Markdown, under what the hub reads of it."""
-        lines = [*self._hub_lines(), f"# {self.kind}: {TITLES[self.kind]}", ""]
-        lines += [f"Pruned to a density of {self.density:.4f} (target {self.target:g}) of the prunable weights.", ""]
+        title = TITLES[self.kind] if self.target < 1 else "model that no run pruned"
+        pruned = f"Pruned to a density of {self.density:.4f} (target {self.target:g}) of the prunable weights."
+        lines = [*self._hub_lines(), f"# {self.kind}: {title}", "", *([pruned, ""] if self.target < 1 else [])]
         lines += ["| | dense | this export | ratio |", "|---|---|---|---|", *map(_row, self._measures()), ""]
         lines += [f"- {note}" for note in self._notes()]
         return "\n".join(lines) + "\n"
@@ -77,6 +81,8 @@ class Card:
     def row(self) -> dict[str, str | float]:
         """The card as a line of the table that a launcher prints."""
         cells: dict[str, str | float] = {"export": self.kind, "weights MB": _change(self.bytes, 1e-6)}
+        if self.vocabulary:
+            cells["tokens"] = _change(Pair(self.vocabulary.before, self.vocabulary.after), 1)
         cells["parameters"] = _change(self.parameters, 1) if self.parameters else ""
         if self.flops_before and self.flops_after:
             cells["MFLOPs/token"] = _change(Pair(self.flops_before.total, self.flops_after.total), 1e-6)

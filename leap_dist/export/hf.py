@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -83,15 +83,15 @@ def _refuse_foreign(folder: Path) -> None:
         raise UserError(f"{folder}: exists and holds no exported model; remove it, or choose another folder")
 
 
-def load_exported(folder: Path) -> PreTrainedModel:
-    """The model in a Hugging Face folder, with the class that its config names; fp32, on the CPU, for inference."""
+def load_exported(folder: Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
+    """The model in a Hugging Face folder, with the class that its config names, on the CPU, for inference."""
     import transformers
 
     with others_code(f"{folder}: its model", RESTORE), quiet_transformers():
         refuse_kernels(folder)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model_class = getattr(transformers, config.architectures[0])
-        return model_class.from_pretrained(folder, dtype=torch.float32).eval()
+        return model_class.from_pretrained(folder, dtype=dtype).eval()
 
 
 def load_exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

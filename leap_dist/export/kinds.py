@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from leap_dist.errors import UserError
@@ -21,6 +23,7 @@ from leap_dist.export.semi_structured import check_semi_structured, write_marker
 from leap_dist.export.shrunk import Models, compared_sizes, largest_difference
 from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
 from leap_dist.export.time_left import TimeLeft
+from leap_dist.export.vocabulary import TEXT, Vocabulary, Wanted, cut_vocabulary
 from leap_dist.files import staged
 from leap_dist.machine import machine
 from leap_dist.models.outputs import example_inputs
@@ -61,11 +64,18 @@ def parse_kinds(text: str) -> list[str]:
     return kinds
 
 
-def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int, latency: bool = True) -> Iterator[Card]:
+def export_run(
+    run: Run,
+    kinds: Sequence[str],
+    output: Path,
+    threads: int,
+    latency: bool = True,
+    wanted: Wanted | None = None,
+) -> Iterator[Card]:
     """Write `output`/<kind> for every kind, and yield its card when it is there under its name.
 
-    Latencies are measured, if asked for, on `threads` threads. UserError, with nothing written, for what the user has
-    to mend.
+    Latencies are measured, if asked for, on `threads` threads. wanted: the tokens that every export keeps; None: all.
+    UserError, with nothing written, for what the user has to mend.
     """
     for kind in kinds:
         refuse_foreign(output / kind)
@@ -73,28 +83,49 @@ def export_run(run: Run, kinds: Sequence[str], output: Path, threads: int, laten
         onnx.require_libraries("--to onnx")
     if "semi_structured" in kinds:
         check_semi_structured(run)
-    models = Models(run)
-    timed = [kind for kind in kinds if latency and kind != "mask"]
-    measured = [
-        (_latency_work(models.length, batch), 2.0 * models.length * batch, LONGEST) for batch in BATCHES for _ in timed
-    ]
-    progress = TimeLeft(sum(_work(kind, models) for kind in kinds), measured)
-    models.say = progress.begin
-    for kind in kinds:
-        progress.of = kind
-        with staged(output / kind) as folder, torch_threads(threads):
-            card = _card(kind, models, KINDS[kind](models, folder, threads), folder, threads, latency)
-            card.write(folder)
-        yield card
+    if "mask" in kinds and (wanted or run.plain):
+        raise UserError(f"--to mask: not of a model that no run pruned, and not with {TEXT}; export the masks of a run")
+    with _vocabulary(run, output, wanted) as (folder, vocabulary):
+        models = Models(run, folder=folder)
+        timed = [kind for kind in kinds if latency and kind != "mask"]
+        measured = [
+            (_latency_work(models.length, batch), 2.0 * models.length * batch, LONGEST)
+            for batch in BATCHES
+            for _ in timed
+        ]
+        progress = TimeLeft(sum(_work(kind, models) for kind in kinds), measured)
+        models.say = progress.begin
+        for kind in kinds:
+            progress.of = kind
+            with staged(output / kind) as folder, torch_threads(threads):
+                exported = KINDS[kind](models, folder, threads)
+                card = _card(kind, models, exported, folder, threads, latency, vocabulary)
+                card.write(folder)
+            yield card
+
+
+@contextmanager
+def _vocabulary(run: Run, output: Path, wanted: Wanted | None) -> Iterator[tuple[Path, Vocabulary | None]]:
+    """The run's model with the tokens that are wanted, in a folder that is there for the block; else its own."""
+    if wanted is None:
+        yield run.model, None
+        return
+    with TemporaryDirectory(prefix=".vocabulary.", dir=_place(output)) as folder:
+        yield Path(folder, "model"), cut_vocabulary(run.model, Path(folder, "model"), wanted)
 
 
 def refuse_foreign(folder: Path) -> None:
     """UserError if an export cannot go to `folder`: something stands there that is no export."""
     if folder.exists() and not (folder / CARD).is_file():
         raise UserError(f"--output: {folder} exists and is not an export; remove it, or choose another folder")
-    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    place = _place(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"--output: {folder} cannot be made: {place} is not a folder that can be written to")
+
+
+def _place(folder: Path) -> Path:
+    """The nearest folder above one that may not be there yet."""
+    return next(parent for parent in folder.absolute().parents if parent.exists())
 
 
 def _work(kind: str, models: Models) -> float:
@@ -112,12 +143,18 @@ def _latency_work(length: int, batch: int) -> float:
 # ---------------------------------------------------------------------------------------------- what is written
 
 
+def _not_the_model(place: str, names: list[str]) -> list[str]:
+    """Of a model's folder: what lies in it besides, such as its exports."""
+    return [name for name in names if Path(place, name).is_dir()]
+
+
 def _hf(models: Models, folder: Path, threads: int) -> Exported:
-    shutil.copytree(models.run.model, folder)
+    shutil.copytree(models.folder, folder, ignore=_not_the_model)
     model = load_exported(folder)
     found = largest_difference(models.masked, model, models.say)
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
-    notes = [f"A stock Hugging Face folder with the run's weights, byte for byte; {nonzero:,} parameters are not zero."]
+    same = "the model's weights" if models.cut else "the run's weights, byte for byte"
+    notes = [f"A stock Hugging Face folder with {same}; {nonzero:,} parameters are not zero."]
     if "expert" in models.run.granularities:
         notes.append(
             "Experts were removed: stock AutoModel would still route tokens to them, and compute something else than "
@@ -141,7 +178,7 @@ def _onnx(models: Models, folder: Path, threads: int) -> Exported:
     model, path = models.shrunk, folder / onnx.FILE
     found = onnx.save_onnx(model, path, models.length)
     model.config.save_pretrained(folder)
-    if (tokenizer := load_exported_tokenizer(models.run.model)) is not None:
+    if (tokenizer := load_exported_tokenizer(models.folder)) is not None:
         tokenizer.save_pretrained(folder)
     notes = [
         f"Inputs: {', '.join(onnx.model_inputs(model, 1, 1))}, int64 (batch, length), both free. Output: logits.",
@@ -167,7 +204,7 @@ def _mask(models: Models, folder: Path, threads: int) -> Exported:
 
 def _semi_structured(models: Models, folder: Path, threads: int) -> Exported:
     names = check_semi_structured(models.run)
-    shutil.copytree(models.run.model, folder)
+    shutil.copytree(models.folder, folder, ignore=_not_the_model)
     write_marker(folder, names)
     notes = [
         f"{len(names)} matrices are 2:4 sparse along their input dimension.",
@@ -189,7 +226,15 @@ KINDS: dict[str, Callable[[Models, Path, int], Exported]] = {
 # ---------------------------------------------------------------------------------------------- the card
 
 
-def _card(kind: str, models: Models, exported: Exported, folder: Path, threads: int, latency: bool) -> Card:
+def _card(
+    kind: str,
+    models: Models,
+    exported: Exported,
+    folder: Path,
+    threads: int,
+    latency: bool,
+    vocabulary: Vocabulary | None,
+) -> Card:
     certificate, model = models.run.certificate, exported.model
     inputs = example_inputs(models.masked, 1, models.length)
     if model:
@@ -202,12 +247,19 @@ def _card(kind: str, models: Models, exported: Exported, folder: Path, threads: 
         density=certificate.density,
         metrics=certificate.metrics,
         bytes=Pair(weight_bytes(models.run.model), weight_bytes(folder)),
-        parameters=Pair(_num_parameters(models.masked), _num_parameters(model)) if model else None,
+        parameters=Pair(_num_parameters(models.dense), _num_parameters(model)) if model else None,
         flops_before=count_flops(models.dense, inputs) if model else None,
         flops_after=count_flops(model, inputs) if model else None,
         latency=times,
         logit_difference=exported.difference,
-        notes=[*exported.notes, *blocks, *left_out, *([] if models.run.sealed else [UNSEALED])],
+        notes=[
+            *exported.notes,
+            *(vocabulary.notes() if vocabulary else []),
+            *blocks,
+            *left_out,
+            *([] if models.run.sealed else [UNSEALED]),
+        ],
+        vocabulary=vocabulary,
         masks_sha256=certificate.masks_sha256,
         weights_sha256=certificate.weights_sha256,
         machine=machine(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -36,30 +35,34 @@ def silent(text: str, work: float) -> None:
 class Models:
     """A run's models in fp32 on the CPU, each built when it is first asked for."""
 
-    def __init__(self, run: Run, say: Say = silent) -> None:
-        """`say`: what is called before a step that may take long, with its text and its work in tokens."""
-        self.run, self.say = run, say
+    def __init__(self, run: Run, say: Say = silent, folder: Path | None = None) -> None:
+        """`say`: what is called before a step that may take long, with its text and its work in tokens.
+
+        folder: the run's model with fewer tokens, where its vocabulary was cut.
+        """
+        self.run, self.say, self.folder, self.cut = run, say, folder or run.model, folder not in (None, run.model)
         self.kept: dict[str, list[int]] = {}
         self.difference = 0.0
 
     @cached_property
     def masked(self) -> PreTrainedModel:
         """The exported weights with their zeros, routing as it was trained."""
-        model = load_exported(self.run.model)
+        model = load_exported(self.folder)
         route_among_kept(model, self.run.family)
         return model
 
     @cached_property
     def dense(self) -> PreTrainedModel:
         """The original architecture with every weight there, at random: only its time is of interest."""
+        config = type(self.masked.config).from_pretrained(self.run.model)
         with torch.random.fork_rng(devices=[]):
-            return type(self.masked)(copy.deepcopy(self.masked.config)).eval()
+            return type(self.masked)(config).eval()
 
     @cached_property
     def shrunk(self) -> PreTrainedModel:
         """The model without its dead units. RuntimeError if it does not compute what the masked one does."""
         self.say("removing units", 0.0)
-        model = load_exported(self.run.model)
+        model = load_exported(self.folder)
         self.kept = shrink_(model, self.run.family)
         self._check(model)
         return model
@@ -76,7 +79,7 @@ class Models:
         """
         model = self.shrunk
         self.say("writing the model, and reading it again", 0.0)
-        tokenizer = load_exported_tokenizer(self.run.model)
+        tokenizer = load_exported_tokenizer(self.folder)
         extra = {"certificate": self.run.digest}
         manifest = save_shrunk(model, self.kept, folder, tokenizer, self.run.family, extra)
         self._check(load_pruned(folder))

@@ -42,18 +42,25 @@ def example_inputs(model: PreTrainedModel, batch: int = 2, length: int = 8) -> d
 
 def logit_difference(masked: nn.Module, shrunk: nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
     """max |a - b| / max |a| over the logits, or over the last hidden states of a model without a head."""
-    expected, received = _result(masked, inputs).double(), _result(shrunk, inputs).double()
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((expected - received).abs().max() / scale)
+    return relative_difference(result_of(masked, inputs), result_of(shrunk, inputs))
 
 
-def _result(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def relative_difference(expected: torch.Tensor, received: torch.Tensor) -> float:
+    """max |a - b| / max |a|."""
+    scale = expected.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((expected.double() - received.double()).abs().max() / scale)
+
+
+def result_of(model: nn.Module, inputs: Mapping[str, torch.Tensor], words: torch.Tensor | None = None) -> torch.Tensor:
+    """All that is compared of an answer, flat; of the logits of a language model only those of the tokens `words`."""
     training = model.training
     model.eval()
     with torch.no_grad():
         output = model(**inputs)
     model.train(training)
-    found = [output[key].flatten() for key in OUTPUTS if key in output]
+    found = {key: output[key] for key in OUTPUTS if key in output}
     if not found:
         raise UserError(f"{type(model).__name__}: gives none of {', '.join(OUTPUTS)}; got {', '.join(output)}")
-    return torch.cat(found)
+    if words is not None:
+        found["logits"] = found["logits"].index_select(-1, words)
+    return torch.cat([value.flatten() for value in found.values()])

@@ -82,7 +82,7 @@ def _tokenised(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """(tokens, bytes of each, whether its document ends here) of every piece."""
-    for batch in _batches(documents):
+    for batch in batches(documents):
         encoded = tokenizer(
             [piece for piece, _ in batch],
             add_special_tokens=False,
@@ -102,7 +102,7 @@ def _tokenised(
                 yield ids, np.diff(reached).astype(np.int32), last
 
 
-def _batches(documents: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
+def batches(documents: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
     """Pieces of documents, each with whether it is its document's last, about TOKENIZE_CHARACTERS at once."""
     batch: list[tuple[str, bool]] = []
     characters = 0

@@ -204,7 +204,7 @@ def _questions(data: DataConfig) -> tuple[list[Question], list[Question]]:
         ]
     else:
         files = (("data.train", data.train), ("data.validation", data.validation))
-        found = [(f"{key}: {file}", list(_official(key, Path(str(file)).expanduser()))) for key, file in files]
+        found = [(f"{key}: {file}", list(official_questions(key, Path(str(file)).expanduser()))) for key, file in files]
     for source, questions in found:
         _check(source, questions, data.task)
     return found[0][1], found[1][1]
@@ -223,7 +223,7 @@ def _hub_questions(rows: Any, source: str) -> Iterator[Question]:
             raise UserError(f'{source}: row {row}, column "answers": {problem}') from error
 
 
-def _official(key: str, file: Path) -> Iterator[Question]:
+def official_questions(key: str, file: Path) -> Iterator[Question]:
     """The questions of a JSON file as SQuAD publishes them; `key` is the setting that names it."""
     with reading(key, file):
         content = json.loads(file.read_text("utf-8-sig"))

@@ -162,6 +162,12 @@ def read_text(key: str, file: Path) -> str:
 
 def read_cells(key: str, file: Path, columns: Sequence[tuple[str, str]]) -> Iterator[tuple[int, list[Any]]]:
     """Line number and cells of every row, none of them null; columns: (setting, column) of each."""
+    for line, row in read_rows(key, file):
+        yield line, [_cell(file, line, row, *column) for column in columns]
+
+
+def read_rows(key: str, file: Path) -> Iterator[Row]:
+    """Every row with its line number; `key` is the setting that names the file."""
     with reading(key, file):
         reader = _READERS.get(file.suffix.lower())
         if reader is None:
@@ -169,7 +175,7 @@ def read_cells(key: str, file: Path, columns: Sequence[tuple[str, str]]) -> Iter
         empty = True
         for line, row in reader(file):
             empty = False
-            yield line, [_cell(file, line, row, *column) for column in columns]
+            yield line, row
         if empty:
             raise UserError(f"{key}: {file}: no examples in it")
 

@@ -70,6 +70,11 @@ def test_exports_go_to_the_run_by_default(run: Path, monkeypatch: pytest.MonkeyP
     [
         (["--to", "msak"], 'error: --to: got "msak"; allowed: hf, shrunk, onnx, mask, semi_structured; did you mean'),
         (["--to", "hf", "--threads", "0"], "error: --threads: got 0; allowed: an integer >= 1"),
+        (
+            ["--to", "hf", "--vocabulary-size", "0"],
+            "error: --vocabulary-size: needs --vocabulary TEXT, the texts whose",
+        ),
+        (["--to", "hf", "--held-out", "a.txt"], "error: --held-out: needs --vocabulary TEXT, the texts whose tokens"),
         (["--to", "semi_structured"], "error: --to semi_structured: the model is not 2:4 sparse"),
     ],
 )
