@@ -29,14 +29,12 @@ def parse_arguments() -> argparse.Namespace:
         help="one or more of hf, shrunk, onnx, mask, semi_structured, with commas",
     )
     parser.add_argument("--output", type=user_path, metavar="DIR", help="folder for the exports (default: RUN/export)")
-    files = {"type": user_path, "nargs": "+", "metavar": "TEXT"}
-    parser.add_argument(
-        "--vocabulary", **files, help="keep the tokens that these files use, and special and byte tokens"
-    )
-    parser.add_argument(
-        "--vocabulary-size", type=int, metavar="N", help="keep at most N tokens, the most frequent ones"
-    )
-    parser.add_argument("--held-out", **files, help="files whose tokens are counted before and after")
+    for name, text in (
+        ("--vocabulary", "keep the tokens that these files use, and special and byte tokens"),
+        ("--held-out", "with --vocabulary: files whose tokens are counted before and after"),
+    ):
+        parser.add_argument(name, type=user_path, nargs="+", metavar="TEXT", help=text)
+    parser.add_argument("--vocabulary-size", type=int, metavar="N", help="keep the N most frequent tokens at most")
     parser.add_argument("--threads", type=int, metavar="N", help="number of threads for measuring latencies")
     parser.add_argument("--no-latency", action="store_true", help="do not measure latencies")
     return parsed(parser)
