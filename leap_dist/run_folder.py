@@ -145,9 +145,8 @@ def _read_plain(folder: Path) -> Run:
                 counter.add(name, weights.read(name), None)
     except (RuntimeError, SafetensorError, OSError, ValueError, LookupError) as error:
         raise UserError(f"{folder}: the weights cannot be read: {str(error).removeprefix(f'{folder}: ')}") from error
-    digests = {key: value for key, value in counter.result().items() if key.endswith("sha256")}
-    nothing = {"kept": 0, "prunable": 0, "metrics": {}, "gates": [], "tensors": {}, "versions": {}}
-    certificate = Certificate(target=1.0, density=1.0, unit=1, seed=0, **nothing, **digests)
+    nothing = {"target": 1.0, "unit": 1, "metrics": {}, "seed": 0, "versions": {}}
+    certificate = Certificate.model_validate(counter.result() | nothing)
     return Run(folder, {"model": {"name": str(folder)}}, certificate, plain=True)
 
 

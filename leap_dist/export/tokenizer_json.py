@@ -56,9 +56,9 @@ class TokenizerJson:
     @cached_property
     def framing(self) -> set[int]:
         """What the tokenizer puts around texts."""
-        found: set[int] = set()
-        _renumbered(self.spec["post_processor"], lambda number: found.add(number) or number)
-        return found
+        found: list[int] = []
+        _renumbered(self.spec["post_processor"], found.append)
+        return set(found)
 
     @cached_property
     def bytes(self) -> set[int]:

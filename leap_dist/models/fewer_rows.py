@@ -23,11 +23,10 @@ NOT_RENUMBERED = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "seq
 
 def named_ids(model: PreTrainedModel) -> set[int]:
     """The ids that the model's configs name: beginning, end and padding of texts, images and so on."""
-    found: set[int] = set()
+    found: list[int] = []
     for settings in _configs(model):
-        needed = {key: value for key, value in settings.items() if key not in NOT_SAID}
-        _renumbered(needed, lambda number: found.add(number) or number)
-    return found
+        _renumbered({key: value for key, value in settings.items() if key not in NOT_SAID}, found.append)
+    return set(found)
 
 
 def with_rows(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
@@ -76,7 +75,7 @@ def _configs(model: PreTrainedModel) -> list[dict[str, Any]]:
     return found
 
 
-def _renumbered(settings: Mapping[Any, Any], number: Callable[[int], int | None]) -> dict[Any, Any]:
+def _renumbered(settings: Mapping[Any, Any], number: Callable[[int], Any]) -> dict[Any, Any]:
     """Settings whose token ids are what `number` makes of them; None, and out of a list, where that is None."""
     changed: dict[Any, Any] = {}
     for key, value in settings.items():
