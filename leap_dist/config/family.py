@@ -103,3 +103,14 @@ class FamilyConfig(Section):
     )
     shared: bool = Field(default=False, description="true or false")
     """One layer's weights are used at several depths: no block leaves as a whole."""
+    whole: Patterns = Field(default=(), description='module paths, or "re:<pattern>" for whole paths of layers')
+    """The layers that gate "depth" takes out, where `layers` are parts of them; empty: the same."""
+    adds: bool | str = Field(default=False, description="true, false, or the attribute of a layer that says so")
+    """A layer adds what its blocks give to what it is given, and changes nothing else: one whose blocks give nothing
+    can leave. False: a norm follows the sum."""
+    results: Names = Field(default=(), description="names of what a layer returns after the hidden states")
+    """An argument of that name is handed on by a layer that left; others are null."""
+    after_first: str | None = Field(default=None, description="a module beside the layers that follows the first one")
+    """Where it exists, the first layer stays."""
+    depth: Names = Field(default=("num_hidden_layers",), description="keys of the model's config for the layers")
+    """One for each list of layers, in the model's order."""

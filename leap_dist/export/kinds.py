@@ -20,7 +20,7 @@ from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import CALLS, LONGEST, Runner, keeps_logits, medians, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
-from leap_dist.export.shrunk import Models, compared_sizes, largest_difference
+from leap_dist.export.shrunk import SHRUNK_TOLERANCE, Models, compared_sizes, largest_difference
 from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
 from leap_dist.export.time_left import TimeLeft
 from leap_dist.export.vocabulary import TEXT, Vocabulary, Wanted, cut_vocabulary
@@ -155,17 +155,22 @@ def _hf(models: Models, folder: Path, threads: int) -> Exported:
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
     same = "the model's weights" if models.cut else "the run's weights, byte for byte"
     notes = [f"A stock Hugging Face folder with {same}; {nonzero:,} parameters are not zero."]
-    if "expert" in models.run.granularities:
-        notes.append(
-            "Experts were removed: stock AutoModel would still route tokens to them, and compute something else than "
-            f"the run measured: its logits differ by {found:.2g} of the largest. Serve the `shrunk` export."
-        )
+    why = {
+        "expert": "Experts were removed: stock AutoModel would still route tokens to them",
+        "depth": "Layers were removed: stock AutoModel would still compute their norms",
+    }
+    notes += [
+        f"{why[kind]}, and compute something else than the run measured: its logits differ by {found:.2g} of the "
+        "largest. Serve the `shrunk` export."
+        for kind in models.run.granularities
+        if kind in why and (kind == "expert" or found > SHRUNK_TOLERANCE)
+    ]
     return Exported(notes, model, torch_runner(model, last=True), difference=found)
 
 
 def _shrunk(models: Models, folder: Path, threads: int) -> Exported:
     stock, model = models.save_shrunk(folder), models.shrunk
-    also = "transformers alone loads it too" if stock else "stock AutoModel cannot: its layers differ in width"
+    also = "transformers alone loads it too" if stock else "stock AutoModel cannot: no config of transformers says it"
     notes = [
         f"Load with `leap_dist.load_pruned(folder)`; {also}.",
         f"Its logits differ from the masked model's by {models.difference:.2g} of the largest (random inputs, fp32).",

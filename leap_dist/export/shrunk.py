@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import keeps_logits
+from leap_dist.models.kept import compute_among_kept
 from leap_dist.models.outputs import example_inputs, logit_difference
 from leap_dist.models.pruned_folder import load_pruned, save_shrunk
-from leap_dist.models.routing import route_among_kept
 from leap_dist.models.shrink import shrink_
 from leap_dist.run_folder import Run
 
@@ -46,9 +46,9 @@ class Models:
 
     @cached_property
     def masked(self) -> PreTrainedModel:
-        """The exported weights with their zeros, routing as it was trained."""
+        """The exported weights with their zeros, computing as it was trained."""
         model = load_exported(self.folder)
-        route_among_kept(model, self.run.family)
+        compute_among_kept(model, {"expert", *self.run.granularities}, self.run.family)
         return model
 
     @cached_property

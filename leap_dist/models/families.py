@@ -161,6 +161,7 @@ DEBERTA = FamilyConfig(
         ),
     ),
     ffn=(BERT_FFN,),
+    results=("attention",),
 )
 DEBERTA_V2 = FamilyConfig(
     layers=BERT.layers,
@@ -173,6 +174,8 @@ DEBERTA_V2 = FamilyConfig(
         ),
     ),
     ffn=(BERT_FFN,),
+    results=("attention",),
+    after_first="conv",
 )
 ALBERT = FamilyConfig(
     layers=(r"re:(.+\.)?albert_layers\.\d+",),
@@ -192,11 +195,13 @@ GPT2 = FamilyConfig(
         ),
     ),
     ffn=(FfnFamily(module="mlp", up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act", config=("n_inner",)),),
+    adds=True,
 )
 OPT = FamilyConfig(
     layers=(r"re:(.+\.)?decoder\.layers\.\d+",),
     attention=(_llama(output="self_attn.out_proj", resize=("self_attn.num_heads",), config=(), config_head_size=None),),
     ffn=(FfnFamily(up="fc1", down="fc2", activation="activation_fn", config=("ffn_dim",)),),
+    adds="do_layer_norm_before",
 )
 LLAMA_FFN = FfnFamily(
     module="mlp",
@@ -207,7 +212,7 @@ LLAMA_FFN = FfnFamily(
     resize=("mlp.intermediate_size",),
     config=("intermediate_size",),
 )
-LLAMA = FamilyConfig(layers=(r"re:(.+\.)?layers\.\d+",), attention=(_llama(),), ffn=(LLAMA_FFN,))
+LLAMA = FamilyConfig(layers=(r"re:(.+\.)?layers\.\d+",), attention=(_llama(),), ffn=(LLAMA_FFN,), adds=True)
 PHI3 = FamilyConfig(
     layers=LLAMA.layers,
     attention=(
@@ -228,6 +233,7 @@ PHI3 = FamilyConfig(
             config=("intermediate_size",),
         ),
     ),
+    adds=True,
 )
 EXPERTS = ExpertsFamily(
     module="mlp",
@@ -242,8 +248,9 @@ MIXTRAL = FamilyConfig(
     layers=LLAMA.layers,
     attention=(_llama(),),
     experts=(EXPERTS.model_copy(update={"top_k": ("mlp.gate.top_k", "mlp.top_k")}),),
+    adds=True,
 )
-QWEN3_MOE = FamilyConfig(layers=LLAMA.layers, attention=(_llama(),), ffn=(LLAMA_FFN,), experts=(EXPERTS,))
+QWEN3_MOE = LLAMA.model_copy(update={"experts": (EXPERTS,)})
 T5 = FamilyConfig(
     layers=(r"re:(.+\.)?block\.\d+\.layer\.\d+",),
     attention=(
@@ -267,6 +274,10 @@ T5 = FamilyConfig(
             config=("d_ff",),
         ),
     ),
+    whole=(r"re:(.+\.)?block\.\d+",),
+    adds=True,
+    results=("position_bias", "encoder_decoder_position_bias"),
+    depth=("num_layers", "num_decoder_layers"),
 )
 VIT = FamilyConfig(
     layers=(r"re:(.+\.)?layers\.\d+",),
@@ -292,6 +303,7 @@ VIT = FamilyConfig(
             config=("intermediate_size",),
         ),
     ),
+    adds=True,
 )
 
 FAMILIES: dict[str, FamilyConfig] = {

@@ -16,11 +16,12 @@ from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_structures, find_sublayers, tensor_shapes
 from leap_dist.models.families import computed_weights, prunable_matrices
 from leap_dist.models.mask_files import read_masks
+from leap_dist.models.stacks import find_stacks
 from leap_dist.models.structures import Structure, UnitRun
 from leap_dist.models.views import Owners
 from leap_dist.ops.slices import Slice
 
-STRUCTURED = ("head", "neuron", "expert", "layer")
+STRUCTURED = ("head", "neuron", "expert", "layer", "depth")
 Shape = tuple[int, ...]
 
 
@@ -129,6 +130,8 @@ class _Maker:
     def structured(self, key: str, entry: GateConfig) -> list[Gate]:
         """Gates whose units cover runs of several tensors."""
         kind = entry.granularity
+        if kind == "depth":
+            return self._depth(key, entry)
         find = find_sublayers if kind == "layer" else find_structures
         found = [s for s in find(self.model, self.family) if s.kind == kind]
         if not found:
@@ -140,9 +143,38 @@ class _Maker:
             raise UserError(f"{key}: leap.include and leap.exclude leave no block with a {kind}; change them")
         return self._layer_gates(found) if kind == "layer" else [self._gate(s) for s in found]
 
+    def _depth(self, key: str, entry: GateConfig) -> list[Gate]:
+        """One gate for every list of layers; a unit is a layer with all its tensors."""
+        stacks = find_stacks(self.model, self.family)
+        if not any(stack.units for stack in stacks):
+            raise UserError(_nothing_of("depth", key, self.model, self.family))
+        layers = {
+            stack.layers[unit]: (stack, stack.tensors[unit])
+            for stack in stacks
+            for unit in stack.units
+            if self._taken({tensor for tensor, counted in stack.tensors[unit].items() if counted})
+            and stack.tensors[unit].keys() <= self.shapes.keys()
+        }
+        names = _of_entry(key, entry, list(layers), "layer")
+        if not names:
+            raise UserError(f"{key}: leap.include and leap.exclude leave no whole layer; change them")
+        gates = []
+        for stack in stacks:
+            chosen = [tensors for name, (of, tensors) in layers.items() if of is stack and name in names]
+            slices = [
+                replace(part_slice(UnitRun(t, 0, 0, self.shapes[t][0], counted), self.shapes[t], 1), first_unit=unit)
+                for unit, tensors in enumerate(chosen)
+                for t, counted in tensors.items()
+            ]
+            if slices:
+                gates.append(Gate(f"{stack.name}:depth", "depth", tuple(slices)))
+        return gates
+
     def _wanted(self, structure: Structure) -> bool:
         """Whether the tensors of a block are trained, included and not excluded."""
-        counted = {part.tensor for part in structure.parts if part.counted}
+        return self._taken({part.tensor for part in structure.parts if part.counted})
+
+    def _taken(self, counted: set[str]) -> bool:
         included = counted if self.included is None else set(self.included)
         return counted <= self.shapes.keys() and bool(counted & included) and not counted & self.dropped
 
@@ -190,8 +222,9 @@ def _of_entry(key: str, entry: GateConfig, names: list[str], what: str) -> list[
 
 def _nothing_of(kind: str, key: str, model: nn.Module, family: FamilyConfig | None) -> str:
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
-    structures = (*find_structures(model), *find_sublayers(model))
-    allowed = ", ".join(("element", "row", "column", "block:RxC", "n:m", *dict.fromkeys(s.kind for s in structures)))
+    kinds: list[str] = [s.kind for s in (*find_structures(model), *find_sublayers(model))]
+    kinds += ["depth"] * any(stack.units for stack in find_stacks(model))
+    allowed = ", ".join(("element", "row", "column", "block:RxC", "n:m", *dict.fromkeys(kinds)))
     return (
         f"{key}: got {kind!r}; {name} has none that is known here; allowed: {allowed}, "
         "or say where its blocks are in a family section"

@@ -9,17 +9,17 @@ import copy
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig
+from leap_dist.config.family import FamilyConfig
 from leap_dist.config.json_file import read_json
 from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
 from leap_dist.files import staged
-from leap_dist.models.blocks import find_blocks, is_anchored
+from leap_dist.models.blocks import is_anchored
 from leap_dist.models.load import cause, others_code, quiet_transformers, refuse_kernels
 from leap_dist.models.pruned_json import (
     NAME,
@@ -30,14 +30,13 @@ from leap_dist.models.pruned_json import (
     read_pruned_json,
     write_pruned_json,
 )
-from leap_dist.models.removal import remove_units_
-from leap_dist.models.structures import Block
+from leap_dist.models.removal import remove_
+from leap_dist.models.stacks import Parts, Renumbered, find_parts
+from leap_dist.models.stock import Kept, per_layer_config, shapes_of, stock_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Kept = Mapping[str, Sequence[int]]
-"""By structure name, the units that are left, ascending."""
 OF_ONE_EXPORT = ("card.json", "README.md")
 """What an export says of the weights that were exported."""
 
@@ -63,27 +62,31 @@ def save_shrunk(
         raise UserError(f"{folder}: exists and holds no pruned model; remove it, or choose another folder")
     with torch.device("meta"):
         whole = type(model)(copy.deepcopy(model.config))
-    blocks = find_blocks(whole, family)
-    remove_units_(whole, blocks, {block.structure.name: kept.get(block.structure.name, ()) for block in blocks})
-    if _shapes(whole) != _shapes(model):
+    parts = find_parts(whole, family)
+    remove_(whole, parts, {block.structure.name: () for block in parts.blocks} | dict(kept))
+    if shapes_of(whole) != shapes_of(model):
         raise UserError(
             f"{folder}: {type(model).__name__} is not what its config describes less the units that left; "
             "give what shrink_ returned when it shrank the whole model"
         )
-    stock = _stock_config(model, blocks, kept)
+    with quiet_transformers():
+        stock = stock_model(model, parts, kept)
     with staged(folder) as partial:
         with quiet_transformers():
-            model.save_pretrained(partial, save_original_format=False)
-        (stock or model.config).save_pretrained(partial)
+            (stock or model).save_pretrained(partial, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         manifest = PrunedJson(
             model_class=type(model).__name__,
             stock=stock is not None,
-            structures=tuple(_kept_units(block, kept) for block in blocks),
+            structures=tuple(
+                KeptUnits(name=name, kind=kind, num_units=num_units, kept=tuple(kept[name]))
+                for name, (kind, num_units) in _kinds(parts).items()
+                if name in kept
+            ),
             family=family,
             files={path.name: describe_file(path) for path in sorted(partial.glob("*.safetensors"))},
-            per_layer_config={} if stock else _per_layer_config(model.config, blocks, kept),
+            per_layer_config={} if stock else per_layer_config(model.config, parts, kept),
             extra=dict(extra or {}),
         )
         write_pruned_json(partial, manifest)
@@ -114,69 +117,15 @@ def save_pruned(model: PreTrainedModel, folder: Path, like: Path) -> None:
         write_pruned_json(partial, manifest.model_copy(update={"files": files, "extra": {}}))
 
 
-def _kept_units(block: Block, kept: Kept) -> KeptUnits:
-    structure = block.structure
-    units = tuple(kept[structure.name])
-    assert structure.kind != "layer"
-    return KeptUnits(name=structure.name, kind=structure.kind, num_units=structure.num_units, kept=units)
-
-
-# ---------------------------------------------------------------------------------------------- configs
-
-
-def _config_values(config: PreTrainedConfig, block: Block, num_units: int) -> dict[str, int]:
-    """The keys of the config for a block with that many units, as far as its table knows any."""
-    structure, table = block.structure, block.table
-    if num_units == structure.num_units:
-        return {}
-    values = {}
-    for key in table.config:
-        whole = getattr(config, key, None) or structure.num_units
-        values[key] = whole // structure.num_units * num_units
-    if isinstance(table, AttentionFamily) and table.config_head_size is not None:
-        values[table.config_head_size] = block.silent[0][0].size  # the rows that make the values of one head
-    if isinstance(table, ExpertsFamily) and table.config_top_k is not None:
-        values[table.config_top_k] = min(getattr(config, table.config_top_k), num_units)
-    return values
-
-
-def _stock_config(model: PreTrainedModel, blocks: Sequence[Block], kept: Kept) -> PreTrainedConfig | None:
-    """A config that alone describes the shrunk model: one built from it has the same shapes. None if there is none."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    changes: dict[str, int] = {}
-    for block in blocks:
-        units = len(kept[block.structure.name])
-        if not units:
-            return None
-        changes |= _config_values(model.config, block, units)
-    candidate = copy.deepcopy(model.config)
-    for key, value in changes.items():
-        setattr(candidate, key, value)
-    try:
-        with torch.device("meta"):
-            built = type(model)(type(candidate).from_dict(candidate.to_dict()))
-    except (ValueError, TypeError, RuntimeError, StrictDataclassError):
-        return None
-    return candidate if _shapes(built) == _shapes(model) else None
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in model.state_dict().items()}
-
-
-def _per_layer_config(config: PreTrainedConfig, blocks: Sequence[Block], kept: Kept) -> dict[str, dict[str, int]]:
-    """What differs from the config in each layer; empty if some difference has no key, or layers are not one stack."""
-    found: dict[str, dict[str, int]] = {}
-    for block in blocks:
-        units = len(kept[block.structure.name])
-        values = _config_values(config, block, units)
-        if units < block.structure.num_units and not values:
-            return {}
-        found.setdefault(str(block.index), {}).update(values)
-    return (
-        {} if len(found) != config.num_hidden_layers else {layer: values for layer, values in found.items() if values}
-    )
+def _kinds(parts: Parts) -> dict[str, tuple[Literal["head", "neuron", "expert", "depth"], int]]:
+    """The kind and the number of units of everything that can leave, by name."""
+    found: dict[str, tuple[Literal["head", "neuron", "expert", "depth"], int]] = {}
+    for stack in parts.stacks:
+        found[stack.name] = "depth", len(stack.layers)
+    for block in parts.blocks:
+        assert block.structure.kind != "layer"
+        found[block.structure.name] = block.structure.kind, block.structure.num_units
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -209,10 +158,10 @@ def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrai
 
 def _shrink_as_stored_(folder: Path, manifest: PrunedJson, model: PreTrainedModel) -> None:
     """Remove the units that are not among those left, which are checked first."""
-    blocks = find_blocks(model, manifest.family)
-    kept = _kept_of(folder, manifest, model, blocks)
+    parts = find_parts(model, manifest.family)
+    kept = _kept_of(folder, manifest, model, parts)
     if not manifest.stock:
-        remove_units_(model, blocks, kept)
+        remove_(model, parts, kept)
 
 
 def _check_depth(folder: Path, files: Sequence[Path]) -> None:
@@ -278,24 +227,41 @@ def _build(folder: Path, manifest: PrunedJson, attn_implementation: str | None) 
         raise UserError(f"{folder / 'config.json'}: transformers refuses it: {cause(error)}") from error
 
 
-def _kept_of(folder: Path, manifest: PrunedJson, model: nn.Module, blocks: Sequence[Block]) -> Kept:
+def _kept_of(folder: Path, manifest: PrunedJson, model: nn.Module, parts: Parts) -> Kept:
     """The manifest's units, checked against the model that the config describes."""
     path, modules = folder / NAME, dict(model.named_modules())
-    stored = {entry.name: entry for entry in manifest.structures}
-    names = [block.structure.name for block in blocks]
+    stored, kinds = _stored(manifest), _kinds(parts)
     for name in stored:
-        if name not in names:
-            raise UserError(f"{path}: damaged: {name}: the model has no such structure{nearest(name, names)}")
-    for block in blocks:
-        name, num_units = block.structure.name, block.structure.num_units
+        if name not in kinds:
+            raise UserError(f"{path}: damaged: {name}: the model has no such structure{nearest(name, kinds)}")
+    for name, (kind, num_units) in kinds.items():
+        if name not in stored and kind == "depth":
+            continue  # no layer left
         if name not in stored:
             raise UserError(f"{path}: damaged: {name}: is missing from structures")
         described = len(stored[name].kept) if manifest.stock else stored[name].num_units
         if described != num_units:
             raise UserError(f"{path}: damaged: {name}: got {described} units; config.json gives it {num_units}")
-        if not stored[name].kept and is_anchored(block, modules):
-            raise UserError(f"{path}: damaged: {name}: must keep a unit: other layers need this block")
-    return {name: entry.kept for name, entry in stored.items()}
+    kept = {name: entry.kept for name, entry in stored.items()}
+    for stack in parts.stacks:
+        if manifest.stock or stack.name not in kept:
+            continue
+        if missing := next((unit for unit in stack.needed if unit not in kept[stack.name]), None):
+            raise UserError(f"{path}: damaged: {stack.name}: must keep layer {missing}: other layers need it")
+    for block in parts.blocks:
+        if not kept[block.structure.name] and is_anchored(block, modules):
+            raise UserError(f"{path}: damaged: {block.structure.name}: must keep a unit: other layers need this block")
+    return kept
+
+
+def _stored(manifest: PrunedJson) -> dict[str, KeptUnits]:
+    """The entries of a manifest by the names that the model of its config.json has."""
+    entries = {entry.name: entry for entry in manifest.structures}
+    if not manifest.stock:
+        return entries
+    kept = {name: entry.kept for name, entry in entries.items() if entry.kind == "depth"}
+    renumbered = Renumbered(kept)
+    return {new: entry for name, entry in entries.items() if (new := renumbered(name)) is not None}
 
 
 def _check_shapes(folder: Path, model: PreTrainedModel, files: Sequence[Path]) -> None:

@@ -24,7 +24,7 @@ class KeptUnits(Section):
     """One structure of the model before pruning, and the units that are left."""
 
     name: str
-    kind: Literal["head", "neuron", "expert"]
+    kind: Literal["head", "neuron", "expert", "depth"]
     num_units: int = Field(ge=0)
     kept: tuple[int, ...]
 

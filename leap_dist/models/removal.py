@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,19 @@ from torch import nn
 
 from leap_dist.config.family import AttentionFamily, ExpertsFamily, FfnFamily
 from leap_dist.models.families import is_conv1d
+from leap_dist.models.stacks import Parts, is_inside, left_out
 from leap_dist.models.structures import Block, Resize, UnitRun
 
 
-def remove_units_(model: nn.Module, blocks: Iterable[Block], kept: Mapping[str, Sequence[int]]) -> None:
+def remove_(model: nn.Module, parts: Parts, kept: Mapping[str, Sequence[int]]) -> None:
+    """Leave only the layers and units that `kept` says, by the name of their stack or structure, ascending."""
+    gone = left_out(parts.stacks, kept)
+    for path in gone:
+        model.set_submodule(path, NoLayer(model.get_submodule(path), parts.results))
+    _remove_units_(model, [block for block in parts.blocks if not is_inside(block.layer, gone)], kept)
+
+
+def _remove_units_(model: nn.Module, blocks: Iterable[Block], kept: Mapping[str, Sequence[int]]) -> None:
     """Leave only the units `kept[structure name]` of each block, ascending; one with all its units stays as it is."""
     experts: list[int] = []
     for block in blocks:
@@ -106,6 +116,25 @@ def _tell_balance_loss(model: nn.Module, experts: list[int]) -> None:
 # ---------------------------------------------------------------------------------------------- stand-ins
 
 
+class NoLayer(nn.Module):
+    """A layer that left: what it is given, and what it hands on to the next one."""
+
+    def __init__(self, layer: nn.Module, results: Sequence[str]) -> None:
+        super().__init__()
+        self._signature, self._results = inspect.signature(type(layer).forward), tuple(results)
+        indices = (getattr(module, "layer_idx", None) for module in layer.modules())
+        self._layer_index = next((index for index in indices if index is not None), None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
+        """The hidden states alone, or first of a tuple, as the layer returned them."""
+        bound = self._signature.bind(self, *args, **kwargs).arguments
+        given = bound | bound.get("kwargs", {})
+        count_tokens(given["hidden_states"], given, self._layer_index)
+        if not self._results:
+            return given["hidden_states"]  # type: ignore[no-any-return]
+        return given["hidden_states"], *(given.get(name) for name in self._results)
+
+
 class NoHeads(nn.Module):
     """An attention module that lost all its heads: what its output bias gives, and no attention weights."""
 
@@ -123,17 +152,18 @@ class NoHeads(nn.Module):
             result = self.output(result)
         if self.norm is not None:
             result = self.norm(hidden_states + result)
-        self._count_tokens(hidden_states, kwargs)
+        if not any(kwargs.get(key) is not None for key in ("key_value_states", "encoder_hidden_states")):
+            count_tokens(hidden_states, kwargs, self.layer_index)
         return (result, kwargs.get("position_bias"), None) if self.position_bias else (result, None)
 
-    def _count_tokens(self, hidden_states: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
-        """A cache learns how long the text is from its layers: give it one number a token."""
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        crosses = any(kwargs.get(key) is not None for key in ("key_value_states", "encoder_hidden_states"))
-        if cache is not None and self.layer_index is not None and not crosses:
-            cache = getattr(cache, "self_attention_cache", cache)
-            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(nothing, nothing, self.layer_index)
+
+def count_tokens(hidden_states: torch.Tensor, arguments: Mapping[str, Any], layer_index: int | None) -> None:
+    """A cache learns how long the text is from its layers: give it one number a token."""
+    cache = arguments.get("cache", arguments.get("past_key_values"))
+    if cache is not None and layer_index is not None:
+        cache = getattr(cache, "self_attention_cache", cache)
+        nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+        cache.update(nothing, nothing, layer_index)
 
 
 class NoInput(nn.Module):

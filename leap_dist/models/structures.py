@@ -57,6 +57,24 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A list of layers, of which those in `units` can leave whole; `name` is its path.
+
+    layers: the paths of all of them. tensors: for each its tensors, and whether their elements are prunable weights.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    units: tuple[int, ...]
+    tensors: tuple[dict[str, bool], ...]
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """The layers that stay."""
+        return tuple(index for index in range(len(self.layers)) if index not in self.units)
+
+
+@dataclass(frozen=True)
 class Span:
     """Unit u covers the indices [start + u * step, start + u * step + size) along `axis` of `tensor`."""
 

@@ -20,8 +20,8 @@ from leap_dist.core.gating import MASK
 from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.errors import UserError
 from leap_dist.models.inputs import resolve_start
+from leap_dist.models.kept import compute_among_kept
 from leap_dist.models.plan import start_plan
-from leap_dist.models.routing import route_among_kept
 from leap_dist.zero.agreement import agreement, engine_settings, optimizer_settings, same_outcome, same_settings
 from leap_dist.zero.binding import (
     everyone,
@@ -307,7 +307,7 @@ def engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parameters: Any) -> LeapAdamW:
-    """The optimizer of a model's gates, and hooks on its routers; everything that can fail comes first."""
+    """The optimizer of a model's gates, and hooks on its routers and norms; everything that can fail comes first."""
     leap, family, train = settings.leap, settings.family, settings.train
     plan, fixed = start_plan(model, leap, family)
     defaults = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
@@ -316,8 +316,7 @@ def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parame
     base = LeapAdamW(groups, plan, start.config, axes=start.axes, fixed=fixed)
     base.why_start = start.why
     release(model)
-    if any(gate.granularity == "expert" for gate in plan.gates):
-        _HOOKS[model] = [*route_among_kept(model, family)]
+    _HOOKS[model] = [*compute_among_kept(model, {gate.granularity for gate in plan.gates}, family)]
     return base
 
 

@@ -13,19 +13,20 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.core.oracle import unit_index
 from leap_dist.errors import UserError
 from leap_dist.models.families import FAMILIES
+from leap_dist.models.kept import compute_among_kept
 from leap_dist.models.outputs import example_inputs, logit_difference
 from leap_dist.models.plan import make_plan
-from leap_dist.models.routing import route_among_kept
 from leap_dist.models.shrink import shrink_
-from tests.models.tiny import EAGER_ONLY, tiny
+from tests.models.tiny import DEEPER, EAGER_ONLY, tiny
 
 pytestmark = pytest.mark.slow
 
-GRANULARITIES = ("element", "row", "column", "block:4x4", "2:4", "head", "neuron", "expert", "layer")
+GRANULARITIES = ("element", "row", "column", "block:4x4", "2:4", "head", "neuron", "expert", "layer", "depth")
 NONE = {
     **{(kind, "expert"): "has none" for kind in FAMILIES if kind not in ("mixtral", "qwen3_moe")},
     ("mixtral", "neuron"): "has none",  # its neurons are inside experts
     ("albert", "layer"): "has none",  # all its layers are one
+    ("albert", "depth"): "has none",
     ("gpt2", "2:4"): "stored as",  # transposed: its rows do not run along the inputs
 }
 """Pairs that make no sense, and what is said about them."""
@@ -51,7 +52,8 @@ def mask_(model: nn.Module, plan: GatePlan, share: float) -> int:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_masked_and_shrunk_give_the_same_logits(kind: str, granularity: str) -> None:
-    model = tiny(kind, attention="eager" if kind in EAGER_ONLY else "sdpa")
+    changes = DEEPER[kind] if granularity == "depth" else {}
+    model = tiny(kind, attention="eager" if kind in EAGER_ONLY else "sdpa", **changes)
     config = parse_leap({"target": 0.5, "gates": [granularity]})
     if (kind, granularity) in NONE:
         with pytest.raises(UserError, match=NONE[kind, granularity]):
@@ -60,12 +62,12 @@ def test_masked_and_shrunk_give_the_same_logits(kind: str, granularity: str) -> 
     plan = make_plan(model, config)
     dropped = mask_(model, plan, share=0.4)
     assert 0 < dropped < plan.prunable
-    route_among_kept(model)
     shrunk = copy.deepcopy(model)
+    compute_among_kept(model, [granularity])
     kept = shrink_(shrunk)
     inputs = example_inputs(model)
     assert logit_difference(model, shrunk, inputs) <= 1e-5
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, shrunk))
-    if granularity in ("head", "neuron", "expert", "layer"):
+    if granularity in ("head", "neuron", "expert", "layer", "depth"):
         assert before - after >= dropped  # and the biases of what left
         assert any(kept.values())

@@ -61,6 +61,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """By model_type. Odd traits: grouped queries, biases, a dense layer among experts."""
 
 
+DEEPER: dict[str, dict[str, Any]] = {kind: {"num_hidden_layers": 4} for kind in SETTINGS} | {
+    "distilbert": {"n_layers": 4},
+    "gpt2": {"n_layer": 4},
+    "t5": {"num_layers": 4, "num_decoder_layers": 4},
+}
+"""More layers than two."""
+
 EAGER_ONLY = ("deberta", "deberta-v2", "gemma2")
 """What has no sdpa."""
 

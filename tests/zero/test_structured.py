@@ -6,19 +6,26 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.tiny import tiny
+from tests.models.tiny import DEEPER, tiny
 from tests.ranks import RankPools
 
 STEPS = 12
 
 
-def prune(kind: str, folder: Path, stage: int, leap: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def prune(
+    kind: str,
+    folder: Path,
+    stage: int,
+    leap: dict[str, Any],
+    settings: dict[str, Any],
+    head: str = "AutoModelForCausalLM",
+) -> dict[str, Any]:
     """Train and prune a tiny model on this rank's random tokens; rank 0 exports it to `folder`. The certificate."""
     import leap_dist
     from leap_dist.export.hf import save_model
     from leap_dist.zero.engine import gather_weights
 
-    model = tiny(kind, "AutoModelForCausalLM", **settings).train()
+    model = tiny(kind, head, **settings).train()
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": stage},
@@ -111,3 +118,34 @@ def test_experts_that_were_pruned_are_not_routed_to(ranks: RankPools, tmp_path: 
         assert block.gate.weight.shape[0] == block.experts.num_experts == len(units)
         assert block.experts.gate_up_proj.shape[0] == block.experts.down_proj.shape[0] == len(units)
     assert sum(map(len, experts.values())) == 2 * len(experts)
+
+
+WHOLE: list[tuple[str, int, dict[str, Any], str, str]] = [
+    ("bert", 2, {"target": 0.5, "gates": ["depth"]}, "AutoModelForMaskedLM", "num_hidden_layers"),
+    ("gemma3_text", 3, {"target": 0.6, "gates": ["depth"]}, "AutoModelForCausalLM", "num_hidden_layers"),
+]
+
+
+def prune_all(folder: Path) -> list[dict[str, Any]]:
+    """Every case of WHOLE, one after the other."""
+    return [prune(kind, folder / kind, stage, leap, DEEPER[kind], head) for kind, stage, leap, head, _ in WHOLE]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_whole_layers_leave_at_the_exact_target_and_stock_models_are_left(
+    ranks: RankPools, tmp_path: Path, num_ranks: int
+) -> None:
+    import transformers
+
+    results = ranks(num_ranks).run(prune_all, tmp_path)
+    for (kind, _, leap, head, key), *certificates in zip(WHOLE, *results, strict=True):
+        first = certificates[0]
+        assert len({certificate["masks_sha256"] for certificate in certificates}) == 1
+        assert abs(first["kept"] - leap["target"] * first["prunable"]) <= first["unit"]
+        _, logits, kept = shrunk_logits(tmp_path / kind, tmp_path / f"{kind}-shrunk")
+        assert close(first["logits"], logits)
+        stock = getattr(transformers, head).from_pretrained(tmp_path / f"{kind}-shrunk").eval()
+        with torch.no_grad():
+            assert close(first["logits"], stock(input_ids=torch.arange(3, 15)[None]).logits)
+        layers = next(units for name, units in kept.items() if name.endswith(("layer", "layers")))
+        assert getattr(stock.config, key) == len(layers) < 4

@@ -1,0 +1,20 @@
+"""What a model of which some is pruned computes beyond its zeros: routers choose among kept experts, norms pass."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from leap_dist.config.family import FamilyConfig
+from leap_dist.models.norms import norm_among_kept
+from leap_dist.models.routing import route_among_kept
+
+
+def compute_among_kept(
+    model: nn.Module, granularities: Collection[str], family: FamilyConfig | None = None
+) -> list[RemovableHandle]:
+    """Hook what the gates of these granularities need; the handles' `remove` undoes it."""
+    handles = route_among_kept(model, family) if "expert" in granularities else []
+    return handles + (norm_among_kept(model) if "depth" in granularities else [])
