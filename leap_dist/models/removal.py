@@ -131,7 +131,7 @@ class NoLayer(nn.Module):
         given = bound | bound.get("kwargs", {})
         count_tokens(given["hidden_states"], given, self._layer_index)
         if not self._results:
-            return given["hidden_states"]  # type: ignore[no-any-return]
+            return given["hidden_states"]
         return given["hidden_states"], *(given.get(name) for name in self._results)
 
 
