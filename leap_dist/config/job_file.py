@@ -301,6 +301,9 @@ def _length_problem(raw: Mapping[str, Any]) -> Iterable[str]:
     if isinstance(leap, Mapping) and isinstance(train, Mapping):
         if leap.get("mode") != "one_shot" and train.get("epochs") is None and train.get("max_steps") is None:
             yield from (f"train: {text}" for _, text in exactly_one(train, "epochs", "max_steps"))
+        data, epochs = raw.get("data"), train.get("epochs")
+        if isinstance(data, Mapping) and data.get("streaming") is True and epochs is not None:
+            yield f"train.epochs: got {show(epochs)}; nobody knows how long a streamed dataset is: give train.max_steps"
         total, steps = leap.get("total_steps"), train.get("max_steps")
         if is_int(total) and is_int(steps) and total != steps:
             yield f"leap.total_steps: got {total}; allowed: train.max_steps, which is {steps}, or null"

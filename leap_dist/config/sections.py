@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from leap_dist.config.family import FamilyConfig
 from leap_dist.config.leap import LeapConfig
@@ -19,6 +19,7 @@ from leap_dist.config.section import (
     Conflict,
     Names,
     Section,
+    as_tuple,
     is_int,
     show,
     with_home,
@@ -71,6 +72,10 @@ class ModelConfig(Section):
         return found
 
 
+Files = Annotated[tuple[Annotated[str, Field(min_length=1), AfterValidator(with_home)], ...], BeforeValidator(as_tuple)]
+FILES = "a file or a pattern such as data/*.jsonl.gz, or a list of them; with dataset, the name of a split"
+
+
 class DataConfig(Section):
     """Which task, and optionally local files or another dataset for it."""
 
@@ -80,12 +85,18 @@ class DataConfig(Section):
     """In place of local files and of the task's own dataset."""
     subset: str | None = Field(default=None, min_length=1, description="the name of one of the dataset's subsets")
     """Read in place of the dataset's default."""
-    train: str | None = Field(default=None, min_length=1, description="a file; with dataset, the name of a split")
-    """TSV, CSV or JSONL; for squad official JSON; for lm and mlm plain text too."""
-    validation: str | None = Field(default=None, min_length=1, description="a file; with dataset, the name of a split")
-    """The examples that the metrics are computed on."""
+    train: Files | None = Field(default=None, min_length=1, description=FILES)
+    """.tsv, .csv, .jsonl, .json or .parquet; for squad official JSON; for lm and mlm plain text too. All but .parquet
+    may be packed: .gz, .zst, .bz2, .xz."""
+    validation: Files | None = Field(default=None, min_length=1, description=FILES)
+    """The examples that the metrics are computed on. For lm and mlm files beside a dataset, too."""
+    streaming: bool = Field(default=False, description="true or false")
+    """lm and mlm: read the rows of the dataset while training, in place of all before it; needs train.max_steps."""
+    shuffle_buffer: int = Field(default=10_000, ge=1, description="an integer >= 1")
+    """streaming: rows that are mixed at once; 1: the order that they have."""
     text: Names | None = Field(default=None, min_length=1, max_length=2, description="one or two column names")
-    """The columns that hold the sentence, or the two sentences of a pair; for lm and mlm the one with the text."""
+    """The columns that hold the sentence, or the two sentences of a pair; for lm and mlm the one with the text, for lm
+    also with the messages of a conversation, or two: with the prompt and with the answer."""
     label: str | None = Field(default=None, min_length=1, description="a column name")
     """The column with the class, or with the score for glue/stsb."""
     tokenizer: str | None = Field(default=None, min_length=1, description="a hub id or a local folder, not empty")
@@ -107,7 +118,7 @@ class DataConfig(Section):
     seed: int = Field(default=0, ge=0, description="an integer >= 0")
     """Decides what a builtin task generates, and which words mlm leaves out in validation."""
 
-    _home = field_validator("dataset", "train", "validation", "tokenizer")(with_home)
+    _home = field_validator("dataset", "tokenizer")(with_home)
 
     @property
     def shared_tokens(self) -> int:
@@ -134,10 +145,15 @@ class DataConfig(Section):
             found.append(("max_length", f"got {length}; allowed: at least 32, for a question and a part of the text"))
         elif task in QA_TASKS and is_int(stride) and is_int(length) and stride > length // 2:
             found.append(("doc_stride", f"got {stride}; allowed: at most half of max_length, which is {length}"))
+        buffer = DataConfig.model_fields["shuffle_buffer"].default
+        if not raw.get("streaming") and raw.get("shuffle_buffer", buffer) != buffer:
+            found.append(("shuffle_buffer", f"got {show(raw['shuffle_buffer'])}; an option of streaming: remove it"))
         if is_int(raw.get("stride")) and is_int(length) and raw["stride"] > length:
             found.append(("stride", f"got {raw['stride']}; allowed: at most max_length, which is {length}"))
         if raw.get("dataset") is not None:
-            return found
+            return found + _several_splits(raw)
+        if raw.get("streaming"):
+            found.append(("streaming", "got true; a dataset is streamed: give dataset, which a folder of files can be"))
         if "subset" in given:
             found.append(("subset", f"got {show(raw['subset'])}; a subset is of a dataset: give dataset, or remove it"))
         if ("train" in given) != ("validation" in given):
@@ -150,12 +166,29 @@ class DataConfig(Section):
 
 
 DATA_SOURCES = ("dataset", "subset", "train", "validation", "text", "label", "tokenizer")
+PACKED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
+FILE_ENDINGS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".txt", *PACKED_ENDINGS)
 MAX_LENGTHS = {"squad": 384, "squad_v2": 384, "lm": 512}
 """Where max_length is not given; other tasks have the field's default."""
 QA_TASKS = ("squad", "squad_v2")
 TASK_OPTIONS: dict[str, tuple[str, ...]] = dict.fromkeys(("doc_stride", "max_answer_length", "n_best"), QA_TASKS)
+TASK_OPTIONS |= dict.fromkeys(("streaming", "shuffle_buffer"), ("lm", "mlm"))
 TASK_OPTIONS |= {"null_score_threshold": ("squad_v2",), "mask_probability": ("mlm",), "stride": ("lm",)}
 """Options of DataConfig that only some tasks read."""
+
+
+def _several_splits(raw: Mapping[str, Any]) -> list[Conflict]:
+    """A dataset gives one split for each."""
+    several = [key for key in ("train", "validation") if isinstance(raw.get(key), list | tuple) and len(raw[key]) > 1]
+    if names_files(raw.get("validation")):
+        several = [key for key in several if key == "train"]
+    return [(key, f"got {show(raw[key])}; allowed: the name of one split of the dataset") for key in several]
+
+
+def names_files(names: Any) -> bool:
+    """Whether what stands in place of a split's name is a file, or files: by its ending."""
+    given = [names] if isinstance(names, str) else names if isinstance(names, list | tuple) else []
+    return any(isinstance(name, str) and name.lower().endswith(FILE_ENDINGS) for name in given)
 
 
 def _repeated_columns(raw: Mapping[str, Any], task: str) -> list[Conflict]:

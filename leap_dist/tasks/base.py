@@ -36,6 +36,25 @@ class Evaluation(Protocol):
         """Metrics by name, and the mean "loss"; `kept` holds all examples of the split in their order."""
 
 
+class ExampleStream(Protocol):
+    """Training examples that are read while the job trains."""
+
+    source: str
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Where the next example begins; JSON-able."""
+
+    def begin(self, seed: int) -> None:
+        """Start anew, in the order that the seed decides."""
+
+    def take(self, count: int, step: str) -> list[Example]:
+        """The next examples, for the step that messages name."""
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Continue where another stream of the same dataset and seed was."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A dataset with its evaluation, ready for a training loop.
@@ -61,6 +80,8 @@ class Task:
     """The token that pads: a classifier that takes the last word that is none has to know it."""
     augment: Callable[[Batch, torch.Generator], Batch] | None = None
     """Applied to collated training batches, all chance from the generator. None: they are left as they are."""
+    stream: ExampleStream | None = None
+    """Training examples in place of `train`, which is empty then."""
 
 
 class TokenTable(Sequence[Example]):

@@ -1,62 +1,134 @@
-"""Documents of plain text, and all their tokens in one stream.
+"""What a language model reads: documents of plain text, all their tokens in one stream, or conversations.
 
 A text file is a document, and so is every row of a table or of a hub dataset. Each is tokenised as a whole, so that
-its tokens are those that the tokenizer alone would give, and is followed by what ends a text.
+its tokens are those that the tokenizer alone would give, and is followed by what ends a text. A row that has messages,
+or a prompt and an answer, is a conversation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leap_dist.config.sections import DataConfig
+from leap_dist.config.sections import DataConfig, names_files
 from leap_dist.errors import UserError
 from leap_dist.tasks.cache import Arrays, cached
-from leap_dist.tasks.tables import hub_split, hub_texts, load_hub, read_text, read_texts
+from leap_dist.tasks.chats import Conversation, conversation
+from leap_dist.tasks.files import files_of, kind_of, read_text
+from leap_dist.tasks.tables import TABLES, cell, cell_text, guarded, hub_split, hub_stream, read_rows, split_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZE_CHARACTERS = 2**24
 """Text that the tokenizer sees at once, which bounds the memory of its answer. Longer documents are cut at a line."""
-TABLES = (".tsv", ".csv", ".jsonl")
-"""Files of rows, of which data.text names a column; any other file is plain text."""
+TEXT = ("text",)
+CHATS = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "input", "output"),
+    ("instruction", "output"),
+)
+"""Columns of conversations, the first that are there: messages, or a prompt, sometimes with an input, and an answer."""
 
 
-def read_documents(data: DataConfig) -> list[tuple[str, list[str]]]:
-    """(source, documents) of train and of validation; documents of white space alone are left out."""
-    if not data.dataset and not data.train:
-        raise UserError(f"data.train: missing; {data.task} needs local files in train and validation, or data.dataset")
-    if data.text is not None and len(data.text) > 1:
-        raise UserError(f"data.text: got {', '.join(data.text)}; allowed: one column for {data.task}")
-    column = data.text[0] if data.text else "text"
-    splits = load_hub("data.dataset", data.dataset, data.subset) if data.dataset else None
-    found = []
-    for key, name in (("data.train", data.train or "train"), ("data.validation", data.validation or "validation")):
-        if splits is not None:
-            source = f"{data.dataset} {name}"
-            texts = hub_texts(hub_split(splits, key, name), source, column)
-        else:
-            source, file = f"{key}: {name}", Path(name).expanduser()
-            texts = read_texts(key, file, column) if _is_table(key, file, data) else [read_text(key, file)]
-        documents = [text for text in texts if text.strip()]
-        if not documents:
-            raise UserError(f"{source}: no text in it")
-        found.append((source, documents))
+@dataclass
+class Split:
+    """The documents or the conversations of train or of validation; `source`: where they are from."""
+
+    source: str
+    documents: list[str] = field(default_factory=list)
+    chats: list[Conversation] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Special tokens: before and after every block, and at the end of every document."""
+
+    before: list[int]
+    after: list[int]
+    end: list[int]
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase, masked: bool) -> Frame:
+    """As the tokenizer starts and ends a text; one that ends none ends documents with its EOS token, if it has one."""
+    probe = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    at = next(i for i in range(len(framed)) if framed[i : i + len(probe)] == probe)
+    before, after = framed[:at], framed[at + len(probe) :]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Frame(before, after if masked else [], after or eos)
+
+
+def read_split(key: str, data: DataConfig, splits: Any) -> Split:
+    """All of `key`, data.train or data.validation; documents of white space alone are left out.
+
+    splits: of data.dataset, None where there is none.
+    """
+    names = (data.train if key == "data.train" else data.validation) or ()
+    if data.dataset and not names_files(names):
+        split = dict(split_names(data))[key]
+        found = Split(f"{data.dataset} {split}")
+        held = hub_stream(key, data, split) if splits is None else hub_split(splits, key, split)
+        rows = enumerate(guarded(key, held), start=1)
+        _add_rows(found, ((f"{found.source}: row {number}", row) for number, row in rows), data)
+    else:
+        found = Split(f"{key}: {', '.join(names)}")
+        for file in files_of(key, names):
+            if kind_of(file) in TABLES:
+                _add_rows(found, read_rows(key, file), data)
+            elif data.text is not None:
+                raise UserError(
+                    f"data.text: got {', '.join(data.text)}, but {file} is plain text and has no columns: remove it"
+                )
+            else:
+                found.documents.append(read_text(key, file))
+    found.documents = [text for text in found.documents if text.strip()]
+    if found.documents and found.chats:
+        raise UserError(f"{found.source}: texts and conversations ({found.chats[0].place}); allowed: one of both")
+    if not found.documents and not found.chats:
+        raise UserError(f"{found.source}: no text in it")
     return found
 
 
-def _is_table(key: str, file: Path, data: DataConfig) -> bool:
-    """Whether a file has rows; UserError for JSON, which is neither rows nor text, and for a column of plain text."""
-    kind = file.suffix.lower()
-    if kind == ".json":
-        raise UserError(f"{key}: got {file}; allowed: plain text, or rows in {', '.join(TABLES)}")
-    if kind not in TABLES and data.text is not None:
-        raise UserError(f"data.text: got {data.text[0]}, but {file} is plain text and has no columns: remove it")
-    return kind in TABLES
+def _add_rows(split: Split, rows: Iterable[tuple[str, Mapping[str, Any]]], data: DataConfig) -> None:
+    """Sort rows, (place, cells by column), into documents and conversations."""
+    columns: tuple[str, ...] = ()
+    for place, row in rows:
+        columns = columns or columns_of(data, row)
+        found = document_of(row, place, columns, data.task)
+        if isinstance(found, str):
+            split.documents.append(found)
+        else:
+            split.chats.append(found)
+
+
+def columns_of(data: DataConfig, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns that are read: data.text, or by their names. Raises UserError where it is not clear which."""
+    if data.text is not None:
+        return data.text
+    chats = next((columns for columns in CHATS if row.keys() >= set(columns)), None)
+    if chats is None:
+        return TEXT
+    if TEXT[0] in row:
+        both = f'"text", and {" and ".join(chats)}'
+        raise UserError(f"data.text: missing, and the rows have the columns {both}; name those to read")
+    return chats
+
+
+def document_of(row: Mapping[str, Any], place: str, columns: Sequence[str], task: str) -> str | Conversation:
+    """The text of a row, or its conversation."""
+    for column in {columns[0], columns[-1]} - row.keys():
+        cell(place.rpartition(": ")[0], place, row, "data.text", column)  # says that it is not there
+    if len(columns) == 1 and columns != CHATS[0] and not isinstance(row[columns[0]], list):
+        return cell_text(row[columns[0]], place, columns[0])
+    if task == "mlm":
+        raise UserError(f"{place}: a conversation, which mlm does not learn from; allowed: text, named in data.text")
+    return conversation(row, place, columns)
 
 
 def token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, end: Sequence[int]) -> Arrays:
@@ -76,6 +148,18 @@ def token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, e
         return {"tokens": np.concatenate(tokens), "bytes": np.concatenate(sizes)}
 
     return cached(tokenizer, ("documents", list(end), *documents), make)
+
+
+def tokens_of_each(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, end: Sequence[int]
+) -> Iterator[np.ndarray]:
+    """The tokens of each document and `end`, int32."""
+    parts: list[np.ndarray] = []
+    for ids, _, last in _tokenised(documents, tokenizer):
+        parts.append(ids)
+        if last:
+            yield np.concatenate([*parts, np.array(end, np.int32)])
+            parts = []
 
 
 def _tokenised(

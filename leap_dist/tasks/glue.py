@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -17,8 +16,9 @@ from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import Collator, Task, TokenTable, flat, joined, pad_id
 from leap_dist.tasks.cache import Arrays, cached
+from leap_dist.tasks.files import files_of
 from leap_dist.tasks.metrics import LabelEvaluation
-from leap_dist.tasks.tables import Table, class_names, hub_split, hub_table, load_hub, read_table
+from leap_dist.tasks.tables import Table, class_names, hub_split, hub_table, load_hub, read_table, split_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,8 +121,8 @@ def _tokenize(
 
     tokens = TokenTable(cached(tokenizer, (max_length, *table.texts), make), labels=labels)
     if empty := np.flatnonzero(tokens.lengths == 0).tolist():
-        where = f"{table.source}: {table.unit} {table.numbers[empty[0]]}"
-        raise UserError(f"{where}: got {table.texts[empty[0]]}; allowed: a text of which the tokenizer makes tokens")
+        problem = f"got {table.texts[empty[0]]}; allowed: a text of which the tokenizer makes tokens"
+        raise UserError(f"{table.places[empty[0]]}: {problem}")
     return tokens
 
 
@@ -144,9 +144,9 @@ def _tables(data: DataConfig, known: GlueTask | None) -> tuple[Table, dict[str, 
         raise UserError(f"data.text: missing; {data.task} needs the name of one or two text columns")
     if data.dataset:
         return _dataset_tables(data, text, label, names)
-    assert data.train is not None and data.validation is not None
-    train = read_table("data.train", Path(data.train).expanduser(), text, label)
-    return train, {"validation": read_table("data.validation", Path(data.validation).expanduser(), text, label)}, names
+    given = (("data.train", data.train or ()), ("data.validation", data.validation or ()))
+    train, validation = (read_table(key, files_of(key, files), text, label) for key, files in given)
+    return train, {"validation": validation}, names
 
 
 def _dataset_tables(
@@ -155,7 +155,7 @@ def _dataset_tables(
     """As `_tables`, of `data.dataset`; where it names its classes those are the label names."""
     assert data.dataset is not None
     splits = load_hub("data.dataset", data.dataset, data.subset)
-    chosen = (("data.train", data.train or "train"), ("data.validation", data.validation or "validation"))
+    chosen = split_names(data)
     rows = [hub_split(splits, key, split) for key, split in chosen]
     tables = [
         hub_table(part, f"{data.dataset} {split}", text, label) for part, (_, split) in zip(rows, chosen, strict=True)

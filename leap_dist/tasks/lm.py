@@ -24,30 +24,39 @@ from torch.nn import functional as F
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.ops.words import IGNORED
-from leap_dist.tasks.base import Batch, Collator, Example, Task, TokenTable, pad_id
+from leap_dist.tasks.base import Batch, Collator, Example, Task, TokenTable, flat, pad_id
 from leap_dist.tasks.cache import Arrays
-from leap_dist.tasks.documents import read_documents, token_stream
+from leap_dist.tasks.chats import chat_table
+from leap_dist.tasks.documents import Frame, Split, frame_of, read_split, token_stream
 from leap_dist.tasks.head import WordHead
+from leap_dist.tasks.stream import open_stream
+from leap_dist.tasks.tables import load_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CAUSAL, MASKED = "lm", "mlm"
 NAMES = (CAUSAL, MASKED)
+NOTHING = TokenTable(flat({"input_ids": []}))
+"""The training examples of a stream, before it is read."""
 BYTES = "bytes"
 """The number of an example: bytes of UTF-8 that its judged tokens stand for."""
 
 
 def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task from local files, or from `data.dataset`."""
+    if not data.dataset and not data.train:
+        raise UserError(f"data.train: missing; {data.task} needs local files in train and validation, or data.dataset")
     masked = data.task == MASKED
+    if masked and data.text is not None and len(data.text) > 1:
+        raise UserError(f"data.text: got {', '.join(data.text)}; allowed: one column for {data.task}")
     masking = _masking(data, tokenizer) if masked else None
     frame = frame_of(tokenizer, masked)
-    train, validation = (
-        _blocks(source, token_stream(documents, tokenizer, frame.end), frame, data, whole)
-        for (source, documents), whole in zip(read_documents(data), (True, False), strict=True)
-    )
-    validation = _masked(validation, masking, data.seed) if masking else _judged(validation)
+    splits = load_hub("data.dataset", data.dataset, data.subset) if data.dataset and not data.streaming else None
+    stream = open_stream(data, tokenizer, frame) if data.streaming else None
+    train = NOTHING if stream else _examples(read_split("data.train", data, splits), tokenizer, frame, data, whole=True)
+    found = _examples(read_split("data.validation", data, splits), tokenizer, frame, data, whole=False)
+    validation = _masked(found, masking, data.seed) if masking else _judged(found)
     pad = pad_id(tokenizer)
     return Task(
         name=data.task,
@@ -60,8 +69,9 @@ def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
         problem="masked_lm" if masked else "causal_lm",
         label_names=(),
         vocab_size=len(tokenizer),
-        max_length=max(train.longest, validation.longest),
+        max_length=max(data.max_length if stream else train.longest, validation.longest),
         augment=masking,
+        stream=stream,
     )
 
 
@@ -165,23 +175,16 @@ def _masked(table: TokenTable, masking: Masking, seed: int) -> TokenTable:
 # ---------------------------------------------------------------------------------------------- blocks
 
 
-@dataclass(frozen=True)
-class Frame:
-    """Special tokens: before and after every block, and at the end of every document."""
-
-    before: list[int]
-    after: list[int]
-    end: list[int]
-
-
-def frame_of(tokenizer: PreTrainedTokenizerBase, masked: bool) -> Frame:
-    """As the tokenizer starts and ends a text; one that ends none ends documents with its EOS token, if it has one."""
-    probe = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
-    at = next(i for i in range(len(framed)) if framed[i : i + len(probe)] == probe)
-    before, after = framed[:at], framed[at + len(probe) :]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Frame(before, after if masked else [], after or eos)
+def _examples(
+    split: Split, tokenizer: PreTrainedTokenizerBase, frame: Frame, data: DataConfig, whole: bool
+) -> TokenTable:
+    """Conversations one by one, documents in blocks."""
+    if split.chats:
+        if data.stride is not None:
+            why = f"{split.source} has conversations, which are judged one by one: remove it"
+            raise UserError(f"data.stride: got {data.stride}; {why}")
+        return chat_table(split.source, split.chats, tokenizer, data.max_length)
+    return _blocks(split.source, token_stream(split.documents, tokenizer, frame.end), frame, data, whole)
 
 
 def _blocks(source: str, stream: Arrays, frame: Frame, data: DataConfig, whole: bool) -> TokenTable:
@@ -231,7 +234,12 @@ def _framed(parts: Sequence[np.ndarray], before: Sequence[int], after: Sequence[
 
 
 def _judged(table: TokenTable) -> TokenTable:
-    """The table with the bytes of what is judged in each block, in place of those of each token."""
+    """The table with the bytes of what is judged in each block, in place of those of each token.
+
+    Conversations have none: how a template writes them, not their text alone, would decide them.
+    """
+    if BYTES not in table.columns:
+        return table
     columns = dict(table.columns)
     judged = columns["labels"] != IGNORED
     judged[table.starts[:-1]] = False  # no token before it predicts it

@@ -22,8 +22,9 @@ from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import Batch, Collator, Task, TokenTable, flat, joined, pad_id
 from leap_dist.tasks.cache import Arrays, cached
+from leap_dist.tasks.files import files_of, read_text, reading
 from leap_dist.tasks.spans import best_spans, choose_answer, n_best, squad_scores
-from leap_dist.tasks.tables import cell_text, hub_column, hub_split, load_hub, reading
+from leap_dist.tasks.tables import cell_text, hub_column, hub_split, load_hub, split_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,14 +198,15 @@ def _questions(data: DataConfig) -> tuple[list[Question], list[Question]]:
     if data.dataset or not data.train:
         name, key = data.dataset or HUB_DATASETS[data.task], "data.dataset" if data.dataset else "data.task"
         splits = load_hub(key, name, data.subset)
-        chosen = (("data.train", data.train or "train"), ("data.validation", data.validation or "validation"))
         found = [
             (f"{name} {split}", list(_hub_questions(hub_split(splits, setting, split), f"{name} {split}")))
-            for setting, split in chosen
+            for setting, split in split_names(data)
         ]
     else:
-        files = (("data.train", data.train), ("data.validation", data.validation))
-        found = [(f"{key}: {file}", list(official_questions(key, Path(str(file)).expanduser()))) for key, file in files]
+        found = [
+            (f"{key}: {', '.join(given)}", [row for file in files_of(key, given) for row in official_questions(key, file)])
+            for key, given in (("data.train", data.train), ("data.validation", data.validation or ()))
+        ]
     for source, questions in found:
         _check(source, questions, data.task)
     return found[0][1], found[1][1]
@@ -225,8 +227,9 @@ def _hub_questions(rows: Any, source: str) -> Iterator[Question]:
 
 def official_questions(key: str, file: Path) -> Iterator[Question]:
     """The questions of a JSON file as SQuAD publishes them; `key` is the setting that names it."""
+    content = read_text(key, file)
     with reading(key, file):
-        content = json.loads(file.read_text("utf-8-sig"))
+        content = json.loads(content)
     try:
         for article in content["data"]:
             for paragraph in article["paragraphs"]:
@@ -242,13 +245,11 @@ def official_questions(key: str, file: Path) -> Iterator[Question]:
 
 def _question(source: str, name: str, question: Any, context: Any, answers: Sequence[tuple[Any, Any]]) -> Question:
     """A question whose parts are text and numbers."""
-    place = f"question {name}"
-    texts = [
-        cell_text(value, source, place, column) for value, column in ((question, "question"), (context, "context"))
-    ]
+    place = f"{source}: question {name}"
+    texts = [cell_text(value, place, column) for value, column in ((question, "question"), (context, "context"))]
     if wrong := [begin for _, begin in answers if not is_int(begin)]:
-        raise UserError(f"{source}: {place}: got {wrong[0]!r} as answer_start; allowed: an integer")
-    found = tuple((cell_text(text, source, place, "answers"), begin) for text, begin in answers)
+        raise UserError(f"{place}: got {wrong[0]!r} as answer_start; allowed: an integer")
+    found = tuple((cell_text(text, place, "answers"), begin) for text, begin in answers)
     return Question(name, texts[0].strip(), texts[1], found)
 
 

@@ -1,4 +1,4 @@
-"""Rows of columns, from local TSV, CSV and JSONL files or from a hub dataset."""
+"""Rows of columns, from local TSV, CSV, JSON and Parquet files or from a hub dataset."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,40 +14,35 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from leap_dist.config.json_file import repeated
 from leap_dist.config.section import nearest
+from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError, own_words
+from leap_dist.tasks.files import PARQUET, kind_of, open_text, opened, reading
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 Row = tuple[int, dict[str, Any]]
 """Line number and cells by column."""
-PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-PACKED |= {b"PAR1": "Parquet", b"ARROW1": "Arrow"}
-"""How files begin that are no text."""
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-LFS_POINTER = b"version https://git-lfs"
-"""How a file begins that a clone without Git LFS has in place of a large one."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one split: the texts (one or two a row), the raw labels, and where they came from."""
+    """The rows of one split: the texts (one or two a row) and the raw labels; `source`: where they came from."""
 
     source: str
     texts: list[tuple[str, ...]]
     labels: list[Any]
     label: str
     """The column of the labels."""
-    numbers: Sequence[int]
-    """The line or the row of each, counted from 1."""
-    unit: Literal["line", "row"]
+    places: Sequence[str]
+    """Where each row stands."""
 
     def place(self, row: int) -> str:
         """Where the label of a row stands."""
-        return f'{self.source}: {self.unit} {self.numbers[row]}, column "{self.label}"'
+        return f'{self.places[row]}, column "{self.label}"'
 
 
-def cell_text(value: Any, source: str, place: str, column: str) -> str:
+def cell_text(value: Any, place: str, column: str) -> str:
     """A cell as text. UserError for what is none: nothing, a list, true, no finite number, half a character."""
     if isinstance(value, str):
         try:
@@ -55,14 +50,14 @@ def cell_text(value: Any, source: str, place: str, column: str) -> str:
         except UnicodeEncodeError as error:
             half = value[error.start].encode("unicode_escape").decode()
             raise UserError(
-                f'{source}: {place}, column "{column}": {half} at character {error.start + 1} is half of a surrogate '
+                f'{place}, column "{column}": {half} at character {error.start + 1} is half of a surrogate '
                 "pair, not text; save the file again as UTF-8"
             ) from error
         return value
     if value is None:
-        raise UserError(f'{source}: {place}: nothing in column "{column}"')
+        raise UserError(f'{place}: nothing in column "{column}"')
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f'{source}: {place}, column "{column}": got {str(value)[:40]}; allowed: text')
+        raise UserError(f'{place}, column "{column}": got {str(value)[:40]}; allowed: text')
     return str(value)
 
 
@@ -91,16 +86,48 @@ def _hub_errors(key: str, problem: str) -> Iterator[None]:
         ) from error
 
 
-def hub_split(splits: DatasetDict, key: str, name: str) -> Dataset:
-    """One split, which has rows; `key` is the setting that names it."""
+def _check_split(splits: Mapping[str, Any], key: str, name: str) -> None:
     if name not in splits:
         known = list(splits)
         raise UserError(
             f'{key}: got "{name}", not a split of the dataset; allowed: {", ".join(known)}{nearest(name, known)}'
         )
+
+
+def hub_split(splits: DatasetDict, key: str, name: str) -> Dataset:
+    """One split, which has rows; `key` is the setting that names it."""
+    _check_split(splits, key, name)
     if not len(splits[name]):
         raise UserError(f'{key}: the split "{name}" of the dataset has no rows')
     return splits[name]
+
+
+def hub_stream(key: str, data: DataConfig, split: str) -> Any:
+    """A split of data.dataset whose rows are read as they are asked for; `key` is the setting that names the split."""
+    from datasets import load_dataset
+
+    assert data.dataset is not None
+    with _hub_errors("data.dataset", f'the dataset "{data.dataset}" could not be streamed'):
+        splits = load_dataset(data.dataset, data.subset, streaming=True)
+    _check_split(splits, key, split)
+    return splits[split]
+
+
+def guarded(key: str, rows: Iterable[dict[str, Any]], done: int = 0) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset behind `done`; what breaks on the way is the mistake of the setting `key`."""
+    try:
+        for row in rows:
+            yield row
+            done += 1
+    except Exception as error:
+        problem = f"the dataset cannot be read behind row {done} ({own_words(error)})"
+        raise UserError(f"{key}: {problem}; check the network and its files") from error
+
+
+def split_names(data: DataConfig) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(setting, split) of train and of validation, where `data` names a dataset."""
+    train, validation = data.train or ("train",), data.validation or ("validation",)
+    return ("data.train", train[0]), ("data.validation", validation[0])
 
 
 def hub_column(rows: Dataset, key: str, column: str) -> list[Any]:
@@ -116,7 +143,7 @@ def hub_column(rows: Dataset, key: str, column: str) -> list[Any]:
 def hub_texts(rows: Dataset, source: str, column: str) -> list[str]:
     """The texts in a column of a split."""
     values = hub_column(rows, "data.text", column)
-    return [cell_text(value, source, f"row {row}", column) for row, value in enumerate(values, start=1)]
+    return [cell_text(value, f"{source}: row {row}", column) for row, value in enumerate(values, start=1)]
 
 
 def hub_table(rows: Dataset, source: str, text: Sequence[str], label: str) -> Table:
@@ -125,7 +152,8 @@ def hub_table(rows: Dataset, source: str, text: Sequence[str], label: str) -> Ta
     labels = hub_column(rows, "data.label", label)
     if None in labels:
         raise UserError(f'{source}: row {labels.index(None) + 1}: nothing in column "{label}"')
-    return Table(source, list(zip(*columns, strict=True)), labels, label, range(1, len(labels) + 1), "row")
+    places = [f"{source}: row {row}" for row in range(1, len(labels) + 1)]
+    return Table(source, list(zip(*columns, strict=True)), labels, label, places)
 
 
 def class_names(rows: Dataset, label: str) -> tuple[str, ...]:
@@ -136,91 +164,48 @@ def class_names(rows: Dataset, label: str) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def read_table(key: str, file: Path, text: Sequence[str], label: str) -> Table:
-    """The texts and labels of a file; `key` is the setting that holds its path."""
+def read_table(key: str, files: Sequence[Path], text: Sequence[str], label: str) -> Table:
+    """The texts and labels of files; `key` is the setting that holds their paths."""
     columns = [*(("data.text", column) for column in text), ("data.label", label)]
-    numbers, texts, labels = [], [], []
-    for number, cells in read_cells(key, file, columns):
-        numbers.append(number)
-        pairs = zip(cells, text, strict=False)
-        texts.append(tuple(cell_text(cell, str(file), f"line {number}", column) for cell, column in pairs))
-        labels.append(cells[-1])
-    return Table(str(file), texts, labels, label, numbers, "line")
+    places, texts, labels = [], [], []
+    for file in files:
+        for place, cells in read_cells(key, file, columns):
+            places.append(place)
+            pairs = zip(cells, text, strict=False)
+            texts.append(tuple(cell_text(cell, place, column) for cell, column in pairs))
+            labels.append(cells[-1])
+    return Table(", ".join(map(str, files)), texts, labels, label, places)
 
 
-def read_texts(key: str, file: Path, column: str) -> list[str]:
-    """The texts in a column of a file."""
-    rows = read_cells(key, file, [("data.text", column)])
-    return [cell_text(cell, str(file), f"line {number}", column) for number, (cell,) in rows]
+def read_cells(key: str, file: Path, columns: Sequence[tuple[str, str]]) -> Iterator[tuple[str, list[Any]]]:
+    """Place and cells of every row, none of them null; columns: (setting, column) of each."""
+    for place, row in read_rows(key, file):
+        yield place, [cell(str(file), place, row, *column) for column in columns]
 
 
-def read_text(key: str, file: Path) -> str:
-    """All of a text file."""
+def read_rows(key: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place ("a.jsonl: line 3") and cells by column of every row; at least one."""
     with reading(key, file):
-        return file.read_text("utf-8-sig")
-
-
-def read_cells(key: str, file: Path, columns: Sequence[tuple[str, str]]) -> Iterator[tuple[int, list[Any]]]:
-    """Line number and cells of every row, none of them null; columns: (setting, column) of each."""
-    for line, row in read_rows(key, file):
-        yield line, [_cell(file, line, row, *column) for column in columns]
-
-
-def read_rows(key: str, file: Path) -> Iterator[Row]:
-    """Every row with its line number; `key` is the setting that names the file."""
-    with reading(key, file):
-        reader = _READERS.get(file.suffix.lower())
+        kind = kind_of(file)
+        reader = _READERS.get(kind)
         if reader is None:
             raise UserError(f"{key}: got {file}; allowed: a file that ends in {', '.join(_READERS)}")
-        empty = True
-        for line, row in reader(file):
-            empty = False
-            yield line, row
-        if empty:
+        number, unit = 0, "row" if kind in (".json", PARQUET) else "line"
+        for number, row in reader(file):
+            yield f"{file}: {unit} {number}", row
+        if not number:
             raise UserError(f"{key}: {file}: no examples in it")
 
 
-@contextmanager
-def reading(key: str, file: Path) -> Iterator[None]:
-    """A file that is not there, or not what it should be, as the mistake of the setting `key`."""
-    try:
-        if file.is_dir():
-            raise UserError(f"{key}: got {file}; that is a folder; allowed: a file")
-        if not file.is_file():
-            raise UserError(f"{key}: got {file}; there is no such file")
-        with file.open("rb") as stream:
-            start = stream.read(1024)
-        if packed := next((kind for magic, kind in PACKED.items() if start.startswith(magic)), None):
-            raise UserError(f"{key}: {file}: is a {packed} file, not text; unpack or convert it first")
-        if start.startswith(LFS_POINTER):
-            raise UserError(f"{key}: {file}: is a pointer of Git LFS, not the file itself; run git lfs pull there")
-        if b"\0" in start and not start.startswith(UTF_16):
-            raise UserError(
-                f"{key}: {file}: not text: a zero byte at byte {start.index(0)}, as in UTF-16 and in files of "
-                "programs; save it as UTF-8 text"
-            )
-        yield
-    except UnicodeDecodeError as error:
-        hint = "; it looks like UTF-16" if start.startswith(UTF_16) else ""
-        problem = f"not UTF-8 text: {error.reason} at byte {error.start}{hint}; save it as UTF-8"
-        raise UserError(f"{key}: {file}: {problem}") from error
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{key}: {file}: cannot be read: {error.strerror or error}") from error
-    except (csv.Error, ValueError, RecursionError) as error:  # of JSON: also too many digits, and too deep nesting
-        raise UserError(f"{key}: {file}: cannot be read: {error}") from error
-
-
-def _cell(file: Path, line: int, row: dict[str, Any], key: str, column: str) -> Any:
+def cell(source: str, place: str, row: Mapping[str, Any], key: str, column: str) -> Any:
     """The value of `column`, which must be there and not null."""
     if column not in row:
         known = list(row)
-        problem = f'got "{column}", which is not a column of {file}'
+        problem = f'got "{column}", which is not a column of {source}'
         hint = _other_delimiter(known) or nearest(column, known)
         raise UserError(f"{key}: {problem}; allowed: {', '.join(known)}{hint}")
     if row[column] is None:
-        raise UserError(f'{file}: line {line}: nothing in column "{column}"')
+        raise UserError(f'{place}: nothing in column "{column}"')
     return row[column]
 
 
@@ -245,7 +230,7 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Itera
     """
     limit = csv.field_size_limit(sys.maxsize)  # a document in a cell may be of any length
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
+        with open_text(file, newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
             header, before = next(filter(None, reader), []), reader.line_num
             first = before
@@ -276,7 +261,7 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Itera
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
     """(line number, object) of a file with one JSON object a line."""
-    with file.open(encoding="utf-8-sig") as stream:
+    with open_text(file) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -297,4 +282,38 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-_READERS = {".tsv": _read_tsv, ".txt": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl}
+def _read_json(file: Path) -> Iterator[Row]:
+    """(row, object) of a file with one list of JSON objects."""
+    try:
+        with open_text(file) as stream:
+            rows = json.load(stream, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        hint = "; one object a line is .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(f"{error}{hint}") from error
+    if not isinstance(rows, list):
+        raise ValueError("got one JSON value; allowed: a list of objects, or .jsonl with one object a line")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{file}: row {number}: got {json.dumps(row)[:40]}; allowed: a JSON object")
+        yield number, row
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    """(row, cells) of a Parquet file."""
+    from pyarrow.parquet import ParquetFile
+
+    with opened(file) as stream, ParquetFile(stream) as table:
+        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".tsv": _read_tsv,
+    ".txt": _read_tsv,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    PARQUET: _read_parquet,
+}
+TABLES = tuple(kind for kind in _READERS if kind != ".txt")
+"""Endings of files that are rows whatever the task; .txt is rows for classification and plain text for the rest."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.errors import UserError
-from leap_dist.tasks.documents import TABLES
+from leap_dist.tasks.files import kind_of, read_text
 from leap_dist.tasks.squad import official_questions
-from leap_dist.tasks.tables import read_rows, read_text
+from leap_dist.tasks.tables import TABLES, read_rows
 
 
 def texts_in(key: str, file: Path) -> list[str]:
@@ -18,11 +18,11 @@ def texts_in(key: str, file: Path) -> list[str]:
     Cells that are numbers (ids, labels) are no texts. `key` is the setting that names the file. UserError for a file
     that is not there, holds no text, or is not what its name says.
     """
-    kind = file.suffix.lower()
-    if kind in TABLES:
-        found = [cell for _, row in read_rows(key, file) for cell in _strings(row)]
-    elif kind == ".json":
+    kind = kind_of(file)
+    if kind == ".json" and not read_text(key, file).lstrip().startswith("["):  # a list is rows
         found = [text for asked in official_questions(key, file) for text in (asked.context, asked.question)]
+    elif kind in TABLES:
+        found = [cell for _, row in read_rows(key, file) for cell in _strings(row)]
     else:
         found = [read_text(key, file)]
     texts = [text for text in dict.fromkeys(found) if text.strip()]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leap_dist.config.sections import DataConfig
+from leap_dist.config.sections import DataConfig, names_files
 from leap_dist.tasks.base import Example, Task, TokenTable
+from leap_dist.tasks.files import files_of
 
 DIGEST = 32  # characters; MLflow takes 36
 
@@ -28,21 +30,29 @@ def describe(data: DataConfig, task: Task) -> list[dict[str, Any]]:
 
 def _values(data: DataConfig, name: str, context: str, examples: Sequence[Example]) -> dict[str, str]:
     given = data.train if context == "train" else data.validation
-    source: dict[str, Any] = {"path": data.dataset or data.task, "config_name": data.subset, "split": given}
-    kind = "hugging_face"
-    if given and not data.dataset:
-        digest, kind, source = _digest_of_file(Path(given)), "local", {"uri": str(Path(given).resolve())}
+    source: dict[str, Any] = {"path": data.dataset or data.task, "config_name": data.subset}
+    source["split"] = given[0] if given else None
+    kind, profile = "hugging_face", {"num_rows": len(examples)}
+    if given and (not data.dataset or (context == "validation" and names_files(given))):
+        files = files_of(f"data.{context}", given)
+        digest, kind, source = _digest_of_files(files), "local", {"uri": os.path.commonpath(map(Path.resolve, files))}
+    elif data.streaming and context == "train":  # nobody has seen all of it
+        digest, profile = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:DIGEST], {}
     else:
         digest = _digest(examples)
         if data.task.startswith("builtin/"):
             kind, source = "code", {"tags": {"task": data.task, "seed": str(data.seed)}}
-    profile = json.dumps({"num_rows": len(examples)})
-    return {"name": name, "digest": digest, "source_type": kind, "source": json.dumps(source), "profile": profile}
+    found = {"name": name, "digest": digest, "source_type": kind, "source": json.dumps(source)}
+    return {**found, "profile": json.dumps(profile)}
 
 
-def _digest_of_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:DIGEST]
+def _digest_of_files(files: Sequence[Path]) -> str:
+    """Of one file its own, of several that of theirs."""
+    found = []
+    for file in files:
+        with file.open("rb") as stream:
+            found.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return (found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest())[:DIGEST]
 
 
 def _digest(examples: Sequence[Example]) -> str:

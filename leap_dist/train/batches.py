@@ -1,4 +1,7 @@
-"""The order of training data: a pure function of seed, step and rank, so that a resumed run continues where it was."""
+"""The order of training data, so that a resumed run continues where it was.
+
+Of data that are all there it is a pure function of seed, step and rank; of a stream the checkpoint says where it is.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -46,6 +49,12 @@ class Batches:
                 "(train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks); use smaller batches"
             )
 
+    state: dict[str, Any] | None = None
+    """What a checkpoint has to hold of it: nothing, for the step says all."""
+
+    def resume(self, state: Mapping[str, Any] | None) -> None:
+        """Continue where a checkpoint was written."""
+
     def step(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of an optimizer step, on its device."""
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -55,7 +64,10 @@ class Batches:
         for number in range(self._accumulation):
             position = (within * self._accumulation + number) * self._ranks.world_size + self._ranks.rank
             rows = self._order[position * self._micro_batch : (position + 1) * self._micro_batch].tolist()
-            batches.append(self._batch([self._task.train[row] for row in rows], (step, number, self._ranks.rank)))
+            place = (step, number, self._ranks.rank)
+            batches.append(
+                batch_of(self._task, [self._task.train[row] for row in rows], self._seed, place, self._ranks)
+            )
         return batches
 
     def calibration(self, num: int) -> Iterator[dict[str, Tensor]]:
@@ -63,15 +75,77 @@ class Batches:
         order = bucketed(self._lengths, self._per_step, self._seed, epoch=0)
         for number in range(self._ranks.rank, min(num, len(order) // self._micro_batch), self._ranks.world_size):
             rows = order[number * self._micro_batch : (number + 1) * self._micro_batch].tolist()
-            yield self._batch([self._task.train[row] for row in rows], (0, number, 0))
+            yield batch_of(self._task, [self._task.train[row] for row in rows], self._seed, (0, number, 0), self._ranks)
 
-    def _batch(self, examples: Sequence[Example], place: tuple[int, int, int]) -> dict[str, Tensor]:
-        """The collated examples; `place` (step, micro-batch, rank) decides all chance in it."""
-        batch = self._task.collate(examples)
-        if self._task.augment is not None:
-            state = np.random.SeedSequence([self._seed, *place]).generate_state(1, np.uint64)
-            batch = self._task.augment(batch, torch.Generator().manual_seed(int(state[0]) >> 1))
-        return {key: value.to(self._ranks.device) for key, value in batch.items()}
+
+class StreamBatches:
+    """Micro-batches of a stream. The first rank reads it, once for all ranks; so a step's examples do not depend on how
+    many there are. A mistake in it is raised on every rank.
+    """
+
+    steps_per_epoch = 0  # not known
+
+    def __init__(
+        self, task: Task, micro_batch: int, accumulation: int, seed: int, ranks: Ranks, total: int | None
+    ) -> None:
+        """total: optimizer steps of the run, for messages."""
+        assert task.stream is not None
+        self._task, self._stream, self._ranks, self._seed = task, task.stream, ranks, seed
+        self._micro_batch, self._accumulation, self._total = micro_batch, accumulation, total
+        self.num_ids: int | None = None  # rows of the model's embedding
+        self._stream.begin(seed)
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint has to hold of it; the first rank's."""
+        return self._stream.state
+
+    def resume(self, state: Mapping[str, Any] | None) -> None:
+        """Continue where a checkpoint was written."""
+        if state is not None:
+            self._stream.resume(state)
+
+    def step(self, step: int) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches of an optimizer step, on its device. Collective."""
+        ranks, micro = self._ranks, self._micro_batch
+        examples = self._take(self._accumulation * ranks.world_size * micro, f"{step + 1} of {self._total}")
+        starts = [(number * ranks.world_size + ranks.rank) * micro for number in range(self._accumulation)]
+        return [
+            batch_of(self._task, examples[start : start + micro], self._seed, (step, number, ranks.rank), ranks)
+            for number, start in enumerate(starts)
+        ]
+
+    def calibration(self, num: int) -> Iterator[dict[str, Tensor]]:
+        """This rank's part of the first `num` micro-batches, counted over all ranks; the steps begin with them, too."""
+        examples = self._take(num * self._micro_batch, "0, the calibration")
+        self._stream.begin(self._seed)
+        for number in range(self._ranks.rank, num, self._ranks.world_size):
+            part = examples[number * self._micro_batch : (number + 1) * self._micro_batch]
+            yield batch_of(self._task, part, self._seed, (0, number, 0), self._ranks)
+
+    def _take(self, count: int, step: str) -> list[Example]:
+        return self._ranks.on_first(lambda: self._checked(self._stream.take(count, step)))
+
+    def _checked(self, examples: list[Example]) -> list[Example]:
+        """What is known of other data before the model is loaded: that it has a row for every token."""
+        highest = max(max(example["input_ids"]) for example in examples)
+        if self.num_ids is not None and highest >= self.num_ids:
+            raise UserError(
+                f"data.train: {self._stream.source}: token id {highest}, and the model has {self.num_ids} rows for "
+                "tokens; allowed: the tokenizer that came with the model"
+            )
+        return examples
+
+
+def batch_of(
+    task: Task, examples: Sequence[Example], seed: int, place: tuple[int, int, int], ranks: Ranks
+) -> dict[str, Tensor]:
+    """The collated examples on the rank's device; `place` (step, micro-batch, rank) decides all chance in it."""
+    batch = task.collate(examples)
+    if task.augment is not None:
+        state = np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)
+        batch = task.augment(batch, torch.Generator().manual_seed(int(state[0]) >> 1))
+    return {key: value.to(ranks.device) for key, value in batch.items()}
 
 
 def bucketed(lengths: np.ndarray, per_step: int, seed: int, epoch: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from leap_dist.models.load import load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.head import WordHead
-from leap_dist.train.batches import Batches, accumulation
+from leap_dist.train.batches import Batches, StreamBatches, accumulation
 from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
 from leap_dist.train.guards import Heartbeats
 from leap_dist.train.watch import NOTHING, Watch
@@ -41,7 +41,7 @@ class Job:
     task: Task
     tokenizer: Any
     engine: Any
-    batches: Batches
+    batches: Batches | StreamBatches
     total_steps: int
     distiller: Distiller | None = None
     words: WordHead | None = None  # of a language model
@@ -64,12 +64,19 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     tokenizer = load_tokenizer(config.model, config.data.tokenizer) if needs_tokenizer(config.data.task) else None
     task = ranks.first_then_rest(lambda: load_task(config.data, tokenizer))
     micro = config.deepspeed["train_micro_batch_size_per_gpu"]
-    batches = Batches(task, micro, accumulation(config.deepspeed, ranks.world_size), config.train.seed, ranks)
+    per_step, seed, most = accumulation(config.deepspeed, ranks.world_size), config.train.seed, config.train.max_steps
+    batches: Batches | StreamBatches = (
+        StreamBatches(task, micro, per_step, seed, ranks, most)
+        if task.stream
+        else Batches(task, micro, per_step, seed, ranks)
+    )
     one_shot = config.leap.mode == "one_shot"
     total = 0 if one_shot else _total_steps(config, batches)
     config = config.model_copy(update={"leap": config.leap.model_copy(update={"total_steps": total or None})})
     torch.manual_seed(config.train.seed)
     model = load_model(config.model, task)
+    if isinstance(batches, StreamBatches):
+        batches.num_ids = model.get_input_embeddings().weight.shape[0]
     distills = config.distill is not None and not one_shot
     teacher = _load_teacher(config, task, model) if distills else None
     scheduled = one_shot or "scheduler" in config.deepspeed
@@ -82,7 +89,7 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     return Job(config, ranks, task, tokenizer, engine, batches, total, distiller, words, watch)
 
 
-def _total_steps(config: JobConfig, batches: Batches) -> int:
+def _total_steps(config: JobConfig, batches: Batches | StreamBatches) -> int:
     """Optimizer steps of the whole run. Raises UserError for too few."""
     total = config.train.max_steps or max(1, round((config.train.epochs or 0) * batches.steps_per_epoch))
     if total < 10:

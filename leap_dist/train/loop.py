@@ -61,6 +61,7 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
         progress = read_progress(found, job.engine.leap.num_steps, job.phases.dense_end, job.before)
         state.start, state.measured, state.left_out = progress.step, dict(progress.measured), progress.left_out
         run_id = progress.run_id
+        job.batches.resume(progress.stream)
     settings = as_logged(job.config, ranks.world_size)
     if ranks.first and job.engine.leap.why_start:
         console().print(describe_start(job.engine.leap.config, job.engine.leap.why_start), markup=False, soft_wrap=True)
@@ -125,7 +126,8 @@ def train(
             if done % config.log_every == 0 or done == job.total_steps:
                 fields = _log_step(job, done, phase, loss, meter, tracker, writer)
                 progress.update(done, phase, fields)
-            saver.after(done, loss, {"measured": state.measured, "run_id": tracker.run_id, "left_out": state.left_out})
+            kept = {"measured": state.measured, "run_id": tracker.run_id, "left_out": state.left_out}
+            saver.after(done, loss, kept | ({"stream": job.batches.state} if job.batches.state else {}))
             if state.heartbeats is not None:
                 state.heartbeats.step = done
     saver.wait()

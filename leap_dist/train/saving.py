@@ -54,7 +54,8 @@ class Meetings:
 
 
 class RunProgress(BaseModel):
-    """What a checkpoint of a job holds beside the engine: optimizer steps, metrics by model, steps left out."""
+    """What a checkpoint of a job holds beside the engine: optimizer steps, metrics by model, steps left out, and where
+    a stream of examples was."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -62,6 +63,7 @@ class RunProgress(BaseModel):
     measured: dict[str, dict[str, float]]
     left_out: int = Field(ge=0)
     run_id: str | None
+    stream: dict[str, Any] | None = None
 
 
 def read_progress(found: Mapping[str, Any], num_steps: int, dense_end: int, before: str = "dense") -> RunProgress:

@@ -165,7 +165,12 @@ LINES = st.lists(
 
 
 @many
-@given(lines=LINES, suffix=st.sampled_from([".tsv", ".csv", ".jsonl", ".txt", ".CSV", ".xls"]))
+@given(
+    lines=LINES,
+    suffix=st.sampled_from(
+        [".tsv", ".csv", ".jsonl", ".json", ".txt", ".CSV", ".xls", ".parquet", ".csv.gz", ".csv.zst"]
+    ),
+)
 @example(lines=[b'{"a": ' + DEEP.encode()], suffix=".jsonl")
 @example(lines=[b'{"b": 1, "a": ' + DIGITS.encode() + b"}"], suffix=".jsonl")
 @example(lines=[b"a,b", b"x" * 200_000 + b",1"], suffix=".csv")
@@ -173,7 +178,7 @@ def test_a_table_of_any_bytes(tmp_path: Path, lines: list[bytes], suffix: str) -
     file = tmp_path / f"data{suffix}"
     file.write_bytes(b"\n".join(lines))
     only_user_errors(lambda: list(read_cells("data.train", file, [("data.text", "a"), ("data.label", "b")])))
-    only_user_errors(lambda: read_table("data.train", file, ["a"], "b"))
+    only_user_errors(lambda: read_table("data.train", [file], ["a"], "b"))
     file.unlink()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import copy
 import gzip
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from leap_dist.config.job_file import parse_job
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks import load_task, needs_tokenizer
+from leap_dist.tasks.files import zstd
 from leap_dist.tasks.glue import GLUE, LOCAL
 
 DATA = Path(os.environ.get("LEAP_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
@@ -285,7 +288,7 @@ def test_a_label_that_train_does_not_have(files: Any, tokenizer: Any) -> None:
 
 
 def test_a_file_that_is_not_there(files: Any, tokenizer: Any) -> None:
-    data = files(GOOD).model_copy(update={"validation": "nowhere.tsv"})
+    data = files(GOOD).model_copy(update={"validation": ("nowhere.tsv",)})
     with pytest.raises(UserError, match=r"data\.validation: got nowhere\.tsv; there is no such file"):
         load_task(data, tokenizer)
 
@@ -304,6 +307,15 @@ def test_broken_jsonl(files: Any, tokenizer: Any, text: str, message: str) -> No
         load_task(files(text, suffix=".jsonl"), tokenizer)
 
 
+MANY = "sentence\tlabel\n" + "".join(f"a good film {i * i}\t{i % 2}\n" for i in range(5000))
+
+
+def flipped(content: bytes) -> bytes:
+    """With one bit in the middle changed."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 @pytest.mark.parametrize(
     ("content", "suffix", "message"),
     [
@@ -312,8 +324,30 @@ def test_broken_jsonl(files: Any, tokenizer: Any, text: str, message: str) -> No
             ".tsv",
             r"train\.tsv: is a gzip file, not text; unpack or convert it first",
         ),
-        (gzip.compress(GOOD.encode(), mtime=0), ".tsv.gz", r"train\.tsv\.gz: is a gzip file"),
-        (b"PAR1....PAR1", ".parquet", r"is a Parquet file"),
+        (GOOD.encode(), ".tsv.gz", r"train\.tsv\.gz: damaged, or cut off: Not a gzipped file"),
+        (gzip.compress(GOOD.encode(), mtime=0)[:-9], ".tsv.gz", r"damaged, or cut off: Compressed file ended before"),
+        (flipped(gzip.compress(MANY.encode(), mtime=0)), ".tsv.gz", r"damaged, or cut off: |not UTF-8 text: "),
+        (GOOD.encode(), ".tsv.zst", r"train\.tsv\.zst: damaged, or cut off: Unable to decompress Zstandard data"),
+        (zstd.compress(GOOD.encode())[:-1], ".tsv.zst", r"damaged, or cut off: Compressed file ended before"),
+        (zstd.compress(MANY.encode()) + zstd.compress(GOOD.encode())[:-3], ".tsv.zst", r"Compressed file ended before"),
+        (flipped(zstd.compress(MANY.encode())), ".tsv.zst", r"damaged, or cut off: "),
+        (lzma.compress(MANY.encode())[:-40], ".tsv.xz", r"damaged, or cut off: Compressed file ended before"),
+        (bz2.compress(MANY.encode())[:-40], ".tsv.bz2", r"damaged, or cut off: Compressed file ended before"),
+        (gzip.compress(b"PAR1....PAR1", mtime=0), ".tsv.gz", r"is a Parquet file, not text"),
+        (b"PAR1....PAR1", ".tsv", r"is a Parquet file"),
+        (b"PAR1....PAR1", ".parquet", r"cannot be read: .*Parquet"),
+        (GOOD.encode(), ".parquet", r"cannot be read: .*Parquet"),
+        (
+            b'{"sentence": "a", "label": 1}',
+            ".json",
+            r"cannot be read: got one JSON value; allowed: a list of objects, or",
+        ),
+        (
+            b'{"sentence": "a"}\n{"sentence": "b"}',
+            ".json",
+            r"cannot be read: Extra data.*; one object a line is \.jsonl",
+        ),
+        (b'[{"sentence": "a"}, 3]', ".json", r'row 1: nothing|got "label", which is not a column'),
         (GOOD.encode("utf-16"), ".tsv", r"not UTF-8 text: .* at byte 0; it looks like UTF-16; save it as UTF-8"),
         (GOOD.replace("good", "g\u00f6d").encode("latin-1"), ".csv", r"not UTF-8 text: .*; save it as UTF-8"),
         (b'sentence,label\n"a,1\nb,0\n', ".csv", r"train\.csv: cannot be read: line 3: unexpected end of data"),
@@ -323,20 +357,20 @@ def test_broken_jsonl(files: Any, tokenizer: Any, text: str, message: str) -> No
 )
 def test_a_file_that_cannot_be_read(files: Any, tokenizer: Any, content: bytes, suffix: str, message: str) -> None:
     data = files("", suffix=suffix)
-    Path(data.train).write_bytes(content)
+    Path(data.train[0]).write_bytes(content)
     with pytest.raises(UserError, match=rf"^data\.train: .*{message}"):
         load_task(data, tokenizer)
 
 
 def test_a_folder_as_a_file(files: Any, tokenizer: Any, tmp_path: Path) -> None:
-    data = files(GOOD).model_copy(update={"train": str(tmp_path)})
+    data = files(GOOD).model_copy(update={"train": (str(tmp_path),)})
     for task in ("glue/sst2", "lm", "squad"):
         with pytest.raises(UserError, match=r"^data\.train: got .*; that is a folder; allowed: a file$"):
             load_task(data.model_copy(update={"task": task}), tokenizer)
 
 
 def test_a_name_that_no_file_can_have(files: Any, tokenizer: Any) -> None:
-    data = files(GOOD).model_copy(update={"train": "x" * 300 + ".tsv"})
+    data = files(GOOD).model_copy(update={"train": ("x" * 300 + ".tsv",)})
     with pytest.raises(UserError, match=r"^data\.train: x+\.tsv: cannot be read: File name too long"):
         load_task(data, tokenizer)
 
@@ -348,7 +382,7 @@ def test_a_cell_of_any_length(files: Any, tokenizer: Any) -> None:
 
 def test_a_file_that_is_not_text(files: Any, tokenizer: Any) -> None:
     data = files(GOOD)
-    Path(data.train or "").write_bytes(b"sentence\tlabel\n\xff\t1\n")
+    Path(data.train[0]).write_bytes(b"sentence\tlabel\n\xff\t1\n")
     with pytest.raises(UserError, match=r"data\.train: .*not UTF-8 text"):
         load_task(data, tokenizer)
 

@@ -264,7 +264,7 @@ def test_masked_words_alone_are_judged(texts: Any, tokenizer: Any) -> None:
     [
         ({}, " \n\n", r"data\.train: .*train\.txt: no text in it"),
         ({}, "a b c", r"data\.train: .*: got 4 tokens; allowed: at least 7 \(a block of data\.max_length\)"),
-        ({"text": ("a", "b")}, WORDS, r"data\.text: got a, b; allowed: one column for lm"),
+        ({"text": ("a", "b"), "task": "mlm"}, WORDS, r"data\.text: got a, b; allowed: one column for mlm"),
         ({"suffix": ".csv"}, "body\na", r'data\.text: got "text", which is not a column of .*; allowed: body'),
     ],
 )
@@ -310,7 +310,7 @@ def test_wikitext2_whole(data_dir: Path, tokenizer: Any, plain: Any) -> None:
 @pytest.mark.parametrize(
     ("suffix", "settings", "message"),
     [
-        (".json", {}, r"data\.train: got .*train\.json; allowed: plain text, or rows in \.tsv, \.csv, \.jsonl"),
+        (".json", {}, r"data\.train: .*train\.json: cannot be read: Extra data.*; one object a line is \.jsonl"),
         (".txt", {"text": "words"}, r"data\.text: got words, but .*train\.txt is plain text and has no columns"),
     ],
 )

@@ -221,13 +221,13 @@ def test_a_text_whose_characters_all_vanish(squad: Any, tokenizer: Any) -> None:
 )
 def test_a_file_of_another_kind(squad: Any, tokenizer: Any, content: str, message: str) -> None:
     data = squad([question(0, "a")])
-    Path(data.train).write_text(content)
+    Path(data.train[0]).write_text(content)
     with pytest.raises(UserError, match=message):
         load_task(data, tokenizer)
 
 
 def test_a_file_that_is_not_there(squad: Any, tokenizer: Any) -> None:
-    data = squad([question(0, "a")]).model_copy(update={"validation": "nowhere.json"})
+    data = squad([question(0, "a")]).model_copy(update={"validation": ("nowhere.json",)})
     with pytest.raises(UserError, match=r"data\.validation: got nowhere\.json; there is no such file"):
         load_task(data, tokenizer)
 

@@ -1,0 +1,238 @@
+"""Conversations, as the tokenizer's chat template writes them; a loss on the answers alone.
+
+Which tokens are an answer's: a template that says so ({% generation %}) is asked. Of others the text up to an answer,
+with the prompt for one, and the text behind it have to be the beginning of the whole. Where a template writes earlier
+turns in another way than when they were answered (Qwen3 drops their thoughts), every answer is an example of its own,
+in the text that the model answers in.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from leap_dist.errors import UserError
+from leap_dist.ops.words import IGNORED
+from leap_dist.tasks.base import Example, TokenTable, flat
+from leap_dist.tasks.cache import cached
+from leap_dist.tasks.tables import cell_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+ANSWERS = "assistant"
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""What a template has where answers begin, if it says so."""
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with at least one answer; `place`: where the row stands."""
+
+    place: str
+    messages: tuple[Message, ...]
+
+
+def read_messages(value: Any, place: str, column: str) -> tuple[Message, ...]:
+    """The messages in a cell. UserError for what is no list of {"role": ..., "content": ...}."""
+    where = f'{place}, column "{column}"'
+    if not isinstance(value, list) or not value:
+        received = "an empty list" if value == [] else str(value)[:40]
+        raise UserError(f'{where}: got {received}; allowed: a list of messages, {{"role": ..., "content": ...}}')
+    return tuple(_message(message, f"{where}: message {number}") for number, message in enumerate(value, start=1))
+
+
+def _message(value: Any, where: str) -> Message:
+    """A message without the keys that hold nothing: a table has the same keys in all of a column."""
+    if not isinstance(value, Mapping) or "role" not in value:
+        raise UserError(f'{where}: got {str(value)[:60]}; allowed: {{"role": ..., "content": ...}}')
+    found = {key: part for key, part in value.items() if part is not None}
+    role, content = found.get("role"), found.get("content")
+    if role not in ROLES:
+        raise UserError(f"{where}: role: got {str(role)[:40]}; allowed: {', '.join(ROLES)}")
+    calls = role == ANSWERS and found.get("tool_calls")
+    if not isinstance(content, str) and not (content is None and calls):
+        received = "nothing" if content is None else str(content)[:40]
+        raise UserError(f"{where}: content: got {received}; allowed: text")
+    if role == ANSWERS and not calls and not str(content).strip():
+        raise UserError(f"{where}: an answer without text; remove the row, or give the answer")
+    return found
+
+
+def conversation(row: Mapping[str, Any], place: str, columns: Sequence[str]) -> Conversation:
+    """One column: messages. Two: the prompt and the answer, each text or messages; three: an input behind the prompt.
+
+    What follows the last answer is left out: nothing is learned from it.
+    """
+    if len(columns) == 1:
+        messages = read_messages(row.get(columns[0]), place, columns[0])
+    else:
+        prompt, *context, answer = ((row.get(column), column) for column in columns)
+        added = "".join(f"\n\n{cell_text(value, place, column)}" for value, column in context if value)
+        asked = _part(*prompt, place, "user", added)
+        messages = (*asked, *_part(*answer, place, ANSWERS))
+    last = max((i for i, message in enumerate(messages, start=1) if message["role"] == ANSWERS), default=0)
+    if not last:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"{place}: no answer, the messages are of {roles}; allowed: at least one of {ANSWERS}")
+    return Conversation(place, messages[:last])
+
+
+def _part(value: Any, column: str, place: str, role: str, added: str = "") -> tuple[Message, ...]:
+    if isinstance(value, list):
+        return read_messages(value, place, column)
+    text = cell_text(value, place, column)
+    if role == ANSWERS and not text.strip():
+        raise UserError(f'{place}, column "{column}": an answer without text; remove the row, or give the answer')
+    return ({"role": role, "content": text + added},)
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+
+class ChatEncoder:
+    """Conversations as examples of at most `max_length` tokens; labels are IGNORED but for answers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        try:
+            self.template: str = tokenizer.get_chat_template()
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                "data.train: has conversations, and the tokenizer has no chat template; allowed: the tokenizer of an "
+                "instruction model in data.tokenizer, a chat_template.jinja in its folder, or data.text with a column "
+                "of plain text"
+            ) from error
+        if not tokenizer.is_fast:
+            raise UserError(
+                "data.train: has conversations, and the tokenizer does not say where tokens are in the text; allowed: "
+                "a fast tokenizer (tokenizer.json)"
+            )
+        self.cut = self.lost = 0  # conversations that max_length has cut; answers that it has left nothing of
+
+    def encode(self, row: Conversation) -> list[Example]:
+        """One example; one an answer where the template rewrites earlier turns; none of what max_length cuts off."""
+        if MARKED.search(self.template):
+            pairs = [self._marked(row)]
+        else:
+            pairs = [self._tokens(text, spans) for text, spans in self._texts(row)]
+        return [example for pair in pairs if (example := self._example(row, *pair)) is not None]
+
+    def _marked(self, row: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, whether each is an answer's), by the template itself."""
+        with _others_template(row):
+            encoded: Any = self._tokenizer.apply_chat_template(
+                list(row.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        return np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"]) == 1
+
+    def _texts(self, row: Conversation) -> list[tuple[str, list[tuple[int, int]]]]:
+        """The whole text with where its answers are; or a text for each answer."""
+        places = [i for i, message in enumerate(row.messages) if message["role"] == ANSWERS]
+        whole = self._write(row, len(row.messages))
+        spans = [self._span(row, whole, place) for place in places]
+        found = [span for span in spans if span]
+        if len(found) == len(spans):
+            return [(whole, found)]
+        texts = [self._write(row, place + 1) for place in places]
+        alone = [(text, self._span(row, text, place)) for text, place in zip(texts, places, strict=True)]
+        for (_, span), place in zip(alone, places, strict=True):
+            if span is None:
+                raise UserError(
+                    f"{row.place}: message {place + 1}: the tokenizer's chat template writes what comes before an "
+                    "answer in another way when the answer is there, so nobody can say where that begins; allowed: a "
+                    "template that puts answers between {% generation %} and {% endgeneration %}"
+                )
+        return [(text, [span]) for text, span in alone if span]
+
+    def _span(self, row: Conversation, text: str, place: int) -> tuple[int, int] | None:
+        """Where the answer at `place` lies in the text, what ends its turn included; None if that cannot be told."""
+        before = self._write(row, place, prompt=True)
+        upto = self._write(row, place + 1)
+        if not text.startswith(before) or not text.startswith(upto) or len(upto) <= len(before):
+            return None
+        begin = len(before)
+        if before == self._write(row, place):  # no prompt for an answer: a heading may come before it
+            begin = text.find(str(row.messages[place].get("content")).strip(), begin, len(upto))
+        return (begin, len(upto.rstrip())) if begin >= 0 else None
+
+    def _write(self, row: Conversation, num: int, prompt: bool = False) -> str:
+        """The text of the first `num` messages, "" of none; with the prompt for an answer."""
+        if not num:
+            return ""
+        messages = list(row.messages[:num])
+        with _others_template(row):
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+
+    def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, whether each begins in a span)."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+        judged = np.zeros(len(starts), bool)
+        for begin, stop in spans:
+            judged |= (starts >= begin) & (starts < stop)
+            for token in np.flatnonzero((starts < begin) & (ends > begin)):  # a space may be the first of a word
+                judged[token] |= not text[starts[token] : begin].strip(" ")
+        return np.array(encoded["input_ids"]), judged
+
+    def _example(self, row: Conversation, ids: np.ndarray, judged: np.ndarray) -> Example | None:
+        if not judged[1:].any():
+            raise UserError(f"{row.place}: the tokenizer's chat template leaves no token of the answers")
+        self.cut += len(ids) > self._max_length
+        ids, judged = ids[: self._max_length], judged[: self._max_length]
+        if not judged[1:].any():  # the first token is predicted by none
+            self.lost += 1
+            return None
+        labels = np.where(judged, ids, IGNORED)
+        return {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels.tolist()}
+
+
+@contextmanager
+def _others_template(row: Conversation) -> Iterator[None]:
+    """Whatever a template raises is one message that names the row."""
+    try:
+        yield
+    except Exception as error:
+        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{row.place}: the tokenizer's chat template refuses it: {words}") from error
+
+
+def chat_table(
+    source: str, rows: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> TokenTable:
+    """The examples of a split."""
+    encoder = ChatEncoder(tokenizer, longest)
+
+    def make() -> dict[str, np.ndarray]:
+        examples = list(_examples(encoder, rows))
+        columns = {key: [example[key] for example in examples] for key in ("input_ids", "attention_mask", "labels")}
+        return flat(columns) | {"cut": np.array([encoder.cut, encoder.lost])}
+
+    parts = ("chats", longest, encoder.template, *(row.messages for row in rows))
+    arrays = dict(cached(tokenizer, parts, make))
+    cut, lost = arrays.pop("cut").tolist()
+    table = TokenTable(arrays)
+    if not len(table):
+        raise UserError(f"{source}: no answer begins within data.max_length, which is {longest} tokens; raise it")
+    if cut:
+        told = (
+            "%s: %d of %d conversations are longer than data.max_length (%d) and are cut there; %d have no answer then"
+        )
+        logger.warning(f"{told}, and are left out", source, cut, len(rows), longest, lost)
+    return table
+
+
+def _examples(encoder: ChatEncoder, rows: Sequence[Conversation]) -> Iterator[Example]:
+    for row in rows:
+        yield from encoder.encode(row)

@@ -1,0 +1,242 @@
+"""Conversations: the loss is on the answers alone, whatever the template; every mistake in a row is one message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leap_dist.config.sections import DataConfig
+from leap_dist.errors import UserError
+from leap_dist.ops.words import IGNORED
+from leap_dist.tasks import load_task
+
+HEAD = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
+TEMPLATES = {
+    "marked": HEAD
+    + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "plain": HEAD + "{{ m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "no prompt": HEAD + "{{ m['content'] + '<|end|>\n' }}{% endfor %}",
+}
+FORGETS = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<|think|>\n' }}{% endif %}"
+    "{{ m['content'] + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""As Qwen3's: what an answer began with is not there any more when the next one is given."""
+HIDES = "{% if messages[-1]['role'] == 'assistant' %}a{% endif %}" + TEMPLATES["plain"]
+TURNS = [
+    {"role": "system", "content": "Be brief, über alles."},
+    {"role": "user", "content": "Where is Rome?"},
+    {"role": "assistant", "content": "In Italy, à côté."},
+    {"role": "user", "content": "And Oslo?"},
+    {"role": "assistant", "content": "In Norway."},
+]
+ANSWERS = ["In Italy, à côté.<|end|>", "In Norway.<|end|>"]
+
+
+@pytest.fixture(scope="session")
+def speaker() -> Any:
+    """A byte-level tokenizer with the marks of the templates as tokens of their own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    marks = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|think|>", "<|end|>"]
+    backend.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Callable[..., DataConfig]:
+    """Writes rows as JSON lines and gives the data section."""
+
+    def make(found: list[dict[str, Any]], **settings: Any) -> DataConfig:
+        file = tmp_path / "chat.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in found), "utf-8")
+        again = tmp_path / "again.jsonl"
+        again.write_text(file.read_text("utf-8"), "utf-8")
+        return DataConfig(**{"task": "lm", "train": str(file), "validation": str(again), **settings})
+
+    return make
+
+
+def answers(example: dict[str, Any], tokenizer: Any) -> list[str]:
+    """The texts of the runs of tokens that have labels."""
+    runs: list[list[int]] = [[]]
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        assert label in (token, IGNORED)
+        runs[-1].append(token) if label != IGNORED else runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_the_loss_is_on_the_answers_alone(rows: Any, speaker: Any, kind: str) -> None:
+    speaker.chat_template = TEMPLATES[kind]
+    task = load_task(rows([{"messages": TURNS}] * 2), speaker)
+    for example in (*task.train, *task.validation["validation"]):
+        assert answers(example, speaker) == ANSWERS
+        assert example["input_ids"] == speaker.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+    batch = task.collate(task.train[:])
+    assert (batch["labels"] != IGNORED).sum() == 2 * len(speaker("".join(ANSWERS))["input_ids"])
+
+
+def test_what_the_template_rewrites_is_an_example_of_its_own(rows: Any, speaker: Any) -> None:
+    speaker.chat_template = FORGETS
+    train = load_task(rows([{"messages": TURNS}]), speaker).train
+    assert [answers(example, speaker) for example in train] == [[f"<|think|>\n{text}"] for text in ANSWERS]
+    assert speaker.decode(train[1]["input_ids"]).count("<|think|>") == 1
+
+
+def test_a_space_before_an_answer_is_a_part_of_its_first_word(rows: Any, tmp_path: Path) -> None:
+    """As in Llama 2: the token begins at the space, which the template puts before the answer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[UNK]", "▁[I]", "▁where", "▁[/I]", "▁here", "▁we", "▁are"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[UNK]")
+    spaced.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[I] ' + m['content'] + ' [/I]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim }}{% endif %}{% endfor %}"
+    )
+    (example,) = load_task(rows([{"prompt": "where", "completion": "here we are "}]), spaced).train
+    assert example["labels"] == [IGNORED, IGNORED, IGNORED, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"prompt": "Where is Rome?", "completion": "In Italy."}, {}),
+        ({"prompt": "Where is Rome?", "response": "In Italy."}, {}),
+        ({"instruction": "Where is Rome?", "input": "", "output": "In Italy."}, {}),
+        ({"instruction": "Where is Rome?", "output": "In Italy."}, {}),
+        ({"question": "Where is Rome?", "answer": "In Italy."}, {"text": ["question", "answer"]}),
+        ({"prompt": TURNS[:2], "completion": TURNS[2:3]}, {}),
+        ({"dialogue": [*TURNS[:3], TURNS[3]]}, {"text": "dialogue"}),
+        ({"messages": [TURNS[1] | {"tool_calls": None}, TURNS[2]], "prompt": "no"}, {}),
+    ],
+)
+def test_columns(rows: Any, speaker: Any, row: dict[str, Any], settings: dict[str, Any]) -> None:
+    speaker.chat_template = TEMPLATES["plain"]
+    (example,) = load_task(rows([row], **settings), speaker).train
+    text = speaker.decode(example["input_ids"])
+    assert "<|user|>\nWhere is Rome?<|end|>\n<|assistant|>\nIn Italy" in text and "Oslo" not in text
+    assert len(answers(example, speaker)) == 1 and answers(example, speaker)[0].startswith("In Italy")
+
+
+def test_an_input_follows_its_instruction(rows: Any, speaker: Any) -> None:
+    speaker.chat_template = TEMPLATES["plain"]
+    (example,) = load_task(rows([{"instruction": "Add.", "input": "1 2", "output": "3"}]), speaker).train
+    assert "<|user|>\nAdd.\n\n1 2<|end|>" in speaker.decode(example["input_ids"])
+
+
+def test_long_conversations_are_cut_and_counted(rows: Any, speaker: Any, caplog: pytest.LogCaptureFixture) -> None:
+    speaker.chat_template = TEMPLATES["plain"]
+    late = [{"role": "user", "content": "x" * 200}, TURNS[2]]
+    task = load_task(rows([{"messages": TURNS}, {"messages": late}], max_length=64), speaker)
+    assert [len(example["input_ids"]) for example in task.train] == [64] and task.max_length == 64
+    told = "2 of 2 conversations are longer than data.max_length (64) and are cut there; 1 have no answer"
+    assert told in caplog.text
+    with pytest.raises(UserError, match=r"chat\.jsonl: no answer begins within data\.max_length, which is 64 tokens"):
+        load_task(rows([{"messages": late}], max_length=64), speaker)
+
+
+def with_turn(**changes: Any) -> dict[str, Any]:
+    return {"messages": [TURNS[1], {**TURNS[2], **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": TURNS[:2]}, r"no answer, the messages are of system, user; allowed: at least one of assistant"),
+        ({"messages": []}, r'column "messages": got an empty list; allowed: a list of messages'),
+        ({"messages": None}, r'column "messages": got None; allowed: a list of messages'),
+        ({"messages": {"role": "user"}}, r"got \{'role': 'user'\}; allowed: a list of messages"),
+        ({"messages": ["hello"]}, r'message 1: got hello; allowed: \{"role": \.\.\., "content": \.\.\.\}'),
+        ({"messages": [{"from": "human", "value": "x"}]}, r"message 1: got \{'from': 'human', 'value': 'x'\}; allowed"),
+        (with_turn(role="bot"), r"message 2: role: got bot; allowed: system, developer, user, assistant, tool"),
+        (with_turn(role=3), r"message 2: role: got 3; allowed: system"),
+        (with_turn(content=None), r"message 2: content: got nothing; allowed: text"),
+        (with_turn(content=[{"type": "image"}]), r"message 2: content: got \[\{'type': 'image'\}\]; allowed: text"),
+        (with_turn(content=" "), r"message 2: an answer without text; remove the row, or give the answer"),
+    ],
+)
+def test_what_is_no_conversation(rows: Any, speaker: Any, row: dict[str, Any], message: str) -> None:
+    speaker.chat_template = TEMPLATES["plain"]
+    with pytest.raises(UserError, match=rf"chat\.jsonl: line 2.*{message}"):
+        load_task(rows([{"messages": TURNS}, row]), speaker)
+
+
+@pytest.mark.parametrize(
+    ("found", "settings", "message"),
+    [
+        ([{"prompt": "a", "completion": ""}], {}, r'line 1, column "completion": an answer without text'),
+        ([{"prompt": "a", "completion": None}], {}, r'line 1: nothing in column "completion"'),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], {}, r'data\.text: got "completion", which is not a'),
+        (
+            [{"text": "a", "messages": TURNS}],
+            {},
+            r'data\.text: missing, and the rows have the columns "text", and mess',
+        ),
+        (
+            [{"s": "a text"}, {"s": TURNS}],
+            {"text": "s"},
+            r"chat\.jsonl: texts and conversations .*; allowed: one of",
+        ),
+        ([{"messages": TURNS}], {"task": "mlm"}, r"line 1: a conversation, which mlm does not learn from"),
+        (
+            [{"messages": TURNS}],
+            {"stride": 4},
+            r"data\.stride: got 4; .* has conversations, which are judged one by one",
+        ),
+    ],
+)
+def test_refused(rows: Any, speaker: Any, found: list[Any], settings: dict[str, Any], message: str) -> None:
+    speaker.chat_template = TEMPLATES["plain"]
+    if settings.get("task") == "mlm":
+        speaker.add_special_tokens({"mask_token": "<|mask|>"})
+    with pytest.raises(UserError, match=message):
+        load_task(rows(found, **settings), speaker)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            None,
+            r"the tokenizer has no chat template; allowed: the tokenizer of an instruction model in data\.tokenizer",
+        ),
+        ("{{ raise_exception('no system') }}", r"line 1: the tokenizer's chat template refuses it: no system"),
+        ("{{ messages[9]['role'] + 1 }}", r"line 1: the tokenizer's chat template refuses it: "),
+        ("{% if %}", r"line 1: the tokenizer's chat template refuses it: "),
+        (HIDES, r"line 1: message 3: the tokenizer's chat template writes what comes before an answer in another way"),
+        (
+            "{% generation %}{% endgeneration %}hello",
+            r"line 1: the tokenizer's chat template leaves no token of the ans",
+        ),
+    ],
+)
+def test_a_template_that_does_not_fit(rows: Any, speaker: Any, template: str | None, message: str) -> None:
+    speaker.chat_template = template
+    with pytest.raises(UserError, match=message):
+        load_task(rows([{"messages": TURNS}]), speaker)
+
+
+def test_a_tokenizer_that_does_not_say_where_tokens_are(rows: Any) -> None:
+    from transformers import ByT5Tokenizer
+
+    slow = ByT5Tokenizer(chat_template=TEMPLATES["plain"])
+    with pytest.raises(UserError, match=r"the tokenizer does not say where tokens are in the text; allowed: a fast"):
+        load_task(rows([{"messages": TURNS}]), slow)
