@@ -204,7 +204,10 @@ def _questions(data: DataConfig) -> tuple[list[Question], list[Question]]:
         ]
     else:
         found = [
-            (f"{key}: {', '.join(given)}", [row for file in files_of(key, given) for row in official_questions(key, file)])
+            (
+                f"{key}: {', '.join(given)}",
+                [row for file in files_of(key, given) for row in official_questions(key, file)],
+            )
             for key, given in (("data.train", data.train), ("data.validation", data.validation or ()))
         ]
     for source, questions in found:

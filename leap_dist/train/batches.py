@@ -92,8 +92,17 @@ class StreamBatches:
         assert task.stream is not None
         self._task, self._stream, self._ranks, self._seed = task, task.stream, ranks, seed
         self._micro_batch, self._accumulation, self._total = micro_batch, accumulation, total
-        self.num_ids: int | None = None  # rows of the model's embedding
+        self._num_ids: int | None = None  # rows of the model's embedding
         self._stream.begin(seed)
+
+    def check(self, num_ids: int) -> None:
+        """Take the first step's examples and put them back: a mistake in them ends a job of which nothing is written.
+
+        num_ids: rows that the model has for tokens. Collective.
+        """
+        self._num_ids = num_ids
+        self.step(0)
+        self._stream.begin(self._seed)
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -129,9 +138,9 @@ class StreamBatches:
     def _checked(self, examples: list[Example]) -> list[Example]:
         """What is known of other data before the model is loaded: that it has a row for every token."""
         highest = max(max(example["input_ids"]) for example in examples)
-        if self.num_ids is not None and highest >= self.num_ids:
+        if self._num_ids is not None and highest >= self._num_ids:
             raise UserError(
-                f"data.train: {self._stream.source}: token id {highest}, and the model has {self.num_ids} rows for "
+                f"data.train: {self._stream.source}: token id {highest}, and the model has {self._num_ids} rows for "
                 "tokens; allowed: the tokenizer that came with the model"
             )
         return examples

@@ -76,7 +76,7 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     torch.manual_seed(config.train.seed)
     model = load_model(config.model, task)
     if isinstance(batches, StreamBatches):
-        batches.num_ids = model.get_input_embeddings().weight.shape[0]
+        batches.check(model.config.get_text_config().vocab_size)
     distills = config.distill is not None and not one_shot
     teacher = _load_teacher(config, task, model) if distills else None
     scheduled = one_shot or "scheduler" in config.deepspeed

@@ -179,11 +179,14 @@ def test_a_row_of_another_kind(stream: Any) -> None:
 
 def test_a_token_that_the_model_has_no_row_for(stream: Any) -> None:
     batches = StreamBatches(stream(numbered(60)), 2, 1, 3, ALONE, 9)
-    batches.num_ids = 100
-    with pytest.raises(
-        UserError, match=r"data\.train: .*set train: token id 261, and the model has 100 rows for tokens"
-    ):
-        batches.step(0)
+    first = batches.step(0)[0]["input_ids"].tolist()
+    batches.check(262)
+    assert batches.step(0)[0]["input_ids"].tolist() == first
+    problem = r"data\.train: .*set train: token id 261, and the model has 261 rows for tokens"
+    with pytest.raises(UserError, match=problem):
+        batches.check(261)
+        for step in range(99):
+            batches.step(step)
 
 
 JOB: dict[str, Any] = {
