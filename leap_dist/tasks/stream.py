@@ -84,7 +84,7 @@ class Stream:
         self,
         rows: _Rows,
         kind: type,
-        encode: Callable[[list[Any]], Sequence[Sequence[Any]]],
+        encode: Callable[[list[Any]], Sequence[Any]],
         size: int,
         make: Callable[[list[Any]], Example],
     ) -> None:
@@ -141,7 +141,7 @@ class Stream:
     def _fill(self, count: int, step: str) -> None:
         """Read on, at most to the end of a pass."""
         rows = list(islice(self._rows, ROWS))
-        found = []
+        found: list[str | Conversation] = []
         for _, name, row in rows:
             found.append(document_of(row, name, self._read.columns, self._read.task))
             if not isinstance(found[-1], self._kind):
