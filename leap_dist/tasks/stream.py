@@ -115,7 +115,7 @@ class Stream:
 
     def take(self, count: int, step: str) -> list[Example]:
         """The next examples, of the step that messages name. Raises UserError where there are not so many in all."""
-        found = []
+        found: list[Example] = []
         while len(found) < count:
             while self._held < self._size:
                 self._fill(count, step)
