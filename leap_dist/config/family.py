@@ -42,6 +42,8 @@ class AttentionFamily(Section):
     position_bias: bool = Field(default=False, description="true or false")
     """The block is given a bias of all heads and hands it on to the next one, as the second of three results."""
     norm: str | None = Field(default=None, description="a norm of input plus output inside the module")
+    query_norm: str | None = Field(default=None, description="a norm of a head's queries, where it exists")
+    key_norm: str | None = Field(default=None, description="a norm of a head's keys, where it exists")
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
@@ -114,3 +116,14 @@ class FamilyConfig(Section):
     """Where it exists, the first layer stays."""
     depth: Names = Field(default=("num_hidden_layers",), description="keys of the model's config for the layers")
     """One for each list of layers, in the model's order."""
+    hidden: Names = Field(default=(), description="keys of the model's config for the width of its residual stream")
+    """The first is the width; the others are as large where they are now. Empty: gate "hidden" is not known."""
+    epsilon: str | None = Field(default=None, description="the key of the model's config for the epsilon of its norms")
+    """Of root-mean-square norms."""
+    norm_adds_one: bool = Field(default=False, description="true or false")
+    """Root-mean-square norms multiply by one plus their weight."""
+    scaled_embeddings: bool = Field(default=False, description="true or false")
+    """Embeddings are multiplied by the root of the width."""
+    output_norms: Names = Field(default=(), description="norms in a layer of what its blocks give, before the sum")
+    scaled_output: str | None = Field(default=None, description="the norm before a head that divides by that root")
+    """Where the config says scale_decoder_outputs."""

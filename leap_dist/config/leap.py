@@ -20,7 +20,7 @@ from leap_dist.config.section import (
     with_home,
 )
 
-GATE_NAMES = ("element", "row", "column", "block:RxC", "n:m", "head", "neuron", "expert", "layer", "depth")
+GATE_NAMES = ("element", "row", "column", "block:RxC", "n:m", "head", "neuron", "expert", "layer", "depth", "hidden")
 
 
 def _granularity(value: str) -> str:

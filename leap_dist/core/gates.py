@@ -180,7 +180,10 @@ def _check_pattern(tensor: str, granularity: str, rest: int, cols: int, transpos
 
 @dataclass(frozen=True)
 class Cover:
-    """One tensor under one gate: the gate's index in the plan and its slices of this tensor, which cover it whole."""
+    """One tensor under one gate: the gate's index in the plan and slices of this tensor, which cover it whole.
+
+    A gate may cover a tensor twice, by its rows and by its columns.
+    """
 
     gate: int
     slices: tuple[Slice, ...]
@@ -194,9 +197,13 @@ class GatePlan:
         self.covers: dict[str, list[Cover]] = {}
         for index, gate in enumerate(self.gates):
             for tensor in dict.fromkeys(part.tensor for part in gate.slices):
-                parts = tuple(part for part in gate.slices if part.tensor == tensor)
-                assert sum(part.numel for part in parts) == parts[0].rows * parts[0].cols, f"{gate.name}: {tensor}"
-                self.covers.setdefault(tensor, []).append(Cover(index, parts))
+                parts: list[Slice] = []
+                for part in (part for part in gate.slices if part.tensor == tensor):
+                    parts.append(part)
+                    if sum(part.numel for part in parts) == part.rows * part.cols:
+                        self.covers.setdefault(tensor, []).append(Cover(index, tuple(parts)))
+                        parts = []
+                assert not parts, f"{gate.name}: {tensor}"
         self.structured = [index for index, gate in enumerate(self.gates) if not gate.elementwise]
         starts = torch.tensor([0] + [self.gates[i].num_units for i in self.structured]).cumsum(0).tolist()
         self._unit_start = dict(zip(self.structured, starts, strict=False))

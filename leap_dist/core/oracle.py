@@ -116,7 +116,7 @@ class Oracle:
         units = [mask.float() for mask in self.masks] if units is None else units
         product = torch.ones(())
         for cover in self.plan.covers[tensor]:
-            product = product * units[cover.gate][unit_index(cover.slices)]
+            product = product * units[cover.gate][unit_index(cover.slices).flatten()]
         return product.reshape(self.latent[tensor].shape)
 
     def masked_weights(self, units: list[Tensor] | None = None) -> dict[str, Tensor]:

@@ -158,6 +158,7 @@ def _hf(models: Models, folder: Path, threads: int) -> Exported:
     why = {
         "expert": "Experts were removed: stock AutoModel would still route tokens to them",
         "depth": "Layers were removed: stock AutoModel would still compute their norms",
+        "hidden": "Dimensions were removed: stock AutoModel's norms would take their means over all of them",
     }
     notes += [
         f"{why[kind]}, and compute something else than the run measured: its logits differ by {found:.2g} of the "

@@ -93,6 +93,8 @@ def _llama(**changes: Any) -> AttentionFamily:
         "head_size": "self_attn.head_dim",
         "config": ("num_attention_heads", "num_key_value_heads"),
         "config_head_size": "head_dim",
+        "query_norm": "self_attn.q_norm",
+        "key_norm": "self_attn.k_norm",
     }
     return AttentionFamily.model_validate(fields | changes)
 
@@ -125,6 +127,7 @@ BERT = FamilyConfig(
         _bert("crossattention.self", role="cross_attention", output="crossattention.output.dense"),
     ),
     ffn=(BERT_FFN,),
+    hidden=("hidden_size", "embedding_size", "pooler_hidden_size"),
 )
 DISTILBERT = FamilyConfig(
     layers=(r"re:(.+\.)?transformer\.layer\.\d+",),
@@ -140,6 +143,7 @@ DISTILBERT = FamilyConfig(
         ),
     ),
     ffn=(FfnFamily(module="ffn", up="ffn.lin1", down="ffn.lin2", activation="ffn.activation", config=("hidden_dim",)),),
+    hidden=("dim",),
 )
 DEBERTA = FamilyConfig(
     layers=BERT.layers,
@@ -162,6 +166,7 @@ DEBERTA = FamilyConfig(
     ),
     ffn=(BERT_FFN,),
     results=("attention",),
+    hidden=("hidden_size", "embedding_size", "pooler_hidden_size"),
 )
 DEBERTA_V2 = FamilyConfig(
     layers=BERT.layers,
@@ -175,6 +180,7 @@ DEBERTA_V2 = FamilyConfig(
     ),
     ffn=(BERT_FFN,),
     results=("attention",),
+    hidden=("hidden_size", "embedding_size", "pooler_hidden_size"),
     after_first="conv",
 )
 ALBERT = FamilyConfig(
@@ -182,6 +188,7 @@ ALBERT = FamilyConfig(
     attention=(_bert("attention", output="attention.dense", norm="attention.LayerNorm"),),
     ffn=(FfnFamily(up="ffn", down="ffn_output", activation="activation", config=("intermediate_size",)),),
     shared=True,
+    hidden=("hidden_size",),
 )
 GPT2 = FamilyConfig(
     layers=(r"re:(.+\.)?h\.\d+",),
@@ -196,12 +203,14 @@ GPT2 = FamilyConfig(
     ),
     ffn=(FfnFamily(module="mlp", up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act", config=("n_inner",)),),
     adds=True,
+    hidden=("n_embd",),
 )
 OPT = FamilyConfig(
     layers=(r"re:(.+\.)?decoder\.layers\.\d+",),
     attention=(_llama(output="self_attn.out_proj", resize=("self_attn.num_heads",), config=(), config_head_size=None),),
     ffn=(FfnFamily(up="fc1", down="fc2", activation="activation_fn", config=("ffn_dim",)),),
     adds="do_layer_norm_before",
+    hidden=("hidden_size", "word_embed_proj_dim"),
 )
 LLAMA_FFN = FfnFamily(
     module="mlp",
@@ -212,7 +221,21 @@ LLAMA_FFN = FfnFamily(
     resize=("mlp.intermediate_size",),
     config=("intermediate_size",),
 )
-LLAMA = FamilyConfig(layers=(r"re:(.+\.)?layers\.\d+",), attention=(_llama(),), ffn=(LLAMA_FFN,), adds=True)
+LLAMA = FamilyConfig(
+    layers=(r"re:(.+\.)?layers\.\d+",),
+    attention=(_llama(),),
+    ffn=(LLAMA_FFN,),
+    adds=True,
+    hidden=("hidden_size",),
+    epsilon="rms_norm_eps",
+)
+GEMMA = LLAMA.model_copy(
+    update={
+        "norm_adds_one": True,
+        "scaled_embeddings": True,
+        "output_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    }
+)
 PHI3 = FamilyConfig(
     layers=LLAMA.layers,
     attention=(
@@ -220,6 +243,8 @@ PHI3 = FamilyConfig(
             query=None,
             key=None,
             value=None,
+            query_norm=None,
+            key_norm=None,
             qkv="self_attn.qkv_proj",
             resize=("self_attn.num_key_value_heads", "self_attn.config.num_attention_heads"),
         ),
@@ -234,6 +259,8 @@ PHI3 = FamilyConfig(
         ),
     ),
     adds=True,
+    hidden=LLAMA.hidden,
+    epsilon=LLAMA.epsilon,
 )
 EXPERTS = ExpertsFamily(
     module="mlp",
@@ -249,6 +276,8 @@ MIXTRAL = FamilyConfig(
     attention=(_llama(),),
     experts=(EXPERTS.model_copy(update={"top_k": ("mlp.gate.top_k", "mlp.top_k")}),),
     adds=True,
+    hidden=LLAMA.hidden,
+    epsilon=LLAMA.epsilon,
 )
 QWEN3_MOE = LLAMA.model_copy(update={"experts": (EXPERTS,)})
 T5 = FamilyConfig(
@@ -278,6 +307,9 @@ T5 = FamilyConfig(
     adds=True,
     results=("position_bias", "encoder_decoder_position_bias"),
     depth=("num_layers", "num_decoder_layers"),
+    hidden=("d_model",),
+    epsilon="layer_norm_epsilon",
+    scaled_output="decoder.final_layer_norm",
 )
 VIT = FamilyConfig(
     layers=(r"re:(.+\.)?layers\.\d+",),
@@ -304,6 +336,7 @@ VIT = FamilyConfig(
         ),
     ),
     adds=True,
+    hidden=("hidden_size", "pooler_output_size"),
 )
 
 FAMILIES: dict[str, FamilyConfig] = {
@@ -313,8 +346,8 @@ FAMILIES: dict[str, FamilyConfig] = {
     "deberta-v2": DEBERTA_V2,
     "distilbert": DISTILBERT,
     "electra": BERT,
-    "gemma2": LLAMA,
-    "gemma3_text": LLAMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": LLAMA,

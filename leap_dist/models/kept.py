@@ -1,4 +1,4 @@
-"""What a model of which some is pruned computes beyond its zeros: routers choose among kept experts, norms pass."""
+"""What a pruned model computes beyond its zeros: routers choose among kept experts, norms are over kept dimensions."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ def compute_among_kept(
 ) -> list[RemovableHandle]:
     """Hook what the gates of these granularities need; the handles' `remove` undoes it."""
     handles = route_among_kept(model, family) if "expert" in granularities else []
-    return handles + (norm_among_kept(model) if "depth" in granularities else [])
+    return handles + (norm_among_kept(model) if {"depth", "hidden"} & set(granularities) else [])

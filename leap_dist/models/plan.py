@@ -17,11 +17,13 @@ from leap_dist.models.blocks import find_structures, find_sublayers, tensor_shap
 from leap_dist.models.families import computed_weights, prunable_matrices
 from leap_dist.models.mask_files import read_masks
 from leap_dist.models.stacks import find_stacks
+from leap_dist.models.stream import find_stream, stream_of
 from leap_dist.models.structures import Structure, UnitRun
 from leap_dist.models.views import Owners
 from leap_dist.ops.slices import Slice
 
-STRUCTURED = ("head", "neuron", "expert", "layer", "depth")
+STRUCTURED = ("head", "neuron", "expert", "layer", "depth", "hidden")
+ALIGNED = 8  # numbers in 16 bytes of bf16: torch's grouped product takes no other rows
 Shape = tuple[int, ...]
 
 
@@ -132,6 +134,8 @@ class _Maker:
         kind = entry.granularity
         if kind == "depth":
             return self._depth(key, entry)
+        if kind == "hidden":
+            return [self._hidden(key, entry)]
         find = find_sublayers if kind == "layer" else find_structures
         found = [s for s in find(self.model, self.family) if s.kind == kind]
         if not found:
@@ -169,6 +173,32 @@ class _Maker:
             if slices:
                 gates.append(Gate(f"{stack.name}:depth", "depth", tuple(slices)))
         return gates
+
+    def _hidden(self, key: str, entry: GateConfig) -> Gate:
+        """One gate for the residual stream; a unit is a dimension in all tensors that read or write it."""
+        try:
+            stream = stream_of(self.model, self.family)
+        except UserError as error:
+            name = getattr(getattr(self.model, "config", None), "model_type", None) or type(self.model).__name__
+            raise UserError(f"{key}: got 'hidden'; {name} has no stream that can be narrower: {error}") from error
+        for option in ("include", "exclude"):
+            if getattr(entry, option):
+                raise UserError(f"{key}.{option}: got names; 'hidden' is one gate for the whole model: remove it")
+        for part in stream.parts:
+            if part.tensor not in self.shapes or part.tensor in self.dropped:
+                raise UserError(
+                    f"{key}: got 'hidden', which takes dimensions out of all tensors at once, but {part.tensor} "
+                    f"{'is left out in leap.exclude' if part.tensor in self.dropped else 'is not trained'}; "
+                    "change that, or remove 'hidden'"
+                )
+        experts = any(s.kind == "expert" for s in find_structures(self.model, self.family))
+        if experts and entry.multiple_of % ALIGNED:
+            raise UserError(
+                f"{key}.multiple_of: got {entry.multiple_of}; allowed for 'hidden' where a model has experts: a "
+                f"multiple of {ALIGNED}, which their product needs"
+            )
+        slices = (cut for part in stream.parts for cut in axis_slices(part, self.shapes[part.tensor], stream.width))
+        return Gate("stream:hidden", "hidden", tuple(slices))
 
     def _wanted(self, structure: Structure) -> bool:
         """Whether the tensors of a block are trained, included and not excluded."""
@@ -213,6 +243,19 @@ def part_slice(part: UnitRun, shape: Shape, num_units: int) -> Slice:
     return Slice(part.tensor, rows, cols, *block, counted=part.counted, region=region)
 
 
+def axis_slices(part: UnitRun, shape: Shape, num_units: int) -> list[Slice]:
+    """The slices that a part along any axis of a tensor is: one, or one for every index of the axes before it."""
+    before, after = math.prod(shape[: part.axis]), math.prod(shape[part.axis + 1 :])
+    if after == 1:
+        return [Slice(part.tensor, before, num_units, before, 1, counted=part.counted)]
+    return [
+        Slice(
+            part.tensor, before * num_units, after, 1, after, part.counted, region=(i * num_units, num_units, 0, after)
+        )
+        for i in range(before)
+    ]
+
+
 def _of_entry(key: str, entry: GateConfig, names: list[str], what: str) -> list[str]:
     """The names that an entry's own include and exclude leave."""
     kept = match_names(names, entry.include, f"{key}.include", what) if entry.include else names
@@ -224,6 +267,7 @@ def _nothing_of(kind: str, key: str, model: nn.Module, family: FamilyConfig | No
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     kinds: list[str] = [s.kind for s in (*find_structures(model), *find_sublayers(model))]
     kinds += ["depth"] * any(stack.units for stack in find_stacks(model))
+    kinds += ["hidden"] * (find_stream(model) is not None)
     allowed = ", ".join(("element", "row", "column", "block:RxC", "n:m", *dict.fromkeys(kinds)))
     return (
         f"{key}: got {kind!r}; {name} has none that is known here; allowed: {allowed}, "

@@ -9,7 +9,7 @@ import copy
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from leap_dist.models.pruned_json import (
     NAME,
     KeptUnits,
     PrunedJson,
+    Removed,
     check_files,
     describe_file,
     read_pruned_json,
@@ -33,6 +34,7 @@ from leap_dist.models.pruned_json import (
 from leap_dist.models.removal import remove_
 from leap_dist.models.stacks import Parts, Renumbered, find_parts
 from leap_dist.models.stock import Kept, per_layer_config, shapes_of, stock_model
+from leap_dist.models.stream import NAME as STREAM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,9 +119,11 @@ def save_pruned(model: PreTrainedModel, folder: Path, like: Path) -> None:
         write_pruned_json(partial, manifest.model_copy(update={"files": files, "extra": {}}))
 
 
-def _kinds(parts: Parts) -> dict[str, tuple[Literal["head", "neuron", "expert", "depth"], int]]:
+def _kinds(parts: Parts) -> dict[str, tuple[Removed, int]]:
     """The kind and the number of units of everything that can leave, by name."""
-    found: dict[str, tuple[Literal["head", "neuron", "expert", "depth"], int]] = {}
+    found: dict[str, tuple[Removed, int]] = {}
+    if parts.stream is not None:
+        found[STREAM] = "hidden", parts.stream.width
     for stack in parts.stacks:
         found[stack.name] = "depth", len(stack.layers)
     for block in parts.blocks:
@@ -235,8 +239,8 @@ def _kept_of(folder: Path, manifest: PrunedJson, model: nn.Module, parts: Parts)
         if name not in kinds:
             raise UserError(f"{path}: damaged: {name}: the model has no such structure{nearest(name, kinds)}")
     for name, (kind, num_units) in kinds.items():
-        if name not in stored and kind == "depth":
-            continue  # no layer left
+        if name not in stored and kind in ("depth", "hidden"):
+            continue  # no layer left, no dimension
         if name not in stored:
             raise UserError(f"{path}: damaged: {name}: is missing from structures")
         described = len(stored[name].kept) if manifest.stock else stored[name].num_units

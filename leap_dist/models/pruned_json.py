@@ -20,11 +20,14 @@ from leap_dist.errors import UserError
 NAME = "pruned.json"
 
 
+Removed = Literal["head", "neuron", "expert", "depth", "hidden"]
+
+
 class KeptUnits(Section):
     """One structure of the model before pruning, and the units that are left."""
 
     name: str
-    kind: Literal["head", "neuron", "expert", "depth"]
+    kind: Removed
     num_units: int = Field(ge=0)
     kept: tuple[int, ...]
 

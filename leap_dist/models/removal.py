@@ -13,12 +13,16 @@ from torch import nn
 from leap_dist.config.family import AttentionFamily, ExpertsFamily, FfnFamily
 from leap_dist.models.families import is_conv1d
 from leap_dist.models.stacks import Parts, is_inside, left_out
+from leap_dist.models.stream import NAME as STREAM
+from leap_dist.models.stream import narrow_
 from leap_dist.models.structures import Block, Resize, UnitRun
 
 
 def remove_(model: nn.Module, parts: Parts, kept: Mapping[str, Sequence[int]]) -> None:
-    """Leave only the layers and units that `kept` says, by the name of their stack or structure, ascending."""
+    """Leave only the units that `kept` says, ascending; by "stream", and by the name of their stack or structure."""
     gone = left_out(parts.stacks, kept)
+    if parts.stream is not None and STREAM in kept:
+        narrow_(model, parts.stream, kept[STREAM], parts.blocks)
     for path in gone:
         model.set_submodule(path, NoLayer(model.get_submodule(path), parts.results))
     _remove_units_(model, [block for block in parts.blocks if not is_inside(block.layer, gone)], kept)

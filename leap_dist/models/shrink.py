@@ -15,12 +15,15 @@ from leap_dist.models.blocks import is_anchored
 from leap_dist.models.families import family_of
 from leap_dist.models.removal import remove_
 from leap_dist.models.stacks import Parts, adds, find_parts, is_inside
+from leap_dist.models.stream import NAME as STREAM
+from leap_dist.models.stream import living_dimensions
 from leap_dist.models.structures import Block, Span, Stack
 
 
 def shrink_(model: nn.Module, family: FamilyConfig | None = None) -> dict[str, list[int]]:
-    """Remove every layer, head, neuron and expert that is dead in the weights; returns those left, by structure.
-    Lists of layers that are whole are not among them.
+    """Remove every dimension, layer, head, neuron and expert that is dead in the weights; returns those left.
+
+    By structure; the residual stream and lists of layers are not among them where they are whole.
 
     `model.config` still describes the model as it was, and `save_shrunk` counts units by it: shrink a model once.
     """
@@ -41,6 +44,10 @@ def shrink_(model: nn.Module, family: FamilyConfig | None = None) -> dict[str, l
         ]
         if dead:
             kept[stack.name] = [index for index in range(len(stack.layers)) if index not in dead]
+    if parts.stream is not None:
+        left = living_dimensions(parts.stream, tensors)
+        if 0 < len(left) < parts.stream.width:
+            kept[STREAM] = left
     remove_(model, parts, kept)
     return kept
 

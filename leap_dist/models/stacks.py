@@ -14,17 +14,19 @@ from leap_dist.models.blocks import find_blocks, is_anchored, tensor_shapes
 from leap_dist.models.families import family_of, prunable_matrices
 from leap_dist.models.layer import layer_paths
 from leap_dist.models.norms import is_layer_norm
+from leap_dist.models.stream import Stream, find_stream
 from leap_dist.models.structures import Block, Stack
 from leap_dist.models.views import Owners
 
 
 @dataclass(frozen=True)
 class Parts:
-    """All that can leave a model: whole layers, and the units of blocks.
+    """All that can leave a model: dimensions of its residual stream, whole layers, and the units of blocks.
 
     results, depth: what a layer returns, and the keys of its config for layers (`FamilyConfig`).
     """
 
+    stream: Stream | None
     stacks: list[Stack]
     blocks: list[Block]
     results: tuple[str, ...]
@@ -35,7 +37,8 @@ def find_parts(model: nn.Module, family: FamilyConfig | None = None) -> Parts:
     """Everything that can leave a model."""
     table = family or family_of(model)
     results, depth = (table.results, table.depth) if table else ((), ())
-    return Parts(find_stacks(model, family), find_blocks(model, family), results, depth)
+    stream, stacks, blocks = find_stream(model, family), find_stacks(model, family), find_blocks(model, family)
+    return Parts(stream, stacks, blocks, results, depth)
 
 
 def find_stacks(model: nn.Module, family: FamilyConfig | None = None) -> list[Stack]:

@@ -11,6 +11,8 @@ from torch import nn
 
 from leap_dist.config.family import AttentionFamily, ExpertsFamily
 from leap_dist.models.stacks import Parts, Renumbered, is_inside, left_out
+from leap_dist.models.stream import NAME as STREAM
+from leap_dist.models.stream import epsilon_of, with_width
 from leap_dist.models.structures import Block
 
 if TYPE_CHECKING:
@@ -33,12 +35,16 @@ def stock_model(model: PreTrainedModel, parts: Parts, kept: Kept) -> PreTrainedM
         if not is_inside(block.layer, gone):
             if not units:
                 return None
-            changes |= config_values(model.config, block, units)
+            changes |= config_values(model.config, block, units, narrow=STREAM in kept)
     if gone:
         if len(parts.stacks) > len(parts.depth) or any(kept.get(stack.name) == [] for stack in parts.stacks):
             return None
         changes |= _fewer_layers(model.config, parts, kept)
     candidate = copy.deepcopy(model.config)
+    if parts.stream is not None and STREAM in kept:
+        candidate = with_width(candidate, parts.stream.table, len(kept[STREAM]))
+        if key := parts.stream.table.epsilon:
+            changes[key] = epsilon_of(parts.stream, len(kept[STREAM]), getattr(model.config, key))
     try:
         for key, value in changes.items():
             setattr(candidate, key, value)
@@ -57,10 +63,11 @@ def stock_model(model: PreTrainedModel, parts: Parts, kept: Kept) -> PreTrainedM
     return built
 
 
-def config_values(config: PreTrainedConfig, block: Block, num_units: int) -> dict[str, int]:
-    """The keys of the config for a block with that many units, as far as its table knows any."""
+def config_values(config: PreTrainedConfig, block: Block, num_units: int, narrow: bool = False) -> dict[str, int]:
+    """The keys of the config for a block with that many units, as far as its table knows any; all where the stream is
+    narrow, of whose width others would follow."""
     structure, table = block.structure, block.table
-    if num_units == structure.num_units:
+    if num_units == structure.num_units and not narrow:
         return {}
     values = {}
     for key in table.config:
@@ -68,6 +75,8 @@ def config_values(config: PreTrainedConfig, block: Block, num_units: int) -> dic
         values[key] = whole // structure.num_units * num_units
     if isinstance(table, AttentionFamily) and table.config_head_size is not None:
         values[table.config_head_size] = block.silent[0][0].size  # the rows that make the values of one head
+    elif isinstance(table, AttentionFamily) and num_units < structure.num_units and narrow:
+        values["num_attention_heads"] = num_units  # width / heads can be what it was
     if isinstance(table, ExpertsFamily) and table.config_top_k is not None:
         values[table.config_top_k] = min(getattr(config, table.config_top_k), num_units)
     return values
@@ -109,7 +118,7 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 def per_layer_config(config: PreTrainedConfig, parts: Parts, kept: Kept) -> dict[str, dict[str, int]]:
     """What differs from the config in each layer; empty if some difference has no key, or layers are not one stack."""
     found: dict[str, dict[str, int]] = {}
-    if left_out(parts.stacks, kept):
+    if STREAM in kept or left_out(parts.stacks, kept):
         return {}
     for block in parts.blocks:
         units = len(kept[block.structure.name])

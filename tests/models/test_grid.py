@@ -17,14 +17,18 @@ from leap_dist.models.kept import compute_among_kept
 from leap_dist.models.outputs import example_inputs, logit_difference
 from leap_dist.models.plan import make_plan
 from leap_dist.models.shrink import shrink_
-from tests.models.tiny import DEEPER, EAGER_ONLY, tiny
+from tests.models.tiny import DEEPER, EAGER_ONLY, HEADS, tiny
 
 pytestmark = pytest.mark.slow
 
-GRANULARITIES = ("element", "row", "column", "block:4x4", "2:4", "head", "neuron", "expert", "layer", "depth")
+GRANULARITIES = (
+    *("element", "row", "column", "block:4x4", "2:4"),
+    *("head", "neuron", "expert", "layer", "depth", "hidden", "hidden+head+neuron"),
+)
 NONE = {
     **{(kind, "expert"): "has none" for kind in FAMILIES if kind not in ("mixtral", "qwen3_moe")},
     ("mixtral", "neuron"): "has none",  # its neurons are inside experts
+    ("mixtral", "hidden+head+neuron"): "has none",
     ("albert", "layer"): "has none",  # all its layers are one
     ("albert", "depth"): "has none",
     ("gpt2", "2:4"): "stored as",  # transposed: its rows do not run along the inputs
@@ -33,19 +37,23 @@ NONE = {
 
 
 def mask_(model: nn.Module, plan: GatePlan, share: float) -> int:
-    """Zero what random masks of all gates drop; `share` of the units stays, at least one a gate. Weights dropped."""
+    """Zero what random masks of all gates drop; about `share` of the units stays, as many as a gate allows. Weights
+    dropped."""
     generator, dropped = torch.Generator().manual_seed(0), 0
     masks = []
     for gate in plan.gates:
-        keep = torch.rand(gate.num_units, generator=generator) < share
-        keep[torch.randint(gate.num_units, (1,), generator=generator)] = True
+        order = torch.randperm(gate.num_units, generator=generator)
+        count = max(1, int((torch.rand(gate.num_units, generator=generator) < share).sum()))
+        keep = torch.zeros(gate.num_units, dtype=torch.bool)
+        keep[order[: -(-count // gate.multiple_of) * gate.multiple_of]] = True
         masks.append(keep)
     for tensor, covers in plan.covers.items():
         parameter = model.get_parameter(tensor)
+        mask = torch.ones(parameter.shape, dtype=torch.bool)
         for cover in covers:
-            mask = masks[cover.gate][unit_index(cover.slices)].view(parameter.shape)
-            dropped += int((~mask).sum()) if plan.counted(tensor) else 0
-            parameter.data *= mask
+            mask &= masks[cover.gate][unit_index(cover.slices)].view(parameter.shape)
+        dropped += int((~mask).sum()) if plan.counted(tensor) else 0
+        parameter.data *= mask
     return dropped
 
 
@@ -53,8 +61,11 @@ def mask_(model: nn.Module, plan: GatePlan, share: float) -> int:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_masked_and_shrunk_give_the_same_logits(kind: str, granularity: str) -> None:
     changes = DEEPER[kind] if granularity == "depth" else {}
-    model = tiny(kind, attention="eager" if kind in EAGER_ONLY else "sdpa", **changes)
-    config = parse_leap({"target": 0.5, "gates": [granularity]})
+    head = HEADS[kind] if "hidden" in granularity else "AutoModel"
+    model = tiny(kind, head, attention="eager" if kind in EAGER_ONLY else "sdpa", **changes)
+    wide = {"granularity": "hidden", "multiple_of": 8} if kind in ("mixtral", "qwen3_moe") else "hidden"
+    gates = [wide if gate == "hidden" else gate for gate in granularity.split("+")]
+    config = parse_leap({"target": 0.5, "gates": gates})
     if (kind, granularity) in NONE:
         with pytest.raises(UserError, match=NONE[kind, granularity]):
             make_plan(model, config)
@@ -63,11 +74,11 @@ def test_masked_and_shrunk_give_the_same_logits(kind: str, granularity: str) -> 
     dropped = mask_(model, plan, share=0.4)
     assert 0 < dropped < plan.prunable
     shrunk = copy.deepcopy(model)
-    compute_among_kept(model, [granularity])
+    compute_among_kept(model, granularity.split("+"))
     kept = shrink_(shrunk)
     inputs = example_inputs(model)
     assert logit_difference(model, shrunk, inputs) <= 1e-5
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, shrunk))
-    if granularity in ("head", "neuron", "expert", "layer", "depth"):
+    if granularity not in ("element", "row", "column", "block:4x4", "2:4"):
         assert before - after >= dropped  # and the biases of what left
         assert any(kept.values())

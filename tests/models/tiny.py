@@ -68,6 +68,16 @@ DEEPER: dict[str, dict[str, Any]] = {kind: {"num_hidden_layers": 4} for kind in 
 }
 """More layers than two."""
 
+HEADS = {
+    **dict.fromkeys(SETTINGS, "AutoModelForCausalLM"),
+    **dict.fromkeys(
+        ("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "roberta"), "AutoModelForMaskedLM"
+    ),
+    "t5": "AutoModelForSeq2SeqLM",
+    "vit": "AutoModelForImageClassification",
+}
+"""What answers, of as many numbers however wide the model is."""
+
 EAGER_ONLY = ("deberta", "deberta-v2", "gemma2")
 """What has no sdpa."""
 
