@@ -27,7 +27,7 @@ def write_importance_(
 
     scaled: divided by the mean over the gate. added: to the scores that are there, which have moved before they start.
     by_row, with norms: those of single weights are divided by the mean over their output row instead. Biases follow
-    their unit without a say.
+    their unit without a say, and with norms tensors that have none.
     """
     plan = gating.plan
     num_gates = len(plan.gates)
@@ -76,7 +76,8 @@ def _put_(scores: Tensor, start: Tensor, added: bool) -> None:
 def _sizes(gating: Gating, norms: Norms | None, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, Tensor]]:
     """|W|, or |W| ||x||, of the prunable weights of fragments: new tensors of shape (length,)."""
     for fragment in fragments:
-        if not gating.plan.counted(fragment.tensor):
+        unseen = norms is not None and fragment.tensor not in norms.values
+        if unseen or not gating.plan.counted(fragment.tensor):
             continue
         sizes = gating.state(fragment, LATENT).abs()
         if norms is not None:

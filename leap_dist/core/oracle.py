@@ -206,7 +206,8 @@ class Oracle:
             sums = torch.zeros(gate.num_units, dtype=torch.float64)
             for tensor, covers in self.plan.covers.items():
                 for cover in covers:
-                    if cover.gate == index and self.plan.counted(tensor):
+                    seen = tensor in self.squares or not self.squares
+                    if cover.gate == index and self.plan.counted(tensor) and seen:
                         size = self.latent[tensor].detach().abs().double()
                         size = (size * self.squares[tensor].sqrt() if self.squares else size).flatten()
                         sums.index_add_(0, unit_index(cover.slices).flatten(), size)

@@ -41,7 +41,7 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
     counted = [name for name in plan.covers if plan.counted(name)]
     found = {name: axes_of(owners.of(name), name, owners.shape(name)) for name in counted}
     axes = {name: own for name, own in found.items() if own is not None}
-    hidden = [name for name in counted if name not in axes]
+    hidden = [name for name in counted if name not in axes and not (axes and _of_stream_alone(plan, name))]
     if hidden:
         few = ", ".join(hidden[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
         if config.score_init == "auto":
@@ -52,6 +52,12 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
         )
     why = "the model is a causal language model" if config.score_init == "auto" else ""
     return Start(config.model_copy(update={"score_init": "activation"}), axes, why)
+
+
+def _of_stream_alone(plan: GatePlan, name: str) -> bool:
+    """Whether a tensor has no say in scores by activation: one of the residual stream's gate alone, as an embedding is,
+    which is looked up and multiplied with nothing; dimensions are ranked by the others."""
+    return all(plan.gates[cover.gate].granularity == "hidden" for cover in plan.covers[name])
 
 
 def _by_magnitude(config: LeapConfig, why: str) -> Start:

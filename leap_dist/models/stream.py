@@ -123,9 +123,9 @@ def living_dimensions(stream: Stream, tensors: dict[str, torch.Tensor]) -> list[
 
 def narrow_(model: nn.Module, stream: Stream, kept: Collection[int], blocks: Sequence[Block]) -> None:
     """Leave only the dimensions `kept`, ascending, such that the model computes what it did with the others zero."""
-    index, num, ratio = torch.tensor(sorted(kept)), len(kept), len(kept) / stream.width
-    scale = math.sqrt(ratio) if stream.table.scaled_embeddings else 1.0  # c
-    _fold_(model, stream, ratio, scale, blocks)
+    index, num = torch.tensor(sorted(kept)), len(kept)
+    scale = math.sqrt(num / stream.width) if stream.table.scaled_embeddings else 1.0  # c
+    _fold_(model, stream, num, scale, blocks)
     for part in stream.parts:
         parameter = model.get_parameter(part.tensor)
         parameter.data = parameter.data.index_select(part.axis, index.to(parameter.device))
@@ -149,9 +149,9 @@ def epsilon_of(stream: Stream, num_kept: int, epsilon: float) -> float:
     return epsilon if stream.table.scaled_embeddings else epsilon * stream.width / num_kept
 
 
-def _fold_(model: nn.Module, stream: Stream, ratio: float, scale: float, blocks: Sequence[Block]) -> None:
+def _fold_(model: nn.Module, stream: Stream, num_kept: int, scale: float, blocks: Sequence[Block]) -> None:
     """Change the weights around root-mean-square norms, and their epsilons, as the head of this file says."""
-    table, axes = stream.table, {part.tensor for part in stream.parts}
+    table, ratio, axes = stream.table, num_kept / stream.width, {part.tensor for part in stream.parts}
     for path, norm in model.named_modules():
         key = next((key for key in ("eps", "variance_epsilon") if hasattr(norm, key)), None)
         if key is None or is_layer_norm(norm):
@@ -164,7 +164,7 @@ def _fold_(model: nn.Module, stream: Stream, ratio: float, scale: float, blocks:
                 factor *= math.sqrt(ratio)
             one = 1.0 if table.norm_adds_one else 0.0
             norm.weight.data = (norm.weight.data + one) * factor - one  # type: ignore[operator]
-        setattr(norm, key, getattr(norm, key) * scale**2 / ratio)
+        setattr(norm, key, epsilon_of(stream, num_kept, getattr(norm, key)))
     for block in blocks:
         for path, factor in _factors(model, block, ratio, scale, table):
             linear = model.get_submodule(block.path(path))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.tiny import DEEPER, tiny
+from tests.models.tiny import tiny
 from tests.ranks import RankPools
 
 STEPS = 12
@@ -120,32 +120,41 @@ def test_experts_that_were_pruned_are_not_routed_to(ranks: RankPools, tmp_path: 
     assert sum(map(len, experts.values())) == 2 * len(experts)
 
 
-WHOLE: list[tuple[str, int, dict[str, Any], str, str]] = [
-    ("bert", 2, {"target": 0.5, "gates": ["depth"]}, "AutoModelForMaskedLM", "num_hidden_layers"),
-    ("gemma3_text", 3, {"target": 0.6, "gates": ["depth"]}, "AutoModelForCausalLM", "num_hidden_layers"),
+HYBRID = ["hidden", "head", "neuron"]
+WHOLE: list[tuple[str, int, dict[str, Any], str, dict[str, Any]]] = [
+    ("bert", 2, {"target": 0.5, "gates": ["depth"]}, "AutoModelForMaskedLM", {"num_hidden_layers": 4}),
+    ("gemma3_text", 3, {"target": 0.6, "gates": ["depth"]}, "AutoModelForCausalLM", {"num_hidden_layers": 4}),
+    ("roberta", 3, {"target": 0.5, "gates": HYBRID}, "AutoModelForMaskedLM", {}),
+    ("qwen3", 2, {"target": 0.6, "gates": ["hidden"]}, "AutoModelForCausalLM", {"tie_word_embeddings": True}),
+    ("gemma3_text", 3, {"target": 0.6, "gates": ["hidden"]}, "AutoModelForCausalLM", {}),
+    ("opt", 2, {"target": 0.5, "gates": [*HYBRID, "depth"]}, "AutoModelForCausalLM", {}),
 ]
 
 
 def prune_all(folder: Path) -> list[dict[str, Any]]:
     """Every case of WHOLE, one after the other."""
-    return [prune(kind, folder / kind, stage, leap, DEEPER[kind], head) for kind, stage, leap, head, _ in WHOLE]
+    return [
+        prune(kind, folder / str(number), stage, leap, settings, head)
+        for number, (kind, stage, leap, head, settings) in enumerate(WHOLE)
+    ]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_whole_layers_leave_at_the_exact_target_and_stock_models_are_left(
+def test_layers_and_dimensions_leave_at_the_exact_target_and_stock_models_are_left(
     ranks: RankPools, tmp_path: Path, num_ranks: int
 ) -> None:
     import transformers
 
     results = ranks(num_ranks).run(prune_all, tmp_path)
-    for (kind, _, leap, head, key), *certificates in zip(WHOLE, *results, strict=True):
+    for number, ((kind, _, leap, head, _), *certificates) in enumerate(zip(WHOLE, *results, strict=True)):
         first = certificates[0]
         assert len({certificate["masks_sha256"] for certificate in certificates}) == 1
         assert abs(first["kept"] - leap["target"] * first["prunable"]) <= first["unit"]
-        _, logits, kept = shrunk_logits(tmp_path / kind, tmp_path / f"{kind}-shrunk")
-        assert close(first["logits"], logits)
-        stock = getattr(transformers, head).from_pretrained(tmp_path / f"{kind}-shrunk").eval()
-        with torch.no_grad():
-            assert close(first["logits"], stock(input_ids=torch.arange(3, 15)[None]).logits)
-        layers = next(units for name, units in kept.items() if name.endswith(("layer", "layers")))
-        assert getattr(stock.config, key) == len(layers) < 4
+        model, logits, kept = shrunk_logits(tmp_path / str(number), tmp_path / f"{number}-shrunk")
+        assert close(first["logits"], logits), kind
+        assert len(kept["stream"]) < 32 if "hidden" in leap["gates"] else "stream" not in kept
+        assert "depth" not in leap["gates"] or "NoLayer" in str(model) or model.config.num_hidden_layers < 4
+        if len(leap["gates"]) == 1:
+            stock = getattr(transformers, head).from_pretrained(tmp_path / f"{number}-shrunk").eval()
+            with torch.no_grad():
+                assert close(first["logits"], stock(input_ids=torch.arange(3, 15)[None]).logits), kind
