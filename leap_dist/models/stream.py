@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from leap_dist.config.family import FamilyConfig
+from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig
 from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_blocks, tensor_shapes
 from leap_dist.models.body import stacked
@@ -67,7 +68,7 @@ def stream_of(model: nn.Module, family: FamilyConfig | None = None) -> Stream:
     return Stream(table, width, parts, tuple(_sizes(model, wide, width, blocks)))
 
 
-def with_width(config: object, table: FamilyConfig, width: int) -> object:
+def with_width(config: Any, table: FamilyConfig, width: int) -> Any:
     """A copy of a config with another width, and with what has to be as large."""
     wide, before = copy.deepcopy(config), getattr(config, table.hidden[0])
     for key in table.hidden:
@@ -112,7 +113,7 @@ def _sizes(model: nn.Module, wide: nn.Module, width: int, blocks: Sequence[Block
 # ---------------------------------------------------------------------------------------------- without some of them
 
 
-def living_dimensions(stream: Stream, tensors: dict[str, torch.Tensor]) -> list[int]:
+def living_dimensions(stream: Stream, tensors: Mapping[str, torch.Tensor]) -> list[int]:
     """The dimensions that some tensor has: one that left is zero in all of them."""
     alive = torch.zeros(stream.width, dtype=torch.bool)
     for part in stream.parts:
@@ -163,7 +164,7 @@ def _fold_(model: nn.Module, stream: Stream, num_kept: int, scale: float, blocks
             if path == table.scaled_output and _scales_output(model):
                 factor *= math.sqrt(ratio)
             one = 1.0 if table.norm_adds_one else 0.0
-            norm.weight.data = (norm.weight.data + one) * factor - one  # type: ignore[operator]
+            norm.weight.data = (norm.weight.data + one) * factor - one
         setattr(norm, key, epsilon_of(stream, num_kept, getattr(norm, key)))
     for block in blocks:
         for path, factor in _factors(model, block, ratio, scale, table):
@@ -177,8 +178,8 @@ def _factors(
 ) -> Iterator[tuple[str, float]]:
     """Modules of a block whose outputs a norm takes, and what they are multiplied with as its epsilon changed."""
     found = block.table
-    if table.output_norms:
-        yield getattr(found, "output", None) or found.down, scale
+    if table.output_norms and not isinstance(found, ExpertsFamily):
+        yield found.output if isinstance(found, AttentionFamily) else found.down, scale
     for norm, module in (("query_norm", "query"), ("key_norm", "key")):
         name = getattr(found, norm, None)
         if name is not None and block.path(name) in dict(model.named_modules()):
