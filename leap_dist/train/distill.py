@@ -1,7 +1,7 @@
 """Distillation: a dense teacher's answers, hidden states and attention, beside the task's own loss.
 
 loss = alpha (KL t^2 + w_h MSE(hidden) + w_a MSE(attention)) + (1 - alpha) task, as the published runs of LEAP's first
-version combined them. Padding and pruned heads take no part in the squared distances.
+version combined them. Padding, pruned heads and pruned dimensions take no part in the squared distances.
 """
 
 from __future__ import annotations
@@ -101,10 +101,20 @@ class Distiller:
         return torch.stack(values).mean() * t * t
 
     def _hidden(self, student: Any, teacher: Any, mask: Tensor) -> Tensor:
-        """Mean squared distance of the hidden states after each layer, over tokens that are no padding."""
+        """Mean squared distance of the hidden states after each layer, over tokens that are no padding, in the
+        dimensions that are not pruned."""
         tokens = mask.bool()
         pairs = [(student.hidden_states[i + 1], teacher.hidden_states[j + 1]) for i, j in enumerate(self.layers)]
+        kept = self._kept_dimensions()
+        if kept is not None:
+            pairs = [(ours[..., kept.to(ours.device)], theirs[..., kept.to(ours.device)]) for ours, theirs in pairs]
         return torch.stack([F.mse_loss(a[tokens].float(), b[tokens].float()) for a, b in pairs]).mean()
+
+    def _kept_dimensions(self) -> Tensor | None:
+        """Which dimensions of the residual stream are not pruned, bool (width,); None where no gate covers it."""
+        leap = self.engine.leap
+        gate = next((i for i, gate in enumerate(leap.plan.gates) if gate.granularity == "hidden"), None)
+        return None if gate is None else leap.gating.unit_mask[leap.plan.units(gate)]
 
     def _attention(self, student: Any, teacher: Any, mask: Tensor) -> Tensor:
         """Squared distance of the attention weights of a query, summed over keys; its mean over queries and heads left.

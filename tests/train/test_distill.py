@@ -88,6 +88,22 @@ def test_every_part_by_hand() -> None:
     assert found.parts["loss_hidden"].item() == pytest.approx(0.5 * hidden, rel=1e-5)
 
 
+def test_hidden_states_are_compared_in_the_dimensions_that_are_left() -> None:
+    student, teacher, batch = model_of(1), model_of(2), batch_of(padding=4)
+    found = distiller(student, teacher, ["head", "hidden"], hidden_weight=0.5)
+    kept = torch.arange(32) % 3 != 1
+    plan = found.engine.leap.plan
+    stream = next(index for index, gate in enumerate(plan.gates) if gate.granularity == "hidden")
+    found.engine.leap.gating.unit_mask[plan.units(stream)] = kept
+    found.loss(batch)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        ours, theirs = (model(**inputs, output_hidden_states=True).hidden_states[1:] for model in (student, teacher))
+    tokens = batch["attention_mask"].bool()
+    each = [(a[tokens][:, kept] - b[tokens][:, kept]).square().mean() for a, b in zip(ours, theirs, strict=True)]
+    assert found.parts["loss_hidden"].item() == pytest.approx(0.5 * float(sum(each)) / 2, rel=1e-5)
+
+
 def test_a_student_that_is_its_teacher_has_the_tasks_loss_alone() -> None:
     model = model_of(1)
     found = distiller(model, model, ["element"], alpha=0.5)
