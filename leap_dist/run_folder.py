@@ -186,6 +186,7 @@ def _check_weights(folder: Path, certificate: Certificate) -> None:
     from safetensors import SafetensorError
 
     from leap_dist.core.counting import Counter, check_exact
+    from leap_dist.core.measure import amounts
 
     counter, problems = Counter([]), _wrong_sums(certificate)
     try:
@@ -210,8 +211,9 @@ def _check_weights(folder: Path, certificate: Certificate) -> None:
             f"{CERTIFICATE} says {certificate.weights_sha256}; restore the folder, or run the job again"
         )
     try:
-        check_exact(certificate.kept, certificate.prunable, certificate.target, certificate.unit)
-    except (RuntimeError, ZeroDivisionError) as error:
+        measure = certificate.measure.model_dump() if certificate.measure else None
+        check_exact(*amounts(certificate.model_dump(), measure), certificate.target, certificate.unit)
+    except (RuntimeError, ZeroDivisionError, KeyError, TypeError) as error:
         problems.append(str(error))
     if problems:
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -43,12 +43,20 @@ class TensorCount(Part):
     counted: bool
 
 
+class Measured(Part):
+    """What a target is a share of, where that is not the prunable weights; fixed: of it what is in no gate."""
+
+    name: Literal["parameters", "flops"]
+    fixed: Annotated[float, Field(ge=0)]
+
+
 class Certificate(Part):
     """certificate.json, as export/certificate.py builds it."""
 
     target: float
     density: float
-    unit: int
+    unit: float
+    measure: Measured | None = None
     kept: int
     prunable: int
     metrics: dict[str, dict[str, float | None]]

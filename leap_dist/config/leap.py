@@ -69,7 +69,13 @@ class LeapConfig(Section):
     """What is pruned, to which density, and how. Fractions are parts of `total_steps`."""
 
     target: float = Field(default=0.0, gt=0, le=1, description="a number, 0 < target <= 1")
-    """Density to reach: kept prunable weights / prunable weights. Only with `start` it may be left out."""
+    """Density to reach: kept prunable weights / prunable weights, or the share that `measure` says. Only with `start`
+    it may be left out."""
+    measure: Literal["weights", "parameters", "flops"] = Field(
+        default="weights", description='"weights", "parameters" or "flops"'
+    )
+    """What the target is a share of: the prunable weights; all parameters of the model, embeddings too; or the FLOPs
+    of a forward pass of transformers' model at 128 tokens, or at as many as it takes."""
     gates: Gates = Field(
         default=(GateConfig(granularity="element"),),
         min_length=1,
@@ -186,7 +192,7 @@ def _unread(raw: Mapping[str, Any]) -> dict[str, str]:
     start = raw.get("start")
     if start is None:
         return dict.fromkeys(OF_STEPS, ONE_SHOT) if raw.get("mode") == "one_shot" else {}
-    unread = [*(key for key in OF_STEPS if key != "total_steps"), *OF_SCORES]
+    unread = [*(key for key in OF_STEPS if key != "total_steps"), *OF_SCORES, "measure"]
     if start != "zeros":
         unread += ["include", "exclude"]
     return dict.fromkeys(unread, "the masks of leap.start are fixed from the first step")

@@ -52,10 +52,10 @@ class Counter:
         }
 
 
-def check_exact(kept: int, prunable: int, target: float, unit: int) -> None:
-    """RuntimeError unless the kept weights are the target's share of the prunable ones, within one unit.
+def check_exact(kept: float, prunable: float, target: float, unit: float) -> None:
+    """RuntimeError unless what is kept is the target's share of all, within one unit.
 
-    unit: prunable weights in the largest unit.
+    As leap.measure counts: prunable weights, or all parameters, or FLOPs. unit: of the largest unit.
     """
     asked = target * prunable
     if not abs(kept - asked) <= unit + SLACK:

@@ -78,6 +78,17 @@ class Gate:
             return frozenset(self.unit_sizes.unique().tolist())  # runs that overlap, or edges in several tensors
         return frozenset(sum(sizes) for slices in runs.values() for sizes in itertools.product(*slices))
 
+    @cached_property
+    def follower_sizes(self) -> frozenset[int]:
+        """The numbers of elements that occur among its units of what follows them uncounted, such as biases."""
+        if self.elementwise or all(part.counted for part in self.slices):
+            return frozenset({0})
+        sizes = torch.zeros(self.num_units, dtype=torch.int64)
+        for part in self.slices:
+            if not part.counted:
+                sizes[part.units] += part.unit_sizes()
+        return frozenset(sizes.unique().tolist())
+
     @property
     def unit_size(self) -> int:
         """Prunable weights in the largest unit."""

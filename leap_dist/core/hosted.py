@@ -20,6 +20,7 @@ from leap_dist.core.inputs import Axes, Inputs
 from leap_dist.core.level import Level
 from leap_dist.core.loaded import Loaded
 from leap_dist.core.masks import Masks
+from leap_dist.core.measure import Measure
 from leap_dist.core.phases import Phase, Schedule
 from leap_dist.core.rates import Rates
 from leap_dist.core.stopwatch import Stopwatch
@@ -36,7 +37,8 @@ class HostedOptimizer(torch.optim.Optimizer):
     Its key `no_decay` names gated tensors without weight decay. As in torch, parameters may be (name, parameter) pairs:
     `hosted` has them by name, also when the host has put shards in their place. `bind` must be called before the first
     step. axes: of gated tensors, where scores start from what the weights are multiplied with (core/inputs.py); who has
-    the model reports that to `inputs`. fixed: masks for all steps, in place of those that are learned.
+    the model reports that to `inputs`. fixed: masks for all steps, in place of those that are learned. measure: what
+    the target is a share of, where that is not the prunable weights; config.target is then its `share`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class HostedOptimizer(torch.optim.Optimizer):
         weight_decay: float = WEIGHT_DECAY,
         axes: Mapping[str, Axes] = MappingProxyType({}),
         fixed: Fixed | None = None,
+        measure: Measure | None = None,
     ) -> None:
         if config.total_steps is None and config.mode == "train":
             raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
@@ -67,7 +70,7 @@ class HostedOptimizer(torch.optim.Optimizer):
         self.num_steps = 0
         self.num_left_out = 0
         self.check_gradient = False  # whether step() looks if the gradient is finite; under ZeRO DeepSpeed has
-        self.level = Level(plan, config, self.schedule, fixed)
+        self.level = Level(plan, config, self.schedule, fixed, measure)
         self.axes = axes
         self.why_start = ""  # why "auto" came to what scores start from, in words
         self.inputs: Inputs | None = None
@@ -133,6 +136,11 @@ class HostedOptimizer(torch.optim.Optimizer):
         """The gates over this rank's fragments."""
         assert self._gating is not None, "LeapAdamW.bind comes before the first step"
         return self._gating
+
+    @property
+    def measure(self) -> Measure:
+        """What the target is a share of, and the target."""
+        return self.level.measure
 
     @property
     def settled(self) -> bool:

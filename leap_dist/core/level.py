@@ -17,6 +17,7 @@ from leap_dist.core.gating import Gating
 from leap_dist.core.importance import Norms, write_importance_
 from leap_dist.core.inputs import Inputs
 from leap_dist.core.masks import Masks
+from leap_dist.core.measure import SAID, Measure
 from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from leap_dist.ops.reference import Adam
@@ -28,20 +29,30 @@ class Level:
     """Holds the density of the masks at the scheduled level: by the regulariser ("paper") or by a shift of all
     thresholds ("projected"); `settle` makes it the target and freezes the masks. `bind` comes first.
 
-    kept_units: of every gate; kept_weights: prunable ones that the masks in place keep; lowest_weights: what the fewest
-    units that every gate keeps come to, by the scores at the start; calibration: density / R, as
+    kept_units: of every gate; kept_weights: prunable ones that the masks in place keep; lowest: what the fewest
+    units that every gate keeps come to, by the scores at the start, as the measure counts; calibration: density / R, as
     last measured; regulariser: lambda and L_reg of the last step, empty where there is none; started: whether scores
     have their start, which with norms of inputs comes with the first masks.
     """
 
-    def __init__(self, plan: GatePlan, config: LeapConfig, schedule: Schedule, fixed: Fixed | None = None) -> None:
+    def __init__(
+        self,
+        plan: GatePlan,
+        config: LeapConfig,
+        schedule: Schedule,
+        fixed: Fixed | None = None,
+        measure: Measure | None = None,
+    ) -> None:
+        """config.target and schedule: the share of what gates cover that stays, as the measure counts."""
         self.plan, self.config, self.schedule, self.fixed = plan, config, schedule, fixed
+        self.measure = measure or Measure(target=config.target)
         self._asked = config.target
-        self.remaining = th.Remaining(plan)
+        self.remaining = th.Remaining(plan, self.measure)
         self.settled = self.started = False
         self.calibration = 1.0
         self.kept_units = [gate.num_units for gate in plan.gates]
-        self.kept_weights = self.lowest_weights = plan.prunable
+        self.kept_weights = plan.prunable
+        self.lowest: float = plan.prunable
         self.regulariser: dict[str, float] = {}
         self.task_size = th.TaskSize()
         self._made: list[int] | None = None  # kept counts of the masks that are in place
@@ -85,9 +96,10 @@ class Level:
                 f"{kept / prunable:.6f}; leave it out"
             )
         density = target or kept / prunable
+        self.measure = Measure(target=density)
         self.config = self.config.model_copy(update={"target": density})
         self.schedule = replace(self.schedule, target=density)
-        self.kept_weights = self.lowest_weights = kept
+        self.kept_weights = self.lowest = kept
         shares = [n / gate.num_units for n, gate in zip(self.kept_units, self.plan.gates, strict=True)]
         k = torch.tensor(shares, dtype=torch.float64).clamp(1e-6, 1.0 - 1e-6)
         self._gating.write_thresholds((torch.logit(k) * self.config.temperature).float())
@@ -119,22 +131,25 @@ class Level:
 
     def _check_reachable(self) -> None:
         """Raise UserError if the target is below or above what the gates allow."""
-        gates = self.plan.gates
-        lowest = self.lowest_weights = self._count([gate.lowest for gate in gates])
-        highest = self._count([gate.lowest if gate.pattern else gate.num_units for gate in gates])
+        gates, measure, total = self.plan.gates, self.measure, self.measure.fixed + self.remaining.total
+        lowest = self.lowest = self._amount([gate.lowest for gate in gates])
+        highest = self._amount([gate.lowest if gate.pattern else gate.num_units for gate in gates])
         self._masks.make(self.kept_units)
         self._made = None
-        asked, target = self.config.target * self.plan.prunable, self.config.target
-        if lowest - asked > self.plan.unit:
+        target, unit = measure.target, measure.largest(self.plan)
+        asked = target * total - measure.fixed
+        what = SAID[measure.name]
+        if lowest - asked > unit:
+            beside = f", of which {measure.fixed / total:.4f} is in no gate" if measure.fixed else ""
             raise UserError(
                 f"leap.target: {target} cannot be reached: with the fewest units that every gate keeps the lowest "
-                f"possible density is {lowest / self.plan.prunable:.4f}; raise the target, lower min_keep or "
-                "multiple_of, or choose finer gates in leap.gates"
+                f"possible {what} is {(measure.fixed + lowest) / total:.4f}{beside}; raise the target, lower min_keep "
+                "or multiple_of, or choose finer gates in leap.gates"
             )
-        if asked - highest > self.plan.unit:
+        if asked - highest > unit:
             raise UserError(
-                f"leap.target: {target} cannot be reached: with its n:m pattern the highest possible density is "
-                f"{highest / self.plan.prunable:.4f}; lower the target to it"
+                f"leap.target: {target} cannot be reached: with its n:m pattern the highest possible {what} is "
+                f"{(measure.fixed + highest) / total:.4f}; lower the target to it"
             )
 
     @property
@@ -155,26 +170,33 @@ class Level:
             "remaining": self.remaining.ratio(k).item() if len(sigma) else 1.0,
         }
 
-    def note(self) -> str | None:
-        """Why the masks in place keep another part than the target, in words; None where they keep it (to 0.1 %)."""
-        plan, target, prunable = self.plan, self.config.target, max(self.plan.prunable, 1)
-        asked = target * prunable
+    def note(self, kept: float | None = None) -> str | None:
+        """Why the masks in place keep another part than the target, in words; None where they keep it (to 0.1 %).
+
+        kept: what the measure counts of the masks (core/measure.py, `amounts`); None: their prunable weights.
+        """
+        plan, measure = self.plan, self.measure
+        kept = self.kept_weights if kept is None else kept
+        total = max(measure.fixed + self.remaining.total, 1)
+        asked = measure.target * total
         slack = max(1.0, NEAR * asked)
-        if abs(self.kept_weights - asked) <= slack:
+        if abs(kept - asked) <= slack:
             return None
-        said = f"the density is {self.density:.4f}, the target {target}: "
-        if self.kept_weights > asked and self.lowest_weights > asked + slack:
+        what = SAID[measure.name]
+        said = f"the {what} is {kept / total:.4f}, the target {measure.target}: "
+        if kept > asked and measure.fixed + self.lowest > asked + slack:
             limits = [f"min_keep {gate.min_keep}" for gate in plan.gates if gate.min_keep > 1]
             limits += [f"multiple_of {gate.multiple_of}" for gate in plan.gates if gate.multiple_of > 1]
             why = ", ".join(dict.fromkeys(limits)) or "one unit in every gate"
-            lowest = f"{self.lowest_weights / prunable:.4f}"
-            return f"{said}no density below {lowest} is possible, because {why} stays; finer gates can go lower"
+            lowest = f"{(measure.fixed + self.lowest) / total:.4f}"
+            return f"{said}no {what} below {lowest} is possible, because {why} stays; finer gates can go lower"
         largest = max(plan.tied, key=plan.grain)
         gate = plan.gates[largest[0]]
         together = f", {gate.multiple_of} at a time (multiple_of)" if gate.multiple_of > 1 else ""
         together += f", in {len(largest)} gates at once (uniform)" if len(largest) > 1 else ""
         units = (
-            f"a unit of {gate.granularity} has {gate.unit_size} of the {prunable} weights and is kept or removed whole"
+            f"a unit of {gate.granularity} has {gate.unit_size} of the {plan.prunable} weights and is kept or removed "
+            "whole"
         )
         return f"{said}{units}{together}; finer gates come nearer"
 
@@ -203,13 +225,14 @@ class Level:
         sigma = self.remaining.with_patterns(self._thresholds(), temperature, level)
         if self.config.control == "projected" or self.config.rule != "leap":
             sigma, self.calibration = th.project_level(
-                self.remaining, sigma, temperature, level, self.calibration, self._count
+                self.remaining, sigma, temperature, level, self.calibration, self._amount
             )
         self._gating.write_thresholds(sigma)
         k = th.keep_ratio(sigma, temperature)
         self._use(self.remaining.keep_counts(k))
-        if self.config.control == "paper" and not self.plan.closed_form:
-            self.calibration = th.calibrate(self.density, self.remaining.ratio(k).item())
+        if self.config.control == "paper" and not (self.plan.closed_form and self.measure.name == "weights"):
+            share = self._amount(self.kept_units) / self.remaining.total
+            self.calibration = th.calibrate(share, self.remaining.ratio(k).item())
 
     def settle(self) -> None:
         """Make the density exact and freeze the masks."""
@@ -218,7 +241,7 @@ class Level:
         if self.plan.gates:
             temperature, target = self.config.temperature, self.config.target
             sigma = self.remaining.with_patterns(self._thresholds(), temperature, level=0.0)
-            sigma, keep = th.project_exact(self.remaining, sigma, temperature, target, self._count)
+            sigma, keep = th.project_exact(self.remaining, sigma, temperature, target, self._amount)
             self._gating.write_thresholds(sigma)
             self._use(keep)
         self.settled = True
@@ -237,6 +260,16 @@ class Level:
             return sum(n * gate.unit_size for n, gate in zip(keep, self.plan.gates, strict=True))
         self._make(keep)
         return self._masks.count_kept()
+
+    def _amount(self, keep: list[int]) -> float:
+        """What the measure counts of these kept counts: by arithmetic where that is exact, else on real masks."""
+        measure = self.measure
+        if measure.name == "weights":
+            return self._count(keep)
+        if measure.closed_form(self.plan):
+            return sum(n * measure.unit(self.plan, gate) for gate, n in enumerate(keep))
+        self._make(keep)
+        return self._masks.count_kept(followers=measure.name == "parameters") + measure.of_products(keep)
 
     def _make(self, keep: list[int]) -> None:
         if keep != self._made:

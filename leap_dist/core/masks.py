@@ -93,21 +93,21 @@ class Masks:
         """The next count of flips starts from the masks of now. Local."""
         self._flips.count(self._counted())
 
-    def _counted(self) -> Iterator[Tensor]:
-        """MASK where prunable weights lie on this rank: flat views, always the same."""
+    def _counted(self, followers: bool = False) -> Iterator[Tensor]:
+        """MASK where prunable weights lie on this rank: flat views, always the same. followers: biases too."""
         for part in self._gating.parts:
             (mask,) = self._gating.flat_states(part, MASK)
-            yield from (mask[run] for run in part.counted)
+            yield from (mask[run] for run in (part.covered if followers else part.counted))
 
     def count_flips(self) -> int:
         """Prunable weights, on all ranks, whose MASK is another than when this was last called."""
         flips = torch.tensor(self._flips.count(self._counted()), device=self._gating.device)
         return int(self._communicator.sum_(flips).item())
 
-    def count_kept(self) -> int:
-        """Prunable weights that MASK keeps, on all ranks."""
+    def count_kept(self, followers: bool = False) -> int:
+        """Prunable weights that MASK keeps, on all ranks; followers: with biases that follow their units."""
         total = torch.zeros((), dtype=torch.int64, device=self._gating.device)
-        for mask in self._counted():
+        for mask in self._counted(followers):
             total += torch.count_nonzero(mask)
         return int(self._communicator.sum_(total).item())
 

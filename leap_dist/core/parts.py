@@ -18,8 +18,8 @@ class Part:
     updated: the runs of all weights; elements: of those under an element gate, and num_rows, how many rows each gate
     has there, (G,); structured: of the rest. patches: of all structured gates; alone: of those on tensors that no
     other gate covers; joint: of those on tensors that several gates cover, for every number of a cover its patches and
-    those of the other structured gates on the same tensors. counted: where prunable weights lie. Tensors in `no_decay`
-    have no weight decay.
+    those of the other structured gates on the same tensors. counted: where prunable weights lie; covered:
+    where biases that follow units lie too. Tensors in `no_decay` have no weight decay.
     """
 
     def __init__(self, plan: GatePlan, flat: Tensor, fragments: Sequence[Fragment], no_decay: Collection[str]) -> None:
@@ -37,6 +37,7 @@ class Part:
         self.joint = self._joint([f for f in fragments if plan.hybrid(f.tensor)])
         self.patches = torch.cat([self.alone, *(own for own, _ in self.joint)]) if self.joint else self.alone
         self.counted = _merged((f.offset, f.length) for f in fragments if plan.counted(f.tensor))
+        self.covered = _merged((f.offset, f.length) for f in fragments)
 
     def _joint(self, hybrid: Sequence[Fragment]) -> list[tuple[Tensor, Tensor]]:
         """(patches of the structured covers of a number, patches of the other structured covers) by number."""

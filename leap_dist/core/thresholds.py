@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.gates import GatePlan
+from leap_dist.core.measure import Measure
 
 START = 5.0  # sigma starts at 5 T: k = 0.9933
 CALIBRATIONS = 1e-3, 1e3  # the least and the greatest density / R
 RATIO = 4.0  # the regulariser's gradient against the task's, until the target is near
 LANDING = 4.0  # memories of the threshold's Adam, 1 / (1 - beta1) steps each, over which R comes to rest
 SATURATED = 40.0  # beyond sigma = 40 T a keep ratio is 1 in float64, so no shift has to go further
-CountWeights = Callable[[list[int]], int]  # kept counts of all gates -> kept weights
+CountWeights = Callable[[list[int]], float]  # kept counts of all gates -> what is kept, as the measure counts it
 
 
 def keep_ratio(sigma: Tensor, temperature: float) -> Tensor:
@@ -29,16 +30,18 @@ class Remaining:
     """R = (1/N) sum_t n_t prod_{g covers t} k_g, the regulariser built on it, and the kept counts that k asks for.
 
     `free` is 1 for gates whose ratio is learned and 0 for those with an n:m pattern, float64 of shape (G,).
+    total: what the measure counts of all that gates cover.
     """
 
-    def __init__(self, plan: GatePlan) -> None:
+    def __init__(self, plan: GatePlan, measure: Measure | None = None) -> None:
         tensors = [t for t in plan.covers if plan.counted(t)]
         width = max((len(plan.covers[t]) for t in tensors), default=1)
         none = len(plan.gates)  # an extra gate with k = 1 pads the rows of tensors with fewer gates
         rows = [[c.gate for c in plan.covers[t]] for t in tensors]
         self._gates = torch.tensor([row + [none] * (width - len(row)) for row in rows]).view(-1, width)
         self._weight = torch.tensor([plan.numel(t) for t in tensors], dtype=torch.float64) / max(plan.prunable, 1)
-        self.plan, self.prunable = plan, plan.prunable
+        self.plan, self.measure = plan, measure or Measure()
+        self.total = self.measure.removable(plan)
         self.free = torch.tensor([float(gate.pattern is None) for gate in plan.gates], dtype=torch.float64)
         self._num_units = torch.tensor([gate.num_units for gate in plan.gates])
         self._lowest = torch.tensor([gate.lowest for gate in plan.gates])
@@ -191,7 +194,7 @@ def project_level(
         delta = level_shift(remaining, sigma, temperature, min(level / calibration, 1.0 - 1e-9))
         shifted = remaining.shifted(sigma, delta).to(sigma.dtype)
         ratio = keep_ratio(shifted, temperature)
-        density = count(remaining.keep_counts(ratio)) / remaining.prunable
+        density = count(remaining.keep_counts(ratio)) / remaining.total
         if abs(density - level) <= 1e-3 * level:
             break
         calibration = calibrate(density, remaining.ratio(ratio).item())
@@ -209,7 +212,7 @@ def project_exact(
 
     Returns sigma after the shift and the kept count of every gate.
     """
-    goal = math.ceil(target * remaining.prunable - 1e-6)
+    goal = math.ceil(target * remaining.total - 1e-6)
     groups = remaining.plan.tied
     enough: dict[tuple[int, ...], bool] = {}  # shifts that are close have the same kept counts, and masks take a while
 
@@ -236,22 +239,22 @@ def project_exact(
         middle = (first + last) // 2
         first, last = (first, middle) if is_enough(mixed(middle)) else (middle, last)
     keep = mixed(last)
-    if remaining.plan.closed_form:
-        keep = take_back(remaining.plan, keep, count(keep) - goal)
+    if remaining.measure.closed_form(remaining.plan):
+        keep = take_back(remaining.plan, keep, count(keep) - goal, remaining.measure)
     return remaining.shifted(sigma, high).to(sigma.dtype), keep
 
 
-def take_back(plan: GatePlan, keep: list[int], excess: int) -> list[int]:
-    """Kept counts with up to `excess` weights less, in steps of the finest gates, each in proportion to its room."""
+def take_back(plan: GatePlan, keep: list[int], excess: float, measure: Measure) -> list[int]:
+    """Kept counts less up to `excess`, as the measure counts, in steps of the finest gates, each by its room."""
     free = [group for group in plan.tied if plan.gates[group[0]].pattern is None]
-    finest = min((plan.grain(group) for group in free), default=1)
+    finest = min((measure.grain(plan, group) for group in free), default=1)
     rooms: list[tuple[int, tuple[int, ...]]] = []
     for group in free:
         gate, kept = plan.gates[group[0]], keep[group[0]]
-        if plan.grain(group) == finest and kept % gate.multiple_of == 0:
+        if measure.grain(plan, group) == finest and kept % gate.multiple_of == 0:
             rooms.append(((kept - gate.lowest) // gate.multiple_of, group))
     total = sum(room for room, _ in rooms)
-    steps = min(excess // finest, total)
+    steps = min(int(excess // finest), total)
     keep, before = list(keep), 0
     for room, group in rooms:  # Bresenham: after every group the share of the steps that its room stands for
         taken = (before + room) * steps // total - before * steps // total if total else 0

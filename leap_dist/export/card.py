@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leap_dist.export.flops import Flops
 from leap_dist.export.vocabulary import Vocabulary
+from leap_dist.models.flops import Flops
 from leap_dist.run_folder import CARD, sealed
 
 README = "README.md"

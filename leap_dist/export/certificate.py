@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from leap_dist.core.counting import Counter, check_exact
+from leap_dist.core.measure import amounts
 from leap_dist.files import write_text
 from leap_dist.run_folder import ExportedWeights, sealed
 
@@ -63,21 +64,24 @@ def build(
     counts: Mapping[str, Any],
     *,
     target: float,
-    unit: int,
+    unit: float,
     metrics: Mapping[str, Mapping[str, float]],
     seed: int,
     note: str | None = None,
+    measure: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The certificate, JSON-able, from what `count` returned.
 
-    unit: prunable weights in the largest unit. metrics: {"dense": {...}, "pruned": {...}}; a value that is no
+    unit: what the measure counts of the largest unit. measure: what the target is a share of, as `Measure.described`
+    says; None: of the prunable weights. metrics: {"dense": {...}, "pruned": {...}}; a value that is no
     finite number becomes null. note: why the density is not the target, where that is to be said.
     Raises RuntimeError if the density is further off than one unit (`check_exact`).
     The key sha256 is the digest of all others.
     """
-    check_exact(counts["kept"], counts["prunable"], target, unit)
+    check_exact(*amounts(counts, measure), target, unit)
     certificate = {
         "target": target,
+        **({"measure": dict(measure)} if measure else {}),
         "density": counts["density"],
         "unit": unit,
         "kept": counts["kept"],

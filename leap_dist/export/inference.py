@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_dist.export import onnx
-from leap_dist.export.flops import Flops, count_flops
 from leap_dist.export.latency import LONGEST, Runner, keeps_logits, medians, torch_runner, torch_threads
-from leap_dist.export.shrunk import Models, max_length
+from leap_dist.export.shrunk import Models
 from leap_dist.export.time_left import TimeLeft
 from leap_dist.machine import machine
+from leap_dist.models.flops import Flops, count_flops, max_length
 from leap_dist.models.outputs import example_inputs
 from leap_dist.run_folder import Run
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from leap_dist.errors import UserError
 from leap_dist.export import onnx
 from leap_dist.export.card import Card, Latency, Pair
-from leap_dist.export.flops import count_flops
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import CALLS, LONGEST, Runner, keeps_logits, medians, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
@@ -26,6 +25,7 @@ from leap_dist.export.time_left import TimeLeft
 from leap_dist.export.vocabulary import TEXT, Vocabulary, Wanted, cut_vocabulary
 from leap_dist.files import staged
 from leap_dist.machine import machine
+from leap_dist.models.flops import count_flops
 from leap_dist.models.outputs import example_inputs
 from leap_dist.run_folder import CARD, Run
 

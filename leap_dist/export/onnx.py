@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from leap_dist.errors import UserError
-from leap_dist.export.flops import plain_implementations
 from leap_dist.export.latency import Runner, logits_of, torch_runner
+from leap_dist.models.flops import plain_implementations
 from leap_dist.models.outputs import example_inputs
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import keeps_logits
+from leap_dist.models.flops import LENGTH, max_length
 from leap_dist.models.kept import compute_among_kept
 from leap_dist.models.outputs import example_inputs, logit_difference
 from leap_dist.models.pruned_folder import load_pruned, save_shrunk
@@ -21,7 +22,6 @@ from leap_dist.run_folder import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LENGTH = 128  # tokens, where the model takes as many
 SHRUNK_TOLERANCE = 1e-5  # relative to the largest logit, fp32
 CHECKED_BATCHES = (1, 3)
 MOST_LOGITS = 2**24  # compared at once
@@ -116,12 +116,3 @@ def _some_logits(model: PreTrainedModel, batch: int, length: int) -> dict[str, T
     if most >= length or not keeps_logits(model):
         return {}
     return {"logits_to_keep": torch.linspace(0, length - 1, most).long()}
-
-
-def max_length(model: PreTrainedModel) -> int:
-    """Tokens that the model has positions for; without a limit, LENGTH."""
-    limit: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return limit - module.padding_idx - 1  # RoBERTa counts positions from behind its padding index
-    return limit

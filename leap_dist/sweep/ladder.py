@@ -50,6 +50,11 @@ def _walk(sweep: SweepConfig, lowest: Settings, higher: list[Settings], name: di
     if config.train.max_steps is None:
         raise UserError("train.max_steps: missing; a ladder needs the number of steps of its walk, in place of epochs")
     leap = config.leap
+    if leap.measure != "weights":
+        raise UserError(
+            f'leap.measure: got "{leap.measure}"; a ladder branches off at densities; allowed: "weights", or a '
+            "sweep that trains each target"
+        )
     schedule = Schedule(config.train.max_steps, leap.dense_fraction, leap.settle_fraction, leap.target)
     walk = name[json.dumps(lowest)]
     snapshots: dict[int, str] = {}

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leap_dist.core.measure import amounts, said_of
 from leap_dist.errors import printable
 from leap_dist.files import write_text
 from leap_dist.run_folder import PLOTS, REPORT, RunFiles, exports, read_files
@@ -112,12 +113,17 @@ def pictures_of(files: RunFiles) -> dict[str, Picture]:
     """The pictures that the files suffice for, by name."""
     pictures = {}
     if files.steps:
-        pictures["course"] = run_plots.course(files.steps, files.certificate["target"])
+        pictures["course"] = run_plots.course(files.steps, _among_densities(files.certificate))
     if any(tensor["counted"] for tensor in files.certificate["tensors"].values()):
         pictures["kept"] = run_plots.kept(files.certificate["tensors"], files.scores.get("gates", []))
     if files.scores.get("gates"):
         pictures["scores"] = run_plots.scores(**files.scores)
     return pictures
+
+
+def _among_densities(certificate: Mapping[str, Any]) -> float:
+    """The target among densities; of one in another measure the density that it came to."""
+    return float(certificate["density" if certificate.get("measure") else "target"])
 
 
 def run_page(files: RunFiles) -> str:
@@ -128,7 +134,7 @@ def run_page(files: RunFiles) -> str:
     tensors = found["tensors"].items()
     return _render(
         "run.html",
-        title=f"{folder.resolve().name}: density {found['target']:g}",
+        title=f"{folder.resolve().name}: {said_of(found)} {found['target']:g}",
         verdict=_verdict(files),
         facts=_facts(files),
         metric_columns=[Column("model", numeric=False), *map(Column, names)],
@@ -152,7 +158,9 @@ def _verdict(files: RunFiles) -> str:
     """What came out, in one sentence."""
     found, name = files.certificate, files.metric
     text = f"Kept {found['kept']:,} of {found['prunable']:,} prunable weights: density {found['density']:.4f}, "
-    text += f"asked for {found['target']:g}."
+    kept, total = amounts(found, found.get("measure"))
+    measured = f"{said_of(found)} {kept / total:.4f}, " if found.get("measure") else ""
+    text += f"{measured}asked for {found['target']:g}."
     dense, pruned = (found["metrics"].get(model, {}).get(name) for model in ("dense", "pruned"))
     if dense is not None and pruned is not None:
         text += f" {name}: {dense:.4g} dense → {pruned:.4g} pruned ({pruned - dense:+.2g})."

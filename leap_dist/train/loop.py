@@ -14,6 +14,7 @@ from leap_dist.checkpoint.folders import latest_checkpoint
 from leap_dist.config.sections import JobConfig
 from leap_dist.console import console
 from leap_dist.core.histograms import REACH, score_histograms
+from leap_dist.core.measure import amounts
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
@@ -200,13 +201,15 @@ def _finish(job: Job, output: Path, writer: FolderWriter | None) -> dict[str, An
     if writer is None:
         return {}
     writer.text(SCORES, json.dumps({"reach": REACH, "gates": gates}) + "\n")
+    described = leap.measure.described()
     certificate = cert.build(
         counts,
-        target=leap.config.target,
-        unit=leap.plan.unit,
+        target=leap.measure.target,
+        unit=leap.measure.largest(leap.plan),
+        measure=described.get("measure"),
         metrics=job.state.measured,
         seed=job.config.train.seed,
-        note=leap.level.note(),
+        note=leap.level.note(amounts(counts, described.get("measure"))[0]),
     )
     with needed(output / CERTIFICATE, MAKE_ROOM):
         cert.write(output / CERTIFICATE, certificate)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from leap_dist.console import console, summary_table
+from leap_dist.core.measure import said_of
 from leap_dist.core.stopwatch import TIMINGS
 from leap_dist.export import certificate as cert
 from leap_dist.machine import machine
@@ -56,7 +57,7 @@ def print_summary(job: Job, certificate: Mapping[str, Any], output: Path) -> Non
         density = certificate["density"] if pruned else 1.0
         kept = certificate["kept"] if pruned else certificate["prunable"]
         rows.append({"model": name, "density": density, "weights": kept, **shown(job.task.primary, metrics)})
-    summary_table(rows, title=f"{job.task.name}, target density {certificate['target']}")
+    summary_table(rows, title=f"{job.task.name}, target {said_of(certificate)} {certificate['target']}")
     if "note" in certificate:
         console().print(certificate["note"], markup=False, soft_wrap=True)
     if job.state.costs:

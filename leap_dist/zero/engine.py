@@ -17,10 +17,12 @@ from leap_dist.config.json_file import read_json
 from leap_dist.config.sections import SECTIONS, EngineConfig
 from leap_dist.core.counting import Counter, check_exact
 from leap_dist.core.gating import MASK
+from leap_dist.core.measure import amounts
 from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.errors import UserError
 from leap_dist.models.inputs import resolve_start
 from leap_dist.models.kept import compute_among_kept
+from leap_dist.models.measure import measure_of
 from leap_dist.models.plan import start_plan
 from leap_dist.zero.agreement import agreement, engine_settings, optimizer_settings, same_outcome, same_settings
 from leap_dist.zero.binding import (
@@ -215,9 +217,11 @@ def finalize(engine: Any) -> dict[str, Any]:
     for name, weight in gather_weights(engine):
         counter.add(name, weight, next(masks)[1] if name in leap.plan.covers else None)
     count = counter.result()
-    check_exact(count["kept"], count["prunable"], leap.config.target, leap.plan.unit)
-    note = leap.level.note()
-    certificate = {"target": leap.config.target, "unit": leap.plan.unit, **count, **({"note": note} if note else {})}
+    described, unit, target = leap.measure.described(), leap.measure.largest(leap.plan), leap.measure.target
+    kept, total = amounts(count, described.get("measure"))
+    check_exact(kept, total, target, unit)
+    note = leap.level.note(kept)
+    certificate = {"target": target, "unit": unit, **described, **count, **({"note": note} if note else {})}
     same_outcome(ranks, certificate)
     return certificate
 
@@ -231,8 +235,9 @@ def describe_gates(leap: LeapAdamW) -> list[dict[str, Any]]:
             "units": gate.num_units,
             "kept_units": kept,
             "tensors": [part.tensor for part in gate.slices if part.counted],
+            **({"products": leap.measure.products[number]} if leap.measure.products else {}),
         }
-        for gate, kept in zip(leap.plan.gates, leap.kept_units, strict=True)
+        for number, (gate, kept) in enumerate(zip(leap.plan.gates, leap.kept_units, strict=True))
     ]
 
 
@@ -313,7 +318,9 @@ def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parame
     defaults = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     groups = parameter_groups(model, plan, optimizer, model_parameters, defaults)
     start = resolve_start(model, plan, leap)
-    base = LeapAdamW(groups, plan, start.config, axes=start.axes, fixed=fixed)
+    measure = None if fixed else measure_of(model, plan, leap, family)
+    config = start.config.model_copy(update={"target": measure.share(plan)}) if measure else start.config
+    base = LeapAdamW(groups, plan, config, axes=start.axes, fixed=fixed, measure=measure)
     base.why_start = start.why
     release(model)
     _HOOKS[model] = [*compute_among_kept(model, {gate.granularity for gate in plan.gates}, family)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leap_dist.export.flops import Flops, count_flops
+from leap_dist.models.flops import Flops, count_flops
 from tests.export.runs import classifier
 
 LENGTH = 12

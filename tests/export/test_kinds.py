@@ -17,7 +17,8 @@ from leap_dist.export.card import Card
 from leap_dist.export.hf import load_exported
 from leap_dist.export.kinds import KINDS, export_run, parse_kinds
 from leap_dist.export.masks import load_masks
-from leap_dist.export.shrunk import Models, max_length
+from leap_dist.export.shrunk import Models
+from leap_dist.models.flops import max_length
 from leap_dist.models.pruned_folder import load_pruned
 from leap_dist.run_folder import Run, read_run
 from tests.export.runs import classifier, language_model, make_run, structure_masks

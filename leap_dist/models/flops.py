@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LENGTH = 128  # tokens, where the model takes as many
 BATCHED = ("bmm", "baddbmm")
 
 
@@ -59,3 +60,12 @@ def plain_implementations(model: PreTrainedModel, attention: str = "eager", expe
     finally:
         model.set_attn_implementation(before[0])
         model.set_experts_implementation(before[1])
+
+
+def max_length(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for; without a limit, LENGTH."""
+    limit: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return limit - module.padding_idx - 1  # RoBERTa counts positions from behind its padding index
+    return limit

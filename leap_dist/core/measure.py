@@ -1,0 +1,87 @@
+"""What the target is a share of: prunable weights, all parameters of the model, or the FLOPs of a forward pass.
+
+An amount is `fixed`, which no gate can remove, plus that of what is kept: a weight counts one, and with it comes what
+follows its unit. FLOPs are counted in those of one weight, so that a weight counts one there too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from leap_dist.core.gates import GatePlan
+
+MeasureName = Literal["weights", "parameters", "flops"]
+
+
+SAID = {"parameters": "share of the model's parameters", "flops": "share of the FLOPs of a forward pass"}
+SAID["weights"] = "density"
+
+
+def said_of(certificate: Mapping[str, Any]) -> str:
+    """What the target of a certificate is, in words."""
+    return SAID[certificate["measure"]["name"] if certificate.get("measure") else "weights"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """target: the share that the user asks for. products: of "flops", by gate, what a unit takes beside its weights.
+
+    "parameters" counts the biases that follow their units, as the masks say; "weights" counts prunable weights alone.
+    """
+
+    name: MeasureName = "weights"
+    target: float = 1.0
+    fixed: float = 0.0
+    products: tuple[float, ...] = ()
+
+    def unit(self, plan: GatePlan, gate: int) -> float:
+        """The amount of a gate's largest unit."""
+        sizes = plan.gates[gate].unit_size
+        followers = max(plan.gates[gate].follower_sizes) if self.name == "parameters" else 0
+        return sizes + followers + (self.products[gate] if self.products else 0)
+
+    def grain(self, plan: GatePlan, group: Sequence[int]) -> float:
+        """What comes or goes at least when the kept count of tied gates changes."""
+        return sum(self.unit(plan, gate) * plan.gates[gate].multiple_of for gate in group)
+
+    def largest(self, plan: GatePlan) -> float:
+        """The grain to which the target can be exact."""
+        return max((self.grain(plan, group) for group in plan.tied), default=1)
+
+    def removable(self, plan: GatePlan) -> float:
+        """All that gates cover."""
+        if self.name == "parameters":
+            return sum(map(plan.numel, plan.covers))
+        return plan.prunable + self.of_products([gate.num_units for gate in plan.gates])
+
+    def of_products(self, keep: Sequence[int]) -> float:
+        """What kept units take beside their weights."""
+        return sum(each * number for each, number in zip(self.products, keep, strict=True)) if self.products else 0
+
+    def closed_form(self, plan: GatePlan) -> bool:
+        """Whether the amount follows from the kept counts alone."""
+        alike = all(len(gate.follower_sizes) == 1 for gate in plan.gates) if self.name == "parameters" else True
+        return plan.closed_form and alike
+
+    def share(self, plan: GatePlan) -> float:
+        """The part of what gates cover that is to be kept, at least a trace."""
+        if self.name == "weights":
+            return self.target
+        removable = self.removable(plan)
+        return max((self.target * (self.fixed + removable) - self.fixed) / removable, 1e-6)
+
+    def described(self) -> dict[str, Any]:
+        """For a certificate, from which `amounts` counts; nothing of prunable weights."""
+        return {} if self.name == "weights" else {"measure": {"name": self.name, "fixed": self.fixed}}
+
+
+def amounts(counts: Mapping[str, Any], measure: Mapping[str, Any] | None) -> tuple[float, float]:
+    """(kept, all) of what a measure counts, from the counts of a certificate (core/counting.py)."""
+    if measure is None:
+        return counts["kept"], counts["prunable"]
+    if measure["name"] == "parameters":
+        kept, covered = (sum(tensor[key] for tensor in counts["tensors"].values()) for key in ("kept", "numel"))
+        return measure["fixed"] + kept, measure["fixed"] + covered
+    products = [(gate["kept_units"], gate["units"], gate["products"]) for gate in counts["gates"]]
+    kept = counts["kept"] + sum(kept * each for kept, _, each in products)
+    return measure["fixed"] + kept, measure["fixed"] + counts["prunable"] + sum(n * each for _, n, each in products)
