@@ -29,6 +29,12 @@ Counted = Mapping[str, Mapping[str, float]]
 """FLOPs by path of a module, and by kind: "attention" for products of activations, "linear" for those with weights."""
 
 
+Attention = dict[str, tuple[str, float]]
+"""Of the tensors of attention: the path of their block, and the FLOPs of its products of activations."""
+WITH_ATTENTION = {"head", "layer", "depth"}
+"""Gates whose units take attention products with them."""
+
+
 def measure_of(model: nn.Module, plan: GatePlan, config: LeapConfig, family: FamilyConfig | None) -> Measure:
     """UserError where the FLOPs of a model cannot be counted, or do not follow from what its gates keep."""
     if config.measure == "weights":
@@ -39,9 +45,10 @@ def measure_of(model: nn.Module, plan: GatePlan, config: LeapConfig, family: Fam
     counted = _count(model)
     each = _of_weight(plan, counted)
     attention = _attention(model, family, counted)
-    if {"head", "layer"} <= {gate.granularity for gate in plan.gates}:
+    kinds = sorted({gate.granularity for gate in plan.gates} & WITH_ATTENTION)
+    if len(kinds) > 1:
         raise UserError(
-            'leap.measure: got "flops", with gates of heads and of layers: both would count the products of attention; '
+            f'leap.measure: got "flops", with gates {" and ".join(kinds)}: each would count the products of attention; '
             'allowed: one of these gates, or "weights" or "parameters"'
         )
     products = tuple(_of_unit(gate, attention) / each for gate in plan.gates)
@@ -104,26 +111,30 @@ def _of_weight(plan: GatePlan, counted: Counted) -> float:
     return usual
 
 
-def _attention(model: nn.Module, family: FamilyConfig | None, counted: Counted) -> dict[str, float]:
-    """FLOPs of the attention products of the block that a tensor belongs to, for the tensors of attention."""
-    found: dict[str, float] = {}
+def _attention(model: nn.Module, family: FamilyConfig | None, counted: Counted) -> Attention:
+    found: Attention = {}
     for block in find_blocks(model, family):
         if block.structure.kind == "head":
-            flops = counted.get(block.path(block.table.module), {}).get("attention", 0.0)
-            found |= dict.fromkeys((part.tensor for part in block.structure.parts), flops)
+            path = block.path(block.table.module)
+            flops = counted.get(path, {}).get("attention", 0.0)
+            found |= dict.fromkeys((part.tensor for part in block.structure.parts), (path, flops))
     return found
 
 
-def _of_unit(gate: Gate, attention: Mapping[str, float]) -> float:
+def _of_unit(gate: Gate, attention: Attention) -> float:
     """FLOPs of attention products that leave with a unit."""
-    if gate.granularity not in ("head", "layer"):
+    if gate.granularity not in WITH_ATTENTION:
         return 0.0
-    blocks = [attention.get(part.tensor, 0.0) for part in gate.slices if part.counted]
+    inside = [(part.units.start, *attention[part.tensor]) for part in gate.slices if part.tensor in attention]
     if gate.granularity == "head":
-        return blocks[0] / gate.num_units
-    if len(set(blocks)) > 1:
+        return inside[0][2] / gate.num_units
+    blocks = [dict[str, float]() for _ in range(gate.num_units)]  # of every unit, a layer or a half of one
+    for unit, path, flops in inside:
+        blocks[unit][path] = flops
+    products = {sum(flops.values()) for flops in blocks}
+    if len(products) > 1:
         raise UserError(
             f'leap.measure: got "flops", and the layers of {gate.name} differ in the products of their attention; '
             'allowed: "weights" or "parameters"'
         )
-    return blocks[0]
+    return products.pop()

@@ -73,6 +73,21 @@ def test_flops_add_up_for_every_architecture(kind: str) -> None:
     assert [each > 0 for each in measure.products] == [gate.granularity == "head" for gate in plan.gates]
 
 
+def test_a_layer_takes_its_products_with_it() -> None:
+    for kind in ("llama", "bert"):
+        two, one = (tiny(kind, num_hidden_layers=layers) for layers in (2, 1))
+        before, after = (count_flops(model, example_inputs(two, 1, 32)).total / 2 for model in (two, one))
+        parameters = [sum(p.numel() for p in model.parameters()) for model in (two, one)]
+        for gates in (("depth",), ("layer",)):
+            config = LeapConfig(target=0.5, measure="flops", gates=gates, total_steps=10)
+            plan = make_plan(two, config)
+            measure = measure_of(two, plan, config, None)
+            assert sum(measure.unit(plan, gate) for gate in range(len(plan.gates))) == pytest.approx(before - after)
+        config = LeapConfig(target=0.5, measure="parameters", gates=("depth",), total_steps=10)
+        plan = make_plan(two, config)
+        assert measure_of(two, plan, config, None).unit(plan, 0) == parameters[0] - parameters[1]
+
+
 def test_weights_are_the_default_and_counted_as_ever() -> None:
     model = tiny("bert")
     config = LeapConfig(target=0.3, gates=tuple(BOTH), total_steps=10)
@@ -106,7 +121,11 @@ def refused(kind: str, leap: dict[str, Any]) -> str:
         ("own", {"target": 0.5, "measure": "flops"}, 'leap.measure: got "flops", and the model is a Sequential'),
         ("mixtral", {"target": 0.5, "measure": "flops", "gates": ["head"]}, "of a mixtral model cannot be counted"),
         ("deberta-v2", {"target": 0.5, "measure": "flops", "gates": ["head"]}, "a weight of encoder.layer.0.attention"),
-        ("llama", {"target": 0.5, "measure": "flops", "gates": ["head", "layer"]}, "with gates of heads and of layers"),
+        (
+            "llama",
+            {"target": 0.5, "measure": "flops", "gates": ["head", "layer"]},
+            "with gates head and layer: each would",
+        ),
         ("gpt2", {"target": 0.5, "measure": "flop"}, 'leap.measure: got "flop"; allowed: "weights", "parameters"'),
         ("gpt2", {"start": "zeros", "measure": "flops"}, 'leap.measure: got "flops", which has no effect here'),
     ],
