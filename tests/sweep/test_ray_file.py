@@ -67,6 +67,10 @@ def test_cases_with_the_same_values_of_other_keys_get_names_of_their_own(tmp_pat
         ({"vary": {"leap.target": [0.5]}, "metric": "f1"}, r"metric: got \"f1\"; allowed: what builtin/clock reports"),
         ({"vary": {"leap.target": [0.5]}, "mode": "ladder"}, r"a ladder needs two targets or more"),
         ({"vary": {"train.seed": [1, 2]}, "mode": "ladder"}, r"vary: leap\.target is missing; a ladder walks down"),
+        (
+            {**LADDER, "cases": [{"leap.measure": "parameters"}]},
+            r"leap\.measure: got \"parameters\"; a ladder branches",
+        ),
         ({**LADDER, "early_stop": "asha"}, r"early_stop: got \"asha\"; a ladder needs every rung"),
         ({**LADDER, "cases": [{"train.max_steps": None, "train.epochs": 1}]}, r"train\.max_steps: missing; a ladder"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from leap_dist.models.flops import count_flops
 from leap_dist.models.measure import measure_of
 from leap_dist.models.outputs import example_inputs
 from leap_dist.models.plan import make_plan
+from leap_dist.run_folder import read_run, sealed
 from tests.models.tiny import SETTINGS, tiny
 from tests.ranks import RankPools
+from tests.sweep.jobs import JOB
 from tests.zero.test_structured import prune, shrunk_logits
 
 BOTH = ["head", "neuron"]
@@ -95,6 +98,31 @@ def test_weights_are_the_default_and_counted_as_ever() -> None:
     measure = measure_of(model, plan, config, None)
     assert measure == Measure(target=0.3) and measure.share(plan) == 0.3 and measure.described() == {}
     assert (measure.removable(plan), measure.largest(plan)) == (plan.prunable, plan.unit)
+
+
+def run_small(folder: str) -> None:
+    from leap_dist.config.job_file import parse_job
+    from leap_dist.train.loop import run_job
+    from leap_dist.zero.ranks import Ranks
+
+    leap = {"target": 0.7, "measure": "parameters", "gates": BOTH}
+    run_job(parse_job(JOB | {"leap": leap}, "a test"), Path(folder), False, Ranks(0, 1, torch.device("cpu")))
+
+
+def test_a_run_says_its_measure_and_is_held_to_it(ranks: RankPools, tmp_path: Path) -> None:
+    ranks(1).run(run_small, str(tmp_path / "run"))
+    certificate = json.loads((tmp_path / "run" / "certificate.json").read_text("utf-8"))
+    assert certificate["measure"]["name"] == "parameters" and certificate["target"] == 0.7
+    read = read_run(tmp_path / "run")
+    kept, total = amounts(read.certificate.model_dump(), certificate["measure"])
+    assert total == sum(p.numel() for p in load_exported(read.model).parameters())
+    assert abs(kept - 0.7 * total) <= certificate["unit"]
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert f"share of the model&#39;s parameters {kept / total:.4f}, asked for 0.7." in page
+    less = {"measure": {"name": "parameters", "fixed": 0.0}}
+    (tmp_path / "run" / "certificate.json").write_text(json.dumps(sealed(certificate | less)), "utf-8")
+    with pytest.raises(UserError, match="does not say what the weights are: the density is not the target"):
+        read_run(tmp_path / "run")
 
 
 def refused(kind: str, leap: dict[str, Any]) -> str:
