@@ -48,7 +48,7 @@ class Models:
     def masked(self) -> PreTrainedModel:
         """The exported weights with their zeros, computing as it was trained."""
         model = load_exported(self.folder)
-        compute_among_kept(model, {"expert", *self.run.granularities}, self.run.family)
+        compute_among_kept(model, ["expert"], self.run.certificate.tensors, self.run.family)
         return model
 
     @cached_property

@@ -13,8 +13,8 @@ from leap_dist.models.routing import route_among_kept
 
 
 def compute_among_kept(
-    model: nn.Module, granularities: Collection[str], family: FamilyConfig | None = None
+    model: nn.Module, granularities: Collection[str], masked: Collection[str], family: FamilyConfig | None = None
 ) -> list[RemovableHandle]:
-    """Hook what the gates of these granularities need; the handles' `remove` undoes it."""
+    """Hook what gates of these granularities, and masks of these tensors, need; the handles' `remove` undoes it."""
     handles = route_among_kept(model, family) if "expert" in granularities else []
-    return handles + (norm_among_kept(model) if {"depth", "hidden"} & set(granularities) else [])
+    return handles + norm_among_kept(model, masked)

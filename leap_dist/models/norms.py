@@ -7,6 +7,7 @@ layer adds nothing where the norm follows the sum. Hooks read that from the host
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,10 +20,13 @@ def is_layer_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or type(module).__name__ == "DebertaLayerNorm"
 
 
-def norm_among_kept(model: nn.Module) -> list[RemovableHandle]:
-    """Hook every LayerNorm; the handles' `remove` undoes it. Without a zero, outputs stay bit for bit."""
-    norms = [module for module in model.modules() if is_layer_norm(module)]
-    return [norm.register_forward_hook(_among_kept) for norm in norms if norm.weight is not None]
+def norm_among_kept(model: nn.Module, masked: Collection[str]) -> list[RemovableHandle]:
+    """Hook every LayerNorm whose weight is among the tensors `masked`; the handles' `remove` undoes it.
+
+    Without a zero, outputs stay bit for bit.
+    """
+    norms = {f"{path}.weight": module for path, module in model.named_modules() if is_layer_norm(module)}
+    return [norm.register_forward_hook(_among_kept) for name, norm in norms.items() if name in masked]
 
 
 def _among_kept(norm: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

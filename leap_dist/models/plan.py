@@ -14,7 +14,7 @@ from leap_dist.core.fixed import Fixed, mask_gates
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_structures, find_sublayers, tensor_shapes
-from leap_dist.models.families import computed_weights, prunable_matrices
+from leap_dist.models.families import computed_weights, family_of, prunable_matrices
 from leap_dist.models.mask_files import read_masks
 from leap_dist.models.stacks import find_stacks
 from leap_dist.models.stream import find_stream, stream_of
@@ -265,12 +265,15 @@ def _of_entry(key: str, entry: GateConfig, names: list[str], what: str) -> list[
 
 def _nothing_of(kind: str, key: str, model: nn.Module, family: FamilyConfig | None) -> str:
     name = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    table = family or family_of(model)
+    shared = table is not None and table.shared and kind in ("layer", "depth")
+    known = "can leave, as its layers share their weights" if shared else "is known here"
     kinds: list[str] = [s.kind for s in (*find_structures(model), *find_sublayers(model))]
     kinds += ["depth"] * any(stack.units for stack in find_stacks(model))
     kinds += ["hidden"] * (find_stream(model) is not None)
     allowed = ", ".join(("element", "row", "column", "block:RxC", "n:m", *dict.fromkeys(kinds)))
     return (
-        f"{key}: got {kind!r}; {name} has none that is known here; allowed: {allowed}, "
+        f"{key}: got {kind!r}; {name} has none that {known}; allowed: {allowed}, "
         "or say where its blocks are in a family section"
     )
 

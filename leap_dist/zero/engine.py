@@ -323,7 +323,7 @@ def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parame
     base = LeapAdamW(groups, plan, config, axes=start.axes, fixed=fixed, measure=measure)
     base.why_start = start.why
     release(model)
-    _HOOKS[model] = [*compute_among_kept(model, {gate.granularity for gate in plan.gates}, family)]
+    _HOOKS[model] = [*compute_among_kept(model, {gate.granularity for gate in plan.gates}, plan.covers, family)]
     return base
 
 

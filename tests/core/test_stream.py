@@ -53,7 +53,7 @@ def test_equals_the_oracle(kind: str, head: str, gates: list[str], start: str) -
         Listener(model, optimizer.inputs, on=True)
     oracle = Oracle(reference, plan, resolved.config, 3e-3, 0.1, no_decay=no_decay)
     for each in (model, reference):
-        compute_among_kept(each.train(), gates)
+        compute_among_kept(each.train(), gates, plan.covers)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         tokens = torch.randint(3, 64, (4, 10), generator=generator)

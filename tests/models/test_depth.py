@@ -43,7 +43,7 @@ def drop_layers_(model: PreTrainedModel, layers: list[int]) -> None:
         for index in layers:
             for tensor in stack.tensors[index]:
                 model.get_parameter(tensor).zero_()
-    compute_among_kept(model, ["depth", "expert"])
+    compute_among_kept(model, ["expert"], dict(model.named_parameters()))
 
 
 def check(model: PreTrainedModel, folder: Path, stock: bool) -> dict[str, Any]:

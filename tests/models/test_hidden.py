@@ -48,7 +48,7 @@ def narrow_(model: nn.Module) -> None:
     gone = torch.tensor([index for index in range(32) if index not in KEPT])
     for part in stream_of(model).parts:
         model.get_parameter(part.tensor).index_fill_(part.axis, gone, 0.0)
-    compute_among_kept(model, ["depth", "expert", "hidden"])
+    compute_among_kept(model, ["expert"], dict(model.named_parameters()))
 
 
 def check(model: Any, folder: Path, stock: bool) -> dict[str, Any]:
