@@ -1,4 +1,4 @@
-"""Export a finished run: python launch/export.py RUN --to hf,shrunk,onnx,mask,semi_structured [--output DIR]
+"""Export a finished run: python launch/export.py RUN --to shrunk,gguf [--output DIR]
 
 With --vocabulary TEXT it keeps the tokens that the texts use, also of a model that no run pruned.
 
@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
         "--to",
         required=True,
         metavar="KINDS",
-        help="one or more of hf, shrunk, onnx, mask, semi_structured, with commas",
+        help="one or more of hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, with commas",
     )
     parser.add_argument("--output", type=user_path, metavar="DIR", help="folder for the exports (default: RUN/export)")
     for name, text in (
@@ -68,6 +68,8 @@ def main() -> int:
             cards.append(card)
         title = f"density {run.certificate.density:.4g}, dense → exported, {threads} thread{'s' * (threads > 1)}"
         summary_table([card.row() for card in cards], title=title)
+        if rows := [row for card in cards for row in card.engine_rows()]:
+            summary_table(rows, title="what loads it")
         if arguments.output is None and not run.plain:
             write_report(arguments.run)  # the run's page shows its exports
     except UserError as error:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leap_dist.export.engines import Engine
 from leap_dist.export.vocabulary import Vocabulary
 from leap_dist.models.flops import Flops
 from leap_dist.run_folder import CARD, sealed
@@ -18,6 +19,8 @@ TITLES = {
     "onnx": "pruned model as ONNX, removed structures gone",
     "mask": "masks of a pruned model",
     "semi_structured": "2:4 sparse model",
+    "gguf": "pruned model for llama.cpp, removed structures gone",
+    "gguf_q8_0": "pruned model for llama.cpp in 8 bits, removed structures gone",
 }
 
 
@@ -61,6 +64,8 @@ class Card:
     machine: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     """The hub id of the model that the run started from, if it has one."""
+    engines: list[Engine] = field(default_factory=list)
+    """What loads it, and what would if the run were set otherwise."""
     vocabulary: Vocabulary | None = None
     """What was kept of the tokens, where the vocabulary was cut."""
 
@@ -76,6 +81,9 @@ class Card:
         lines = [*self._hub_lines(), f"# {self.kind}: {title}", "", *([pruned, ""] if self.target < 1 else [])]
         lines += ["| | dense | this export | ratio |", "|---|---|---|---|", *map(_row, self._measures()), ""]
         lines += [f"- {note}" for note in self._notes()]
+        if self.engines:
+            lines += ["", "| engine | loads this export | note |", "|---|---|---|"]
+            lines += [f"| {engine.name} | {_yes(engine.loads)} | {engine.note} |" for engine in self.engines]
         return "\n".join(lines) + "\n"
 
     def row(self) -> dict[str, str | float]:
@@ -92,9 +100,16 @@ class Card:
             cells["logits differ"] = f"{self.logit_difference:.1e}"
         return cells
 
+    def engine_rows(self) -> list[dict[str, str | float]]:
+        """Lines of the table of engines that a launcher prints."""
+        return [
+            {"export": self.kind, "engine": engine.name, "loads": _yes(engine.loads), "note": engine.note}
+            for engine in self.engines
+        ]
+
     def _hub_lines(self) -> list[str]:
         """YAML, as a model card on the Hugging Face hub begins."""
-        library = "onnx" if self.kind == "onnx" else "transformers"
+        library = {"onnx": "onnx", "gguf": "gguf", "gguf_q8_0": "gguf"}.get(self.kind, "transformers")
         base = [f"base_model: {json.dumps(self.base_model)}"] if self.base_model else []
         return ["---", f"library_name: {library}", *base, "tags: [pruning, leap]", "---", ""]
 
@@ -132,6 +147,10 @@ def _row(measure: tuple[str, Pair, str]) -> str:
     name, pair, form = measure
     ratio = f"{pair.after / pair.before:.3f}" if pair.before else ""
     return f"| {name} | {pair.before:{form}} | {pair.after:{form}} | {ratio} |"
+
+
+def _yes(loads: bool) -> str:
+    return "yes" if loads else "no"
 
 
 def _change(pair: Pair, scale: float) -> str:

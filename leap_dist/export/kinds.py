@@ -12,9 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import torch
+
 from leap_dist.errors import UserError
-from leap_dist.export import onnx
+from leap_dist.export import gguf, onnx
 from leap_dist.export.card import Card, Latency, Pair
+from leap_dist.export.engines import engines_of
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import CALLS, LONGEST, Runner, keeps_logits, medians, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
@@ -27,7 +30,7 @@ from leap_dist.files import staged
 from leap_dist.machine import machine
 from leap_dist.models.flops import count_flops
 from leap_dist.models.outputs import example_inputs
-from leap_dist.run_folder import CARD, Run
+from leap_dist.run_folder import CARD, ExportedWeights, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +40,7 @@ UNSEALED = (
     "The run's certificate is of an older version, without a digest of its own content: its counts and densities were "
     "counted again from the weights; its metrics, the kinds of its gates, seed and versions could not be checked."
 )
-WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data")
+WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".data", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def export_run(
         onnx.require_libraries("--to onnx")
     if "semi_structured" in kinds:
         check_semi_structured(run)
+    if any(kind in GGUF_TYPES for kind in kinds):
+        gguf.require_library("--to gguf")
     if "mask" in kinds and (wanted or run.plain):
         raise UserError(f"--to mask: not of a model that no run pruned, and not with {TEXT}; export the masks of a run")
     with _vocabulary(run, output, wanted) as (folder, vocabulary):
@@ -95,6 +100,8 @@ def export_run(
         ]
         progress = TimeLeft(sum(_work(kind, models) for kind in kinds), measured)
         models.say = progress.begin
+        if any(kind in GGUF_TYPES for kind in kinds) and (wrong := gguf.problem(models.stock or models.shrunk)):
+            raise UserError(f"--to gguf: {wrong}")
         for kind in kinds:
             progress.of = kind
             with staged(output / kind) as folder, torch_threads(threads):
@@ -133,7 +140,7 @@ def _work(kind: str, models: Models) -> float:
     if kind == "mask":
         return 0.0
     compared = 2 * sum(batch * length for batch, length in compared_sizes(models.masked))
-    return {"hf": 1, "shrunk": 2, "onnx": 2, "semi_structured": 0}[kind] * compared + 2 * models.length
+    return {"hf": 1, "shrunk": 2, "onnx": 2, "semi_structured": 0}.get(kind, 1) * compared + 2 * models.length
 
 
 def _latency_work(length: int, batch: int) -> float:
@@ -196,6 +203,29 @@ def _onnx(models: Models, folder: Path, threads: int) -> Exported:
     return Exported(notes, model, onnx.onnx_runner(path, threads), "onnxruntime", found)
 
 
+def _gguf(models: Models, folder: Path, threads: int, kind: str | None = None) -> Exported:
+    folder.mkdir()
+    config = models.masked.config
+    saved = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(_saved_dtype(models.folder), "F32")
+    tokenizer = load_exported_tokenizer(models.folder)
+    path, name = folder / gguf.FILE, _hub_id(models.run) or config.model_type
+    notes = gguf.save_gguf(models.stock or models.shrunk, tokenizer, path, kind or saved, name)
+    said = "a scale of 16 bits for every 32 weights of 8" if kind == "Q8_0" else "as the run saved them"
+    return Exported(
+        [f"For llama.cpp and what is built on it; matrices in {kind or saved}, {said}.", *notes], models.shrunk
+    )
+
+
+def _gguf_q8_0(models: Models, folder: Path, threads: int) -> Exported:
+    return _gguf(models, folder, threads, "Q8_0")
+
+
+def _saved_dtype(folder: Path) -> torch.dtype:
+    """The type of the weights in a model's folder."""
+    with ExportedWeights(folder) as weights:
+        return weights.read(weights.names()[0]).dtype
+
+
 def _mask(models: Models, folder: Path, threads: int) -> Exported:
     folder.mkdir()
     bits = save_masks(models.run, folder)
@@ -226,7 +256,10 @@ KINDS: dict[str, Callable[[Models, Path, int], Exported]] = {
     "onnx": _onnx,
     "mask": _mask,
     "semi_structured": _semi_structured,
+    "gguf": _gguf,
+    "gguf_q8_0": _gguf_q8_0,
 }
+GGUF_TYPES = ("gguf", "gguf_q8_0")
 
 
 # ---------------------------------------------------------------------------------------------- the card
@@ -270,6 +303,7 @@ def _card(
         weights_sha256=certificate.weights_sha256,
         machine=machine(),
         base_model=_hub_id(models.run),
+        engines=engines_of(kind, models),
     )
 
 

@@ -15,7 +15,7 @@ from leap_dist.export.latency import keeps_logits
 from leap_dist.models.flops import LENGTH, max_length
 from leap_dist.models.kept import compute_among_kept
 from leap_dist.models.outputs import example_inputs, logit_difference
-from leap_dist.models.pruned_folder import load_pruned, save_shrunk
+from leap_dist.models.pruned_folder import as_stock, load_pruned, save_shrunk
 from leap_dist.models.shrink import shrink_
 from leap_dist.run_folder import Run
 
@@ -66,6 +66,12 @@ class Models:
         self.kept = shrink_(model, self.run.family)
         self._check(model)
         return model
+
+    @cached_property
+    def stock(self) -> PreTrainedModel | None:
+        """The shrunk model as transformers alone loads it, with the same tensors; None where no config describes it."""
+        model = self.shrunk
+        return as_stock(model, self.kept, self.run.family)
 
     @property
     def length(self) -> int:

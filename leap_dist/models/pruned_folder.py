@@ -119,6 +119,16 @@ def save_pruned(model: PreTrainedModel, folder: Path, like: Path) -> None:
         write_pruned_json(partial, manifest.model_copy(update={"files": files, "extra": {}}))
 
 
+def as_stock(model: PreTrainedModel, kept: Kept, family: FamilyConfig | None = None) -> PreTrainedModel | None:
+    """What transformers alone makes of the folder that `save_shrunk` writes, with the same tensors; None if it cannot.
+
+    Arguments as there. Buffers that no file holds are not filled.
+    """
+    with torch.device("meta"):
+        whole = type(model)(copy.deepcopy(model.config))
+    return stock_model(model, find_parts(whole, family), kept)
+
+
 def _kinds(parts: Parts) -> dict[str, tuple[Removed, int]]:
     """The kind and the number of units of everything that can leave, by name."""
     found: dict[str, tuple[Removed, int]] = {}

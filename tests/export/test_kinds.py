@@ -15,7 +15,7 @@ from leap_dist.errors import UserError
 from leap_dist.export import kinds, latency, onnx, shrunk
 from leap_dist.export.card import Card
 from leap_dist.export.hf import load_exported
-from leap_dist.export.kinds import KINDS, export_run, parse_kinds
+from leap_dist.export.kinds import GGUF_TYPES, KINDS, export_run, parse_kinds
 from leap_dist.export.masks import load_masks
 from leap_dist.export.shrunk import Models
 from leap_dist.models.flops import max_length
@@ -59,8 +59,11 @@ def test_kinds_are_listed_once(text: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hf,shrnk", '--to: got "shrnk"; allowed: hf, shrunk, onnx, mask, semi_structured; did you mean shrunk?'),
-        ("tensorrt", '--to: got "tensorrt"; allowed: hf, shrunk, onnx, mask, semi_structured'),
+        (
+            "hf,shrnk",
+            '--to: got "shrnk"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0; did you mean shrunk',
+        ),
+        ("tensorrt", '--to: got "tensorrt"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0'),
         (" ,", "--to: got nothing; allowed: one or more of hf, "),
     ],
 )
@@ -71,7 +74,11 @@ def test_unknown_kinds_are_refused(text: str, message: str) -> None:
 
 
 def test_every_kind_is_written_with_a_card(run: Run, tmp_path: Path) -> None:
-    wanted = [kind for kind in KINDS if kind != "semi_structured" and not (kind == "onnx" and onnx.missing_libraries())]
+    wanted = [
+        kind
+        for kind in KINDS
+        if kind not in ("semi_structured", *GGUF_TYPES) and not (kind == "onnx" and onnx.missing_libraries())
+    ]
     cards = {card.kind: card for card in export_run(run, wanted, tmp_path, threads=1)}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(wanted)
     for kind, card in cards.items():

@@ -46,6 +46,7 @@ def test_an_export_ends_with_a_table(
     assert sorted(path.name for path in output.iterdir()) == ["mask", "shrunk"]
     shown = capsys.readouterr().out
     assert f"shrunk: {output / 'shrunk'}" in shown and f"mask: {output / 'mask'}" in shown
+    assert "what loads it" in shown and "transformers AutoModel" in shown
     assert "dense → exported, 1 thread" in shown and "MFLOPs/token" in shown and "ms at 32x16" in shown
 
 
@@ -68,7 +69,10 @@ def test_exports_go_to_the_run_by_default(run: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "msak"], 'error: --to: got "msak"; allowed: hf, shrunk, onnx, mask, semi_structured; did you mean'),
+        (
+            ["--to", "msak"],
+            'error: --to: got "msak"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0; did you mean',
+        ),
         (["--to", "hf", "--threads", "0"], "error: --threads: got 0; allowed: an integer >= 1"),
         (
             ["--to", "hf", "--vocabulary-size", "0"],

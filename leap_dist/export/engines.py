@@ -1,0 +1,58 @@
+"""What an export loads in, and what to set for it to load in more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from leap_dist.export import gguf
+
+if TYPE_CHECKING:
+    from leap_dist.export.shrunk import Models
+
+HUGGING_FACE, VLLM, LLAMA_CPP = "transformers AutoModel", "vLLM", "llama.cpp"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine: whether it loads the export, and how, or what to do so that it does."""
+
+    name: str
+    loads: bool
+    note: str = ""
+
+
+def engines_of(kind: str, models: Models) -> list[Engine]:
+    """Of one kind of export; none for masks alone."""
+    if kind == "onnx":
+        return [Engine("onnxruntime", True)]
+    if kind in ("gguf", "gguf_q8_0"):
+        return [Engine(LLAMA_CPP, True, "and what is built on it")]
+    if kind == "shrunk":
+        return _of_shrunk(models)
+    if kind == "hf":
+        wrong = "it would route to experts that are gone: use shrunk" if "expert" in models.run.granularities else ""
+        note = wrong or "as large and as fast as the dense model"
+        return [Engine(name, not wrong, note) for name in _hugging_face_folder(models)]
+    if kind == "semi_structured":
+        return [
+            Engine("leap_dist.export.semi_structured.load_semi_structured", True),
+            Engine(HUGGING_FACE, True, "dense"),
+        ]
+    return []
+
+
+def _hugging_face_folder(models: Models) -> list[str]:
+    """Engines that read the folder of a Hugging Face model; vLLM for families with which it was tried."""
+    return [HUGGING_FACE, VLLM] if gguf.is_known(models.masked) else [HUGGING_FACE]
+
+
+def _of_shrunk(models: Models) -> list[Engine]:
+    stock = models.stock is not None
+    note = "" if stock else f"no config of transformers describes it: {gguf.UNIFORM}"
+    found = [Engine("leap_dist.load_pruned", True)]
+    found += [Engine(name, stock, note) for name in _hugging_face_folder(models)]
+    if gguf.is_known(models.masked):
+        wrong = gguf.problem(models.stock or models.shrunk)
+        found.append(Engine(LLAMA_CPP, wrong is None, wrong or "as --to gguf"))
+    return found
