@@ -191,7 +191,7 @@ def save_gguf(
     writer.add_name(name)
     writer.add_file_type(LlamaFileType.ALL_F32 if kind == "F32" else getattr(LlamaFileType, f"MOSTLY_{kind}"))
     _add_sizes(writer, model, widths)
-    notes = add_words(writer, tokenizer, model.get_input_embeddings().weight.shape[0])
+    notes = add_words(writer, tokenizer, _words_and_width(model)[0])
     for label, tensor in _tensors(model, arch, family, widths):
         _add_tensor(writer, label, np.ascontiguousarray(tensor.detach().float().numpy()), kind)
     writer.write_header_to_file()
@@ -201,6 +201,11 @@ def save_gguf(
     if arch == "deci":
         notes.append('Layers differ in width: written as "deci", the Llama with a width for each layer.')
     return notes
+
+
+def _words_and_width(model: PreTrainedModel) -> tuple[int, int]:
+    weight: Any = model.get_input_embeddings().weight
+    return weight.shape[0], weight.shape[1]
 
 
 def _add_tensor(writer: GGUFWriter, name: str, data: np.ndarray, kind: str) -> None:
@@ -218,9 +223,9 @@ def _add_tensor(writer: GGUFWriter, name: str, data: np.ndarray, kind: str) -> N
 def _add_sizes(writer: GGUFWriter, model: PreTrainedModel, widths: Widths) -> None:
     """The sizes of the model, in llama.cpp's keys."""
     config, size = model.config.get_text_config(), _head_size(model)
-    num_words, width = model.get_input_embeddings().weight.shape
+    num_words, width = _words_and_width(model)
     sliding = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or []]
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     length = config.max_position_embeddings
     if config.model_type.startswith("gemma"):
         writer.add_sliding_window(window)

@@ -39,7 +39,7 @@ def add_words(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, num
         return ["Without a tokenizer, as the run had none: llama.cpp takes and gives token ids."]
     if not tokenizer.is_fast:
         raise UserError(f"--to gguf: the tokenizer {type(tokenizer).__name__} has no tokenizer.json; export hf instead")
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE":
         raise UserError(f"--to gguf: the tokenizer is {spec['model']['type']}; allowed: BPE; export hf instead")
     words, kinds = _words(tokenizer, spec, num_words)
