@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from leap_dist.bench.activations import activation_bytes, word_bytes
 from leap_dist.bench.budget import FP32, Hosting, Memory, Traffic, engine_traffic, leap_traffic, memory, total
 from leap_dist.config.sections import JobConfig, ModelConfig
 from leap_dist.console import console, summary_table
 from leap_dist.core.gates import GatePlan
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, own_words
 from leap_dist.models.inputs import describe_start, resolve_start
 from leap_dist.models.load import auto_class, load_config, load_model
+from leap_dist.models.padding import num_positions
 from leap_dist.models.plan import start_plan
 from leap_dist.tasks import problem_of
 from leap_dist.tasks.base import Task
@@ -33,6 +35,7 @@ GPU = 80 * 10**9  # bytes of the GPU that the forecast counts in
 MOST_RANKS = 2**20
 MUCH = 0.01  # of the gradients' bytes: where those of units take more, coarser gates are advised
 TWO = ("0", "1")
+FLOAT = torch.float32
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -179,6 +182,25 @@ def gpu_line(job: Forecast) -> str:
     return f"GPUs of {as_bytes(GPU)}, at {'; '.join(counts)}"
 
 
+def passes_line(job: Forecast) -> str:
+    """What a micro-batch takes beside the table: activations, and the logits of a language model."""
+    batch, length = job.config.deepspeed["train_micro_batch_size_per_gpu"], job.config.data.max_length
+    length = min(length, num_positions(job.model.config) or length)
+    width, words = job.hosting.width, 0
+    if problem_of(job.config.data.task) in ("causal_lm", "masked_lm"):
+        head = job.model.get_output_embeddings().weight
+        words = word_bytes(*head.shape, batch * length, width)
+    try:
+        held = (
+            0 if job.one_shot else activation_bytes(job.model, batch, length, torch.bfloat16 if width == 2 else FLOAT)
+        )
+    except Exception as error:  # code of any architecture, where tensors have no values
+        return f"activations are not counted: the model cannot run without values ({own_words(error)[:80]})"
+    logits = f", {as_bytes(words)} for the logits of a chunk and their gradients" if words else ""
+    of = f"a micro-batch of {batch} x {length} tokens takes {as_bytes(held)} of activations{logits}"
+    return f"not in these sums: {of}; buffers of communication"
+
+
 def _count(gpus: int | None) -> str:
     return "no number is enough" if gpus is None else str(gpus)
 
@@ -199,7 +221,7 @@ def print_forecast(job: Forecast) -> None:
         summary_table(traffic_rows(job), title="a rank sends to collectives in a step")
     if job.why_start:
         console().print(describe_start(job.config.leap, job.why_start), markup=False, soft_wrap=True)
-    for line in (*advice(job), fit_line(job), gpu_line(job), "activations and communication buffers are not counted"):
+    for line in (*advice(job), fit_line(job), gpu_line(job), passes_line(job)):
         console().print(line, markup=False, soft_wrap=True)
 
 

@@ -124,6 +124,17 @@ def test_every_file_in_configs_is_valid(file: Path) -> None:
     assert isinstance(load_job(file.stem), JobConfig)
 
 
+LANGUAGE_MODELS = ("gemma3_270m", "gemma3_1b", "qwen3_0.6b", "llama3.2_1b")
+VARIANTS = (["leap.gates=2:4"], ["leap.target=0.75", 'leap.gates=["head","neuron"]'])
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_recipes_of_language_models_take_their_variants(name: str) -> None:
+    element, pattern, parts = (load_job(name, changes).leap for changes in ([], *VARIANTS))
+    assert (element.target, pattern.gates[0].granularity) == (0.5, "2:4")
+    assert (parts.target, [gate.granularity for gate in parts.gates]) == (0.75, ["head", "neuron"])
+
+
 # ------------------------------------------------------------------------------ refused
 
 REFUSED = {

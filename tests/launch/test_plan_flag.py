@@ -223,3 +223,24 @@ def test_bytes_are_decimal() -> None:
         "80 GB",
         "2.55 TB",
     ]
+
+
+def test_activations_are_those_that_a_forward_pass_keeps(tmp_path: Path) -> None:
+    from leap_dist.bench.activations import activation_bytes
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ModelConfig(from_config=LLAMA_70B | small | {"num_key_value_heads": 2, "vocab_size": 100})
+    counted = activation_bytes(empty_model(config, "lm"), 2, 32, torch.float32)
+    longer = activation_bytes(empty_model(config, "lm"), 2, 64, torch.float32)
+    assert longer == pytest.approx(2 * counted, rel=0.01)  # attention is fused
+    with torch.device("cpu"):
+        model = type(empty_model(config, "lm"))(empty_model(config, "lm").config).train()
+    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held: dict[int, torch.Tensor] = {}
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: held.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        model.base_model(input_ids=ids)
+    real = sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in own)
+    assert counted == pytest.approx(real, rel=0.1)
