@@ -28,7 +28,7 @@ def activation_bytes(model: PreTrainedModel, batch: int, length: int, dtype: tor
     model: on the meta device; in training mode and in `dtype` from then on. Raises whatever its code does where that
     asks for values, which no tensor has there.
     """
-    model.to(dtype).train()
+    torch.nn.Module.to(model, dtype=dtype).train()
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     held: dict[int, Tensor] = {}  # kept alive, so that no storage takes the place of another
 

@@ -189,7 +189,7 @@ def passes_line(job: Forecast) -> str:
     width, words = job.hosting.width, 0
     if problem_of(job.config.data.task) in ("causal_lm", "masked_lm"):
         head = job.model.get_output_embeddings().weight
-        words = word_bytes(*head.shape, batch * length, width)
+        words = word_bytes(head.shape[0], head.shape[1], batch * length, width)
     try:
         held = (
             0 if job.one_shot else activation_bytes(job.model, batch, length, torch.bfloat16 if width == 2 else FLOAT)
