@@ -124,18 +124,24 @@ class LeapConfig(Section):
     """Tensors to leave dense; taken from what `include` selects."""
     total_steps: int | None = Field(default=None, ge=10, description="an integer >= 10, or null")
     """Optimizer steps of the whole run; launch/prune.py fills it in from `train`."""
+    tokens_per_step: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        default="auto", description='an integer >= 1, "auto" or null'
+    )
+    """Tokens of an optimizer step over all ranks. Where scores start by activation, the automatic rates and the descent
+    follow the tokens of the run a score; "auto": as launch/prune.py counts them; null, or "auto" in loops of your own:
+    they do not."""
 
     _home = field_validator("start")(with_home)
 
-    def score_rate(self, elementwise: bool) -> float:
-        """Peak learning rate of scores, of single weights or of structured units.
+    def score_rate(self, elementwise: bool, trust: float = 1.0) -> float:
+        """Peak learning rate of scores, of single weights or of structured units; the automatic one is times `trust`.
 
         Where most weights are kept, their order by magnitude is nearly right, and what single batches say of those near
         the cut is noise; a structured unit sums over its weights. Measured in docs/benchmarks.md.
         """
         if self.score_learning_rate != "auto":
             return self.score_learning_rate
-        return min(1e-2, 1e-3 / self.target) if elementwise else 1e-2
+        return trust * (min(1e-2, 1e-3 / self.target) if elementwise else 1e-2)
 
     @field_serializer("gates")
     def _short_gates(self, gates: tuple[GateConfig, ...]) -> list[Any]:
@@ -169,7 +175,7 @@ class LeapConfig(Section):
 
 OF_STEPS = (
     *("rule", "control", "temperature", "score_learning_rate", "threshold_learning_rate", "lambda_max", "lambda_min"),
-    *("dense_fraction", "settle_fraction", "total_steps"),
+    *("dense_fraction", "settle_fraction", "total_steps", "tokens_per_step"),
 )
 """Settings that say how masks move from step to step."""
 OF_SCORES = ("gates", "score_init", "calibration_batches")
@@ -225,6 +231,7 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "control": shared,
         "temperature": fixed or (follows if projected and given("threshold_learning_rate") == "auto" else None),
         "threshold_learning_rate": fixed,
+        "tokens_per_step": (shared or unseen) if given("tokens_per_step") is not None else None,
         "lambda_max": shared or no_penalty,
         "lambda_min": shared or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
         "score_init": scored,

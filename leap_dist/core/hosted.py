@@ -21,7 +21,7 @@ from leap_dist.core.level import Level
 from leap_dist.core.loaded import Loaded
 from leap_dist.core.masks import Masks
 from leap_dist.core.measure import Measure
-from leap_dist.core.phases import Phase, Schedule
+from leap_dist.core.phases import Phase, schedule_of
 from leap_dist.core.rates import Rates
 from leap_dist.core.stopwatch import Stopwatch
 from leap_dist.core.update import write_
@@ -65,8 +65,7 @@ class HostedOptimizer(torch.optim.Optimizer):
             group["no_decay"] = sorted(group.get("no_decay", ()))
         self.plan = plan
         self.config = config
-        fractions = (config.dense_fraction, config.settle_fraction) if fixed is None else (0.0, 1.0)
-        self.schedule = Schedule(config.total_steps or 0, *fractions, config.target)
+        self.schedule = schedule_of(config, plan, fixed=fixed is not None)
         self.num_steps = 0
         self.num_left_out = 0
         self.check_gradient = False  # whether step() looks if the gradient is finite; under ZeRO DeepSpeed has

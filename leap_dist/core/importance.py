@@ -20,14 +20,13 @@ class Norms(NamedTuple):
     axes: Mapping[str, Axes]
 
 
-def write_importance_(
-    gating: Gating, norms: Norms | None = None, *, scaled: bool, added: bool = False, by_row: bool = False
-) -> None:
+def write_importance_(gating: Gating, norms: Norms | None = None, *, scaled: bool, added: bool = False) -> None:
     """S_u = mean |W_ij|, or with norms mean |W_ij| ||x_j||, over the unit's prunable weights. Collective.
 
     scaled: divided by the mean over the gate. added: to the scores that are there, which have moved before they start.
-    by_row, with norms: those of single weights are divided by the mean over their output row instead. Biases follow
-    their unit without a say, and with norms tensors that have none.
+    With norms, those of single weights are divided by the mean over their output row instead, as inputs say what a
+    weight is worth to its output, nothing on what the output is worth (docs/benchmarks.md); a pattern compares within
+    a row anyway. Biases follow their unit without a say, and with norms tensors that have none.
     """
     plan = gating.plan
     num_gates = len(plan.gates)
@@ -41,7 +40,7 @@ def write_importance_(
     gating.communicator.sum_(sums)
     totals, units = sums[:num_gates].tolist(), sums[num_gates:]
     means = [max(t / g.num_weights, 1e-30) if scaled else 1.0 for t, g in zip(totals, plan.gates, strict=True)]
-    _write_elements_(gating, norms, means, added, by_row)
+    _write_elements_(gating, norms, means, added)
     for index in plan.structured:
         numbers = plan.gates[index].unit_sizes.to(units.device, non_blocking=True)
         units[plan.units(index)] /= numbers.double() * means[index]
@@ -49,10 +48,10 @@ def write_importance_(
         _put_(fragment.view(fragment.flat), units[fragment.start : fragment.start + fragment.length], added)
 
 
-def _write_elements_(gating: Gating, norms: Norms | None, means: list[float], added: bool, by_row: bool) -> None:
+def _write_elements_(gating: Gating, norms: Norms | None, means: list[float], added: bool) -> None:
     """The scores of single weights."""
     under = {f.tensor: gate for f in gating.weights if (gate := _element_gate(gating, f.tensor)) is not None}
-    rows = _row_means(gating, norms) if by_row and norms else {}
+    rows = _row_means(gating, norms) if norms else {}
     for fragment, sizes in _sizes(gating, norms, [f for f in gating.weights if f.tensor in under]):
         mean: float | Tensor = means[under[fragment.tensor]]
         if norms and fragment.tensor in rows:
@@ -89,7 +88,8 @@ def _sizes(gating: Gating, norms: Norms | None, fragments: Sequence[Fragment]) -
 
 def _row_means(gating: Gating, norms: Norms) -> dict[str, Tensor]:
     """The mean over every output row of the tensors under element gates, fp32 of shape (outputs,). Collective."""
-    under = [tensor for tensor in sorted(gating.plan.covers) if _element_gate(gating, tensor) is not None]
+    gates = {tensor: _element_gate(gating, tensor) for tensor in sorted(gating.plan.covers)}
+    under = [name for name, gate in gates.items() if gate is not None and not gating.plan.gates[gate].pattern]
     outputs = {name: norms.axes[name].outputs for name in under}
     counts = [part.units.stop for part in outputs.values()]
     sums = torch.zeros(sum(counts), dtype=torch.float64, device=gating.device)

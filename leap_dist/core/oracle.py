@@ -17,7 +17,7 @@ from torch.func import functional_call
 from leap_dist.config.leap import LeapConfig
 from leap_dist.core import thresholds as th
 from leap_dist.core.gates import Gate, GatePlan
-from leap_dist.core.phases import Schedule
+from leap_dist.core.phases import schedule_of
 from leap_dist.ops.slices import Slice
 
 
@@ -78,7 +78,7 @@ class Oracle:
     ) -> None:
         assert config.total_steps is not None
         self.model, self.plan, self.config, self.lr, self.max_norm = model, plan, config, lr, max_norm
-        self.schedule = Schedule(config.total_steps, config.dense_fraction, config.settle_fraction, config.target)
+        self.schedule = schedule_of(config, plan)
         self.latent = dict(model.named_parameters())
         self.remaining = th.Remaining(plan)
         self.sigma = nn.Parameter(torch.full((len(plan.gates),), th.START * config.temperature))
@@ -93,7 +93,7 @@ class Oracle:
         plain = [p for name, p in self.latent.items() if name in set(no_decay)]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         self.weight_optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
-        self.score_rates = [config.score_rate(gate.elementwise) for gate in plan.gates]
+        self.score_rates = [config.score_rate(gate.elementwise, self.schedule.trust) for gate in plan.gates]
         own = zip(self.scores, self.score_rates, strict=True)
         self.score_optimizer = torch.optim.Adam([{"params": [scores], "lr": peak} for scores, peak in own])
         rate, projected = config.threshold_learning_rate, config.control == "projected"
@@ -201,17 +201,22 @@ class Oracle:
             hook.remove()
 
     def _scores_from_weights(self, scaled: bool) -> None:
-        """S_u = mean |W|, or mean |W_ij| ||x_j|| where inputs were seen, added to what is there."""
+        """S_u = mean |W|, or mean |W_ij| ||x_j|| where inputs were seen, added to what is there.
+
+        Single weights of which inputs were seen are over the mean of their row, all else over that of the gate.
+        """
         for index, gate in enumerate(self.plan.gates):
+            by_row = bool(self.squares) and gate.elementwise and not gate.pattern
             sums = torch.zeros(gate.num_units, dtype=torch.float64)
             for tensor, covers in self.plan.covers.items():
                 for cover in covers:
                     seen = tensor in self.squares or not self.squares
                     if cover.gate == index and self.plan.counted(tensor) and seen:
                         size = self.latent[tensor].detach().abs().double()
-                        size = (size * self.squares[tensor].sqrt() if self.squares else size).flatten()
-                        sums.index_add_(0, unit_index(cover.slices).flatten(), size)
-            mean = sums.sum() / gate.num_weights if scaled else 1.0
+                        size = size * self.squares[tensor].sqrt() if self.squares else size
+                        size = size / size.mean(1, keepdim=True) if by_row else size
+                        sums.index_add_(0, unit_index(cover.slices).flatten(), size.flatten())
+            mean = sums.sum() / gate.num_weights if scaled and not by_row else 1.0
             self.scores[index].data.mul_(float(self.waits)).add_(sums / gate.unit_sizes / mean)
 
     def _count(self, keep: list[int]) -> int:

@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from leap_dist.config.leap import LeapConfig
+from leap_dist.core.gates import GatePlan
 from leap_dist.core.thresholds import START
 
 Phase = Literal["dense", "prune", "settle"]
 DESCENT = 0.85  # part of the prune phase in which the level comes down to the target
 EVEN = 0.25  # density from which on the thresholds of single weights move apart more slowly
+ENOUGH = 0.02  # tokens a score, of the whole run, from which on the automatic rates are whole
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Schedule:
     dense_fraction: float
     settle_fraction: float
     target: float
+    trust: float = 1.0  # of `budget`
 
     @property
     def dense_end(self) -> int:
@@ -42,9 +46,10 @@ class Schedule:
     def level(self, step: int) -> float:
         """The scheduled density: 1 in the dense phase, a cubic descent, the target at 85 % of the prune phase.
 
-        The cubic form is that of Zhu and Gupta, arXiv 1710.01878.
+        The cubic form is that of Zhu and Gupta, arXiv 1710.01878. A run that has little to learn from comes down
+        sooner, and has longer to recover.
         """
-        length = max(DESCENT * (self.settle_start - self.dense_end), 1.0)
+        length = max(DESCENT * self.trust * (self.settle_start - self.dense_end), 1.0)
         progress = min(max((step + 1 - self.dense_end) / length, 0.0), 1.0)
         return self.target + (1.0 - self.target) * (1.0 - progress) ** 3
 
@@ -61,4 +66,24 @@ class Schedule:
         travel = (START - math.log(target / (1.0 - target))) * temperature
         steps = (self.settle_start - self.dense_end) / (1.0 if projected else 2.0)
         share = min(EVEN / target, 1.0) ** 2 if projected and elementwise else 1.0
-        return share * max(travel, temperature) / max(steps, 1.0)
+        return self.trust * share * max(travel, temperature) / max(steps, 1.0)
+
+
+def budget(config: LeapConfig, num_scores: int) -> float:
+    """How much of the automatic rates and of the descent a run has use for: 0 < trust <= 1.
+
+    Scores that start by activation order a language model's weights well; what few tokens say beside it is noise, and
+    the masks had better stay as they start. So the rates of scores and thresholds, and the length of the descent, are
+    proportional to the tokens of the whole run a score, up to 1. Under rules of hand-made schedules, with other starts,
+    and where the tokens are not known, it is 1. Measured in docs/benchmarks.md.
+    """
+    tokens = config.tokens_per_step
+    if config.rule != "leap" or config.score_init != "activation" or not isinstance(tokens, int):
+        return 1.0
+    return min(1.0, tokens * (config.total_steps or 0) / max(num_scores, 1) / ENOUGH)
+
+
+def schedule_of(config: LeapConfig, plan: GatePlan, *, fixed: bool = False) -> Schedule:
+    """The phases of a run; with fixed masks it settles from the first step."""
+    fractions = (0.0, 1.0) if fixed else (config.dense_fraction, config.settle_fraction)
+    return Schedule(config.total_steps or 0, *fractions, config.target, budget(config, plan.num_scores))

@@ -23,7 +23,7 @@ class Rates:
         """A scheduler scales their rate with the group's; where that starts at 0, scores keep theirs."""
         peak = group.get("max_lr", group["base_lr"])
         scale = group["lr"] / peak if peak > 0.0 else 1.0
-        return _adam(group, step, self._config.score_rate(elementwise) * scale)
+        return _adam(group, step, self._config.score_rate(elementwise, self._schedule.trust) * scale)
 
     def thresholds(self, group: Mapping[str, Any], step: int) -> Adam:
         """Their moments start with the prune phase."""

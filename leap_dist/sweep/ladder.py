@@ -46,7 +46,7 @@ def ladder_of(sweep: SweepConfig) -> list[Trial]:
 
 
 def _walk(sweep: SweepConfig, lowest: Settings, higher: list[Settings], name: dict[str, str]) -> list[Trial]:
-    config = job_of(sweep, lowest)
+    config = job_of(sweep, {**lowest, "leap.tokens_per_step": None})  # rungs have the walk's levels, not their own
     if config.train.max_steps is None:
         raise UserError("train.max_steps: missing; a ladder needs the number of steps of its walk, in place of epochs")
     leap = config.leap
@@ -79,6 +79,7 @@ def _rung_settings(schedule: Schedule, start: int) -> Settings:
     return {
         "train.max_steps": total,
         "leap.total_steps": None,
+        "leap.tokens_per_step": None,
         "leap.dense_fraction": schedule.dense_end / total,
         "leap.settle_fraction": (total - start) / total,
     }

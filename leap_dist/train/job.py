@@ -72,7 +72,8 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     )
     one_shot = config.leap.mode == "one_shot"
     total = 0 if one_shot else _total_steps(config, batches)
-    config = config.model_copy(update={"leap": config.leap.model_copy(update={"total_steps": total or None})})
+    lengths = {"total_steps": total or None, "tokens_per_step": _tokens_per_step(config, task, ranks)}
+    config = config.model_copy(update={"leap": config.leap.model_copy(update=lengths)})
     torch.manual_seed(config.train.seed)
     model = load_model(config.model, task)
     if isinstance(batches, StreamBatches):
@@ -95,6 +96,15 @@ def _total_steps(config: JobConfig, batches: Batches | StreamBatches) -> int:
     if total < 10:
         raise UserError(f"train: {total} optimizer steps are too few for three phases; allowed: at least 10")
     return total
+
+
+def _tokens_per_step(config: JobConfig, task: Task, ranks: Ranks) -> int | None:
+    """As given, or of full blocks of text."""
+    given = config.leap.tokens_per_step
+    if given != "auto" or task.problem != "causal_lm" or task.max_length is None:
+        return None if given == "auto" else given
+    micro: int = config.deepspeed["train_micro_batch_size_per_gpu"]
+    return micro * accumulation(config.deepspeed, ranks.world_size) * ranks.world_size * task.max_length
 
 
 def _load_teacher(config: JobConfig, task: Task, model: Any) -> Any:

@@ -116,8 +116,9 @@ def _check_same_job(
     if BATCH not in old:  # a folder that a sweep has made
         new.pop(BATCH)
     new["leap.total_steps"] = old["leap.total_steps"]  # filled in when the data are there; from what is compared here
-    if new["leap.score_init"] == "auto":  # filled in when the model is there
-        new["leap.score_init"] = old["leap.score_init"]
+    for key in ("leap.score_init", "leap.tokens_per_step"):
+        if new[key] == "auto":  # filled in when the model and the data are there
+            new[key] = old.get(key, "auto")
     if new["leap.start"] is not None:  # and the density that its masks keep
         new.setdefault("leap.target", old.get("leap.target"))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

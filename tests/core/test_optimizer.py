@@ -61,7 +61,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS
         pytest.param({"rule": "movement"}, id="movement", marks=pytest.mark.slow),
         pytest.param({"rule": "magnitude"}, id="magnitude", marks=pytest.mark.slow),
         pytest.param({"score_init": "zero"}, id="zero-scores", marks=pytest.mark.slow),
-        pytest.param({"score_init": "activation", "dense_fraction": 0.1}, id="activation", marks=pytest.mark.slow),
+        pytest.param(
+            {"score_init": "activation", "dense_fraction": 0.1, "tokens_per_step": 1},
+            id="activation",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_equals_the_oracle(kind: str, changes: dict[str, Any]) -> None:

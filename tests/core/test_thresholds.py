@@ -11,7 +11,8 @@ import torch
 from leap_dist.config.job_file import parse_leap
 from leap_dist.core import thresholds as th
 from leap_dist.core.gates import GatePlan, matrix_gate
-from leap_dist.core.phases import Schedule
+from leap_dist.core.phases import Schedule, schedule_of
+from leap_dist.errors import UserError
 
 T = 32.0
 
@@ -174,3 +175,36 @@ def test_a_pattern_comes_down_with_the_level() -> None:
         patterned = remaining.with_patterns(sigma, T, level)
         assert remaining.keep_counts(th.keep_ratio(patterned, T))[0] == kept
         assert patterned[1] == sigma[1] and remaining.shifted(patterned, 5.0)[0] == patterned[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "trust"),
+    [
+        ({}, 1.0),  # the tokens are not known
+        ({"tokens_per_step": 304}, 0.5),  # 304 x 20 tokens for 608,000 scores are half of the 0.02 a score
+        ({"tokens_per_step": 10_000}, 1.0),
+        ({"tokens_per_step": None}, 1.0),
+    ],
+)
+def test_the_rates_and_the_descent_follow_the_tokens_a_score(changes: dict[str, Any], trust: float) -> None:
+    config = parse_leap({"target": 0.1, "total_steps": 20, "score_init": "activation", **changes})
+    gates = plan("element", shapes=((800, 760),))
+    assert gates.num_scores == 608_000
+    found, whole = schedule_of(config, gates), Schedule(20, 0.05, 0.2, 0.1)
+    assert found.trust == pytest.approx(trust)
+    for projected in (True, False):
+        assert found.threshold_rate(T, projected, True) == pytest.approx(
+            trust * whole.threshold_rate(T, projected, True)
+        )
+    assert config.score_rate(True, found.trust) == pytest.approx(trust * 1e-2)
+    levels = [found.level(step) for step in range(20)]
+    assert levels.index(0.1) == math.ceil(1 + 0.85 * 15 * trust) - 1
+
+
+def test_a_budget_is_for_learned_scores_that_start_by_activation() -> None:
+    given = {"target": 0.1, "total_steps": 20}
+    config = parse_leap({**given, "score_init": "activation", "tokens_per_step": 1})
+    for other in ({"score_init": "magnitude"}, {"rule": "movement"}):
+        assert schedule_of(config.model_copy(update=other), plan("element")).trust == 1.0
+        with pytest.raises(UserError, match=r"leap\.tokens_per_step: got 7, which has no effect here"):
+            parse_leap({**given, **other, "tokens_per_step": 7})

@@ -55,7 +55,10 @@ def under_every_stage(kind: str, **changes: Any) -> list[tuple[dict[str, Tensor]
 
 
 def reference(kind: str, kept: list[int], activation: bool = True) -> dict[str, Tensor]:
-    """|W_ij| ||x_j|| in plain torch: the best of every gate, or of every m neighbours, by the mean over each unit."""
+    """|W_ij| ||x_j|| in plain torch: the best of every gate, or of every m neighbours, by the mean over each unit.
+
+    Single weights are compared over the mean of their row.
+    """
     model, squares = net(kind), {}
 
     def see(name: str, rows: Tensor) -> None:
@@ -76,6 +79,8 @@ def reference(kind: str, kept: list[int], activation: bool = True) -> dict[str, 
                 if cover.gate == index and plan.counted(name):
                     sizes = weights[name].detach().abs()
                     sizes = sizes * squares[name].sqrt().float() if activation else sizes
+                    if activation and gate.elementwise and not gate.pattern:
+                        sizes = sizes / sizes.mean(1, dtype=torch.float64, keepdim=True).float()
                     sums.index_add_(0, unit_index(cover.slices).flatten(), sizes.double().flatten())
         best = best_units(gate, (sums / gate.unit_sizes).float(), kept[index])
         for name, covers in plan.covers.items():
