@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from leap_dist.config.job_file import load_job
+from leap_dist.tasks.base import Task
+from leap_dist.tasks.lm import CausalCollator, TokenEvaluation
+from leap_dist.train.job import _tokens_per_step
 from leap_dist.train.loop import run_job
 from leap_dist.train.watch import Watch
 from leap_dist.zero.ranks import Ranks
@@ -30,3 +35,17 @@ def test_a_stage_3_job_leaves_torchs_linear_as_it_was(tmp_path: Path, ranks: Ran
     file = tmp_path / "job.json"
     file.write_text(json.dumps(JOB | {"zero_optimization": {"stage": 3}}))
     assert ranks(1).run(linear_during_and_after, str(file), str(tmp_path / "run")) == [(False, True)]
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 4 * 3 * 2 * 64), ({"leap": {"tokens_per_step": 5}}, 5)])
+def test_a_language_models_tokens_of_a_step_are_counted_over_ranks_and_accumulation(
+    tmp_path: Path, given: dict[str, Any], expected: int
+) -> None:
+    file = tmp_path / "job.json"
+    batch = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}
+    file.write_text(json.dumps(JOB | batch | {"leap": {"target": 0.5, **given.get("leap", {})}}))
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    text = Task("lm", 2, [], {}, CausalCollator(0), TokenEvaluation(True), "perplexity", "causal_lm", (), max_length=64)
+    assert _tokens_per_step(load_job(file, []), text, ranks) == expected
+    labels = replace(text, problem="single_label_classification")
+    assert _tokens_per_step(load_job(file, []), labels, ranks) == (5 if given else None)
