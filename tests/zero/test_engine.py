@@ -168,7 +168,8 @@ def test_other_rules_equal_the_oracle_on_shards(
 def test_scores_from_activations_equal_the_oracle_under_every_stage(
     ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int, kind: str
 ) -> None:
-    changes = {"score_init": "activation", "dense_fraction": 0.1, "tokens_per_step": 1}
+    # 0.15: at 0.1 a count of the hybrid stands at the edge of a whole number, and rounding on ranks decides
+    changes = {"score_init": "activation", "dense_fraction": 0.15, "tokens_per_step": 1}
     results = ranks(2).run(final_weights, kind, stage, 3 if stage else 1, changes)
     assert compare(results, expected(kind, changes)) <= 1e-5
 
