@@ -205,7 +205,7 @@ def check_json(block: dict[str, Any], folder: Path) -> None:
         assert trials_of(read_sweep(file))
         if block.keys() <= StudyConfig.model_fields.keys():
             assert read_study(file).vary
-    elif block.keys() <= SECTIONS.keys() and "data" not in block:
+    elif block.keys() <= SECTIONS.keys() and ("data" not in block or len(block) == 1):
         for name, section in block.items():
             parse_section(SECTIONS[name], name, section)
     else:
