@@ -190,6 +190,8 @@ def _differs(key: str, value: Any) -> bool:
             ({"granularity": "element"},),
             LeapConfig.model_fields[key].default,
         )
+    if key == "tokens_per_step" and value is None:
+        return False  # asks for nothing
     return bool(value != LeapConfig.model_fields[key].default)
 
 
@@ -231,7 +233,7 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "control": shared,
         "temperature": fixed or (follows if projected and given("threshold_learning_rate") == "auto" else None),
         "threshold_learning_rate": fixed,
-        "tokens_per_step": (shared or unseen) if given("tokens_per_step") is not None else None,
+        "tokens_per_step": shared or unseen,
         "lambda_max": shared or no_penalty,
         "lambda_min": shared or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
         "score_init": scored,

@@ -17,9 +17,11 @@ from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from tests.peers.nets import GLOBAL_BATCH, batches, leap, loss_of, net
 from tests.ranks import RankPools
-from tests.zero.test_engine import STEPS, pruned_engine, run_steps
+from tests.zero.test_engine import pruned_engine, run_steps
 
-STOPS = [1, 22, 40]  # in the dense, the prune and the settle phase
+STEPS = 24
+SHORT = {"total_steps": STEPS, "dense_fraction": 0.15}
+STOPS = [1, 12, 21]  # in the dense, the prune and the settle phase
 
 
 def this_rank() -> Any:
@@ -37,7 +39,7 @@ def outcome(engine: Any) -> dict[str, Any]:
 
 
 def undisturbed(kind: str, stage: int, changes: dict[str, Any]) -> dict[str, Any]:
-    engine = pruned_engine(kind, stage, 1, changes)
+    engine = pruned_engine(kind, stage, 1, SHORT | changes)
     torch.manual_seed(5)
     run_steps(engine, 1, 0, STEPS)
     return outcome(engine)
@@ -47,7 +49,7 @@ def interrupted(kind: str, stage: int, changes: dict[str, Any], folder: str) -> 
     """Save and start over with a new engine in every phase; a few steps follow each save while it is written."""
     done = 0
     for stop in [*STOPS, STEPS]:
-        engine, checkpoints = pruned_engine(kind, stage, 1, changes), Checkpoints(Path(folder), this_rank())
+        engine, checkpoints = pruned_engine(kind, stage, 1, SHORT | changes), Checkpoints(Path(folder), this_rank())
         torch.manual_seed(5 if done == 0 else 99)
         assert checkpoints.load(engine) == ({"step": done} if done else None)
         run_steps(engine, 1, done, stop)
@@ -72,7 +74,7 @@ CASES = [
 
 
 def test_a_run_is_stopped_in_every_phase() -> None:
-    config = leap("element", STEPS)
+    config = leap("element", STEPS, dense_fraction=SHORT["dense_fraction"])
     schedule = Schedule(STEPS, config.dense_fraction, config.settle_fraction, config.target)
     assert [schedule.phase(stop) for stop in STOPS] == ["dense", "prune", "settle"]
 
@@ -119,7 +121,7 @@ def masks_sha256(engine: Any) -> str:
 
 def link(kind: str, stage: int, accumulation: int, folder: str, first: int, last: int) -> dict[str, Any]:
     """Resume after `first` steps, save after `last` ones, and take one step more."""
-    engine = pruned_engine(kind, stage, accumulation, STARTS.get(kind, {}))
+    engine = pruned_engine(kind, stage, accumulation, SHORT | STARTS.get(kind, {}))
     checkpoints = Checkpoints(Path(folder), this_rank())
     before = torch.get_rng_state()
     found: dict[str, Any] = {}

@@ -81,10 +81,16 @@ def modelled(stage: int, gates: str, ranks: int, frozen: bool = False, **more: A
     return expected | {"sent": (sent.collectives, sent.bytes)}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("gates", ["element", "head+neuron"])
-def test_real_engines_hold_and_send_what_was_forecast(ranks: RankPools, world: int, stage: int, gates: str) -> None:
+# Every kind under every stage, on one rank and on two in turn
+@pytest.mark.parametrize(
+    ("gates", "stage", "world"),
+    [
+        (gates, stage, 1 + (stage + turn) % 2)
+        for turn, gates in enumerate(("element", "head+neuron"))
+        for stage in range(4)
+    ],
+)
+def test_real_engines_hold_and_send_what_was_forecast(ranks: RankPools, gates: str, stage: int, world: int) -> None:
     expected = modelled(stage, gates, world)
     for found in ranks(world).run(hold, stage, gates):
         for key in ("state", "extra", "weights"):

@@ -119,7 +119,7 @@ def test_a_run_says_its_measure_and_is_held_to_it(ranks: RankPools, tmp_path: Pa
     assert abs(kept - 0.7 * total) <= certificate["unit"]
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert f"share of the model&#39;s parameters {kept / total:.4f}, asked for 0.7." in page
-    less = {"measure": {"name": "parameters", "fixed": 0.0}}
+    less = {"measure": {"name": "parameters", "fixed": 1e6}}
     (tmp_path / "run" / "certificate.json").write_text(json.dumps(sealed(certificate | less)), "utf-8")
     with pytest.raises(UserError, match="does not say what the weights are: the density is not the target"):
         read_run(tmp_path / "run")
