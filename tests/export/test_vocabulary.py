@@ -241,7 +241,7 @@ def test_the_most_frequent_tokens(tmp_path: Path) -> None:
     for kind in TOKENIZERS:
         source, folder = make_model(tmp_path / kind, kind), tmp_path / f"{kind} cut"
         found = cut_vocabulary(source, folder, Wanted([text(tmp_path)], size=320))
-        assert 310 <= found.after <= 320 and 0 < found.not_kept < 0.6
+        assert 310 <= found.after <= 320 and 0 < found.not_kept < 0.7
         assert check_same(source, folder, TRAINED.splitlines()) > 20
 
 
