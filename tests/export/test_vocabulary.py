@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import string
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,22 @@ from leap_dist.models.pruned_folder import load_pruned
 from leap_dist.run_folder import read_run_or_model
 from tests.export.runs import classifier, make_run, structure_masks
 
-DOCS = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*.md"))
-TRAINED = "\n".join(path.read_text("utf-8") for path in DOCS)
-USED = (DOCS[0].parent / "exports.md").read_text("utf-8")
+
+def sentences(number: int) -> list[str]:
+    """Sentences of made-up words, of which few are frequent, as in a language; the same every time."""
+    chance = random.Random(0)
+    syllables = [first + vowel for first in ("", *"bdfgklmnprstv", "st", "th", "é") for vowel in "aeiou"]
+    words = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(3000)]
+    weights = [place**-1.5 for place in range(1, len(words) + 1)]
+    found = []
+    for line in range(number):
+        text = " ".join(chance.choices(words, weights, k=chance.randint(2, 9)))
+        found.append(f"{text.capitalize()}, {line * line}: ({words[line % 40]})." if line % 5 == 0 else text)
+    return found
+
+
+LINES = [*sentences(4000), string.printable[:-5]]
+TRAINED, USED = "\n".join(LINES), "\n".join(LINES[:400])
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 
 
@@ -241,7 +256,7 @@ def test_the_most_frequent_tokens(tmp_path: Path) -> None:
     for kind in TOKENIZERS:
         source, folder = make_model(tmp_path / kind, kind), tmp_path / f"{kind} cut"
         found = cut_vocabulary(source, folder, Wanted([text(tmp_path)], size=320))
-        assert 310 <= found.after <= 320 and 0 < found.not_kept < 0.7
+        assert 310 <= found.after <= 320 and 0 < found.not_kept < 0.6
         assert check_same(source, folder, TRAINED.splitlines()) > 20
 
 
