@@ -81,6 +81,14 @@ def read_text(key: str, file: Path) -> str:
         return stream.read()
 
 
+def _unpack_whole(file: Path) -> None:
+    """Read a packed file to its end, where a damaged one says so: what does not fit in its text is no mistake there."""
+    if file.suffix.lower() in COMPRESSED:
+        with opened(file) as stream:
+            while stream.read(1 << 20):
+                pass
+
+
 @contextmanager
 def reading(key: str, file: Path) -> Iterator[None]:
     """A file that is not there, or not what it should be, as the mistake of the setting `key`."""
@@ -103,7 +111,11 @@ def reading(key: str, file: Path) -> Iterator[None]:
                 f"{key}: {file}: not text: a zero byte at byte {start.index(0)}, as in UTF-16 and in files of "
                 "programs; save it as UTF-8 text"
             )
-        yield
+        try:
+            yield
+        except Exception:
+            _unpack_whole(file)
+            raise
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16" if start.startswith(UTF_16) else ""
         problem = f"not UTF-8 text: {error.reason} at byte {error.start}{hint}; save it as UTF-8"

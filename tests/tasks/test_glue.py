@@ -326,11 +326,7 @@ def flipped(content: bytes) -> bytes:
         ),
         (GOOD.encode(), ".tsv.gz", r"train\.tsv\.gz: damaged, or cut off: Not a gzipped file"),
         (gzip.compress(GOOD.encode(), mtime=0)[:-9], ".tsv.gz", r"damaged, or cut off: Compressed file ended before"),
-        (
-            flipped(gzip.compress(MANY.encode(), mtime=0)),
-            ".tsv.gz",
-            r"damaged, or cut off: |not UTF-8 text: |line \d+: got 3 cells",
-        ),
+        (flipped(gzip.compress(MANY.encode(), mtime=0)), ".tsv.gz", r"damaged, or cut off: "),
         (GOOD.encode(), ".tsv.zst", r"train\.tsv\.zst: damaged, or cut off: Unable to decompress Zstandard data"),
         (zstd.compress(GOOD.encode())[:-1], ".tsv.zst", r"damaged, or cut off: Compressed file ended before"),
         (zstd.compress(MANY.encode()) + zstd.compress(GOOD.encode())[:-3], ".tsv.zst", r"Compressed file ended before"),
