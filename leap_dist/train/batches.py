@@ -29,6 +29,12 @@ def accumulation(deepspeed: Mapping[str, Any], world_size: int) -> int:
     return steps
 
 
+def examples_per_step(deepspeed: Mapping[str, Any], world_size: int) -> int:
+    """Examples of an optimizer step over all ranks."""
+    micro: int = deepspeed["train_micro_batch_size_per_gpu"]
+    return micro * accumulation(deepspeed, world_size) * world_size
+
+
 class Batches:
     """Micro-batches of a task's training examples; every epoch is a new permutation, its last part batch dropped.
 

@@ -12,7 +12,7 @@ from leap_dist.models.load import load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.head import WordHead
-from leap_dist.train.batches import Batches, StreamBatches, accumulation
+from leap_dist.train.batches import Batches, StreamBatches, accumulation, examples_per_step
 from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
 from leap_dist.train.guards import Heartbeats
 from leap_dist.train.watch import NOTHING, Watch
@@ -103,8 +103,7 @@ def _tokens_per_step(config: JobConfig, task: Task, ranks: Ranks) -> int | None:
     given = config.leap.tokens_per_step
     if given != "auto" or task.problem != "causal_lm" or task.max_length is None:
         return None if given == "auto" else given
-    micro: int = config.deepspeed["train_micro_batch_size_per_gpu"]
-    return micro * accumulation(config.deepspeed, ranks.world_size) * ranks.world_size * task.max_length
+    return examples_per_step(config.deepspeed, ranks.world_size) * task.max_length
 
 
 def _load_teacher(config: JobConfig, task: Task, model: Any) -> Any:

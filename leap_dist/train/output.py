@@ -23,7 +23,7 @@ from leap_dist.files import is_free
 from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, REPORT, RESOLVED, job_in, steps_in
 from leap_dist.secrets import hide_in
 from leap_dist.tracking.report import has_report, write_report
-from leap_dist.train.batches import accumulation
+from leap_dist.train.batches import examples_per_step
 from leap_dist.train.folder_writer import FolderWriter, needed
 
 BATCH = "train_batch_size"
@@ -102,8 +102,7 @@ def _started_as(output: Path) -> dict[str, Any] | None:
 
 def as_logged(config: JobConfig, world_size: int) -> dict[str, Any]:
     """The job as it is written and logged: every default filled in, the examples of a step, and no secrets."""
-    micro = config.deepspeed["train_micro_batch_size_per_gpu"]
-    batch = micro * accumulation(config.deepspeed, world_size) * world_size
+    batch = examples_per_step(config.deepspeed, world_size)
     resolved: dict[str, Any] = hide_in(config.resolved() | {BATCH: batch})
     return resolved
 
