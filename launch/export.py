@@ -48,7 +48,7 @@ def main() -> int:
 
         from leap_dist.console import console, summary_table
         from leap_dist.export.kinds import export_run, parse_kinds
-        from leap_dist.export.vocabulary import Wanted
+        from leap_dist.export.vocabulary import wanted_of
         from leap_dist.run_folder import EXPORTS, read_run_or_model
         from leap_dist.tracking.report import write_report
 
@@ -56,14 +56,11 @@ def main() -> int:
         threads = torch.get_num_threads() if arguments.threads is None else arguments.threads
         if threads < 1:
             raise UserError(f"--threads: got {threads}; allowed: an integer >= 1")
-        for option in ("vocabulary_size", "held_out"):
-            if getattr(arguments, option) is not None and not arguments.vocabulary:
-                raise UserError(f"--{option.replace('_', '-')}: needs --vocabulary TEXT, the texts whose tokens stay")
+        wanted = wanted_of(arguments.vocabulary, arguments.vocabulary_size, arguments.held_out)
         run = read_run_or_model(arguments.run)
-        wanted = Wanted(arguments.vocabulary, arguments.vocabulary_size, arguments.held_out or ())
         output = arguments.output or arguments.run / EXPORTS
         cards = []
-        for card in export_run(run, kinds, output, threads, not arguments.no_latency, wanted if wanted.texts else None):
+        for card in export_run(run, kinds, output, threads, not arguments.no_latency, wanted):
             console().print(f"{card.kind}: {output / card.kind}", markup=False, soft_wrap=True)
             cards.append(card)
         title = f"density {run.certificate.density:.4g}, dense → exported, {threads} thread{'s' * (threads > 1)}"

@@ -46,6 +46,14 @@ class Wanted:
     held_out: Sequence[Path] = ()
 
 
+def wanted_of(texts: Sequence[Path] | None, size: int | None, held_out: Sequence[Path] | None) -> Wanted | None:
+    """What the command line asks for; None: all tokens stay. UserError for an option without the texts."""
+    for option, given in ((SIZE, size), (HELD_OUT, held_out)):
+        if given is not None and not texts:
+            raise UserError(f"{option}: needs {TEXT} TEXT, the texts whose tokens stay")
+    return Wanted(texts, size, held_out or ()) if texts else None
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """A text's tokens, and those of them that are unknown, before and after."""
