@@ -174,10 +174,11 @@ class Checkpoints:
         error, self._error, self._thread = self._error, None, None
         words = None if error is None else _words(error)
         found = [said for said in self._ranks.gather_objects(words) if said is not None]
-        if found and self._ranks.first and self._final is not None:  # the last of the others has ended
-            shutil.rmtree(folders.partial_of(self._final), ignore_errors=True)
         if not found:
             return None
+        if self._final is not None:  # the last of the others has ended; no rank returns before it is gone
+            partial = folders.partial_of(self._final)
+            self._ranks.on_first(functools.partial(shutil.rmtree, partial, ignore_errors=True))
         failure = CheckpointError(found[0])
         failure.__cause__ = error
         return failure

@@ -1,7 +1,9 @@
 """Saves that fail lose only their own checkpoint, and every rank reports them; ranks that do not prune alike, too."""
 
 import resource
+import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,13 @@ def save_on_a_full_disk(folder: str, rank: int) -> dict[str, Any]:
     checkpoints.save(engine, {"step": 1})
     told = ["", ""]
     run_steps(engine, 1, 1, 2)  # training goes on
-    try:
-        checkpoints.wait()
-    except CheckpointError as error:
-        told[0] = str(error)
+    remove = shutil.rmtree
+    with pytest.MonkeyPatch.context() as patch:  # a file system that takes its time
+        patch.setattr(shutil, "rmtree", lambda *args, **options: (time.sleep(0.3), remove(*args, **options)))
+        try:
+            checkpoints.wait()
+        except CheckpointError as error:
+            told[0] = str(error)
     left = sorted(path.name for path in Path(folder).iterdir())
     torch.distributed.barrier()
     checkpoints.save(engine, {"step": 2})
