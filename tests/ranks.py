@@ -9,6 +9,7 @@ test: an exception, a death, a hang.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -200,6 +201,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         while True:
             call = pipe.recv_bytes()
             pipe.send_bytes(_answer(_call, call))
+            gc.collect()  # DeepSpeed does so several times an engine, over all that was ever imported:
+            gc.freeze()  # what is left now is here to stay, and looked at no more
 
 
 def _join() -> None:
