@@ -23,7 +23,7 @@ from tests.peers.nets import (
 )
 from tests.ranks import RankPools
 
-STEPS = 45
+STEPS = 30
 WARM_UP = 15
 
 
