@@ -7,12 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+import leap_dist.zero  # noqa: F401  first: it keeps DeepSpeed from importing MLflow
+
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed tells of its builds
-    import leap_dist.zero.engine  # noqa: F401  first: it keeps DeepSpeed from importing more than it needs
-    import deepspeed  # noqa: F401, I001
+    import deepspeed  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     import leap_dist.train.loop  # noqa: F401
