@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-import leap_dist.zero  # noqa: F401  first: it keeps DeepSpeed from importing MLflow
+import leap_dist.zero  # first: it keeps DeepSpeed from importing MLflow
 
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
