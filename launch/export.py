@@ -35,6 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     ):
         parser.add_argument(name, type=user_path, nargs="+", metavar="TEXT", help=text)
     parser.add_argument("--vocabulary-size", type=int, metavar="N", help="keep the N most frequent tokens at most")
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="put the export, of one kind, on the Hugging Face hub as well"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="number of threads for measuring latencies")
     parser.add_argument("--no-latency", action="store_true", help="do not measure latencies")
     return parsed(parser)
@@ -48,6 +51,7 @@ def main() -> int:
 
         from leap_dist.console import console, summary_table
         from leap_dist.export.kinds import export_run, parse_kinds
+        from leap_dist.export.push import Hub
         from leap_dist.export.vocabulary import wanted_of
         from leap_dist.run_folder import EXPORTS, read_run_or_model
         from leap_dist.tracking.report import write_report
@@ -57,6 +61,7 @@ def main() -> int:
         if threads < 1:
             raise UserError(f"--threads: got {threads}; allowed: an integer >= 1")
         wanted = wanted_of(arguments.vocabulary, arguments.vocabulary_size, arguments.held_out)
+        hub = Hub(arguments.push_to_hub, kinds) if arguments.push_to_hub is not None else None
         run = read_run_or_model(arguments.run)
         output = arguments.output or arguments.run / EXPORTS
         cards = []
@@ -69,6 +74,9 @@ def main() -> int:
             summary_table(rows, title="what loads it")
         if arguments.output is None and not run.plain:
             write_report(arguments.run)  # the run's page shows its exports
+        if hub:
+            address = hub.push(output / kinds[0], f"{kinds[0]}, density {run.certificate.density:.4g}")
+            console().print(address, markup=False, soft_wrap=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
