@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from leap_dist.export.shrunk import Models
 
 HUGGING_FACE, VLLM, LLAMA_CPP = "transformers AutoModel", "vLLM", "llama.cpp"
+WITH_EXPERTS = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+"""Beside the families of GGUF, models that vLLM was tried with."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def engines_of(kind: str, models: Models) -> list[Engine]:
 
 def _hugging_face_folder(models: Models) -> list[str]:
     """Engines that read the folder of a Hugging Face model; vLLM for families with which it was tried."""
-    return [HUGGING_FACE, VLLM] if gguf.is_known(models.masked) else [HUGGING_FACE]
+    known = gguf.is_known(models.masked) or type(models.masked).__name__ in WITH_EXPERTS
+    return [HUGGING_FACE, VLLM] if known else [HUGGING_FACE]
 
 
 def _of_shrunk(models: Models) -> list[Engine]:

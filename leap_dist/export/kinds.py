@@ -29,6 +29,7 @@ from leap_dist.export.vocabulary import TEXT, Vocabulary, Wanted, cut_vocabulary
 from leap_dist.files import staged
 from leap_dist.machine import machine
 from leap_dist.models.flops import count_flops
+from leap_dist.models.hub_names import hub_state, save_as_on_hub
 from leap_dist.models.outputs import example_inputs
 from leap_dist.run_folder import CARD, ExportedWeights, Run
 
@@ -157,10 +158,12 @@ def _not_the_model(place: str, names: list[str]) -> list[str]:
 
 def _hf(models: Models, folder: Path, threads: int) -> Exported:
     shutil.copytree(models.folder, folder, ignore=_not_the_model)
+    renamed = _rename_as_on_hub(folder) if models.cut or not models.run.plain else False
     model = load_exported(folder)
     found = largest_difference(models.masked, model, models.say)
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
-    same = "the model's weights" if models.cut else "the run's weights, byte for byte"
+    of = "model" if models.cut else "run"
+    same = f"the {of}'s weights" + (" by the names of checkpoints on the hub" if renamed else ", byte for byte")
     notes = [f"A stock Hugging Face folder with {same}; {nonzero:,} parameters are not zero."]
     why = {
         "expert": "Experts were removed: stock AutoModel would still route tokens to them",
@@ -174,6 +177,22 @@ def _hf(models: Models, folder: Path, threads: int) -> Exported:
         if kind in why and (kind == "expert" or found > SHRUNK_TOLERANCE)
     ]
     return Exported(notes, model, torch_runner(model, last=True), difference=found)
+
+
+def _rename_as_on_hub(folder: Path) -> bool:
+    """Write the weights in a model's folder as checkpoints on the hub have them; whether they were not before."""
+    model = load_exported(folder, "auto")
+    with ExportedWeights(folder) as weights:
+        names = weights.names()
+    if hub_state(model, model.state_dict()).keys() >= set(names):
+        return False
+    with TemporaryDirectory(dir=folder) as scratch:
+        save_as_on_hub(model, Path(scratch))
+        for old in folder.glob("*.safetensors*"):
+            old.unlink()
+        for new in Path(scratch).glob("*.safetensors*"):
+            new.rename(folder / new.name)
+    return True
 
 
 def _shrunk(models: Models, folder: Path, threads: int) -> Exported:

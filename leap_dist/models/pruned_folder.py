@@ -20,6 +20,7 @@ from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
 from leap_dist.files import staged
 from leap_dist.models.blocks import is_anchored
+from leap_dist.models.hub_names import hub_state, load_from_hub, save_as_on_hub
 from leap_dist.models.load import cause, others_code, quiet_transformers, refuse_kernels
 from leap_dist.models.pruned_json import (
     NAME,
@@ -74,8 +75,11 @@ def save_shrunk(
     with quiet_transformers():
         stock = stock_model(model, parts, kept)
     with staged(folder) as partial:
-        with quiet_transformers():
-            (stock or model).save_pretrained(partial, save_original_format=False)
+        if stock:
+            save_as_on_hub(stock, partial)
+        else:
+            with quiet_transformers():
+                model.save_pretrained(partial, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         manifest = PrunedJson(
@@ -109,8 +113,11 @@ def save_pruned(model: PreTrainedModel, folder: Path, like: Path) -> None:
         raise UserError("model: got a model with adapters; allowed: what model.merge_and_unload() returns")
     _check_shapes(like, model, check_files(like, manifest))
     with staged(folder) as partial:
-        with quiet_transformers():
-            model.save_pretrained(partial, save_original_format=False)
+        if manifest.stock:
+            save_as_on_hub(model, partial)
+        else:
+            with quiet_transformers():
+                model.save_pretrained(partial, save_original_format=False)
         for path in like.iterdir():
             own = path.name in (NAME, *OF_ONE_EXPORT) or ".safetensors" in path.name
             if path.is_file() and not own and not (partial / path.name).exists():
@@ -161,7 +168,7 @@ def load_pruned(folder: Path, attn_implementation: str | None = None) -> PreTrai
     _check_shapes(folder, described, files)
     model = _build(folder, manifest, attn_implementation)
     _shrink_as_stored_(folder, manifest, model)
-    _load_weights_(model, files)
+    model = _with_weights(model, files)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -282,6 +289,9 @@ def _check_shapes(folder: Path, model: PreTrainedModel, files: Sequence[Path]) -
     """All weights are there, each of the right shape; aliases of tied weights may be left out."""
     stored = {name: shape for path in files for name, shape in _shapes_in(path).items()}
     expected = model.state_dict(keep_vars=True)
+    if not stored.keys() <= expected.keys():
+        bare = {id(value): torch.empty_like(value, device="meta") for value in expected.values()}
+        expected = hub_state(model, {name: bare[id(value)] for name, value in expected.items()})
     present = {id(expected[name]) for name in stored if name in expected}
     missing = [name for name, value in expected.items() if name not in stored and id(value) not in present]
     unknown = [name for name in stored if name not in expected]
@@ -292,7 +302,8 @@ def _check_shapes(folder: Path, model: PreTrainedModel, files: Sequence[Path]) -
             raise UserError(f"{folder}: weights do not fit config.json and {NAME}: {names[0]} {problem}{more}")
 
 
-def _load_weights_(model: PreTrainedModel, files: Sequence[Path]) -> None:
+def _with_weights(model: PreTrainedModel, files: Sequence[Path]) -> PreTrainedModel:
+    """The model with the tensors of its files, by its own names or by those of the hub."""
     from safetensors import safe_open
 
     state: dict[str, torch.Tensor] = {}
@@ -300,5 +311,8 @@ def _load_weights_(model: PreTrainedModel, files: Sequence[Path]) -> None:
         with safe_open(path, "pt") as file:
             # copied to aligned memory: kernels choose by alignment, and round each in their way
             state |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    if not state.keys() <= model.state_dict().keys():
+        return load_from_hub(model, state)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    return model
