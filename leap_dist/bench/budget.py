@@ -101,42 +101,49 @@ def group_sizes(model: nn.Module, plan: GatePlan | None) -> list[list[int]]:
 
 
 def memory(
-    model: nn.Module, plan: GatePlan | None, hosting: Hosting, one_shot: bool = False, scores: bool = True
+    model: nn.Module,
+    plan: GatePlan | None,
+    hosting: Hosting,
+    one_shot: bool = False,
+    scores: bool = True,
+    frozen: bool = False,
 ) -> Memory:
     """Bytes that one rank holds; without a plan, of the same job with dense AdamW.
 
     one_shot: no gradients and no moments, and the weights stand where they are cut. Without scores masks are fixed.
+    frozen: weights have no moments.
     """
     groups = group_sizes(model, plan)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    untrained = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     numel, shard = sum(map(sum, groups)), sum(map(hosting.shard, groups))
     if hosting.stage == 3:
         whole = sum(size for group in groups for size in group if size <= hosting.persistent)
-        weights = (shard + whole + -(-frozen // hosting.ranks)) * hosting.width
+        weights = (shard + whole + -(-untrained // hosting.ranks)) * hosting.width
     else:
-        weights = (numel + frozen) * hosting.width
+        weights = (numel + untrained) * hosting.width
     if hosting.stage == 0:
         gradients, state = numel * FP32, 2 * numel * FP32
     else:
         held = numel if hosting.stage == 1 else shard
         gradients = held * hosting.width + max(map(hosting.shard, groups)) * FP32  # fp32 for the group that steps
         state = 3 * shard * FP32
-    if one_shot:
-        gradients, state = 0, 0 if hosting.stage == 0 else shard * FP32
+    gradients = 0 if one_shot else gradients
+    if one_shot or frozen:
+        state = 0 if hosting.stage == 0 else shard * FP32
     if plan is None or not plan.gates:
         return Memory(weights, gradients, state)
     sizes = gate_sizes(plan).values()
     own = sum(sizes) if hosting.stage == 0 else sum(-(-size // hosting.ranks) for size in sizes)
-    extra, selection = _extra(groups[0], plan, hosting, one_shot, scores), _selection(groups[0], plan, hosting)
-    selection = selection if scores else 0
+    extra = state_bytes(plan, one_shot, scores) * hosting.shard(groups[0])
+    selection = _selection(groups[0], plan, hosting) if scores else 0
     return Memory(weights, gradients, state + (1 if one_shot else 3) * own * FP32, extra, selection)
 
 
-def _extra(gated: list[int], plan: GatePlan, hosting: Hosting, one_shot: bool, scores: bool) -> int:
-    """Bytes of the state that LEAP adds to Adam's, on the flat partition of the gated group."""
+def state_bytes(plan: GatePlan, one_shot: bool = False, scores: bool = True) -> int:
+    """Bytes that LEAP's state takes of each weight of the gated group, beside its fp32 master and Adam's moments."""
     shared = (EXP_AVG, EXP_AVG_SQ, LATENT) if one_shot else (EXP_AVG, EXP_AVG_SQ)
     keys = [key for key in state_keys(plan, not one_shot, scores) if key not in shared]
-    return hosting.shard(gated) * sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
+    return sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
 
 
 def _selection(gated: list[int], plan: GatePlan, hosting: Hosting) -> int:

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from leap_dist.bench.activations import activation_bytes, word_bytes
-from leap_dist.bench.budget import FP32, Hosting, Memory, Traffic, engine_traffic, leap_traffic, memory, total
+from leap_dist.bench.budget import (
+    FP32,
+    Hosting,
+    Memory,
+    Traffic,
+    engine_traffic,
+    leap_traffic,
+    memory,
+    state_bytes,
+    total,
+)
 from leap_dist.config.sections import JobConfig, ModelConfig
 from leap_dist.console import console, summary_table
 from leap_dist.core.gates import GatePlan
@@ -54,10 +64,11 @@ class Forecast:
         return replace(self, hosting=Hosting.of(self.config.deepspeed, ranks))
 
     def memory(self, ranks: int, stage: int, dense: bool = False) -> Memory:
-        """Bytes on one rank, with other ranks or another stage."""
-        hosting = Hosting.of(self.config.deepspeed, ranks)
-        scores = self.config.leap.start is None
-        return memory(self.model, None if dense else self.plan, hosting.at(stage), self.one_shot, scores)
+        """Bytes on one rank, with other ranks or another stage; dense: of AdamW on all weights."""
+        hosting, leap = Hosting.of(self.config.deepspeed, ranks).at(stage), self.config.leap
+        if dense:
+            return memory(self.model, None, hosting, self.one_shot)
+        return memory(self.model, self.plan, hosting, self.one_shot, leap.start is None, leap.frozen)
 
     @property
     def one_shot(self) -> bool:
@@ -221,7 +232,7 @@ def print_forecast(job: Forecast) -> None:
         summary_table(traffic_rows(job), title="a rank sends to collectives in a step")
     if job.why_start:
         console().print(describe_start(job.config.leap, job.why_start), markup=False, soft_wrap=True)
-    for line in (*advice(job), fit_line(job), gpu_line(job), passes_line(job)):
+    for line in (*advice(job), *state_lines(job), fit_line(job), gpu_line(job), passes_line(job)):
         console().print(line, markup=False, soft_wrap=True)
 
 
@@ -239,12 +250,13 @@ def memory_rows(job: Forecast) -> list[Mapping[str, str | float]]:
     """Bytes by purpose, dense and with LEAP."""
     ranks, stage, offloads = job.hosting.ranks, job.hosting.stage, job.hosting.offloads
     dense, leap = job.memory(ranks, stage, dense=True), job.memory(ranks, stage)
-    own = leap.total - dense.total
+    hosting, frozen = job.hosting.at(stage), job.config.leap.frozen
+    plain = memory(job.model, None, hosting, job.one_shot, frozen=frozen)  # of AdamW, as this job has it
     lines = {
-        "weights": (dense.weights, dense.weights),
-        "gradients": (dense.gradients, dense.gradients),
-        "optimizer state": (dense.state, dense.state),
-        "LEAP's own": (0, own),
+        "weights": (dense.weights, plain.weights),
+        "gradients": (dense.gradients, plain.gradients),
+        "optimizer state": (dense.state, plain.state),
+        "LEAP's own": (0, leap.total - plain.total),
         "total": (dense.total, leap.total),
     }
     if offloads:
@@ -273,6 +285,16 @@ def advice(job: Forecast) -> list[str]:
         return []
     share = total(sent, "").bytes / reduced[0].bytes
     return [f"LEAP sends {share:.1%} of the gradients' bytes, for {units:,} units; larger blocks send less"]
+
+
+def state_lines(job: Forecast) -> list[str]:
+    """Bytes of fp32 state that a prunable weight takes, against dense AdamW's."""
+    if job.one_shot:
+        return []
+    leap, dense = job.config.leap, 3 * FP32
+    own = state_bytes(job.plan, scores=leap.start is None) + (FP32 if leap.frozen else dense)
+    note = "; frozen weights have no moments" if leap.frozen else ""
+    return [f"state of a prunable weight: {own} B in fp32, of dense AdamW {dense} B{note}"]
 
 
 def _traffic_row(traffic: Traffic) -> dict[str, str | float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from leap_dist.checkpoint.manifest import EngineState, LeapState, TensorEntry
 from leap_dist.core.fragments import Fragment
+from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gating import (
     ELEMENT_MASK,
     EXP_AVG,
@@ -39,7 +40,8 @@ def stored_keys(leap: LeapAdamW, tensor: str) -> tuple[str, ...]:
         return (HOSTED,)
     plan = leap.plan
     if tensor not in plan.covers:
-        return HOSTED, EXP_AVG, EXP_AVG_SQ
+        still = leap.config.frozen and tensor not in gate_sizes(plan)
+        return (HOSTED,) if still else (HOSTED, EXP_AVG, EXP_AVG_SQ)
     elementwise = any(plan.gates[cover.gate].elementwise for cover in plan.covers[tensor])
     return tuple(key for key in leap.gating.keys if elementwise or key not in ON_ELEMENTS)
 

@@ -86,6 +86,8 @@ class LeapConfig(Section):
         default="leap", description='"leap", "movement" or "magnitude"'
     )
     """"leap" learns scores and thresholds; the other two follow a cubic schedule by hand."""
+    weights: Literal["auto", "trained", "frozen"] = Field(default="auto", description='"auto", "trained" or "frozen"')
+    """"frozen": scores learn which weights to keep, and no weight of the model changes; "auto": trained."""
     control: Literal["projected", "paper"] = Field(default="projected", description='"projected" or "paper"')
     """How rule "leap" holds the level: an exact projection per step, or the published regulariser."""
     temperature: float = Field(default=32.0, gt=0, description="a number > 0")
@@ -133,6 +135,11 @@ class LeapConfig(Section):
 
     _home = field_validator("start")(with_home)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether no weight of the model changes, and the masks alone are learned."""
+        return self.weights == "frozen"
+
     def score_rate(self, elementwise: bool, trust: float = 1.0) -> float:
         """Peak learning rate of scores, of single weights or of structured units; the automatic one is times `trust`.
 
@@ -170,11 +177,29 @@ class LeapConfig(Section):
             found.append(("score_init", problem + '"magnitude" or "auto"'))
         if one_shot and raw.get("start") is not None:
             found.append(("start", f"got {show(raw['start'])}; one shot makes its masks itself: remove one of the two"))
+        if raw.get("weights") == "frozen" and (fixed := _fixed_masks(raw)):
+            found.append(("weights", f'got "frozen", but {fixed}, so that nothing would learn; allowed: "trained"'))
         return found or _without_effect(raw, _unread(raw))
 
 
+def _fixed_masks(raw: Mapping[str, Any]) -> str:
+    """Why no masks are learned, in words; "" where they are, and where no step is taken."""
+    if raw.get("start") is not None:
+        return "the masks of leap.start are fixed"
+    return 'rule "magnitude" takes its masks from the weights' if raw.get("rule") == "magnitude" else ""
+
+
 OF_STEPS = (
-    *("rule", "control", "temperature", "score_learning_rate", "threshold_learning_rate", "lambda_max", "lambda_min"),
+    *(
+        "rule",
+        "weights",
+        "control",
+        "temperature",
+        "score_learning_rate",
+        "threshold_learning_rate",
+        "lambda_max",
+        "lambda_min",
+    ),
     *("dense_fraction", "settle_fraction", "total_steps", "tokens_per_step"),
 )
 """Settings that say how masks move from step to step."""
@@ -200,7 +225,7 @@ def _unread(raw: Mapping[str, Any]) -> dict[str, str]:
     start = raw.get("start")
     if start is None:
         return dict.fromkeys(OF_STEPS, ONE_SHOT) if raw.get("mode") == "one_shot" else {}
-    unread = [*(key for key in OF_STEPS if key != "total_steps"), *OF_SCORES, "measure"]
+    unread = [*(key for key in OF_STEPS if key not in ("weights", "total_steps")), *OF_SCORES, "measure"]
     if start != "zeros":
         unread += ["include", "exclude"]
     return dict.fromkeys(unread, "the masks of leap.start are fixed from the first step")
@@ -239,6 +264,9 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "score_init": scored,
         "calibration_batches": scored or unseen or shown,
         "score_learning_rate": scored,
+        "settle_fraction": 'weights "frozen" leaves nothing to train once the masks are final: the last step settles'
+        if given("weights") == "frozen"
+        else None,
         **steps,
     }
     return [

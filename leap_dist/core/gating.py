@@ -26,10 +26,10 @@ State = dict[Tensor, dict[str, Tensor]]
 MOMENTS = EXP_AVG, EXP_AVG_SQ, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
 
 
-def state_keys(plan: GatePlan, moments: bool = True, scores: bool = True) -> tuple[str, ...]:
+def state_keys(plan: GatePlan, moments: bool = True, scores: bool = True, frozen: bool = False) -> tuple[str, ...]:
     """The state of the gated partition, the same on every rank, also on one that holds nothing; without moments that
-    of a run that takes no step, without scores of one whose masks are fixed."""
-    keys = [EXP_AVG, EXP_AVG_SQ, LATENT, MASK]
+    of a run that takes no step, without scores of one whose masks are fixed; frozen weights have no moments."""
+    keys = [LATENT, MASK] if frozen else [EXP_AVG, EXP_AVG_SQ, LATENT, MASK]
     if scores and any(gate.elementwise for gate in plan.gates):
         keys += [SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ]
         if any(map(plan.hybrid, plan.covers)):
@@ -37,16 +37,17 @@ def state_keys(plan: GatePlan, moments: bool = True, scores: bool = True) -> tup
     return tuple(key for key in keys if moments or key not in MOMENTS)
 
 
-def make_states(plan: GatePlan, fragments: Sequence[Fragment], states: State, keys: Sequence[str]) -> None:
+def make_states(
+    plan: GatePlan, fragments: Sequence[Fragment], states: State, keys: Sequence[str], in_place: bool = False
+) -> None:
     """Make what is missing of the state of the fragments' flat buffers, each tensor of the buffer's shape; `keys` are
-    those of gated ones. Without a step no weight can come back, so W needs no place beside W * M."""
+    those of gated ones. in_place: W has no place beside W * M, as no step is taken and no weight can come back."""
     plain = [key for key in (EXP_AVG, EXP_AVG_SQ) if key in keys]
     gated = {f.flat for f in fragments if f.tensor in plan.covers}
     for flat in dict.fromkeys(fragment.flat for fragment in fragments):
         for key in keys if flat in gated else plain:
             if key not in states[flat]:
-                in_place = key == LATENT and not plain
-                states[flat][key] = flat.detach() if in_place else _initial(key, flat)
+                states[flat][key] = flat.detach() if in_place and key == LATENT else _initial(key, flat)
 
 
 def _initial(key: str, flat: Tensor) -> Tensor:

@@ -94,9 +94,10 @@ class HostedOptimizer(torch.optim.Optimizer):
         Raises UserError if the target is below what one unit in every gate keeps.
         """
         self.fragments = fragments
-        moments = (EXP_AVG, EXP_AVG_SQ) if self.config.mode == "train" else ()
-        keys = state_keys(self.plan, moments=bool(moments), scores=self.level.fixed is None)
-        make_states(self.plan, fragments, self.state, keys)
+        trains, scores = self.config.mode == "train", self.level.fixed is None
+        moments = (EXP_AVG, EXP_AVG_SQ) if trains else ()
+        keys = state_keys(self.plan, trains, scores, self.config.frozen)
+        make_states(self.plan, fragments, self.state, keys, in_place=not trains)
         no_decay = {name for group in self.param_groups if group[GATED] for name in group["no_decay"]}
         self.communicator = communicator
         if fragments:

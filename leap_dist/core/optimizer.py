@@ -57,7 +57,7 @@ class LeapAdamW(HostedOptimizer):
         for group in self.param_groups:
             if group["params"] and group[GATED]:
                 self._step_gated(group)
-            elif group["params"]:
+            elif group["params"] and not self.config.frozen:
                 self._step_plain(group)
 
     def _take_over(self) -> None:
@@ -105,7 +105,7 @@ class LeapAdamW(HostedOptimizer):
     def _update(self, group: dict[str, Any], phase: Phase) -> None:
         """Phases 1 and 2 of the step."""
         step = self.num_steps + 1
-        adam = self.rates.weights(group, step)
+        adam = None if self.config.frozen else self.rates.weights(group, step)
         if self.config.rule == "magnitude" or self.settled:
             update_(self.gating, adam)
         else:

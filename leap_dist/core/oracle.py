@@ -180,7 +180,8 @@ class Oracle:
     # The update
 
     def _update(self) -> None:
-        self.weight_optimizer.step()
+        if not self.config.frozen:
+            self.weight_optimizer.step()
         if self.config.rule != "magnitude" and not self.settled:
             self.score_optimizer.step()
             if self.config.rule == "leap" and self.schedule.phase(self.num_steps) == "prune":

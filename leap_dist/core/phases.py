@@ -84,6 +84,6 @@ def budget(config: LeapConfig, num_scores: int) -> float:
 
 
 def schedule_of(config: LeapConfig, plan: GatePlan, *, fixed: bool = False) -> Schedule:
-    """The phases of a run; with fixed masks it settles from the first step."""
-    fractions = (0.0, 1.0) if fixed else (config.dense_fraction, config.settle_fraction)
+    """The phases of a run; with fixed masks it settles from the first step, with frozen weights at the last."""
+    fractions = (0.0, 1.0) if fixed else (config.dense_fraction, 0.0 if config.frozen else config.settle_fraction)
     return Schedule(config.total_steps or 0, *fractions, config.target, budget(config, plan.num_scores))

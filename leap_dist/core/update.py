@@ -21,14 +21,14 @@ from leap_dist.ops import dispatch as ops
 from leap_dist.ops.reference import Adam
 
 
-def update_(gating: Gating, adam: Adam) -> None:
-    """AdamW on the latent weights with dL/dW = G * M."""
+def update_(gating: Gating, adam: Adam | None) -> None:
+    """AdamW on the latent weights with dL/dW = G * M; without `adam` they are frozen."""
     for part in gating.parts:
         if part.grad is not None:
             _update_weights_(gating, part.updated, part, part.grad, adam)
 
 
-def learn_(gating: Gating, adam: Adam, score_adam: Adam) -> tuple[Tensor, Tensor]:
+def learn_(gating: Gating, adam: Adam | None, score_adam: Adam) -> tuple[Tensor, Tensor]:
     """The same, and Adam on element scores.
 
     Returns (dL/dsigma on the CPU, dL/dS of structured units), float64, summed over ranks. With G = dL/d(W * M):
@@ -65,8 +65,8 @@ def write_(gating: Gating) -> None:
             ops.write_masked_(part.updated, *gating.flat_states(part, LATENT, MASK), part.hosted)
 
 
-def _update_weights_(gating: Gating, table: Tensor, part: Part, grad: Tensor, adam: Adam) -> None:
-    if len(table):
+def _update_weights_(gating: Gating, table: Tensor, part: Part, grad: Tensor, adam: Adam | None) -> None:
+    if len(table) and adam is not None:
         ops.masked_adamw_(table, grad, *gating.flat_states(part, MASK, LATENT, EXP_AVG, EXP_AVG_SQ), adam)
 
 
@@ -80,14 +80,19 @@ def _add_unit_sums(gating: Gating, sums: Tensor, part: Part, grad: Tensor) -> No
         sums += ops.unit_sums(patches, grad, latent, others, len(sums))
 
 
-def _update_elements_(gating: Gating, sums: Tensor, part: Part, grad: Tensor, adam: Adam, score_adam: Adam) -> None:
+def _update_elements_(
+    gating: Gating, sums: Tensor, part: Part, grad: Tensor, adam: Adam | None, score_adam: Adam
+) -> None:
     """One step of element scores and the latent weights under them; adds to dL/dsigma in `sums`."""
     if not len(part.elements):
         return
-    keys = MASK, LATENT, EXP_AVG, EXP_AVG_SQ, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
-    mask, *states = gating.flat_states(part, *keys)
+    mask, latent, *scores = gating.flat_states(part, MASK, LATENT, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ)
     others = gating.times_units(torch.ones_like(mask), part.patches) if part.joint else None
-    sigma = ops.element_adamw_(part.elements, grad, part.hosted, mask, others, *states, adam, score_adam)
+    if adam is None:
+        sigma = ops.score_adamw_(part.elements, grad, part.hosted, others, latent, *scores, score_adam)
+    else:
+        states = latent, *gating.flat_states(part, EXP_AVG, EXP_AVG_SQ), *scores
+        sigma = ops.element_adamw_(part.elements, grad, part.hosted, mask, others, *states, adam, score_adam)
     sums += _segment_sums(sigma, part.num_rows)
 
 

@@ -65,9 +65,9 @@ def _plain_kernel(  # type: ignore[no-untyped-def]
 def _update_kernel(  # type: ignore[no-untyped-def]
     table, grad, hosted, mask, others, latent, exp_avg, exp_avg_sq, score, score_exp_avg, score_exp_avg_sq, sigma,
     decay, lerp, beta2, rest2, root2, eps, rate, s_lerp, s_beta2, s_rest2, s_root2, s_eps, s_rate,
-    SCORES: tl.constexpr, OTHERS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTS: tl.constexpr, SCORES: tl.constexpr, OTHERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of latent weights, dL/dW = G * M; with SCORES also dL/dS = G * W * others and sum G * (W * M)."""
+    """One row: with WEIGHTS of latent ones, dL/dW = G * M; with SCORES dL/dS = G * W * others and sum G * (W * M)."""
     row = tl.program_id(0).to(tl.int64)
     offset, length = tl.load(table + 4 * row), tl.load(table + 4 * row + 1)
     decay = tl.where(tl.load(table + 4 * row + 3) != 0, decay, 1.0)
@@ -89,13 +89,14 @@ def _update_kernel(  # type: ignore[no-untyped-def]
             tl.store(score + at, s, mask=inside)
             tl.store(score_exp_avg + at, sm, mask=inside)
             tl.store(score_exp_avg_sq + at, sv, mask=inside)
-        w, m, v = _adamw(
-            w * decay, g * _load(mask, at, inside), _load(exp_avg, at, inside), _load(exp_avg_sq, at, inside),
-            lerp, beta2, rest2, root2, eps, rate
-        )  # fmt: skip
-        tl.store(latent + at, w, mask=inside)
-        tl.store(exp_avg + at, m, mask=inside)
-        tl.store(exp_avg_sq + at, v, mask=inside)
+        if WEIGHTS:
+            w, m, v = _adamw(
+                w * decay, g * _load(mask, at, inside), _load(exp_avg, at, inside), _load(exp_avg_sq, at, inside),
+                lerp, beta2, rest2, root2, eps, rate
+            )  # fmt: skip
+            tl.store(latent + at, w, mask=inside)
+            tl.store(exp_avg + at, m, mask=inside)
+            tl.store(exp_avg_sq + at, v, mask=inside)
     if SCORES:
         tl.store(sigma + row + tl.arange(0, 1), total)
 
@@ -226,7 +227,7 @@ def masked_adamw_(
 ) -> None:
     """As reference.masked_adamw_."""
     states = (latent, exp_avg, exp_avg_sq)
-    _update(table, grad, grad, mask, None, states, states, grad, adam, adam, scores=False)
+    _update(table, grad, grad, mask, None, states, states, grad, adam, adam, weights=True, scores=False)
 
 
 def element_adamw_(
@@ -247,8 +248,33 @@ def element_adamw_(
     """As reference.element_adamw_."""
     sigma = torch.empty(len(table), dtype=torch.float64, device=grad.device)
     states, scores = (latent, exp_avg, exp_avg_sq), (score, score_exp_avg, score_exp_avg_sq)
-    _update(table, grad, hosted, mask, others, states, scores, sigma, adam, score_adam, scores=True)
+    _update(table, grad, hosted, mask, others, states, scores, sigma, adam, score_adam, weights=True, scores=True)
     return sigma
+
+
+def score_adamw_(
+    table: Tensor,
+    grad: Tensor,
+    hosted: Tensor,
+    others: Tensor | None,
+    latent: Tensor,
+    score: Tensor,
+    score_exp_avg: Tensor,
+    score_exp_avg_sq: Tensor,
+    score_adam: Sequence[float],
+) -> Tensor:
+    """As reference.score_adamw_."""
+    sigma = torch.empty(len(table), dtype=torch.float64, device=grad.device)
+    scores, unread = (score, score_exp_avg, score_exp_avg_sq), _unread_mask(others, grad)
+    states = (latent, score_exp_avg, score_exp_avg_sq)  # of which the moments are not read
+    flags = {"weights": False, "scores": True}
+    _update(table, grad, hosted, unread, others, states, scores, sigma, score_adam, score_adam, **flags)
+    return sigma
+
+
+def _unread_mask(others: Tensor | None, like: Tensor) -> Tensor:
+    """Something of a mask's type for a kernel that does not read it."""
+    return torch.empty(0, dtype=torch.bool, device=like.device) if others is None else others
 
 
 def _update(
@@ -269,8 +295,9 @@ def _update(
         tensors: tuple[Any, ...] = (table, grad, hosted, _bytes(mask), known, *states, *score_states, sigma)
         scalars = (*_scalars(adam), *_scalars(score_adam)[1:])
         _update_kernel[(len(table),)](
-            *tensors, *scalars, SCORES=flags["scores"], OTHERS=others is not None, BLOCK=BLOCK, **EXACT
-        )
+            *tensors, *scalars, WEIGHTS=flags["weights"], SCORES=flags["scores"], OTHERS=others is not None,
+            BLOCK=BLOCK, **EXACT,
+        )  # fmt: skip
 
 
 def write_masked_(table: Tensor, latent: Tensor, mask: Tensor, hosted: Tensor) -> None:

@@ -153,17 +153,56 @@ def element_adamw_(
     hosted: W * M; others: the product of the other gates' masks (None: all ones); mask, others: bool; every tensor but
     the table is flat. Returns every row's part of dL/dsigma, float64 of shape (rows,).
     """
+    scores = score, score_exp_avg, score_exp_avg_sq
     sigma = torch.zeros(len(table), dtype=torch.float64, device=grad.device)
     gradients, scratches = _buffers(table, latent, 2)
     for row, (b, _, decays) in enumerate(runs_of(table)):
         gradient, scratch = gradients[: b.stop - b.start], scratches[: b.stop - b.start]
-        sigma[row] = torch.dot(grad[b], hosted[b])
-        torch.mul(grad[b], latent[b], out=gradient)
-        if others is not None:
-            gradient.mul_(scratch.copy_(others[b]))
-        _adamw_block_(score[b], gradient, score_exp_avg[b], score_exp_avg_sq[b], scratch, Adam(*score_adam))
+        sigma[row] = _score_block_(b, grad, hosted, others, latent, scores, gradient, scratch, Adam(*score_adam))
         moments = exp_avg[b], exp_avg_sq[b]
         _masked_block_(latent[b], grad[b], mask[b], *moments, gradient, scratch, _decayed(adam, decays))
+    return sigma
+
+
+def score_adamw_(
+    table: Tensor,
+    grad: Tensor,
+    hosted: Tensor,
+    others: Tensor | None,
+    latent: Tensor,
+    score: Tensor,
+    score_exp_avg: Tensor,
+    score_exp_avg_sq: Tensor,
+    score_adam: Sequence[float],
+) -> Tensor:
+    """The scores' part of `element_adamw_`, where the latent weights are frozen."""
+    scores = score, score_exp_avg, score_exp_avg_sq
+    sigma = torch.zeros(len(table), dtype=torch.float64, device=grad.device)
+    gradients, scratches = _buffers(table, latent, 2)
+    for row, (b, _, _) in enumerate(runs_of(table)):
+        gradient, scratch = gradients[: b.stop - b.start], scratches[: b.stop - b.start]
+        sigma[row] = _score_block_(b, grad, hosted, others, latent, scores, gradient, scratch, Adam(*score_adam))
+    return sigma
+
+
+def _score_block_(
+    b: slice,
+    grad: Tensor,
+    hosted: Tensor,
+    others: Tensor | None,
+    latent: Tensor,
+    scores: tuple[Tensor, Tensor, Tensor],
+    gradient: Tensor,
+    scratch: Tensor,
+    adam: Adam,
+) -> Tensor:
+    """One block of scores and their moments; gradient and scratch are overwritten. Returns its part of dL/dsigma."""
+    sigma = torch.dot(grad[b], hosted[b])
+    torch.mul(grad[b], latent[b], out=gradient)
+    if others is not None:
+        gradient.mul_(scratch.copy_(others[b]))
+    score, exp_avg, exp_avg_sq = (state[b] for state in scores)
+    _adamw_block_(score, gradient, exp_avg, exp_avg_sq, scratch, adam)
     return sigma
 
 

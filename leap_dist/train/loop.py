@@ -237,7 +237,8 @@ def _dense_reference(config: JobConfig, ranks: Ranks, watch: Watch) -> dict[str,
     """The metrics of a run of the same length and seed in which nothing is pruned."""
     if ranks.first:
         console().print("dense reference: a run of the same length without pruning", markup=False)
-    dense = config.model_copy(update={"leap": config.leap.model_copy(update={"target": 1.0, "start": None})})
+    trained = {"target": 1.0, "start": None, "weights": "trained"}
+    dense = config.model_copy(update={"leap": config.leap.model_copy(update=trained)})
     job = build_job(dense, ranks, Watch(asked=watch.asked))
     train(job, Tracker(config.tracking, {}, enabled=False), output=None, checkpoints=None)
     metrics = evaluate(job.engine, job.task, config.train.eval_batch_size, ranks)

@@ -71,6 +71,20 @@ def check_the_masked_update_is_that_of_the_element_update() -> None:
     assert all(torch.equal(whole[key], other[key]) for key in ("latent", "exp_avg", "exp_avg_sq"))
 
 
+def check_the_update_of_scores_alone_is_that_of_the_element_update() -> None:
+    from leap_dist.ops import kernels
+
+    for hybrid in (False, True):
+        whole, alone = runs.state(0), runs.state(0)
+        whole["others"] = alone["others"] = whole["others"] if hybrid else None
+        sigma = kernels.element_adamw_(runs.table(), *whole.values(), runs.ADAM, runs.SCORE_ADAM)
+        left_out = ("mask", "exp_avg", "exp_avg_sq")
+        rest = [value for key, value in alone.items() if key not in left_out]
+        assert torch.equal(kernels.score_adamw_(runs.table(), *rest, runs.SCORE_ADAM), sigma)
+        for key in ("score", "score_exp_avg", "score_exp_avg_sq"):
+            assert torch.equal(whole[key], alone[key])
+
+
 def check_without_pruning_it_is_the_plain_update() -> None:
     from leap_dist.ops import kernels
 
@@ -233,8 +247,9 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     block, tile = {"BLOCK": kernels.BLOCK}, {"STEPS": 5, "OTHERS": True, "ROWS": 8, "COLS": 64}
     sources: list[tuple[Any, list[str], dict[str, Any]]] = [
         (kernels._plain_kernel, 4 * [fp32] + ["i64"] + 7 * ["fp32"], block),
-        (kernels._update_kernel, update, block | {"SCORES": True, "OTHERS": True}),
-        (kernels._update_kernel, update, block | {"SCORES": False, "OTHERS": False}),
+        (kernels._update_kernel, update, block | {"WEIGHTS": True, "SCORES": True, "OTHERS": True}),
+        (kernels._update_kernel, update, block | {"WEIGHTS": True, "SCORES": False, "OTHERS": False}),
+        (kernels._update_kernel, update, block | {"WEIGHTS": False, "SCORES": True, "OTHERS": True}),
         (kernels._write_kernel, [int64, fp32, byte, bf16], block),
         (kernels._count_kernel, [int64, fp32, fp32, int64, "i32"], block),
         (kernels._take_kernel, [int64, fp32, fp32, int64, fp32, "i32"], block),

@@ -109,7 +109,7 @@ def held_before_a_step(gates: str, **leap: Any) -> list[tuple[int, int]]:
         if "start" in leap:
             for name, weight in model.named_parameters():
                 weight.data.mul_(torch.rand_like(weight) < 0.5 if "attention" in name else 1.0)
-        config = config_of(stage, gates) | {"leap": {**leap, **({"gates": GATES[gates]} if "mode" in leap else {})}}
+        config = config_of(stage, gates) | {"leap": {**leap, **({} if "start" in leap else {"gates": GATES[gates]})}}
         engine, *_ = leap_dist.initialize(model=model, config=config)
         tensors = [t for state in engine.leap.state.values() for t in state.values()]
         values = engine.leap.gating.values
@@ -128,6 +128,20 @@ def held_by_one_shot(gates: str) -> list[tuple[int, int]]:
 
 def held_by_fixed_masks(gates: str) -> list[tuple[int, int]]:
     return held_before_a_step(gates, start="zeros", total_steps=10)
+
+
+def held_by_frozen_weights(gates: str) -> list[tuple[int, int]]:
+    return held_before_a_step(gates, target=0.5, weights="frozen", total_steps=10)
+
+
+@pytest.mark.parametrize("gates", ["element", "head+neuron"])
+def test_engines_with_frozen_weights_hold_what_was_forecast(ranks: RankPools, gates: str) -> None:
+    model = empty_model(MODEL, "builtin/clock")
+    plan = make_plan(model, parse_leap({"target": 0.5, "gates": GATES[gates]}))
+    for stage, (state, extra) in enumerate(ranks(2).run(held_by_frozen_weights, gates)[0]):
+        held = memory(model, plan, Hosting.of(config_of(stage, gates), 2), frozen=True)
+        assert state == pytest.approx(held.state + held.extra, rel=0.01)
+        assert extra == pytest.approx(held.extra, rel=0.01)
 
 
 @pytest.mark.parametrize("gates", ["element", "head+neuron", "fixed"])

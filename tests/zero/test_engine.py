@@ -153,8 +153,9 @@ def test_equals_the_oracle(
         {"rule": "magnitude"},
         {"score_init": "zero"},
         {"score_init": "activation"},
+        {"weights": "frozen"},
     ],
-    ids=["paper", "movement", "magnitude", "zero", "activation"],
+    ids=["paper", "movement", "magnitude", "zero", "activation", "frozen"],
 )
 @pytest.mark.parametrize("kind", ["element", "row"])
 def test_other_rules_equal_the_oracle_on_shards(
