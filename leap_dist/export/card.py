@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.export.engines import Engine
+from leap_dist.export.metric import Judged
 from leap_dist.export.vocabulary import Vocabulary
 from leap_dist.models.flops import Flops
 from leap_dist.run_folder import CARD, sealed
@@ -21,6 +22,8 @@ TITLES = {
     "semi_structured": "2:4 sparse model",
     "gguf": "pruned model for llama.cpp, removed structures gone",
     "gguf_q8_0": "pruned model for llama.cpp in 8 bits, removed structures gone",
+    "int8": "pruned model as ONNX in 8 bits, removed structures gone",
+    "int8_torch": "pruned model in 8 bits by torchao, removed structures gone",
 }
 
 
@@ -68,6 +71,8 @@ class Card:
     """What loads it, and what would if the run were set otherwise."""
     vocabulary: Vocabulary | None = None
     """What was kept of the tokens, where the vocabulary was cut."""
+    judged: Judged | None = None
+    """Metrics in fp32 and of this export, of a kind with fewer bits."""
 
     def write(self, folder: Path) -> None:
         """card.json and README.md."""
@@ -109,7 +114,7 @@ class Card:
 
     def _hub_lines(self) -> list[str]:
         """YAML, as a model card on the Hugging Face hub begins."""
-        library = {"onnx": "onnx", "gguf": "gguf", "gguf_q8_0": "gguf"}.get(self.kind, "transformers")
+        library = {"onnx": "onnx", "int8": "onnx", "gguf": "gguf", "gguf_q8_0": "gguf"}.get(self.kind, "transformers")
         base = [f"base_model: {json.dumps(self.base_model)}"] if self.base_model else []
         return ["---", f"library_name: {library}", *base, "tags: [pruning, leap]", "---", ""]
 

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from leap_dist.errors import UserError
-from leap_dist.export import gguf, onnx
-from leap_dist.export.card import Card, Latency, Pair
+from leap_dist.export import gguf, int8, llama, onnx
+from leap_dist.export.card import Card, Pair
 from leap_dist.export.engines import engines_of
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
-from leap_dist.export.latency import CALLS, LONGEST, Runner, keeps_logits, medians, torch_runner, torch_threads
+from leap_dist.export.latency import LONGEST, Runner, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
+from leap_dist.export.metric import Judged, judge, with_types
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
 from leap_dist.export.shrunk import SHRUNK_TOLERANCE, Models, compared_sizes, largest_difference
-from leap_dist.export.sparse import BLOCKS, describe_blocks, measure_blocks
+from leap_dist.export.speed import BATCHES, block_notes, latencies, latency_work
 from leap_dist.export.time_left import TimeLeft
 from leap_dist.export.vocabulary import TEXT, Vocabulary, Wanted, cut_vocabulary
 from leap_dist.files import staged
@@ -31,12 +32,12 @@ from leap_dist.machine import machine
 from leap_dist.models.flops import count_flops
 from leap_dist.models.hub_names import hub_state, save_as_on_hub
 from leap_dist.models.outputs import example_inputs
+from leap_dist.models.pruned_json import NAME as PRUNED_JSON
 from leap_dist.run_folder import CARD, ExportedWeights, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BATCHES = (1, 32)
 UNSEALED = (
     "The run's certificate is of an older version, without a digest of its own content: its counts and densities were "
     "counted again from the weights; its metrics, the kinds of its gates, seed and versions could not be checked."
@@ -53,6 +54,9 @@ class Exported:
     runner: Runner | None = None
     engine: str = "torch"
     difference: float | None = None
+    batches: tuple[int, ...] = BATCHES
+    judged: Runner | None = None
+    """Gives all logits; of a kind that computes with other numbers than the run, whose metrics are measured anew."""
 
 
 def parse_kinds(text: str) -> list[str]:
@@ -83,8 +87,11 @@ def export_run(
     """
     for kind in kinds:
         refuse_foreign(output / kind)
-    if "onnx" in kinds:
-        onnx.require_libraries("--to onnx")
+    for kind in ("onnx", "int8"):
+        if kind in kinds:
+            onnx.require_libraries(f"--to {kind}")
+    if "int8_torch" in kinds:
+        int8.require_torchao("--to int8_torch")
     if "semi_structured" in kinds:
         check_semi_structured(run)
     if any(kind in GGUF_TYPES for kind in kinds):
@@ -95,7 +102,7 @@ def export_run(
         models = Models(run, folder=folder)
         timed = [kind for kind in kinds if latency and kind != "mask"]
         measured = [
-            (_latency_work(models.length, batch), 2.0 * models.length * batch, LONGEST)
+            (latency_work(models.length, batch), 2.0 * models.length * batch, LONGEST)
             for batch in BATCHES
             for _ in timed
         ]
@@ -103,6 +110,9 @@ def export_run(
         models.say = progress.begin
         if any(kind in GGUF_TYPES for kind in kinds) and (wrong := gguf.problem(models.stock or models.shrunk)):
             raise UserError(f"--to gguf: {wrong}")
+        if "int8_torch" in kinds and models.stock is None:
+            wrong = f"no config of transformers describes the model: {gguf.UNIFORM}"
+            raise UserError(f"--to int8_torch: {wrong}, or take int8")
         for kind in kinds:
             progress.of = kind
             with staged(output / kind) as folder, torch_threads(threads):
@@ -142,10 +152,6 @@ def _work(kind: str, models: Models) -> float:
         return 0.0
     compared = 2 * sum(batch * length for batch, length in compared_sizes(models.masked))
     return {"hf": 1, "shrunk": 2, "onnx": 2, "semi_structured": 0}.get(kind, 1) * compared + 2 * models.length
-
-
-def _latency_work(length: int, batch: int) -> float:
-    return 2 * (1 + CALLS) * length * batch
 
 
 # ---------------------------------------------------------------------------------------------- what is written
@@ -209,9 +215,7 @@ def _onnx(models: Models, folder: Path, threads: int) -> Exported:
     folder.mkdir()
     model, path = models.shrunk, folder / onnx.FILE
     found = onnx.save_onnx(model, path, models.length)
-    model.config.save_pretrained(folder)
-    if (tokenizer := load_exported_tokenizer(models.folder)) is not None:
-        tokenizer.save_pretrained(folder)
+    _beside_onnx(models, folder)
     notes = [
         f"Inputs: {', '.join(onnx.model_inputs(model, 1, 1))}, int64 (batch, length), both free. Output: logits.",
         "config.json (labels, sizes) is that of the model before pruning.",
@@ -222,6 +226,13 @@ def _onnx(models: Models, folder: Path, threads: int) -> Exported:
     return Exported(notes, model, onnx.onnx_runner(path, threads), "onnxruntime", found)
 
 
+def _beside_onnx(models: Models, folder: Path) -> None:
+    """Config and tokenizer."""
+    models.shrunk.config.save_pretrained(folder)
+    if (tokenizer := load_exported_tokenizer(models.folder)) is not None:
+        tokenizer.save_pretrained(folder)
+
+
 def _gguf(models: Models, folder: Path, threads: int, kind: str | None = None) -> Exported:
     folder.mkdir()
     config = models.masked.config
@@ -230,9 +241,11 @@ def _gguf(models: Models, folder: Path, threads: int, kind: str | None = None) -
     path, name = folder / gguf.FILE, _hub_id(models.run) or config.model_type
     notes = gguf.save_gguf(models.stock or models.shrunk, tokenizer, path, kind or saved, name)
     said = "a scale of 16 bits for every 32 weights of 8" if kind == "Q8_0" else "as the run saved them"
-    return Exported(
-        [f"For llama.cpp and what is built on it; matrices in {kind or saved}, {said}.", *notes], models.shrunk
-    )
+    notes = [f"For llama.cpp and what is built on it; matrices in {kind or saved}, {said}.", *notes]
+    if not llama.is_here():
+        return Exported([*notes, llama.NOT_HERE], models.shrunk)
+    last, every = (llama.llama_runner(path, threads, models.length, every) for every in (False, True))
+    return Exported(notes, models.shrunk, last, "llama.cpp", batches=BATCHES[:1], judged=every)
 
 
 def _gguf_q8_0(models: Models, folder: Path, threads: int) -> Exported:
@@ -269,6 +282,34 @@ def _semi_structured(models: Models, folder: Path, threads: int) -> Exported:
     return Exported(notes, models.masked, torch_runner(models.masked, last=True), difference=0.0)
 
 
+def _int8(models: Models, folder: Path, threads: int) -> Exported:
+    folder.mkdir()
+    path = folder / onnx.FILE
+    found = int8.save_int8_onnx(models.shrunk, path, models.length)
+    _beside_onnx(models, folder)
+    runner = onnx.onnx_runner(path, threads)
+    notes = [
+        "For onnxruntime, as the `onnx` kind; weights and embeddings in 8 bits, what meets them brought to 8 bits as "
+        "it comes.",
+        f"Its logits differ from the fp32 model's by {found:.2g} of the largest (random inputs).",
+    ]
+    return Exported(notes, models.shrunk, runner, "onnxruntime", found, judged=with_types(runner))
+
+
+def _int8_torch(models: Models, folder: Path, threads: int) -> Exported:
+    models.save_shrunk(folder)
+    (folder / PRUNED_JSON).unlink()  # load_pruned reads no weights in 8 bits
+    model = int8.save_int8_torch(folder)
+    found = largest_difference(models.masked, model, models.say)
+    notes = [
+        "For AutoModel where torchao is installed; the linear layers' weights in 8 bits, a scale for each row; "
+        "embeddings and head as they were.",
+        f"Its logits differ from the fp32 model's by {found:.2g} of the largest (random inputs).",
+    ]
+    runner = torch_runner(model, last=True)
+    return Exported(notes, models.shrunk, runner, "torch, torchao", found, judged=torch_runner(model))
+
+
 KINDS: dict[str, Callable[[Models, Path, int], Exported]] = {
     "hf": _hf,
     "shrunk": _shrunk,
@@ -277,6 +318,8 @@ KINDS: dict[str, Callable[[Models, Path, int], Exported]] = {
     "semi_structured": _semi_structured,
     "gguf": _gguf,
     "gguf_q8_0": _gguf_q8_0,
+    "int8": _int8,
+    "int8_torch": _int8_torch,
 }
 GGUF_TYPES = ("gguf", "gguf_q8_0")
 
@@ -297,8 +340,13 @@ def _card(
     inputs = example_inputs(models.masked, 1, models.length)
     if model:
         models.say("counting FLOPs", 2 * models.length)
-    times, left_out = _latencies(models, exported, threads) if latency else ([], [])
-    blocks = _block_notes(models) if latency and kind == "shrunk" else []
+    timed = (exported.runner, exported.engine, threads, exported.batches)
+    times, left_out = latencies(models, *timed) if latency else ([], [])
+    judged = judge(models, exported.judged) if exported.judged else None
+    if judged:
+        said = judged.note() if isinstance(judged, Judged) else f"Metrics are not measured here: {judged}."
+        left_out = [said, *left_out]
+    blocks = block_notes(models) if latency and kind == "shrunk" else []
     return Card(
         kind=kind,
         target=certificate.target,
@@ -318,6 +366,7 @@ def _card(
             *([] if models.run.sealed else [UNSEALED]),
         ],
         vocabulary=vocabulary,
+        judged=judged if isinstance(judged, Judged) else None,
         masks_sha256=certificate.masks_sha256,
         weights_sha256=certificate.weights_sha256,
         machine=machine(),
@@ -333,31 +382,6 @@ def _hub_id(run: Run) -> str | None:
     return None if local else name
 
 
-def _latencies(models: Models, exported: Exported, threads: int) -> tuple[list[Latency], list[str]]:
-    """At every batch size, and what was not measured because a call takes too long.
-
-    Of a language model the last logits alone, where the export can give them alone.
-    """
-    found: list[Latency] = []
-    if exported.runner is None:
-        return found, []
-    last = exported.engine == "torch"
-    runners = {"before": torch_runner(models.dense, last), "after": exported.runner}
-    for batch in BATCHES:
-        models.say(f"measuring latency at batch {batch}", _latency_work(models.length, batch))
-        seconds = sum(time.before + time.after for time in found[-1:]) / 1e3 * batch
-        if seconds > LONGEST:
-            return found, [
-                f"Latency at batch {batch} is not measured: a call of each would take about {seconds:.0f} s."
-            ]
-        times = medians(runners, onnx.model_inputs(models.masked, batch, models.length))
-        found.append(Latency(exported.engine, threads, batch, models.length, times["before"], times["after"]))
-    if keeps_logits(models.masked):
-        which = "the last token alone, as in generation" if last else "all tokens"
-        return found, [f"Latency with the logits of {which}."]
-    return found, []
-
-
 def weight_bytes(folder: Path) -> int:
     """Bytes of the weight files in a folder."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
@@ -365,14 +389,3 @@ def weight_bytes(folder: Path) -> int:
 
 def _num_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _block_notes(models: Models) -> list[str]:
-    """How torch's block-sparse product does on the blocks that were pruned, where it has kernels for them."""
-    notes = []
-    for block in BLOCKS:
-        name = f"block:{block[0]}x{block[1]}"
-        names = [t for gate in models.run.certificate.gates if gate.granularity == name for t in gate.tensors]
-        if times := measure_blocks(models.masked, names, block, models.length):
-            notes.append(describe_blocks(times, block, models.length))
-    return notes

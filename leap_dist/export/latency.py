@@ -56,25 +56,30 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def medians(runners: Mapping[str, Runner], inputs: Mapping[str, Tensor], budget: float = BUDGET) -> dict[str, float]:
-    """Milliseconds of a call by name; torch's Timer measures, which waits for a GPU.
+def medians(
+    runners: Mapping[str, Runner],
+    inputs: Mapping[str, Tensor],
+    budget: float = BUDGET,
+    clock: Callable[[], float] = timer,
+) -> dict[str, float]:
+    """Milliseconds of a call by name; torch's Timer measures, whose own clock waits for a GPU.
 
     Every round measures each runner once, in another order, so that slow spells and neighbours hit them all alike. A
     round that would go beyond `budget` (seconds) is not begun; without any the first calls count, cold as they are.
     """
-    order = random.Random(0)
+    order, threads = random.Random(0), torch.get_num_threads()
     seconds: dict[str, list[float]] = {}
     for name, run in runners.items():
-        before = timer()
+        before = clock()
         run(inputs)
-        seconds[name] = [timer() - before]
+        seconds[name] = [clock() - before]
     timers = {
-        name: Timer("run(inputs)", globals={"run": run, "inputs": inputs}, num_threads=torch.get_num_threads())
+        name: Timer("run(inputs)", globals={"run": run, "inputs": inputs}, num_threads=threads, timer=clock)
         for name, run in runners.items()
     }
-    started = timer()
+    started = clock()
     for _ in range(MAX_ROUNDS):
-        if timer() - started + CALLS * sum(values[-1] for values in seconds.values()) > budget:
+        if clock() - started + CALLS * sum(values[-1] for values in seconds.values()) > budget:
             break
         for name, measured in order.sample(list(timers.items()), len(timers)):
             seconds[name].append(measured.timeit(1).median)

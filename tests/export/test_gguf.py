@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from leap_dist.errors import UserError
-from leap_dist.export import gguf
+from leap_dist.export import gguf, llama
 from leap_dist.export.kinds import export_run
 from leap_dist.models.shrink import shrink_
 from leap_dist.run_folder import read_run
@@ -342,7 +342,8 @@ def test_an_export_with_its_card(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", model, masks, "neuron"))
     full, small = export_run(run, ["gguf", "gguf_q8_0"], tmp_path / "out", threads=1)
     assert "matrices in F32, as the run saved them." in full.notes[0] and small.bytes.after < full.bytes.after / 3
-    assert "library_name: gguf" in full.page() and not full.latency
+    assert "library_name: gguf" in full.page() and bool(full.latency) == llama.is_here()
+    assert (llama.NOT_HERE in full.notes) != llama.is_here()
     assert read(tmp_path / "out" / "gguf" / "model.gguf")[0]["llama.feed_forward_length"] == 64
 
 

@@ -61,7 +61,8 @@ def test_kinds_are_listed_once(text: str, expected: list[str]) -> None:
     [
         (
             "hf,shrnk",
-            '--to: got "shrnk"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0; did you mean shrunk',
+            '--to: got "shrnk"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, int8, int8_torch; '
+            "did you mean shrunk",
         ),
         ("tensorrt", '--to: got "tensorrt"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0'),
         (" ,", "--to: got nothing; allowed: one or more of hf, "),
@@ -77,7 +78,8 @@ def test_every_kind_is_written_with_a_card(run: Run, tmp_path: Path) -> None:
     wanted = [
         kind
         for kind in KINDS
-        if kind not in ("semi_structured", *GGUF_TYPES) and not (kind == "onnx" and onnx.missing_libraries())
+        if kind not in ("semi_structured", "int8", "int8_torch", *GGUF_TYPES)
+        and not (kind == "onnx" and onnx.missing_libraries())
     ]
     cards = {card.kind: card for card in export_run(run, wanted, tmp_path, threads=1)}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(wanted)

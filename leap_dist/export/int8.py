@@ -1,0 +1,75 @@
+"""Fewer bits after pruning: the shrunk model with weights in 8 bits, for onnxruntime, and for torch by torchao."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import torch
+
+from leap_dist.errors import UserError
+from leap_dist.export import onnx
+from leap_dist.models.load import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def require_torchao(what: str) -> None:
+    """UserError if torchao is not installed; `what` is the flag that asks for it."""
+    if find_spec("torchao") is None:
+        raise UserError(f'{what}: torchao not installed; install with pip install "leap_dist[int8]"')
+
+
+def save_int8_onnx(model: PreTrainedModel, path: Path, longest: int) -> float:
+    """Write `model` for onnxruntime: weights and embeddings in 8 bits, a scale for each output of a matrix.
+
+    What meets them is brought to 8 bits while it runs ("dynamic"). Returns by how much its logits differ from torch's,
+    relative to the largest. RuntimeError if they are no numbers.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with TemporaryDirectory(dir=path.parent) as scratch, _quiet():
+        whole = Path(scratch, onnx.FILE)
+        onnx.save_onnx(model, whole, longest)
+        large = sum(value.numel() for value in model.parameters()) > 2**31  # one file of ONNX holds 2 GB
+        quantize_dynamic(whole, path, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=large)
+    found = onnx.onnx_difference(model, path, longest)
+    if not found < float("inf"):
+        raise RuntimeError(f"{path.name}: onnxruntime gives no numbers in 8 bits; it was not exported")
+    return found
+
+
+def save_int8_torch(folder: Path) -> PreTrainedModel:
+    """Bring the linear layers of the stock model in a folder to 8 bits there, all but the head; returns the model.
+
+    Its embeddings and its head stay as they are. transformers loads it where torchao is installed.
+    """
+    import transformers
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    with quiet_transformers(), _quiet():
+        name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+        kind = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        options = {"dtype": torch.float32, "quantization_config": kind}
+        model: PreTrainedModel = getattr(transformers, name).from_pretrained(folder, **options)
+        for old in folder.glob("*.safetensors*"):
+            old.unlink()
+        model.save_pretrained(folder)
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No advice of the quantisers on what is done here already."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,63 @@
+"""Fewer bits after pruning: sizes multiply, and metrics are measured anew or said not to be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from leap_dist.errors import UserError
+from leap_dist.export import int8, latency, metric
+from leap_dist.export.kinds import export_run
+from leap_dist.export.latency import torch_runner
+from leap_dist.export.onnx import onnx_runner
+from leap_dist.export.shrunk import Models
+from leap_dist.run_folder import read_run
+from tests.export.runs import classifier, make_run, structure_masks
+
+WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1, "num_labels": 2}
+
+
+def test_onnx_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "MAX_ROUNDS", 1)
+    monkeypatch.setattr(metric, "LONGEST", 0.1)
+    model = classifier(**WIDE)
+    alive = torch.arange(512) % 4 == 0
+    up, down = (f"bert.encoder.layer.0.{part}.dense.weight" for part in ("intermediate", "output"))
+    masks = {up: alive[:, None].expand(512, 128).clone(), down: alive.expand(128, 512).clone()}
+    masks |= {"bert.encoder.layer.0.intermediate.dense.bias": alive.clone()}
+    run = read_run(make_run(tmp_path / "run", model, masks, "neuron"))
+    (small,) = export_run(run, ["int8"], tmp_path / "out", threads=1)
+    assert small.bytes.after < 0.35 * small.bytes.before and small.latency[0].engine == "onnxruntime"
+    judged = small.judged
+    assert judged is not None and metric.FEWEST <= judged.examples < judged.of == 4644
+    assert judged.before["loss"] != judged.after["loss"] == pytest.approx(judged.before["loss"], abs=0.1)
+    assert f"On {judged.examples:,} of 4,644 validation examples, in fp32 → here: accuracy " in small.page()
+    ids = torch.arange(1, 13)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    found, expected = onnx_runner(tmp_path / "out" / "int8" / "model.onnx", 1)(inputs), torch_runner(model)(inputs)
+    assert 0 < float((found - expected).abs().max() / expected.abs().max()) < 0.3
+
+
+def test_data_that_is_gone(tmp_path: Path) -> None:
+    model = classifier()
+    run = read_run(make_run(tmp_path / "run", model, structure_masks(model), "head"))
+    runner = torch_runner(model)
+    gone = {"task": "glue/sst2", "train": "gone.tsv", "validation": "gone.tsv"}
+    other = replace(run, job=run.job | {"data": gone})
+    assert str(metric.judge(Models(other), runner)).startswith("the run's data cannot be read: data.")
+    assert metric.judge(Models(replace(run, plain=True)), runner) == "no run says by which task"
+
+
+def test_what_is_not_installed_or_has_no_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classifier()
+    run = read_run(make_run(tmp_path / "run", model, structure_masks(model), "head"))
+    monkeypatch.setattr(int8, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'^--to int8_torch: torchao not installed; .* "leap_dist\[int8\]"$'):
+        list(export_run(run, ["int8_torch"], tmp_path / "out", threads=1))
+    monkeypatch.setattr(int8, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match=r"^--to int8_torch: no config of transformers describes .*uniform.*take int8$"):
+        list(export_run(run, ["shrunk", "int8_torch"], tmp_path / "out", threads=1))
+    assert not (tmp_path / "out").exists()
