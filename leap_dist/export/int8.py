@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,13 +33,13 @@ def save_int8_onnx(model: PreTrainedModel, path: Path, longest: int) -> float:
     What meets them is brought to 8 bits while it runs ("dynamic"). Returns by how much its logits differ from torch's,
     relative to the largest. RuntimeError if they are no numbers.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
+    quantization: Any = import_module("onnxruntime.quantization")
+    options = {"per_channel": True, "weight_type": quantization.QuantType.QInt8}
     with TemporaryDirectory(dir=path.parent) as scratch, _quiet():
         whole = Path(scratch, onnx.FILE)
         onnx.save_onnx(model, whole, longest)
         large = sum(value.numel() for value in model.parameters()) > 2**31  # one file of ONNX holds 2 GB
-        quantize_dynamic(whole, path, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=large)
+        quantization.quantize_dynamic(whole, path, use_external_data_format=large, **options)
     found = onnx.onnx_difference(model, path, longest)
     if not found < float("inf"):
         raise RuntimeError(f"{path.name}: onnxruntime gives no numbers in 8 bits; it was not exported")
@@ -51,11 +52,11 @@ def save_int8_torch(folder: Path) -> PreTrainedModel:
     Its embeddings and its head stay as they are. transformers loads it where torchao is installed.
     """
     import transformers
-    from torchao.quantization import Int8WeightOnlyConfig
 
+    torchao: Any = import_module("torchao.quantization")
     with quiet_transformers(), _quiet():
         name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
-        kind = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        kind = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
         options = {"dtype": torch.float32, "quantization_config": kind}
         model: PreTrainedModel = getattr(transformers, name).from_pretrained(folder, **options)
         for old in folder.glob("*.safetensors*"):
