@@ -27,6 +27,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--metric", metavar="NAME", help="metric to compare, such as accuracy (default: the first that all runs have)")
     add("--pareto", action="store_true", help="only runs on the Pareto front of density and metric")
     add("--best", metavar="CONDITION", help='the smallest run that satisfies it, such as "accuracy>=0.9"')
+    add("--register", metavar="NAME[@ALIAS]", help="make the run that --best finds a version of a registered model")
+    add("--move", action="store_true", help="with --register: an alias that another version has moves to this one")
     add("--masks", action="store_true", help="overlap (IoU) of the runs' masks, read from their folders")
     add("--diff", nargs=2, metavar=("A", "B"), help="only the parameters in which two runs differ")
     add("--plot", type=user_path, metavar="FILE", help="picture of the metric over density, .png or .svg")
@@ -42,10 +44,18 @@ def compare(arguments: argparse.Namespace) -> int:
     from leap_dist.config.sections import default_store
     from leap_dist.console import summary_table
     from leap_dist.tracking import compare as c
+    from leap_dist.tracking.registering import register_best
     from leap_dist.tracking.runs import Selection, read_runs
 
     request = c.Request(
-        arguments.metric, arguments.best, arguments.pareto, arguments.masks, arguments.plot, arguments.report
+        arguments.metric,
+        arguments.best,
+        arguments.pareto,
+        arguments.masks,
+        arguments.plot,
+        arguments.report,
+        arguments.register,
+        arguments.move,
     )
     named = arguments.diff or arguments.runs
     uri = default_store() if arguments.uri is None else arguments.uri
@@ -57,6 +67,8 @@ def compare(arguments: argparse.Namespace) -> int:
         for title, lines in answer.tables.items():
             summary_table(lines, title=title)
     c.write(answer, arguments.json, arguments.csv)
+    if request.place and answer.found:
+        print(printable(register_best(uri, answer.found, request.place, request.move)), file=sys.stderr)
     return 1 if arguments.best and not answer.records else 0
 
 

@@ -128,6 +128,8 @@ OTHERS: dict[str, Callable[[re.Match[str]], None]] = {
     r"docker build .*-f (\S+) .*": check_file,
     r"docker run .*": lambda match: None,
     r"mlflow server --backend-store-uri sqlite:///\S+ --artifacts-destination \S+": lambda match: None,
+    r"mlflow models serve -m models:/\S+ --env-manager local --port \d+": lambda match: None,
+    r"curl http://127\.0\.0\.1:\d+/invocations .*": lambda match: None,  # both: tests/tracking/test_registry.py
     r"sbatch .*?(docker/\S+) .*": check_file,
     r"kubectl apply -f (\S+)": check_file,
     r"(?:sudo )?(tests/\S+\.sh) .*": check_file,

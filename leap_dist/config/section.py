@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any
@@ -72,6 +73,10 @@ def _tensor_pattern(value: str) -> str:
 Patterns = Annotated[tuple[Annotated[str, AfterValidator(_tensor_pattern)], ...], BeforeValidator(as_tuple)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+
+
+# pydantic warns of a field whose name is also a method of ABCMeta, which is no concern of a section
+warnings.filterwarnings("ignore", r'Field name "register" in "TrackingConfig" shadows', UserWarning)
 
 
 class Section(BaseModel):

@@ -298,6 +298,10 @@ class TrackingConfig(Section):
     """The run that this one is shown below; a sweep fills it in."""
     log_model: bool = Field(default=False, description="true or false")
     """Also store the pruned model with the run, for MLflow to load and serve: a copy of all its weights."""
+    register: str | None = Field(
+        default=None, pattern=r"^\w[\w .\-]*$", max_length=200, description="letters, digits, spaces and ._-, or null"
+    )
+    """Store it, and make it a version of the registered model of this name."""
     _home = field_validator("mlflow_uri")(with_home)
 
     @staticmethod

@@ -16,6 +16,7 @@ from leap_dist.errors import UserError
 from leap_dist.run_folder import exports
 from leap_dist.tracking.mlflow import differing
 from leap_dist.tracking.pareto import LOWER_IS_BETTER, higher_is_better, pareto, picture_of
+from leap_dist.tracking.registering import Place, parse_place
 from leap_dist.tracking.rows import (
     DENSE,
     DENSITY,
@@ -41,7 +42,10 @@ OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operat
 
 @dataclass(frozen=True)
 class Request:
-    """What to make of the runs. best: a condition as `parse_condition` takes it; plot, report: files to write."""
+    """What to make of the runs. best: a condition as `parse_condition` takes it; plot, report: files to write.
+
+    register, move: as which model the best one is registered, and whether an alias may leave another version.
+    """
 
     metric: str | None = None
     best: str | None = None
@@ -49,11 +53,25 @@ class Request:
     masks: bool = False
     plot: Path | None = None
     report: Path | None = None
+    register: str | None = None
+    move: bool = False
+
+    @property
+    def place(self) -> Place | None:
+        """Where to register the best run."""
+        return None if self.register is None else parse_place(self.register)
 
     def __post_init__(self) -> None:
         """Raises UserError before anything is read."""
         if self.best is not None:
             parse_condition(self.best)
+        place = self.place
+        if place and self.best is None:
+            raise UserError(
+                '--register: needs --best, such as --best "accuracy>=0.9": the run that is to be registered'
+            )
+        if self.move and not (place and place.alias):
+            raise UserError("--move: needs --register NAME@ALIAS")
         if self.plot is not None and self.plot.suffix not in PICTURES:
             raise UserError(f"--plot: got {self.plot}; allowed: a file that ends in {' or '.join(PICTURES)}")
         if self.report is not None and self.report.suffix != HTML:
@@ -62,11 +80,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """tables: what to show, by title. records: the first table for programs. notes: what to say besides."""
+    """tables: what to show, by title. records: the first table for programs. notes: what to say besides.
+
+    found: the run of smallest density that is good enough, if one was asked for.
+    """
 
     tables: dict[str, list[dict[str, str | float]]]
     records: list[dict[str, Any]]
     notes: list[str]
+    found: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +140,7 @@ def compare(runs: Sequence[StoredRun], request: Request, all_named: bool = False
     if request.report is not None:
         report(rows, metric, request.report, notes[: len(left_out)])
         notes.append(f"report: {request.report}")
-    shown = [row for row in rows if row.front or not request.pareto]
+    shown, found = [row for row in rows if row.front or not request.pareto], None
     title = f"{metric}; * on the Pareto front"
     if condition:
         found = best(rows, condition)
@@ -132,7 +154,7 @@ def compare(runs: Sequence[StoredRun], request: Request, all_named: bool = False
         tables["overlap of masks: weights that both keep / weights that either keeps"] = overlaps(
             [row.run for row in (rows if condition else shown)]
         )
-    return Answer(tables, records(shown, metric), notes)
+    return Answer(tables, records(shown, metric), notes, found)
 
 
 def finished(runs: Sequence[StoredRun], asked_for: bool) -> tuple[list[StoredRun], list[str]]:

@@ -19,6 +19,7 @@ from leap_dist.tracking.store import begin, connect, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 THREAD = "mlflow-sender"
 MAX_BATCH = 100  # parameters or tags in one request
@@ -28,6 +29,7 @@ LONGEST_PAUSE = 60.0  # seconds between two tries while MLflow takes nothing
 SHARE = 0.004  # of the time, at most, the thread computes during the run: Python runs one thread at a time
 PATIENCE = 10.0  # seconds that the end of a run waits for a store that takes nothing
 UPLOAD_RATE = 1e6  # bytes a second; an artifact is waited for as long as it takes at this rate
+PACKING = 120.0  # seconds that a model's files may take to be made ready: MLflow's flavours import much
 
 
 class Delivery:
@@ -74,7 +76,9 @@ class Delivery:
 
     def _deliver(self, deliver: Deliver, client: MlflowClient, run_id: str, batch: list[Record]) -> bool:
         folder = Path() if self._journal.path is None else self._journal.path.parent
-        self.grace = sum(_bytes(folder / record["path"]) for record in batch if "path" in record) / UPLOAD_RATE
+        files = [record for record in batch if "path" in record]
+        self.grace = sum(_bytes(folder / record["path"]) for record in files) / UPLOAD_RATE
+        self.grace += PACKING * sum(record["kind"] == "model" for record in files)
         try:
             deliver(client, run_id, batch, folder)
         except Exception as error:  # as above; a store of artifacts has errors of its own
@@ -184,14 +188,24 @@ def _tags(client: MlflowClient, run_id: str, batch: list[Record], folder: Path) 
 
 
 def _metrics(client: MlflowClient, run_id: str, batch: list[Record], folder: Path) -> None:
+    client.log_batch(run_id, metrics=_measures(batch))
+
+
+def _linked(client: MlflowClient, run_id: str, batch: list[Record], folder: Path) -> None:
+    """Measures that the run has already, as those of its model."""
+    from leap_dist.tracking.logged_model import link
+
+    link(client, run_id, _measures(batch))
+
+
+def _measures(batch: list[Record]) -> list[Metric]:
     from mlflow.entities import Metric
 
-    metrics = [
+    return [
         Metric(key, value, record["time"], record["step"])
         for record in batch
         for key, value in record["values"].items()
     ]
-    client.log_batch(run_id, metrics=metrics)
 
 
 def _datasets(client: MlflowClient, run_id: str, batch: list[Record], folder: Path) -> None:
@@ -223,11 +237,18 @@ def _artifact(client: MlflowClient, run_id: str, batch: list[Record], folder: Pa
 
 
 def _model(client: MlflowClient, run_id: str, batch: list[Record], folder: Path) -> None:
-    from leap_dist.tracking.model import saved
+    from leap_dist.tracking.logged_model import complete
 
     (record,) = batch
-    with saved(folder / record["path"]) as path:
-        client.log_artifacts(run_id, str(path), artifact_path=path.name)
+    files = folder / record["path"] if "path" in record else None
+    complete(client, run_id, record.get("tags", {}), record.get("step", 0), files)
+
+
+def _registered(client: MlflowClient, run_id: str, batch: list[Record], folder: Path) -> None:
+    from leap_dist.tracking.logged_model import register
+
+    (record,) = batch
+    register(client, run_id, record["name"])
 
 
 def _status(client: MlflowClient, run_id: str, batch: list[Record], folder: Path) -> None:
@@ -250,10 +271,12 @@ DELIVERIES: dict[str, tuple[Callable[[Record], int], int, Deliver]] = {
     "params": (_values, MAX_BATCH, _params),
     "tags": (_values, MAX_BATCH, _tags),
     "metrics": (_values, MAX_METRICS, _metrics),
+    "linked": (_values, MAX_METRICS, _linked),
     "dataset": (_one, MAX_BATCH, _datasets),
     "table": (_one, 1, _table),
     "artifact": (_one, 1, _artifact),
     "model": (_one, 1, _model),
+    "registered": (_one, 1, _registered),
     "status": (_one, 1, _status),
 }
 """By kind: the size of a record, the size of a batch, and how it is sent. In this order."""

@@ -22,6 +22,7 @@ from leap_dist.run_folder import JOURNAL
 from leap_dist.secrets import hide_in, hide_secrets, remember
 from leap_dist.tracking.delivery import MAX_BATCH, Delivery, Sender, check_paths
 from leap_dist.tracking.journal import Journal
+from leap_dist.tracking.logged_model import check_has_models
 from leap_dist.tracking.store import (
     begin,
     check_is_store,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 SYNC = "python launch/compare.py --sync"
+SYSTEM = "system/"  # how measures of the machine begin
 MAX_KEY = 250  # characters that MLflow takes in a parameter's name
 MAX_VALUE = 500  # characters of a parameter's value that every MLflow server since 1.0 takes
 
@@ -71,6 +73,8 @@ class Tracker:
         self._uri = tracking.mlflow_uri if enabled else None
         remember(self._uri or "")
         name = tracking.run_name or (folder.resolve().name if folder else None)
+        self._keeps = tracking.log_model, tracking.register
+        self._last: dict[str, Any] = {}  # what `log` has recorded last
         self._about = hide_in({"experiment": tracking.experiment, "name": name, "parent": tracking.parent_run})
         self._run_id = run_id
         self._tags = tags or {}
@@ -105,16 +109,32 @@ class Tracker:
         """Record measures of an optimizer step, and from time to time those of the machine."""
         if self._sender is None or self._journal is None:
             return
+        self._last = {}
         if values := self._journal.new_metrics(step, {**metrics, **self._system.sample()}):
-            self._add("metrics", step=step, values=values)
+            self._last = {"step": step, "values": values, "time": _now()}
+            self._add("metrics", **self._last)
+
+    def checkpoint(self) -> None:
+        """The run has saved its model: what was logged last is recorded as measures of the model, too."""
+        if values := {key: value for key, value in self._last.get("values", {}).items() if not key.startswith(SYSTEM)}:
+            self._add("linked", **{**self._last, "values": values})
+        self._last = {}
 
     def artifact(self, path: Path) -> None:
         """Store a file, or a folder with all that is in it under the folder's name. It is read when it is sent."""
         self._add("artifact", path=self._relative(path))
 
-    def model(self, folder: Path) -> None:
-        """Store a Hugging Face folder as an MLflow model, "model", that `mlflow.pyfunc.load_model` loads."""
-        self._add("model", path=self._relative(folder))
+    def model(self, folder: Path, step: int = 0, tags: Mapping[str, str] | None = None) -> None:
+        """Record the model of a finished run, with tags; its step is that of its last metrics.
+
+        If the settings ask for it, its Hugging Face folder is stored, which `mlflow.pyfunc.load_model` then loads, and
+        a version of a registered model is made of it.
+        """
+        stored, name = self._keeps
+        files = {"path": self._relative(folder)} if stored or name else {}
+        self._add("model", step=step, tags=dict(tags or {}), **files)
+        if name:
+            self._add("registered", name=name)
 
     def table(self, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store rows as a table that MLflow shows, lists in them as text; file: a name that ends in .json."""
@@ -174,6 +194,7 @@ class Tracker:
     def _begun(self, uri: str, run_id: str | None) -> str:
         """The id of the run, which is begun or resumed."""
         client = connect(uri)
+        check_has_models(client, *self._keeps)
         if not run_id:
             return begin(client, uri, self._about)
         client.update_run(run_id, status="RUNNING")
@@ -192,7 +213,7 @@ class Tracker:
     def _add(self, kind: str, **content: Any) -> None:
         if self._sender is not None and self._journal is not None:
             shown = {key: value if key == "path" else hide_in(value) for key, value in content.items()}
-            self._journal.add(kind, time=int(time.time() * 1000), **shown)
+            self._journal.add(kind, **{"time": _now(), **shown})
 
     def _relative(self, path: Path) -> str:
         """A path as a journal has it: one in the journal's folder moves with it."""
@@ -202,6 +223,11 @@ class Tracker:
     def _tell(self, what: str) -> None:
         """A line on the console."""
         console().print(f"MLflow at {hide_secrets(str(self._uri))} {what}", markup=False, soft_wrap=True)
+
+
+def _now() -> int:
+    """Milliseconds, as MLflow counts."""
+    return int(time.time() * 1000)
 
 
 def sync(folder: Path, uri: str | None) -> str:

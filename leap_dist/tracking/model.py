@@ -18,6 +18,7 @@ import torch
 
 if TYPE_CHECKING:
     import numpy as np
+    from mlflow.entities import LoggedModel
 
 PIPELINES = {
     "ForSequenceClassification": "text-classification",
@@ -30,20 +31,25 @@ TOKENIZER = "tokenizer_config.json"
 
 
 @contextmanager
-def saved(folder: Path) -> Iterator[Path]:
-    """The MLflow model of a Hugging Face folder, in a folder that is removed when the block ends."""
+def saved(folder: Path, model: LoggedModel) -> Iterator[Path]:
+    """The files of `model` from a Hugging Face folder, in a folder that is removed when the block ends."""
     import mlflow
 
     from leap_dist.models.load import quiet_transformers
 
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
         path = Path(scratch) / "model"
+        about = mlflow.models.Model(run_id=model.source_run_id, model_id=model.model_id)
         needed = [f"{name}=={version(name)}" for name in ("torch", "transformers")]
         if (task := _pipeline_of(folder)) is not None:
-            mlflow.transformers.save_model(_pipeline(task, folder), str(path), pip_requirements=needed)
+            mlflow.transformers.save_model(
+                _pipeline(task, folder), str(path), mlflow_model=about, pip_requirements=needed
+            )
         else:
             needed.append(f"leap_dist=={version('leap_dist')}")
-            mlflow.pyfunc.save_model(path, loader_module=__name__, data_path=str(folder), pip_requirements=needed)
+            mlflow.pyfunc.save_model(
+                path, loader_module=__name__, data_path=str(folder), mlflow_model=about, pip_requirements=needed
+            )
         yield path
 
 

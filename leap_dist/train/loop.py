@@ -31,7 +31,7 @@ from leap_dist.train.output import as_logged, check_output, complete_pages, prep
 from leap_dist.train.progress import Progress
 from leap_dist.train.saving import Saver, read_progress
 from leap_dist.train.signals import Interrupted
-from leap_dist.train.summary import ending, prefixed, print_summary, tags_of
+from leap_dist.train.summary import ending, model_tags, prefixed, print_summary, tags_of
 from leap_dist.train.watch import NOTHING, Stopped, Watch
 from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, settle
 from leap_dist.zero.ranks import Ranks, torch_linear_put_back
@@ -85,11 +85,11 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
             raise
         if ranks.first:
             tracker.log(job.total_steps, prefixed(state.measured) | ending(job, certificate))
+            tracker.checkpoint()
             tracker.artifact(output / CERTIFICATE)
             tracker.artifact(output / RESOLVED)
             tracker.table("gates.json", certificate["gates"])
-            if config.tracking.log_model:
-                tracker.model(output / MODEL)
+            tracker.model(output / MODEL, job.total_steps, model_tags(certificate))
             print_summary(job, certificate, output)
             for path in writer.page() if writer else ():
                 tracker.artifact(path)
@@ -128,7 +128,8 @@ def train(
                 fields = _log_step(job, done, phase, loss, meter, tracker, writer)
                 progress.update(done, phase, fields)
             kept = {"measured": state.measured, "run_id": tracker.run_id, "left_out": state.left_out}
-            saver.after(done, loss, kept | ({"stream": job.batches.state} if job.batches.state else {}))
+            if saver.after(done, loss, kept | ({"stream": job.batches.state} if job.batches.state else {})):
+                tracker.checkpoint()
             if state.heartbeats is not None:
                 state.heartbeats.step = done
     saver.wait()

@@ -112,8 +112,8 @@ class Saver:
         self._meetings = Meetings(ranks, start, config.checkpoint_minutes)
         self._losses, self._num_losses = torch.zeros((), device=ranks.device), 0
 
-    def after(self, done: int, loss: Tensor, progress: Mapping[str, Any]) -> None:
-        """Save, if that is due after `done` steps; `progress` is what a checkpoint holds beside the engine.
+    def after(self, done: int, loss: Tensor, progress: Mapping[str, Any]) -> bool:
+        """Save, if that is due after `done` steps, and say so; `progress`: what a checkpoint holds beside the engine.
 
         Raises Interrupted on every rank if any was asked to stop, CheckpointError if that could not be saved.
         """
@@ -133,8 +133,10 @@ class Saver:
         if due and done < self._total:
             self._ranks.on_first(self._check)
             self._save(state)
-        elif done % MANY == 0:
+            return self._checkpoints is not None
+        if done % MANY == 0:
             agreement(self._engine, self._ranks)
+        return False
 
     def wait(self) -> None:
         """Return when nothing is being written any more. Collective."""

@@ -49,6 +49,11 @@ def ending(job: Job, certificate: Mapping[str, Any]) -> dict[str, float]:
     return left
 
 
+def model_tags(certificate: Mapping[str, Any]) -> dict[str, str]:
+    """What a model is known by in MLflow's registry."""
+    return {f"leap.{key}": str(certificate[key]) for key in ("target", "density", "masks_sha256")}
+
+
 def print_summary(job: Job, certificate: Mapping[str, Any], output: Path) -> None:
     """The table at the end."""
     rows: list[dict[str, str | float]] = []

@@ -38,7 +38,7 @@ def logged(store: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
     import transformers  # noqa: F401  its import may warn
 
     capfd.readouterr()
-    with Tracker(TrackingConfig(mlflow_uri=store, experiment="models"), {}, True) as tracker:
+    with Tracker(TrackingConfig(mlflow_uri=store, experiment="models", log_model=True), {}, True) as tracker:
         tracker.model(folder)
     assert capfd.readouterr() == ("", "")
     return f"runs:/{tracker.run_id}/model"
