@@ -1,7 +1,7 @@
 """The model that a run makes, in MLflow: with parameters, metrics, files, and its versions in the registry.
 
-It is a LoggedModel of MLflow 3. It begins, pending, with the run's first checkpoint, and is ready when the run has finished. What is done twice, because
-MLflow's answer was lost, is there once.
+It is a LoggedModel of MLflow 3. It begins, pending, with the run's first checkpoint, and is ready when the run has
+finished. What is done twice, because MLflow's answer was lost, is there once.
 """
 
 from __future__ import annotations
