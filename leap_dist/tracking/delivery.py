@@ -131,7 +131,7 @@ class Sender:
         """Send what is waiting; after a batch of metrics the training has the processor to itself for a while."""
         started = time.thread_time()
         for kind in self._delivery.send():
-            if kind == "metrics":
+            if kind in ("metrics", "linked"):
                 self._finishing.wait((time.thread_time() - started) / SHARE)
             started = time.thread_time()
             if self._given_up.is_set():
