@@ -264,6 +264,7 @@ def _mask(models: Models, folder: Path, threads: int) -> Exported:
     return Exported(
         [
             "Load with `leap_dist.export.masks.load_masks(folder)`: bool tensors by name, True = kept.",
+            "mask.npz has it for numpy alone: `<name>` is packbits of the flat mask, `<name>.__shape__` its size.",
             f"{bits:,} bits, 8 a byte; sha256 over all of them as in the certificate: "
             f"{models.run.certificate.masks_sha256}.",
         ]

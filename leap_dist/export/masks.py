@@ -1,7 +1,8 @@
 """Masks alone, one bit a weight: what was pruned, checked against the certificate.
 
 masks.safetensors holds for every masked tensor the uint8 of np.packbits over its flat mask (1 = kept), masks.json the
-shapes and the certificate's masks_sha256.
+shapes and the certificate's masks_sha256. mask.npz holds the same as others publish masks: `<name>`, `<name>.__shape__`
+and, as JSON, `__meta__`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
-from leap_dist.models.mask_files import INDEX, PACKED, load_masks
+from leap_dist.models.mask_files import INDEX, META, NPZ, PACKED, SHAPE, load_masks
 from leap_dist.run_folder import ExportedWeights, Run
 from leap_dist.run_parts import TensorCount
 
@@ -46,6 +47,10 @@ def save_masks(run: Run, folder: Path) -> int:
     save_file(packed, folder / PACKED)
     index = {"masks_sha256": found, "shapes": shapes}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    meta = {"format": "numpy.packbits", "kept": 1, "density": run.certificate.density, "masks_sha256": found}
+    arrays = {name: mask.numpy() for name, mask in packed.items()}
+    arrays |= {f"{name}{SHAPE}": np.array(shapes[name], dtype=np.int64) for name in packed}
+    np.savez(folder / NPZ, **arrays, **{META: np.array(json.dumps(meta))})
     return sum(map(prod, shapes.values()))
 
 

@@ -26,7 +26,7 @@ from leap_dist.core.fixed import Shape, unpack
 from leap_dist.errors import UserError
 
 PACKED, INDEX = "masks.safetensors", "masks.json"
-SHAPE, META = ".__shape__", "__meta__"
+NPZ, SHAPE, META = "mask.npz", ".__shape__", "__meta__"
 SMALL = 2**20  # bytes of what is no mask: a shape, a header
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,30 @@ def test_masks_come_back_as_they_were(tmp_path: Path) -> None:
     assert np.array_equal(packed[QUERY].numpy(), np.packbits(masks[QUERY].flatten().numpy()))
     certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
     assert json.loads((folder / "masks.json").read_text())["masks_sha256"] == certificate["masks_sha256"]
+
+
+READS = """
+import json, sys
+import numpy as np
+with np.load(sys.argv[1], allow_pickle=False) as file:
+    meta = json.loads(str(file["__meta__"]))
+    shapes = {name[: -len(".__shape__")]: file[name] for name in file.files if name.endswith(".__shape__")}
+    bits = {name: np.unpackbits(file[name], count=int(np.prod(shape))) for name, shape in shapes.items()}
+    assert set(file.files) == {"__meta__", *shapes, *(f"{name}.__shape__" for name in shapes)}
+print(json.dumps([meta, {name: bits[name].reshape(shape).tolist() for name, shape in shapes.items()}]))
+"""
+
+
+def test_numpy_alone_reads_the_masks(tmp_path: Path) -> None:
+    masks = {"classifier.bias": torch.tensor([True, False, True]), QUERY: torch.rand(32, 32) < 0.5}
+    folder = export(tmp_path, masks, "element")
+    run = [sys.executable, "-I", "-c", READS, str(folder / "mask.npz")]
+    meta, found = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+    certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
+    assert meta["masks_sha256"] == certificate["masks_sha256"] and meta["density"] == certificate["density"]
+    assert {name: torch.tensor(mask).bool().tolist() for name, mask in found.items()} == {
+        name: mask.tolist() for name, mask in masks.items()
+    }
 
 
 def test_a_size_that_is_no_multiple_of_eight(tmp_path: Path) -> None:
