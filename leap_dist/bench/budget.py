@@ -15,6 +15,7 @@ from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, state_keys
 from leap_dist.core.select import COUNTS, NUM_SUMS, most_bytes
+from leap_dist.ops.soft import SUMS
 
 FP32, INT32, INT64 = 4, 4, 8  # bytes
 BUCKET = 5 * 10**8  # DeepSpeed's default for both bucket sizes, in elements
@@ -196,6 +197,9 @@ def leap_traffic(plan: GatePlan, config: LeapConfig, hosting: Hosting) -> list[T
     if hosting.ranks == 1 or hosting.stage == 0 or not plan.gates:
         return []
     gates, units = len(plan.gates), plan.num_structured_units
+    if config.rule == "gumbel":  # a pass in which the mean is at the level at once; most steps take one or two
+        found = [Traffic("gate gradients", 1, units * FP32), Traffic("scores of units", 2, 2 * units * FP32)]
+        return [t for t in (*found, Traffic("soft masks", 1, gates * SUMS * INT64)) if t.bytes]
     ranked = sum(gate.pattern is None for gate in plan.gates)
     regularised = config.rule == "leap" and config.control == "paper"
     found = [

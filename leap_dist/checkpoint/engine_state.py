@@ -25,7 +25,6 @@ from leap_dist.core.gating import (
 )
 from leap_dist.core.inputs import INPUTS
 from leap_dist.core.optimizer import LeapAdamW
-from leap_dist.core.update import write_
 from leap_dist.zero.binding import all_fragments, refresh_hosted, trained_shapes
 
 HOSTED = "hosted"  # the masters of what no gate covers
@@ -124,7 +123,7 @@ def scheduler_state(engine: Any) -> dict[str, Any] | None:
 def restore_engine(engine: Any, state: EngineState) -> None:
     """Go on from `engine_state()`, after the states of all fragments were put in place. Collective."""
     engine.leap.load_plain_state(state.leap.model_dump())
-    write_(engine.leap.gating)
+    engine.leap.write()
     for group, lr in zip(engine.leap.param_groups, state.lr, strict=True):
         group["lr"] = lr
     if state.scheduler is not None:

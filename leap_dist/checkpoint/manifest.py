@@ -62,6 +62,7 @@ class LeapState(ManifestPart):
     masked: bool
     regulariser: dict[str, float]
     task_size: float
+    soft: dict[str, float] = {}
 
 
 class EngineState(ManifestPart):

@@ -82,14 +82,16 @@ class LeapConfig(Section):
         description=f"one or more of {', '.join(GATE_NAMES)}, or objects with granularity and options",
     )
     """Granularities; with several, a weight is kept only if each of them keeps it."""
-    rule: Literal["leap", "movement", "magnitude"] = Field(
-        default="leap", description='"leap", "movement" or "magnitude"'
+    rule: Literal["leap", "movement", "magnitude", "gumbel"] = Field(
+        default="leap", description='"leap", "movement", "magnitude" or "gumbel"'
     )
-    """"leap" learns scores and thresholds; the other two follow a cubic schedule by hand."""
+    """"leap" learns scores and thresholds; "movement" and "magnitude" follow a cubic schedule by hand; "gumbel" learns
+    soft masks, on frozen weights if `weights` is not "trained"."""
     weights: Literal["auto", "trained", "frozen"] = Field(default="auto", description='"auto", "trained" or "frozen"')
-    """"frozen": scores learn which weights to keep, and no weight of the model changes; "auto": trained."""
+    """"frozen": scores learn which weights to keep, and no weight of the model changes; "auto": frozen with
+    rule "gumbel", else trained."""
     control: Literal["projected", "paper"] = Field(default="projected", description='"projected" or "paper"')
-    """How rule "leap" holds the level: an exact projection per step, or the published regulariser."""
+    """How rules "leap" and "gumbel" hold the level: a projection per step, or their published regularisers."""
     temperature: float = Field(default=32.0, gt=0, description="a number > 0")
     """T in the keep ratio sigmoid(sigma / T)."""
     score_init: Literal["auto", "activation", "magnitude", "zero"] = Field(
@@ -107,7 +109,7 @@ class LeapConfig(Section):
     calibration_batches: int = Field(default=16, ge=1, description="an integer >= 1")
     """Micro-batches, over all ranks, that show the inputs for score_init "activation" where there is no dense phase."""
     score_learning_rate: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
-    """"auto": the published 1e-2; for single weights 1e-3 / target where that is less."""
+    """"auto": the published 1e-2; for single weights 1e-3 / target where that is less; with rule "gumbel" 1e-3."""
     threshold_learning_rate: PositiveFloat | Literal["auto"] = Field(
         default="auto", description='a number > 0, or "auto"'
     )
@@ -138,7 +140,7 @@ class LeapConfig(Section):
     @property
     def frozen(self) -> bool:
         """Whether no weight of the model changes, and the masks alone are learned."""
-        return self.weights == "frozen"
+        return is_frozen(self.weights, self.rule)
 
     def score_rate(self, elementwise: bool, trust: float = 1.0) -> float:
         """Peak learning rate of scores, of single weights or of structured units; the automatic one is times `trust`.
@@ -148,6 +150,8 @@ class LeapConfig(Section):
         """
         if self.score_learning_rate != "auto":
             return self.score_learning_rate
+        if self.rule == "gumbel":
+            return 1e-3
         return trust * (min(1e-2, 1e-3 / self.target) if elementwise else 1e-2)
 
     @field_serializer("gates")
@@ -180,6 +184,11 @@ class LeapConfig(Section):
         if raw.get("weights") == "frozen" and (fixed := _fixed_masks(raw)):
             found.append(("weights", f'got "frozen", but {fixed}, so that nothing would learn; allowed: "trained"'))
         return found or _without_effect(raw, _unread(raw))
+
+
+def is_frozen(weights: Any, rule: Any) -> bool:
+    """Whether no weight of the model changes, by `weights` and `rule`."""
+    return bool(weights == "frozen" or (weights == "auto" and rule == "gumbel"))
 
 
 def _fixed_masks(raw: Mapping[str, Any]) -> str:
@@ -246,9 +255,10 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         if rule in ("movement", "magnitude")
         else None
     )
+    soft = 'rule "gumbel" learns no thresholds' if rule == "gumbel" else None
     pattern = gates and all(re.fullmatch(r"\d+:\d+", str(gate)) for gate in gates)
-    fixed = shared or ("an n:m pattern says what is kept, and there are no other gates" if pattern else None)
-    no_penalty = 'control "projected" has no regulariser' if projected else None
+    fixed = shared or soft or ("an n:m pattern says what is kept, and there are no other gates" if pattern else None)
+    no_penalty = soft or ('control "projected" has no regulariser' if projected else None)
     scored = 'rule "magnitude" takes the weights as they are for scores' if rule == "magnitude" else None
     start = given("score_init")
     unseen = f'score_init "{start}" looks at no inputs' if start in ("magnitude", "zero") else None
@@ -258,14 +268,14 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "control": shared,
         "temperature": fixed or (follows if projected and given("threshold_learning_rate") == "auto" else None),
         "threshold_learning_rate": fixed,
-        "tokens_per_step": shared or unseen,
+        "tokens_per_step": shared or soft or unseen,
         "lambda_max": shared or no_penalty,
         "lambda_min": shared or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
         "score_init": scored,
         "calibration_batches": scored or unseen or shown,
         "score_learning_rate": scored,
-        "settle_fraction": 'weights "frozen" leaves nothing to train once the masks are final: the last step settles'
-        if given("weights") == "frozen"
+        "settle_fraction": "frozen weights leave nothing to train once the masks are final: the last step settles"
+        if is_frozen(given("weights"), rule)
         else None,
         **steps,
     }

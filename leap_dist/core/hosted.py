@@ -38,7 +38,8 @@ class HostedOptimizer(torch.optim.Optimizer):
     `hosted` has them by name, also when the host has put shards in their place. `bind` must be called before the first
     step. axes: of gated tensors, where scores start from what the weights are multiplied with (core/inputs.py); who has
     the model reports that to `inputs`. fixed: masks for all steps, in place of those that are learned. measure: what
-    the target is a share of, where that is not the prunable weights; config.target is then its `share`.
+    the target is a share of, where that is not the prunable weights; config.target is then its `share`. seed: of the
+    noise of rule "gumbel".
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class HostedOptimizer(torch.optim.Optimizer):
         axes: Mapping[str, Axes] = MappingProxyType({}),
         fixed: Fixed | None = None,
         measure: Measure | None = None,
+        seed: int = 0,
     ) -> None:
         if config.total_steps is None and config.mode == "train":
             raise UserError("leap.total_steps: missing; give the number of optimizer steps of the whole run")
+        self.seed = seed
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, GATED: False}
         super().__init__(params, defaults)
         self.hosted: dict[str, Tensor] = {}
@@ -116,7 +119,7 @@ class HostedOptimizer(torch.optim.Optimizer):
             self._early, self._started = None, True
 
     def _bind_level(self) -> None:
-        self.level.bind(self.gating, self.masks, self.inputs)
+        self.level.bind(self.gating, self.masks, self.inputs, self.seed)
         if self.level.fixed is not None:  # the density is what they keep
             self.config, self.schedule = self.level.config, self.level.schedule
             write_(self.gating)
@@ -125,6 +128,13 @@ class HostedOptimizer(torch.optim.Optimizer):
         """The state tensors of a fragment's flat buffer, each of its shape."""
         values = self.gating.values
         return values.state if flat is values.flat else self.state[flat]
+
+    def write(self) -> None:
+        """The hosted weights become W * M, with soft masks where these are in place. Collective."""
+        if self.level.soft is not None and self.level.soft.on:
+            self.level.soft.write_()
+        else:
+            write_(self.gating)
 
     @property
     def bound(self) -> bool:

@@ -19,6 +19,7 @@ from leap_dist.core.inputs import Inputs
 from leap_dist.core.masks import Masks
 from leap_dist.core.measure import SAID, Measure
 from leap_dist.core.phases import Schedule
+from leap_dist.core.soft import Soft
 from leap_dist.errors import UserError
 from leap_dist.ops.reference import Adam
 
@@ -56,8 +57,9 @@ class Level:
         self.regulariser: dict[str, float] = {}
         self.task_size = th.TaskSize()
         self._made: list[int] | None = None  # kept counts of the masks that are in place
+        self.soft: Soft | None = None  # of rule "gumbel", once bound
 
-    def bind(self, gating: Gating, masks: Masks, inputs: Inputs | None = None) -> None:
+    def bind(self, gating: Gating, masks: Masks, inputs: Inputs | None = None, seed: int = 0) -> None:
         """Start the thresholds, and the scores where they start from the weights alone.
 
         inputs: where scores wait for what the weights are multiplied with. Raises UserError if the target is below
@@ -65,6 +67,7 @@ class Level:
         """
         self._gating, self._masks, self._inputs = gating, masks, inputs
         self.started = False
+        self.soft = Soft(gating, self.config, self.schedule, seed) if self.config.rule == "gumbel" else None
         if not self.plan.gates:
             return
         if self.fixed is not None:
@@ -128,6 +131,14 @@ class Level:
         if config.score_init != "zero" or config.rule == "magnitude":
             write_importance_(self._gating, norms, scaled=config.mode == "train", added=norms is not None)
         self.started = True
+
+    def _start_soft(self, soft: Soft) -> None:
+        """Scores of rule "gumbel" from the masks that those at the start make. Collective."""
+        shares = torch.full((len(self.plan.gates),), self.config.target, dtype=torch.float64)
+        self._masks.make(self.remaining.keep_counts(shares))
+        soft.start_()
+        self._masks.make([gate.num_units for gate in self.plan.gates])
+        self._made = None
 
     def _check_reachable(self) -> None:
         """Raise UserError if the target is below or above what the gates allow."""
@@ -215,6 +226,9 @@ class Level:
     def hold(self, step: int) -> None:
         """Thresholds and masks of the forward pass of a step; settles where that is in the settle phase."""
         self._start()
+        if self.soft is not None and self.schedule.phase(step) != "settle":
+            self._hold_soft(self.soft, step)
+            return
         if self.config.rule == "magnitude":
             write_importance_(self._gating, scaled=False)
         if self.schedule.phase(step) == "settle":
@@ -234,9 +248,19 @@ class Level:
             share = self._amount(self.kept_units) / self.remaining.total
             self.calibration = th.calibrate(share, self.remaining.ratio(k).item())
 
+    def _hold_soft(self, soft: Soft, step: int) -> None:
+        if not soft.on:
+            self._start_soft(soft)
+        soft.hold_(step, self.schedule.level(step))
+        self.kept_weights = round(soft.mean * self.plan.prunable)
+        self.regulariser = soft.regulariser
+
     def settle(self) -> None:
         """Make the density exact and freeze the masks."""
         self._start()
+        if self.soft is not None:
+            self._gating.write_thresholds(self.soft.thresholds(self.config.temperature, self.config.target))
+            self.soft.on = False
         self._made = None  # scores have moved
         if self.plan.gates:
             temperature, target = self.config.temperature, self.config.target
@@ -295,6 +319,7 @@ class Level:
             "masked": self._made is not None,
             "regulariser": self.regulariser,
             "task_size": self.task_size.mean_square,
+            "soft": self.soft.plain_state() if self.soft else {},
         }
 
     def load_plain_state(self, saved: Mapping[str, Any]) -> None:
@@ -313,5 +338,7 @@ class Level:
         self.regulariser, self.task_size.mean_square = dict(saved["regulariser"]), saved["task_size"]
         self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]
         self._made = list(self.kept_units) if saved["masked"] else None
+        if self.soft is not None:
+            self.soft.load_plain_state(saved["soft"])
         self._masks.forget()
         self._masks.note_flips()  # the next report counts from here

@@ -27,6 +27,7 @@ class Loaded:
         self._gating, self._copies = gating, copies
         self._probes = {flat: _probes([f for f in fragments if f.flat is flat]) for flat in copies}
         self._masked = {part.flat: _probes([f for f in gating.weights if f.flat is part.flat]) for part in gating.parts}
+        self._seen: dict[Tensor, Tensor] = {}  # what soft masks have left at the probes
         self._digests = {flat: _digest(flat) for flat in copies}
 
     def take_over(self) -> bool:
@@ -47,14 +48,22 @@ class Loaded:
                 changed += 1
         return bool(self._gating.communicator.sum_(changed).item())
 
-    def check(self, flat: Tensor) -> None:
-        """Raise UserError if the weights of a flat buffer are not those of the last step, as far as is looked at."""
+    def remember(self) -> None:
+        """The hosted weights are as the last step left them: with soft masks W * M is not to be made again."""
+        self._seen = {flat: flat.detach().view(-1)[places] for flat, places in self._masked.items()}
+
+    def check(self, flat: Tensor, soft: bool = False) -> None:
+        """Raise UserError if the weights of a flat buffer are not those of the last step, as far as is looked at.
+
+        soft: whether soft masks are in place; in the first step after a checkpoint was loaded they are not compared.
+        """
         hosted = flat.detach().view(-1)
         alike = True
         if flat in self._masked:
             places, states = self._masked[flat], self._gating.states(flat)
             latent, mask = (states[key].view(-1)[places] for key in (LATENT, MASK))
-            alike = _alike(hosted[places], latent * mask)
+            expected = self._seen.pop(flat, hosted[places]) if soft else latent * mask
+            alike = _alike(hosted[places], expected)
         if alike and flat in self._copies:
             copy = self._copies[flat].detach().view(-1)
             places = self._probes[flat]

@@ -50,7 +50,7 @@ class LeapAdamW(HostedOptimizer):
         if not self._started:
             self._take_over()
         for flat in (flat for group in self.param_groups for flat in group["params"]):
-            self._loaded.check(flat)
+            self._loaded.check(flat, soft=self.level.soft is not None and self.level.soft.on)
         if self.check_gradient and not self._gradient_is_finite():
             self.skip()
             return
@@ -99,15 +99,21 @@ class LeapAdamW(HostedOptimizer):
             with communicator.stopwatch.measure("select"):
                 self.level.hold(self.num_steps)
         self.level.gather()
-        write_(self.gating)
+        if self.level.soft is not None and self.level.soft.on:  # which has written
+            self._loaded.remember()
+        else:
+            write_(self.gating)
         self._communicated = communicator.num_collectives - before[0], communicator.num_bytes - before[1]
 
     def _update(self, group: dict[str, Any], phase: Phase) -> None:
         """Phases 1 and 2 of the step."""
         step = self.num_steps + 1
         adam = None if self.config.frozen else self.rates.weights(group, step)
-        if self.config.rule == "magnitude" or self.settled:
+        soft = self.level.soft
+        if self.config.rule == "magnitude" or self.settled or (soft is not None and not soft.on):
             update_(self.gating, adam)
+        elif soft is not None:
+            soft.learn_(adam, *(self.rates.scores(group, step, elementwise) for elementwise in (True, False)))
         else:
             gradients = learn_(self.gating, adam, self.rates.scores(group, step, elementwise=True))
             self._update_gates(group, phase, *gradients)

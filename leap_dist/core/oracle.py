@@ -18,7 +18,10 @@ from leap_dist.config.leap import LeapConfig
 from leap_dist.core import thresholds as th
 from leap_dist.core.gates import Gate, GatePlan
 from leap_dist.core.phases import schedule_of
+from leap_dist.core.rates import SOFT_BETA2
+from leap_dist.core.soft import ALPHA, MEAN_PULL, NORM_PULL, curve_at, find_bias, first_scores
 from leap_dist.ops.slices import Slice
+from leap_dist.ops.soft import Curve, logistic, noise_key
 
 
 class TopK(torch.autograd.Function):
@@ -75,6 +78,7 @@ class Oracle:
         weight_decay: float = 0.01,
         no_decay: Iterable[str] = (),
         max_norm: float = 0.0,
+        seed: int = 0,
     ) -> None:
         assert config.total_steps is not None
         self.model, self.plan, self.config, self.lr, self.max_norm = model, plan, config, lr, max_norm
@@ -89,13 +93,17 @@ class Oracle:
             self._scores_from_weights(scaled=True)
         self.masks = [torch.ones(gate.num_units, dtype=torch.bool) for gate in plan.gates]
         self.num_steps, self.calibration, self.settled = 0, 1.0, False
+        self.seed = seed
+        self.curve: Curve | None = None  # of the soft masks of rule "gumbel", where they are in place
         decayed = [p for name, p in self.latent.items() if name not in set(no_decay)]
         plain = [p for name, p in self.latent.items() if name in set(no_decay)]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         self.weight_optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
         self.score_rates = [config.score_rate(gate.elementwise, self.schedule.trust) for gate in plan.gates]
         own = zip(self.scores, self.score_rates, strict=True)
-        self.score_optimizer = torch.optim.Adam([{"params": [scores], "lr": peak} for scores, peak in own])
+        betas = (0.9, SOFT_BETA2 if config.rule == "gumbel" else 0.999)
+        groups = [{"params": [scores], "lr": peak} for scores, peak in own]
+        self.score_optimizer = torch.optim.Adam(groups, betas=betas)
         rate, projected = config.threshold_learning_rate, config.control == "projected"
         auto = self.schedule.threshold_rate(config.temperature, projected, elementwise=not plan.structured)
         rate = auto if rate == "auto" else rate
@@ -128,6 +136,7 @@ class Oracle:
         """One optimizer step; `loss` is called once with the masked model's forward function."""
         sigmas = self.sigma.unbind()
         units = [TopK.apply(s, t, m) for s, t, m in zip(self.scores, sigmas, self.masks, strict=True)]
+        units = units if self.curve is None else self.soft_units(self.curve)
         hosted = self.masked_weights(units)
         for name in self.plan.covers:
             hosted[name].retain_grad()
@@ -138,6 +147,10 @@ class Oracle:
         value.backward()
         self._clip(hosted)
         self._regularise()
+        if self.curve is not None:
+            self.sigma.grad = torch.zeros_like(self.sigma)
+            if self.config.control == "paper":
+                self._add_published(self.curve)
         assert self.sigma.grad is not None
         self.sigma.grad = self.remaining.share_gradient(self.sigma.grad).to(self.sigma)
         self._update()
@@ -182,10 +195,75 @@ class Oracle:
     def _update(self) -> None:
         if not self.config.frozen:
             self.weight_optimizer.step()
-        if self.config.rule != "magnitude" and not self.settled:
+        moves = self.config.rule not in ("magnitude", "gumbel") or self.curve is not None
+        if moves and not self.settled:
             self.score_optimizer.step()
             if self.config.rule == "leap" and self.schedule.phase(self.num_steps) == "prune":
                 self.threshold_optimizer.step()
+
+    # Soft masks, of rule "gumbel"
+
+    def soft_units(self, curve: Curve) -> list[Tensor]:
+        """M of the units of every gate, by autograd; noise is numbered by element, or over all structured units."""
+        found = []
+        for index, (gate, scores) in enumerate(zip(self.plan.gates, self.scores, strict=True)):
+            number, first = self._numbered(index)
+            noise = logistic(noise_key(curve.key, number), first, gate.num_units, scores.device)
+            found.append(torch.sigmoid((curve.alpha * scores + noise + curve.bias) / curve.tau))
+        return found
+
+    def _numbered(self, index: int) -> tuple[int, int]:
+        """(number of a gate, index of its first unit) in the noise."""
+        elementwise = self.plan.gates[index].elementwise
+        return (index, 0) if elementwise else (len(self.plan.gates), self.plan.units(index).start)
+
+    def _add_published(self, curve: Curve) -> None:
+        """Add the gradient of 7 |mean M - target| - 10 (1 - t/T) sum ||M W|| / sum ||W||, without one for W."""
+        units, left = self.soft_units(curve), 1.0 - (curve.alpha - ALPHA[0]) / (ALPHA[1] - ALPHA[0])
+        mean = torch.cat(units).mean()
+        weights = {name: self.latent[name].detach() for name in self.plan.covers}
+        masked = [(w * self.mask_of(name, units)).norm() for name, w in weights.items()]
+        whole = torch.stack([w.norm() for w in weights.values()]).sum()
+        loss = MEAN_PULL * (mean - self.config.target).abs() - NORM_PULL * left * torch.stack(masked).sum() / whole
+        for scores, grad in zip(self.scores, torch.autograd.grad(loss, self.scores), strict=True):
+            assert scores.grad is not None
+            scores.grad += grad
+
+    def _hold_soft(self) -> None:
+        """The soft masks of the next forward pass."""
+        if self.curve is None:
+            shares = torch.full((len(self.plan.gates),), self.config.target, dtype=torch.float64)
+            kept = self._best(self.remaining.keep_counts(shares))
+            for index, scores in enumerate(self.scores):
+                by_mask = None if self.config.score_init == "zero" else kept[index]
+                scores.copy_(first_scores(by_mask, *self._numbered(index), self.seed, scores))
+        sizes = [gate.unit_sizes.double() for gate in self.plan.gates]
+
+        def evaluate(bias: float) -> tuple[float, float]:
+            self.curve = curve_at(self.schedule, self.num_steps, bias, self.seed)
+            mean = slope = 0.0
+            for size, mask in zip(sizes, self.soft_units(self.curve), strict=True):
+                mean += (size * mask).sum().item() / self.plan.prunable
+                slope += (size * mask * (1.0 - mask)).sum().item() / self.curve.tau / self.plan.prunable
+            return mean, slope
+
+        if self.config.control == "projected":
+            find_bias(evaluate, self.schedule.level(self.num_steps), self.curve.bias if self.curve else 0.0)
+        else:
+            evaluate(0.0)
+
+    def _settle_soft(self) -> None:
+        """Thresholds that keep the best scores of all gates together; then masks are as in other rules."""
+        sizes = [gate.unit_sizes.double().expand(gate.num_units) for gate in self.plan.gates]
+        scores, order = torch.sort(torch.cat(list(self.scores)).detach(), descending=True, stable=True)
+        enough = torch.cat(sizes)[order].cumsum(0) >= self.config.target * self.plan.prunable
+        worst = scores[int(enough.nonzero()[0])]  # of those that stay
+        shares = torch.stack([(own >= worst).double().mean() for own in self.scores])
+        for group in self.plan.tied:
+            num = torch.tensor([self.plan.gates[i].num_units for i in group], dtype=torch.float64)
+            shares[list(group)] = shares[list(group)] @ num / num.sum()
+        self.sigma.copy_(torch.logit(shares.clamp(1e-9, 1.0 - 1e-9)) * self.config.temperature)
+        self.curve = None
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -238,6 +316,11 @@ class Oracle:
             self._scores_from_weights(scaled=True)
             self.waits, self.squares = False, {}
         settle = self.schedule.phase(self.num_steps) == "settle"
+        if config.rule == "gumbel" and not settle:
+            self._hold_soft()
+            return
+        if config.rule == "gumbel":
+            self._settle_soft()
         level = 0.0 if settle else self.schedule.level(self.num_steps)
         self.sigma.copy_(self.remaining.with_patterns(self.sigma, config.temperature, level))
         if settle:

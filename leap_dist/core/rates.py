@@ -8,6 +8,8 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.core.phases import Schedule
 from leap_dist.ops.reference import Adam
 
+SOFT_BETA2 = 0.95  # of the scores of rule "gumbel", as published
+
 
 class Rates:
     """`group` is always a parameter group of LeapAdamW, `step` counts its optimizer steps from 1."""
@@ -23,7 +25,12 @@ class Rates:
         """A scheduler scales their rate with the group's; where that starts at 0, scores keep theirs."""
         peak = group.get("max_lr", group["base_lr"])
         scale = group["lr"] / peak if peak > 0.0 else 1.0
-        return _adam(group, step, self._config.score_rate(elementwise, self._schedule.trust) * scale)
+        adam = _adam(group, step, self._config.score_rate(elementwise, self._schedule.trust) * scale)
+        return self._of_soft(adam, step) if self._config.rule == "gumbel" else adam
+
+    def _of_soft(self, adam: Adam, step: int) -> Adam:
+        """Those of rule "gumbel" move from the step after the first of the prune phase on."""
+        return adam._replace(beta2=SOFT_BETA2, step=step - self._schedule.dense_end - 1)
 
     def thresholds(self, group: Mapping[str, Any], step: int) -> Adam:
         """Their moments start with the prune phase."""

@@ -12,6 +12,7 @@ from leap_dist.config.family import FamilyConfig
 from leap_dist.config.leap import GateConfig, LeapConfig
 from leap_dist.core.fixed import Fixed, mask_gates
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
+from leap_dist.core.soft import check_soft
 from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_structures, find_sublayers, tensor_shapes
 from leap_dist.models.families import computed_weights, family_of, prunable_matrices
@@ -78,7 +79,9 @@ def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None 
         if entry.uniform:
             _check_uniform(key, [gate for gate in gates if gate.tie == _tie(key, entry)])
     _check_once(gates)
-    return GatePlan(gates)
+    plan = GatePlan(gates)
+    check_soft(plan, config)
+    return plan
 
 
 def _refuse_computed(model: nn.Module, config: LeapConfig) -> None:

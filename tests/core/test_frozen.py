@@ -74,7 +74,10 @@ def test_frozen_weights_save_their_moments() -> None:
             {"start": "zeros"},
             r'leap\.weights: got "frozen", but the masks of leap\.start are fixed, so that nothing .*',
         ),
-        ({"settle_fraction": 0.4}, r"leap\.settle_fraction: got 0\.4, which has no effect here: weights .frozen. .*"),
+        (
+            {"settle_fraction": 0.4},
+            r"leap\.settle_fraction: got 0\.4, which has no effect here: frozen weights .*",
+        ),
         (
             {"mode": "one_shot"},
             r'leap\.weights: got "frozen", which has no effect here: mode "one_shot" takes no step.*',

@@ -1,0 +1,136 @@
+"""Soft masks of rule "gumbel", in plain torch on any device: M = sigmoid((alpha P + b + g) / tau), g logistic noise.
+
+Nothing of M is kept: the noise is drawn from a counter, so that the update draws again what the forward pass met. It
+is that of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a mix of key + index * golden ratio, so that an element's
+noise depends on its place in its tensor alone, on any number of ranks and however it is cut.
+Tables of runs are as in reference.py, with the element's index in its tensor as the last column.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leap_dist.ops.reference import CPU_BLOCK, Adam, adamw_, run_table
+
+GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+WORD = 1 << 64
+BITS = 23  # of a uniform number, so that it, and one minus it, are exact in fp32
+GPU_BLOCK = 1 << 22  # elements at a time: their counters take 8 bytes each
+SUMS = 4  # columns of what `write_soft_` returns
+
+
+class Curve(NamedTuple):
+    """How scores become masks in one step; the key of its noise is `key` and the number of the gate."""
+
+    alpha: float
+    tau: float
+    bias: float
+    key: int
+
+
+def noise_key(*numbers: int) -> int:
+    """A 64-bit key of a few numbers: seed, step, gate."""
+    key = 0
+    for number in numbers:
+        key = (key + number * GOLDEN + GOLDEN) % WORD
+        key = (key ^ (key >> 30)) * FIRST % WORD
+        key = (key ^ (key >> 27)) * SECOND % WORD
+        key ^= key >> 31
+    return key
+
+
+def uniform(key: int, first: int, num: int, device: torch.device) -> Tensor:
+    """Uniform numbers of the indices first .. first + num - 1, fp32 of shape (num,), inside (0, 1)."""
+    mixed = torch.arange(first, first + num, device=device).mul_(_signed(GOLDEN)).add_(_signed(key))
+    for shift, factor in ((30, FIRST), (27, SECOND), (31, 1)):
+        mixed ^= _shifted(mixed, shift)
+        mixed *= _signed(factor)
+    return _shifted(mixed, 64 - BITS).float().mul_(2.0).add_(1.0).mul_(2.0 ** -(BITS + 1))
+
+
+def logistic(key: int, first: int, num: int, device: torch.device) -> Tensor:
+    """Logistic noise: log(u) - log(1 - u) of `uniform`."""
+    drawn = uniform(key, first, num, device)
+    return torch.log(drawn).sub_(torch.log1p(-drawn))
+
+
+def normal(key: int, first: int, num: int, device: torch.device) -> Tensor:
+    """Numbers of mean 0 and deviation 1, fp32 of shape (num,)."""
+    return torch.special.ndtri(uniform(key, first, num, device))
+
+
+def _signed(word: int) -> int:
+    return word - WORD if word >= WORD // 2 else word
+
+
+def _shifted(words: Tensor, shift: int) -> Tensor:
+    """To the right, zeros coming in."""
+    return (words >> shift) & ((1 << (64 - shift)) - 1)
+
+
+def soft_masks(score: Tensor, gate: int, first: int, curve: Curve) -> Tensor:
+    """M of scores with the indices first .. of gate number `gate`: fp32 of shape (num,)."""
+    noise = logistic(noise_key(curve.key, gate), first, len(score), score.device)
+    return noise.add_(score, alpha=curve.alpha).add_(curve.bias).div_(curve.tau).sigmoid_()
+
+
+def numbered_table(runs: Sequence[tuple[int, int, int, int]], device: torch.device) -> list[list[int]]:
+    """Runs (offset, length, gate, first index) cut to blocks of a device."""
+    size = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
+    rows = []
+    for offset, length, gate, first in runs:
+        cut = run_table([(offset, length, gate, 0)], size).tolist()
+        rows += [[place, num, gate, first + place - offset] for place, num, _, _ in cut]
+    return rows
+
+
+def write_soft_(
+    table: Sequence[Sequence[int]], num_gates: int, latent: Tensor, score: Tensor, hosted: Tensor, curve: Curve
+) -> Tensor:
+    """hosted = W * M for every run; tensors are flat, hosted may be of another dtype.
+
+    Returns by gate (sum M, sum dM/db, sum (W M)^2, sum W^2), float64 of shape (num_gates, 4).
+    """
+    sums = torch.zeros(num_gates, SUMS, dtype=torch.float64, device=latent.device)
+    for offset, length, gate, first in table:
+        b = slice(offset, offset + length)
+        mask = soft_masks(score[b], gate, first, curve)
+        masked = latent[b] * mask
+        hosted[b].copy_(masked)
+        slope = torch.dot(mask, 1.0 - mask) / curve.tau
+        parts = mask.sum(dtype=torch.float64), slope, torch.dot(masked, masked), torch.dot(latent[b], latent[b])
+        sums[gate] += torch.stack([part.double() for part in parts])
+    return sums
+
+
+def learn_soft_(
+    table: Sequence[Sequence[int]],
+    grad: Tensor,
+    latent: Tensor,
+    score: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    masked: Tensor | None,
+    curve: Curve,
+    pulls: Sequence[Sequence[float]],
+    adam: Adam,
+) -> None:
+    """Adam on the scores of every run, with M as in the forward pass, and masked = G * M where it is given.
+
+        dL/dP = (G W + c_g + d_g W^2 M) M (1 - M) alpha / tau
+
+    pulls: (c, d) of every gate, which come from a regulariser.
+    """
+    for offset, length, gate, first in table:
+        b = slice(offset, offset + length)
+        mask = soft_masks(score[b], gate, first, curve)
+        gradient = grad[b] * latent[b]
+        constant, of_square = pulls[gate]
+        if constant or of_square:
+            gradient += constant + of_square * latent[b] ** 2 * mask
+        gradient *= mask * (1.0 - mask) * (curve.alpha / curve.tau)
+        if masked is not None:
+            torch.mul(grad[b], mask, out=masked[b])
+        adamw_(score[b], gradient, exp_avg[b], exp_avg_sq[b], adam)
