@@ -106,6 +106,9 @@ class LeapConfig(Section):
     )
     """Masks that are fixed from the first step, and the weights that are left train: "zeros", those that the model has;
     a folder that `launch/export.py --to mask` wrote; or the packed masks that others publish as .npz."""
+    permute: Literal["greedy"] | None = Field(default=None, description='"greedy" or null')
+    """Before an n:m mask: "greedy" puts the columns of attention's output and the FFN's down projections, with what
+    makes their inputs, in an order in which the pattern keeps more of the scores. launch/prune.py only."""
     calibration_batches: int = Field(default=16, ge=1, description="an integer >= 1")
     """Micro-batches, over all ranks, that show the inputs for score_init "activation" where there is no dense phase."""
     score_learning_rate: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
@@ -175,6 +178,9 @@ class LeapConfig(Section):
         low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", "auto")
         if is_number(low) and is_number(high) and low > high > 0:
             found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))
+        if raw.get("permute") is not None and not _patterned(gates):
+            problem = "there is no n:m gate that the order of columns matters to; add one to leap.gates, or remove it"
+            found.append(("permute", f"got {show(raw['permute'])}, but {problem}"))
         one_shot = raw.get("mode") == "one_shot"
         if one_shot and raw.get("score_init") == "zero":
             problem = 'got "zero", by which no weight is better than another; allowed in one shot: "activation", '
@@ -184,6 +190,13 @@ class LeapConfig(Section):
         if raw.get("weights") == "frozen" and (fixed := _fixed_masks(raw)):
             found.append(("weights", f'got "frozen", but {fixed}, so that nothing would learn; allowed: "trained"'))
         return found or _without_effect(raw, _unread(raw))
+
+
+def _patterned(gates: Any) -> bool:
+    """Whether a gate of `leap.gates`, as it stands in a file, is an n:m pattern."""
+    listed = gates if isinstance(gates, tuple) else ()
+    names = [gate.get("granularity") if isinstance(gate, Mapping) else gate for gate in listed]
+    return any(re.fullmatch(r"\d+:\d+", str(getattr(name, "granularity", name))) for name in names)
 
 
 def is_frozen(weights: Any, rule: Any) -> bool:
@@ -212,7 +225,7 @@ OF_STEPS = (
     *("dense_fraction", "settle_fraction", "total_steps", "tokens_per_step"),
 )
 """Settings that say how masks move from step to step."""
-OF_SCORES = ("gates", "score_init", "calibration_batches")
+OF_SCORES = ("gates", "score_init", "calibration_batches", "permute")
 ONE_SHOT = 'mode "one_shot" takes no step, and score_init says what is kept'
 
 
@@ -262,7 +275,8 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
     scored = 'rule "magnitude" takes the weights as they are for scores' if rule == "magnitude" else None
     start = given("score_init")
     unseen = f'score_init "{start}" looks at no inputs' if start in ("magnitude", "zero") else None
-    shown = "the dense phase shows the inputs" if given("dense_fraction") and not steps else None
+    shown = given("dense_fraction") and not steps and not given("permute")
+    shown = "the dense phase shows the inputs" if shown else None
     follows = 'under control "projected" an automatic threshold_learning_rate follows it: give that a number'
     reasons = {
         "control": shared,

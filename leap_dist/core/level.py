@@ -165,7 +165,9 @@ class Level:
 
     @property
     def density(self) -> float:
-        """Kept prunable weights / prunable weights, of the masks in place."""
+        """Kept prunable weights / prunable weights, of the masks in place; of soft ones their mean."""
+        if self.soft is not None and self.soft.on:
+            return self.soft.mean
         return self.kept_weights / max(self.plan.prunable, 1)
 
     def measures(self, step: int) -> dict[str, float]:
@@ -252,7 +254,6 @@ class Level:
         if not soft.on:
             self._start_soft(soft)
         soft.hold_(step, self.schedule.level(step))
-        self.kept_weights = round(soft.mean * self.plan.prunable)
         self.regulariser = soft.regulariser
 
     def settle(self) -> None:

@@ -1,6 +1,7 @@
 """A job with everything it needs built: data, tokenizer, model in its engine, teacher."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from leap_dist.tasks.head import WordHead
 from leap_dist.train.batches import Batches, StreamBatches, accumulation, examples_per_step
 from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
 from leap_dist.train.guards import Heartbeats
+from leap_dist.train.reorder import reorder
 from leap_dist.train.watch import NOTHING, Watch
 from leap_dist.zero.engine import initialize
 from leap_dist.zero.ranks import Ranks
@@ -47,6 +49,7 @@ class Job:
     words: WordHead | None = None  # of a language model
     watch: Watch = NOTHING
     state: RunState = field(default_factory=RunState)
+    orders: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of columns, where leap.permute changed them
 
     @property
     def before(self) -> str:
@@ -82,12 +85,15 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     teacher = _load_teacher(config, task, model) if distills else None
     scheduled = one_shot or "scheduler" in config.deepspeed
     scheduler = None if scheduled else _linear_schedule(total, config.train.warmup_fraction)
-    engine, *_ = initialize(model=model, config=config, lr_scheduler=scheduler)
-    config = config.model_copy(update={"leap": engine.leap.config})  # with what depends on the model
+    orders = reorder(config, model, batches, ranks) if config.leap.permute else {}
+    settings = config.model_copy(update={"leap": config.leap.model_copy(update={"permute": None})})
+    engine, *_ = initialize(model=model, config=settings, lr_scheduler=scheduler)
+    resolved = engine.leap.config.model_copy(update={"permute": config.leap.permute})
+    config = config.model_copy(update={"leap": resolved})  # with what depends on the model
     distiller = _distiller(config, task, engine, teacher) if distills else None
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     words = WordHead(engine, task.problem == "causal_lm") if task.problem in ("causal_lm", "masked_lm") else None
-    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller, words, watch)
+    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller, words, watch, orders=orders)
 
 
 def _total_steps(config: JobConfig, batches: Batches | StreamBatches) -> int:

@@ -29,6 +29,7 @@ from leap_dist.train.meter import Meter
 from leap_dist.train.one_shot import prepare_one_shot, show_inputs
 from leap_dist.train.output import as_logged, check_output, complete_pages, prepared
 from leap_dist.train.progress import Progress
+from leap_dist.train.reorder import save_orders
 from leap_dist.train.saving import Saver, read_progress
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.summary import ending, model_tags, prefixed, print_summary, tags_of
@@ -72,6 +73,8 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
         prepared(output, settings, state.start) if ranks.first else nullcontext() as writer,
     ):
         try:
+            if ranks.first:
+                save_orders(output, job.orders)
             tracker.datasets(config.data, job.task)
             with Heartbeats(output / RANKS, ranks, config.train.collective_timeout) as heartbeats:
                 state.heartbeats = heartbeats
@@ -238,7 +241,7 @@ def _dense_reference(config: JobConfig, ranks: Ranks, watch: Watch) -> dict[str,
     """The metrics of a run of the same length and seed in which nothing is pruned."""
     if ranks.first:
         console().print("dense reference: a run of the same length without pruning", markup=False)
-    trained = {"target": 1.0, "start": None, "weights": "trained", "rule": "leap"}
+    trained = {"target": 1.0, "start": None, "weights": "trained", "rule": "leap", "permute": None}
     dense = config.model_copy(update={"leap": config.leap.model_copy(update=trained)})
     job = build_job(dense, ranks, Watch(asked=watch.asked))
     train(job, Tracker(config.tracking, {}, enabled=False), output=None, checkpoints=None)

@@ -314,6 +314,11 @@ def engine_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parameters: Any) -> LeapAdamW:
     """The optimizer of a model's gates, and hooks on its routers and norms; everything that can fail comes first."""
     leap, family, train = settings.leap, settings.family, settings.train
+    if leap.permute is not None:
+        raise UserError(
+            f'leap.permute: got "{leap.permute}"; launch/prune.py reorders the columns of the model that it loads; '
+            "remove it in a loop of your own"
+        )
     plan, fixed = start_plan(model, leap, family)
     defaults = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     groups = parameter_groups(model, plan, optimizer, model_parameters, defaults)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from leap_dist.zero.binding import all_fragments
 from tests.peers.nets import relative_error
 from tests.ranks import RankPools
 from tests.zero.test_engine import STEPS, final_weights, oracle_weights, pruned_engine, run_steps
@@ -39,11 +40,12 @@ def test_soft_masks_are_the_same_on_any_ranks_under_every_stage(ranks: RankPools
 
 
 def digest(engine: Any) -> list[Tensor]:
-    """Copies of everything that a step changes."""
-    leap = engine.leap
-    flats = [flat for state in leap.state.values() for flat in state.values() if torch.is_tensor(flat)]
-    own = [*leap.state.keys(), leap.gating.values.flat, *leap.gating.values.state.values()]
-    return [t.detach().clone() for t in (*flats, *own)]
+    """Copies of everything that a step changes; not of padding, which holds anything."""
+    leap, found = engine.leap, []
+    for fragment in all_fragments(engine):
+        states = [t for _, t in sorted(leap.states_of(fragment.flat).items()) if torch.is_tensor(t)]
+        found += [fragment.view(t).clone() for t in (fragment.flat, *states)]
+    return found
 
 
 def resumed(folder: str, stage: int, kind: str, changes: dict[str, Any]) -> bool:

@@ -1,0 +1,67 @@
+"""Columns in another order before an n:m mask (leap.permute), by what scores start from; before hosting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from leap_dist.config.sections import JobConfig
+from leap_dist.console import console
+from leap_dist.core.communicator import Communicator
+from leap_dist.core.inputs import Inputs
+from leap_dist.models.inputs import resolve_start
+from leap_dist.models.permute import find_orders, permute_
+from leap_dist.models.plan import make_plan
+from leap_dist.train.batches import Batches, StreamBatches
+from leap_dist.zero.listener import Listener
+from leap_dist.zero.ranks import Ranks
+
+PERMUTATION = "permutation.npz"  # in a run folder: by block, the places that its columns come from
+
+
+def reorder(config: JobConfig, model: nn.Module, batches: Batches | StreamBatches, ranks: Ranks) -> dict[str, Tensor]:
+    """Permute a job's model; returns the orders, which the first rank finds. Collective."""
+    plan = make_plan(model, config.leap, config.family)
+    start = resolve_start(model, plan, config.leap)
+    norms: Mapping[str, Tensor] = {}
+    if start.axes:
+        inputs = Inputs(start.axes, Communicator(), Communicator(), torch.device("cpu"))
+        _show(model, inputs, batches.calibration(config.leap.calibration_batches))
+        parts = [sums for sums in ranks.gather_objects(inputs.flat) if sums is not None]
+        inputs.flat.copy_(torch.stack(parts).sum(0))
+        norms = inputs.norms()
+
+    def worth(tensor: str) -> Tensor:
+        sizes = model.get_parameter(tensor).detach().abs().float().cpu()
+        return sizes * norms[tensor] if tensor in norms else sizes
+
+    orders = ranks.on_first(lambda: find_orders(model, plan, worth, config.family))
+    permute_(model, orders, config.family)
+    if ranks.first:
+        console().print(f"leap.permute: the columns of {len(orders)} blocks are in another order", markup=False)
+    return orders
+
+
+def _show(model: nn.Module, inputs: Inputs, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Let a model see batches, so that `inputs` has the sums of this rank."""
+    listener, training = Listener(model, inputs, on=True), model.training
+    inputs.calibrating = True
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for batch in batches:
+            model(**{key: value.to(device) for key, value in batch.items()})
+    inputs.pool()
+    model.train(training)
+    listener.remove()
+
+
+def save_orders(folder: Path, orders: Mapping[str, Tensor]) -> None:
+    """Write them to a run folder, once: a run that is resumed has the weights of its checkpoint."""
+    if orders and not (folder / PERMUTATION).exists():
+        np.savez(folder / PERMUTATION, **{name: order.numpy() for name, order in orders.items()})

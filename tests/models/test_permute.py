@@ -1,0 +1,100 @@
+"""Columns in another order before an n:m mask: the same function, and more of the scores stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import leap_dist
+from leap_dist.config.job_file import parse_leap
+from leap_dist.errors import UserError
+from leap_dist.models.permute import find_orders, greedy_order, permute_
+from leap_dist.models.plan import make_plan
+from tests.models.tiny import EAGER_ONLY, HEADS, tiny
+from tests.ranks import RankPools
+from tests.zero.test_fixed import TINY, run
+
+
+def kept(weight: torch.Tensor, n: int, m: int) -> float:
+    return weight.abs().view(-1, m).topk(n, dim=1).values.sum().item()
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta", "gemma3_text", "llama", "phi3", "opt", "t5", "qwen3_moe"])
+def test_the_function_stays_and_more_of_the_scores_is_kept(kind: str) -> None:
+    model = tiny(kind, HEADS[kind], "eager" if kind in EAGER_ONLY else "sdpa")
+    plan = make_plan(model, parse_leap({"target": 0.5, "gates": ["2:4"]}))
+    weights = dict(model.named_parameters())
+    ids = torch.randint(3, 64, (2, 9))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if kind == "t5" else {"input_ids": ids}
+    with torch.no_grad():
+        for weight in weights.values():  # columns of other sizes, as trained models have
+            weight.mul_(torch.rand(weight.shape[-1]) * 1.5)
+        before = model(**inputs)[0]
+        was = {name: weight.clone() for name, weight in weights.items()}
+        orders = find_orders(model, plan, lambda name: weights[name].abs(), None)
+        permute_(model, orders, None)
+        after = model(**inputs)[0]
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+    changed = [name for name, weight in weights.items() if not torch.equal(weight, was[name])]
+    gains = [kept(weights[name], 2, 4) - kept(was[name], 2, 4) for name in changed if name in plan.covers]
+    assert min(gains) > -1e-4 and max(gains) > 0  # a row's order alone changes nothing but rounding
+    for order in orders.values():
+        assert torch.equal(order.sort(1).values, torch.arange(order.shape[1]).expand_as(order))
+
+
+def test_strong_columns_are_dealt_to_different_groups() -> None:
+    scores = torch.ones(16, 12)
+    scores[:, [4, 5, 6, 7, 0, 1]] = 10.0  # four of them neighbours, of which 2:4 would drop two
+    order = greedy_order(scores, 2, 4)
+    assert kept(scores[:, order], 2, 4) == scores.sum(1)[0] * 16 - 6 * 16
+    again = greedy_order(scores[:, order], 2, 4)
+    assert kept(scores[:, order][:, again], 2, 4) == kept(scores[:, order], 2, 4)
+
+
+def one_shots(folder: str) -> list[dict[str, Any]]:
+    leap = {"target": 0.5, "mode": "one_shot", "score_init": "activation", "gates": ["2:4"]}
+    found = [run(Path(folder) / str(permute), 2, leap | {"permute": permute}) for permute in (None, "greedy")]
+    train = {"target": 0.5, "gates": ["2:4"], "permute": "greedy", "score_init": "magnitude"}
+    return [*found, run(Path(folder) / "trained", 3, train)]
+
+
+def test_a_job_keeps_its_orders_in_the_run_folder(ranks: RankPools, tmp_path: Path) -> None:
+    plain, greedy, trained = ranks(2).run(one_shots, str(tmp_path), timeout=300)[0]
+    assert greedy["metrics"]["dense"] == pytest.approx(plain["metrics"]["dense"])
+    assert greedy["masks_sha256"] != plain["masks_sha256"] and greedy["density"] == trained["density"] == 0.5
+    assert not (tmp_path / "None" / "permutation.npz").exists()
+    for folder in ("greedy", "trained"):
+        with np.load(tmp_path / folder / "permutation.npz", allow_pickle=False) as file:
+            assert len(file.files) == 2 * TINY["num_hidden_layers"]
+            for order in file.values():
+                assert (np.sort(order) == np.arange(order.shape[1])).all()
+        assert json.loads((tmp_path / folder / "config.json").read_text())["leap"]["permute"] == "greedy"
+
+
+@pytest.mark.parametrize(
+    ("leap", "message"),
+    [
+        ({}, r'leap\.permute: got "greedy", but there is no n:m gate .*; add one to leap\.gates, or remove it'),
+        ({"gates": ["row", "head"]}, r'leap\.permute: got "greedy", but there is no n:m gate'),
+        ({"gates": ["2:4"], "permute": "learned"}, r'leap\.permute: got "learned"; allowed: "greedy" or null'),
+    ],
+)
+def test_no_order_without_a_pattern(leap: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_leap({"target": 0.5, "permute": "greedy", **leap})
+
+
+def test_what_has_no_block_and_loops_of_ones_own_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    leap = {"target": 0.5, "gates": ["2:4"], "permute": "greedy", "total_steps": 10}
+    plan = make_plan(model, parse_leap(leap))
+    with pytest.raises(UserError, match=r'leap\.permute: got "greedy", but no n:m gate is on the output projection'):
+        find_orders(model, plan, lambda name: model.get_parameter(name).abs(), None)
+    with pytest.raises(UserError, match=r'leap\.permute: got "greedy"; launch/prune\.py reorders'):
+        leap_dist.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "leap": leap})
