@@ -139,6 +139,7 @@ class Soft:
         self._sizes = torch.cat([torch.zeros(0, dtype=torch.float64), *sizes]).to(gating.device)
         self.on, self.mean = False, 1.0
         self._step, self._bias = 0, 0.0
+        self._loaded = False  # whether sums over masks are still those from before a checkpoint was loaded
         self._pulls = [(0.0, 0.0)] * len(plan.gates)
         self.regulariser: dict[str, float] = {}
 
@@ -177,6 +178,7 @@ class Soft:
     def _evaluate(self, bias: float) -> tuple[float, float]:
         """Hosted weights by a bias; (mean of M, its slope)."""
         gating, plan = self._gating, self._gating.plan
+        self._loaded = False
         self._bias, curve = bias, curve_at(self._schedule, self._step, bias, self._seed)
         sums = torch.zeros(len(plan.gates), SUMS, dtype=torch.float64, device=gating.device)
         units = self._unit_masks(curve)
@@ -219,6 +221,8 @@ class Soft:
 
     def learn_(self, adam: Adam | None, score_adam: Adam, unit_adam: Adam) -> None:
         """A step of the scores, and of the latent weights where they are trained. Collective."""
+        if self._loaded:
+            self.write_()
         gating, curve = self._gating, self._curve
         units = self._unit_masks(curve)
         sums = torch.zeros(len(units), dtype=torch.float64, device=gating.device)
@@ -289,6 +293,6 @@ class Soft:
         return {"step": float(self._step), "bias": self._bias} if self.on else {}
 
     def load_plain_state(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `plain_state()`; `write_` comes after the states of all fragments are in place."""
-        self.on = bool(saved)
+        """Continue from `plain_state()`; the states of all fragments are put in place before the next step."""
+        self.on = self._loaded = bool(saved)
         self._step, self._bias = int(saved.get("step", 0)), float(saved.get("bias", 0.0))
