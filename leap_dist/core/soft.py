@@ -235,9 +235,9 @@ class Soft:
             if len(part.alone):
                 sums += ops.unit_sums(part.alone, grad, latent, None, len(sums))
             if self._runs[part.flat]:
-                states = gating.flat_states(part, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ)
+                score, first, second = gating.flat_states(part, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ)
                 table = self._runs[part.flat]
-                learn_soft_(table, grad, latent, *states, masked, curve, self._pulls, score_adam)
+                learn_soft_(table, grad, latent, score, first, second, masked, curve, self._pulls, score_adam)
             if adam is not None and masked is not None:
                 self._times_units(part, units, grad, masked)
                 states = gating.flat_states(part, MASK, LATENT, EXP_AVG, EXP_AVG_SQ)  # MASK is all ones by now

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def save_masks(run: Run, folder: Path) -> int:
     index = {"masks_sha256": found, "shapes": shapes}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     meta = {"format": "numpy.packbits", "kept": 1, "density": run.certificate.density, "masks_sha256": found}
-    arrays = {name: mask.numpy() for name, mask in packed.items()}
+    arrays: dict[str, Any] = {name: mask.numpy() for name, mask in packed.items()}
     arrays |= {f"{name}{SHAPE}": np.array(shapes[name], dtype=np.int64) for name in packed}
     np.savez(folder / NPZ, **arrays, **{META: np.array(json.dumps(meta))})
     return sum(map(prod, shapes.values()))

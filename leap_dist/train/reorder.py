@@ -64,4 +64,5 @@ def _show(model: nn.Module, inputs: Inputs, batches: Iterable[Mapping[str, Any]]
 def save_orders(folder: Path, orders: Mapping[str, Tensor]) -> None:
     """Write them to a run folder, once: a run that is resumed has the weights of its checkpoint."""
     if orders and not (folder / PERMUTATION).exists():
-        np.savez(folder / PERMUTATION, **{name: order.numpy() for name, order in orders.items()})
+        arrays: dict[str, Any] = {name: order.numpy() for name, order in orders.items()}
+        np.savez(folder / PERMUTATION, **arrays)
