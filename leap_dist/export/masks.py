@@ -51,7 +51,8 @@ def save_masks(run: Run, folder: Path) -> int:
     meta = {"format": "numpy.packbits", "kept": 1, "density": run.certificate.density, "masks_sha256": found}
     arrays: dict[str, Any] = {name: mask.numpy() for name, mask in packed.items()}
     arrays |= {f"{name}{SHAPE}": np.array(shapes[name], dtype=np.int64) for name in packed}
-    np.savez(folder / NPZ, **arrays, **{META: np.array(json.dumps(meta))})
+    arrays[META] = np.array(json.dumps(meta))
+    np.savez(folder / NPZ, **arrays)
     return sum(map(prod, shapes.values()))
 
 
