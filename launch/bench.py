@@ -1,4 +1,7 @@
-"""Benchmarks: python launch/bench.py overhead [--model FOLDER] | select | scale | inference RUN, each with [--json]"""
+"""Benchmarks: python launch/bench.py overhead [--model FOLDER] | select | scale | inference RUN | latency --config JOB
+
+Each takes --json.
+"""
 
 import argparse
 import json
@@ -31,6 +34,10 @@ def parse_arguments() -> argparse.Namespace:
     inference = commands.add_parser("inference", help="a run's model: dense, masked and shrunk; torch and onnxruntime")
     inference.add_argument("run", type=user_path, metavar="RUN", help="folder of a finished run of launch/prune.py")
     inference.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    latency = commands.add_parser("latency", help='the table that a job with leap.measure "latency" names')
+    latency.add_argument("--config", required=True, metavar="JOB", help="the job; its latency_table is written")
+    latency.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a key of the job")
+    latency.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     for name, command in commands.choices.items():
         command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
         command.set_defaults(command=name)
@@ -52,6 +59,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         from leap_dist.bench import scale
 
         return scale.bench_scale()
+    if arguments.command == "latency":
+        from leap_dist.bench.latency import bench_latency
+        from leap_dist.config.job_file import load_job
+
+        if arguments.threads < 1:
+            raise UserError(f"--threads: got {arguments.threads}; allowed: an integer >= 1")
+        return bench_latency(load_job(arguments.config, arguments.set), arguments.threads)
     from leap_dist.export import inference
     from leap_dist.run_folder import read_run
 

@@ -46,7 +46,7 @@ class TensorCount(Part):
 class Measured(Part):
     """What a target is a share of, where that is not the prunable weights; fixed: of it what is in no gate."""
 
-    name: Literal["parameters", "flops"]
+    name: Literal["parameters", "flops", "latency"]
     fixed: Annotated[float, Field(ge=0)]
 
 

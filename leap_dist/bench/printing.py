@@ -14,6 +14,7 @@ TITLES = {
     "counted": "a step on real ranks of a tiny model, LEAP's bytes beside the model of them",
     "ranks": "BERT-base in bf16 with element gates, bytes of one rank in a step, modelled",
     "models": "what LEAP adds on two ranks, modelled",
+    "counts": "milliseconds of a forward pass with so many units left, medians, and the sum that fits them",
     "times": "medians; ratios to dense in the same engine",
 }
 """Keys of a result that hold rows."""

@@ -71,11 +71,17 @@ class LeapConfig(Section):
     target: float = Field(default=0.0, gt=0, le=1, description="a number, 0 < target <= 1")
     """Density to reach: kept prunable weights / prunable weights, or the share that `measure` says. Only with `start`
     it may be left out."""
-    measure: Literal["weights", "parameters", "flops"] = Field(
-        default="weights", description='"weights", "parameters" or "flops"'
+    measure: Literal["weights", "parameters", "flops", "latency"] = Field(
+        default="weights", description='"weights", "parameters", "flops" or "latency"'
     )
-    """What the target is a share of: the prunable weights; all parameters of the model, embeddings too; or the FLOPs
-    of a forward pass of transformers' model at 128 tokens, or at as many as it takes."""
+    """What the target is a share of: the prunable weights; all parameters of the model, embeddings too; the FLOPs
+    of a forward pass of transformers' model at 128 tokens, or at as many as it takes; or its latency."""
+    latency_table: str | None = Field(default=None, min_length=1, description="a file, or null")
+    """What `launch/bench.py latency` measured on this machine, for measure "latency"."""
+    latency_batch: int = Field(default=1, ge=1, description="an integer >= 1")
+    """Texts in the batch whose latency counts."""
+    latency_length: int = Field(default=128, ge=1, description="an integer >= 1")
+    """Tokens of each of them."""
     gates: Gates = Field(
         default=(GateConfig(granularity="element"),),
         min_length=1,
@@ -138,7 +144,7 @@ class LeapConfig(Section):
     follow the tokens of the run a score; "auto": as launch/prune.py counts them; null, or "auto" in loops of your own:
     they do not."""
 
-    _home = field_validator("start")(with_home)
+    _home = field_validator("start", "latency_table")(with_home)
 
     @property
     def frozen(self) -> bool:
@@ -189,6 +195,8 @@ class LeapConfig(Section):
             found.append(("start", f"got {show(raw['start'])}; one shot makes its masks itself: remove one of the two"))
         if raw.get("weights") == "frozen" and (fixed := _fixed_masks(raw)):
             found.append(("weights", f'got "frozen", but {fixed}, so that nothing would learn; allowed: "trained"'))
+        if raw.get("measure") == "latency" and raw.get("latency_table") is None:
+            found.append(("latency_table", 'missing; measure "latency" needs one: launch/bench.py latency makes it'))
         return found or _without_effect(raw, _unread(raw))
 
 
@@ -225,6 +233,7 @@ OF_STEPS = (
     *("dense_fraction", "settle_fraction", "total_steps", "tokens_per_step"),
 )
 """Settings that say how masks move from step to step."""
+OF_LATENCY = ("latency_table", "latency_batch", "latency_length")
 OF_SCORES = ("gates", "score_init", "calibration_batches", "permute")
 ONE_SHOT = 'mode "one_shot" takes no step, and score_init says what is kept'
 
@@ -291,6 +300,7 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "settle_fraction": "frozen weights leave nothing to train once the masks are final: the last step settles"
         if is_frozen(given("weights"), rule)
         else None,
+        **dict.fromkeys(OF_LATENCY, None if given("measure") == "latency" else f'measure is "{given("measure")}"'),
         **steps,
     }
     return [

@@ -1,7 +1,8 @@
-"""What the target is a share of: prunable weights, all parameters of the model, or the FLOPs of a forward pass.
+"""What the target is a share of: prunable weights, all parameters of the model, the FLOPs or the latency of a pass.
 
 An amount is `fixed`, which no gate can remove, plus that of what is kept: a weight counts one, and with it comes what
-follows its unit. FLOPs are counted in those of one weight, so that a weight counts one there too.
+follows its unit. FLOPs are counted in those of one weight, so that a weight counts one there too; of latency all that
+gates cover is as much as their weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,11 @@ from typing import Any, Literal
 
 from leap_dist.core.gates import GatePlan
 
-MeasureName = Literal["weights", "parameters", "flops"]
+MeasureName = Literal["weights", "parameters", "flops", "latency"]
 
 
 SAID = {"parameters": "share of the model's parameters", "flops": "share of the FLOPs of a forward pass"}
-SAID["weights"] = "density"
+SAID |= {"weights": "density", "latency": "share of the dense model's latency"}
 
 
 def said_of(certificate: Mapping[str, Any]) -> str:
@@ -24,7 +25,8 @@ def said_of(certificate: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """target: the share that the user asks for. products: of "flops", by gate, what a unit takes beside its weights.
+    """target: the share that the user asks for. products: by gate, what a unit takes beside its weights
+    ("flops"), or in place of them, less these ("latency").
 
     "parameters" counts the biases that follow their units, as the masks say; "weights" counts prunable weights alone.
     """

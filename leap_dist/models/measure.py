@@ -19,6 +19,7 @@ from leap_dist.core.measure import Measure
 from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_blocks, tensor_shapes
 from leap_dist.models.flops import BATCHED, LENGTH, max_length, plain_implementations
+from leap_dist.models.latency import latency_measure
 from leap_dist.models.load import cause
 from leap_dist.models.outputs import example_inputs
 
@@ -42,6 +43,8 @@ def measure_of(model: nn.Module, plan: GatePlan, config: LeapConfig, family: Fam
     if config.measure == "parameters":
         everything = sum(map(prod, tensor_shapes(model).values()))
         return Measure("parameters", config.target, everything - sum(map(plan.numel, plan.covers)))
+    if config.measure == "latency":
+        return latency_measure(model, plan, config, family)
     counted = _count(model)
     each = _of_weight(plan, counted)
     attention = _attention(model, family, counted)

