@@ -100,7 +100,6 @@ def fit(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[float, dict[str, flo
     )
     gone = counts[0] - counts[1:]
     slopes = np.linalg.lstsq(gone / ms[1:, None], (ms[0] - ms[1:]) / ms[1:], rcond=None)[0]
-    slopes *= min(1.0, ms[0] / (counts[0] @ slopes))  # all units together take no more than the model
     each = dict(zip(kinds, slopes.tolist(), strict=True))
     for kind, value in each.items():
         if value <= 0:
@@ -108,6 +107,8 @@ def fit(rows: Sequence[Row], kinds: Sequence[str]) -> tuple[float, dict[str, flo
                 f"leap.latency_table: with fewer units ({kind}) the model is not faster on this machine; allowed: a "
                 "larger latency_batch or latency_length, a quieter machine, or another measure"
             )
+    share = min(1.0, ms[0] / float(counts[0] @ slopes))  # all units together take no more than the model
+    slopes, each = share * slopes, {kind: share * value for kind, value in each.items()}
     fitted = ms[0] - (counts[0] - counts) @ slopes
     return max(float(ms[0] - counts[0] @ slopes), 0.0), each, float(np.abs(fitted / ms - 1).max())
 
