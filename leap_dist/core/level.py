@@ -58,6 +58,7 @@ class Level:
         self.task_size = th.TaskSize()
         self._made: list[int] | None = None  # kept counts of the masks that are in place
         self.soft: Soft | None = None  # of rule "gumbel", once bound
+        self._counted: dict[tuple[bool, tuple[int, ...]], int] = {}  # by kept counts, until scores move
 
     def bind(self, gating: Gating, masks: Masks, inputs: Inputs | None = None, seed: int = 0) -> None:
         """Start the thresholds, and the scores where they start from the weights alone.
@@ -146,7 +147,7 @@ class Level:
         lowest = self.lowest = self._amount([gate.lowest for gate in gates])
         highest = self._amount([gate.lowest if gate.pattern else gate.num_units for gate in gates])
         self._masks.make(self.kept_units)
-        self._made = None
+        self._scores_moved()
         target, unit = measure.target, measure.largest(self.plan)
         asked = target * total - measure.fixed
         what = SAID[measure.name]
@@ -236,7 +237,7 @@ class Level:
         if self.schedule.phase(step) == "settle":
             self.settle()
             return
-        self._made = None  # scores have moved
+        self._scores_moved()
         level, temperature = self.schedule.level(step), self.config.temperature
         sigma = self.remaining.with_patterns(self._thresholds(), temperature, level)
         if self.config.control == "projected" or self.config.rule != "leap":
@@ -262,7 +263,7 @@ class Level:
         if self.soft is not None:
             self._gating.write_thresholds(self.soft.thresholds(self.config.temperature, self.config.target))
             self.soft.on = False
-        self._made = None  # scores have moved
+        self._scores_moved()
         if self.plan.gates:
             temperature, target = self.config.temperature, self.config.target
             sigma = self.remaining.with_patterns(self._thresholds(), temperature, level=0.0)
@@ -283,8 +284,18 @@ class Level:
         """Weights kept by kept counts: by arithmetic where that is exact, else counted on real masks."""
         if self.plan.closed_form:
             return sum(n * gate.unit_size for n, gate in zip(keep, self.plan.gates, strict=True))
-        self._make(keep)
-        return self._masks.count_kept()
+        return self._count_masks(keep)
+
+    def _count_masks(self, keep: list[int], followers: bool = False) -> int:
+        """What the masks of these kept counts keep; counted once, because every count takes a selection."""
+        key = followers, tuple(keep)
+        if key not in self._counted:
+            self._make(keep)
+            self._counted[key] = self._masks.count_kept(followers)
+        return self._counted[key]
+
+    def _scores_moved(self) -> None:
+        self._made, self._counted = None, {}
 
     def _amount(self, keep: list[int]) -> float:
         """What the measure counts of these kept counts: by arithmetic where that is exact, else on real masks."""
@@ -293,8 +304,7 @@ class Level:
             return self._count(keep)
         if measure.closed_form(self.plan):
             return sum(n * measure.unit(self.plan, gate) for gate, n in enumerate(keep))
-        self._make(keep)
-        return self._masks.count_kept(followers=measure.name == "parameters") + measure.of_products(keep)
+        return self._count_masks(keep, followers=measure.name == "parameters") + measure.of_products(keep)
 
     def _make(self, keep: list[int]) -> None:
         if keep != self._made:
@@ -338,6 +348,7 @@ class Level:
             self._inputs.listen(not self.started)
         self.regulariser, self.task_size.mean_square = dict(saved["regulariser"]), saved["task_size"]
         self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]
+        self._scores_moved()
         self._made = list(self.kept_units) if saved["masked"] else None
         if self.soft is not None:
             self.soft.load_plain_state(saved["soft"])

@@ -214,15 +214,12 @@ def project_exact(
     """
     goal = math.ceil(target * remaining.total - 1e-6)
     groups = remaining.plan.tied
-    enough: dict[tuple[int, ...], bool] = {}  # shifts that are close have the same kept counts, and masks take a while
 
     def counts(delta: float) -> list[int]:
         return remaining.keep_counts(keep_ratio(remaining.shifted(sigma, delta), temperature))
 
     def is_enough(keep: list[int]) -> bool:
-        if (key := tuple(keep)) not in enough:
-            enough[key] = count(keep) >= goal
-        return enough[key]
+        return count(keep) >= goal
 
     low, high = shift_range(remaining, sigma, temperature)
     low, high = bisect(lambda delta: not is_enough(counts(delta)), low, high)
