@@ -1,13 +1,15 @@
 """The Triton kernels in Triton's interpreter on the CPU, against float64: no GPU is needed, and none has run them.
 
 The interpreter is chosen by an environment variable when triton is imported, so that the checks run in a process of
-their own; in this file `check_*` are run there, and every one is a test here.
+their own; in this file `check_*` are run there, and every one is a test here. tests/bench/gpu.py runs them on a GPU.
 """
 
 import inspect
+import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,13 +225,34 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_in_the_interpreter(name: str) -> None:
+def run_checks() -> dict[str, str]:
+    """What each check raised, by name; empty where it passed."""
+    raised = {}
+    for name, check in CHECKS.items():
+        torch.manual_seed(0)
+        try:
+            check()
+            raised[name] = ""
+        except Exception:
+            raised[name] = traceback.format_exc()
+    return raised
+
+
+@pytest.fixture(scope="module")
+def raised() -> dict[str, str]:
+    """All checks in one process."""
     pytest.importorskip("triton", reason="triton is not installed")
-    code = f"import torch; torch.manual_seed(0); from tests.ops.test_kernels import CHECKS; CHECKS[{name!r}]()"
+    code = "import json; from tests.ops.test_kernels import run_checks; print(json.dumps(run_checks()))"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    outcome: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return outcome
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_the_interpreter(name: str, raised: dict[str, str]) -> None:
+    assert raised[name] == "", raised[name]
 
 
 def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
