@@ -48,3 +48,11 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def wait_for_device() -> None:
+    """Until an accelerator, if there is one, has done what it was given: what is timed has ended then."""
+    import torch  # not by everyone who asks for the machine
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -212,7 +212,8 @@ def leap_traffic(plan: GatePlan, config: LeapConfig, hosting: Hosting) -> list[T
     if len(plan.gates) > ranked:
         found.append(Traffic("n:m groups cut by ranks", 1, _cut_groups(plan, hosting)))
     if not plan.closed_form:
-        found.append(Traffic("kept weights", 2, 2 * INT64))
+        counts = 1 + (config.measure == "parameters")  # once more, with what follows the units
+        found.append(Traffic("kept weights", counts, counts * INT64))
     return [traffic for traffic in found if traffic.bytes]
 
 

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.digits import ScoreRuns
 from leap_dist.core.select import Selector
+from leap_dist.machine import wait_for_device
 
 NUM_GATES = 126  # the linear matrices of a decoder with 18 layers
 LOW, HIGH = 0.2, 0.6  # kept shares between which the level jumps
@@ -69,7 +70,8 @@ class _Gates:
         self._selector = self._new()
 
     def _new(self) -> Selector:
-        return Selector([self._size] * NUM_GATES, list(range(NUM_GATES)), Communicator())
+        device = torch.get_default_device()
+        return Selector([self._size] * NUM_GATES, list(range(NUM_GATES)), Communicator(), device)
 
     def _select(self, share: float, cold: bool) -> Callable[[], None]:
         if cold:
@@ -82,8 +84,10 @@ class _Gates:
     def seconds(self, share: float, cold: bool = False) -> float:
         """Of one selection, whose masks are checked."""
         select = self._select(share, cold)
+        wait_for_device()
         before = time.perf_counter()
         select()
+        wait_for_device()
         passed = time.perf_counter() - before
         self._check(int(share * self._size))
         return passed
@@ -105,6 +109,11 @@ class _Gates:
 
 def most_held(run: Callable[[], None]) -> int:
     """The most bytes of torch's memory that a call held at one time, beside what there was before."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     assert seen.profiler is not None and seen.profiler.kineto_results is not None

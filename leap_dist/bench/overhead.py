@@ -27,7 +27,7 @@ from leap_dist.config.job_file import parse_leap
 from leap_dist.config.sections import ModelConfig
 from leap_dist.core.oracle import Oracle
 from leap_dist.errors import UserError
-from leap_dist.machine import machine
+from leap_dist.machine import machine, wait_for_device
 from leap_dist.models.load import load_model
 from leap_dist.models.plan import make_plan
 from leap_dist.zero.dense import initialize_dense
@@ -195,8 +195,7 @@ def time_steps(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
             dist.barrier()
             started = time.perf_counter()
             step()
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()
+            wait_for_device()
             if done >= WARM_UP:
                 seconds[name].append(time.perf_counter() - started)
     table = torch.tensor(list(seconds.values()), device=_device())

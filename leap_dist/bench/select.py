@@ -1,6 +1,6 @@
 """The cost of an exact selection: ours, cold and with the last cut at hand, against what torch offers.
 
-One gate on one rank. Between two rounds the scores drift as they do between two steps of training. Every mask is
+One gate on one rank, on torch's default device. Between two rounds the scores drift as they do between two steps of training. Every mask is
 compared, bit for bit, with the one that the baselines' cut gives, ties to the lowest index.
 """
 
@@ -20,7 +20,7 @@ from leap_dist.bench.jumps import bench_jumps
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.digits import ScoreRuns
 from leap_dist.core.select import Selector
-from leap_dist.machine import machine
+from leap_dist.machine import machine, wait_for_device
 
 SIZES = (10**4, 10**5, 10**6, 10**7, 10**8)
 KEEP = 0.2  # part of the scores that is kept
@@ -86,8 +86,10 @@ def measure(size: int, methods: Iterable[str]) -> dict[str, float]:
         _drift(scores)
         expected: Tensor | None = None
         for name, method in timed.items():
+            wait_for_device()
             before = time.perf_counter()
             cut, mask = method(scores)
+            wait_for_device()
             seconds[name].append(time.perf_counter() - before)
             if cut is not None:
                 mask = exact_mask(scores, cut, keep)
@@ -111,7 +113,7 @@ def _method(name: str, warm: Selector, size: int, keep: int) -> Callable[[Tensor
 
 def new_selector(size: int) -> Selector:
     """A selector of one gate that has seen no scores."""
-    return Selector([size], [0], Communicator())
+    return Selector([size], [0], Communicator(), torch.get_default_device())
 
 
 def select(selector: Selector, scores: Tensor, keep: int) -> Tensor:
@@ -147,7 +149,9 @@ def _too_much(size: int, seconds: float) -> str | None:
 
 
 def free_memory() -> int | None:
-    """Bytes that a process may still take, where Linux says so."""
+    """Bytes that may still be taken of the GPU in use, or by a process where Linux says so."""
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
     try:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
     except OSError:

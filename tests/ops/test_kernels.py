@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +225,13 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def run_checks() -> dict[str, str]:
+def run_checks(names: Iterable[str] = CHECKS) -> dict[str, str]:
     """What each check raised, by name; empty where it passed."""
     raised = {}
-    for name, check in CHECKS.items():
+    for name in names:
         torch.manual_seed(0)
         try:
-            check()
+            CHECKS[name]()
             raised[name] = ""
         except Exception:
             raised[name] = traceback.format_exc()

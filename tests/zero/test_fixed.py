@@ -23,7 +23,7 @@ JOB: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 4,
     "model": {"from_config": {**TINY, "intermediate_size": 24}},
     "data": {"task": "builtin/clock"},
-    "train": {"max_steps": 10, "learning_rate": 1e-3},
+    "train": {"max_steps": 10, "learning_rate": 1e-3, "eval_batch_size": 512},
     "tracking": {"mlflow_uri": None},
 }
 ONE_SHOT = {"target": 0.4, "mode": "one_shot", "score_init": "activation"}
