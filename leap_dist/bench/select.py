@@ -1,7 +1,7 @@
 """The cost of an exact selection: ours, cold and with the last cut at hand, against what torch offers.
 
-One gate on one rank, on torch's default device. Between two rounds the scores drift as they do between two steps of training. Every mask is
-compared, bit for bit, with the one that the baselines' cut gives, ties to the lowest index.
+One gate on one rank, on torch's default device. Between two rounds the scores drift as they do between two steps of
+training. Every mask is compared, bit for bit, with the one that the baselines' cut gives, ties to the lowest index.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def steps(tiny: bool) -> dict[str, Any]:
 
 
 def one_step(shape: str, name: str, tiny: bool) -> dict[str, Any]:
-    """What a rank does: seconds of a step, bytes that the engine holds, the forecast of them, and the peak of a step."""
+    """What a rank does: seconds of a step, bytes that the engine holds, their forecast, the peak of a step."""
     import leap_dist
     from leap_dist.bench import overhead
     from leap_dist.bench.budget import Hosting, memory
