@@ -139,7 +139,7 @@ class Level:
         self._masks.make(self.remaining.keep_counts(shares))
         soft.start_()
         self._masks.make([gate.num_units for gate in self.plan.gates])
-        self._made = None
+        self._scores_moved()
 
     def _check_reachable(self) -> None:
         """Raise UserError if the target is below or above what the gates allow."""
@@ -295,6 +295,7 @@ class Level:
         return self._counted[key]
 
     def _scores_moved(self) -> None:
+        """What is known of the masks of earlier scores holds no longer."""
         self._made, self._counted = None, {}
 
     def _amount(self, keep: list[int]) -> float:
