@@ -147,6 +147,11 @@ class LeapConfig(Section):
     _home = field_validator("start", "latency_table")(with_home)
 
     @property
+    def masks_by(self) -> str:
+        """What makes the masks: the rule, or "one_shot", or "fixed" where `start` brings them."""
+        return "fixed" if self.start is not None else "one_shot" if self.mode == "one_shot" else self.rule
+
+    @property
     def frozen(self) -> bool:
         """Whether no weight of the model changes, and the masks alone are learned."""
         return is_frozen(self.weights, self.rule)

@@ -108,7 +108,7 @@ def points(rows: Sequence[Row]) -> list[Point]:
     return [
         Point(
             row.task or "all runs",
-            ", ".join(text for text in (row.run.params.get(RULE), _gates(row.run)) if text) or "pruned",
+            ", ".join(text for text in (_rule(row.run), _gates(row.run)) if text) or "pruned",
             row.density,
             row.value,
             row.dense,
@@ -123,7 +123,7 @@ def entry(row: Row) -> Entry:
     from leap_dist.tracking.report import Entry
 
     run = row.run
-    settings = {"task": row.task, "gates": _gates(run), "rule": run.params.get(RULE), "seed": run.params.get(SEED)}
+    settings = {"task": row.task, "gates": _gates(run), "rule": _rule(run), "seed": run.params.get(SEED)}
     return Entry(
         run.name,
         run.status.lower(),
@@ -139,6 +139,11 @@ def entry(row: Row) -> Entry:
         folder_of(run),
         parameters=run.params,
     )
+
+
+def _rule(run: StoredRun) -> str | None:
+    """What made the masks; runs of an older version say the rule alone."""
+    return run.tags.get(RULE) or run.params.get(RULE)
 
 
 def _gates(run: StoredRun) -> str:

@@ -129,7 +129,7 @@ def train(
             state.left_out = bad.total
             if done % config.log_every == 0 or done == job.total_steps:
                 fields = _log_step(job, done, phase, loss, meter, tracker, writer)
-                progress.update(done, phase, fields)
+                progress.update(done, phase if job.config.leap.target != 1.0 else "dense", fields)
             kept = {"measured": state.measured, "run_id": tracker.run_id, "left_out": state.left_out}
             if saver.after(done, loss, kept | ({"stream": job.batches.state} if job.batches.state else {})):
                 tracker.checkpoint()
@@ -184,12 +184,10 @@ def _log_step(
     if writer is not None:
         writer.metrics({"step": step, "phase": phase, **values})
         tracker.log(step, values)
-    line = {
-        "loss": values["loss"],
-        "R": measured["remaining"],
-        "target": measured["level"],
-        "density": measured["density"],
-    }
+    line = {"loss": values["loss"]}
+    if job.config.leap.target == 1.0:
+        return line  # nothing is pruned, and the rest stands still
+    line |= {"R": measured["remaining"], "target": measured["level"], "density": measured["density"]}
     return line | ({"λ": measured["lambda"]} if "lambda" in measured else {})
 
 

@@ -29,7 +29,7 @@ def tags_of(job: Job, output: Path) -> dict[str, str]:
         "folder": str(output.resolve()),
         "ranks": job.ranks.world_size,
         "zero_stage": job.engine.zero_optimization_stage(),
-        "rule": job.config.leap.rule,
+        "rule": job.config.leap.masks_by,
         "gates": " + ".join(gate.granularity for gate in job.config.leap.gates),
         "metric": job.task.primary,
     }

@@ -64,7 +64,7 @@ def test_defaults_of_leap_are_pinned() -> None:
         "target", "gates", "rule", "control", "temperature", "score_init", "score_learning_rate",
         "threshold_learning_rate", "lambda_max", "lambda_min", "dense_fraction", "settle_fraction",
         "include", "exclude", "total_steps", "tokens_per_step", "mode", "start", "calibration_batches", "measure",
-        "weights", "permute",
+        "weights", "permute", "latency_table", "latency_batch", "latency_length",
     }  # fmt: skip
 
 
@@ -537,3 +537,13 @@ def test_a_job_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     os.truncate(tmp_path / "job.json", 5 * 2**30)  # a file with a hole
     with pytest.raises(UserError, match=r"job.json: has 5368709120 bytes; allowed: at most"):
         load_job(tmp_path / "job.json")
+
+
+def test_what_makes_the_masks_has_a_name() -> None:
+    leap: dict[str, dict[str, Any]] = {
+        "leap": {"target": 0.5},
+        "movement": {"target": 0.5, "rule": "movement"},
+        "one_shot": {"target": 0.5, "mode": "one_shot"},
+        "fixed": {"start": "zeros"},
+    }
+    assert all(parse_leap(section).masks_by == name for name, section in leap.items())

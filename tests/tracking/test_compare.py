@@ -8,6 +8,7 @@ import math
 import shutil
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from leap_dist.tracking.compare import (
 )
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.tracking.overlap import FOLDER, overlaps
+from leap_dist.tracking.rows import entry, points
 from leap_dist.tracking.runs import Selection, StoredRun, find, read_runs
 from tests.tracking.folders import Page, export_card
 
@@ -380,3 +382,10 @@ def test_a_title_is_no_formula_either(tmp_path: Path) -> None:
     write(differences(one, other), None, tmp_path / "runs.csv")
     with (tmp_path / "runs.csv").open(newline="") as file:
         assert next(csv.reader(file)) == ["parameter", "'=cmd()", "' \u200b\t@x"]
+
+
+def test_a_run_is_known_by_what_made_its_masks() -> None:
+    """Also where no rule learned them; its parameter says the default then."""
+    shot = stored("shot", 0.5, ending(0.8, 0.5), rule="one_shot", metric="accuracy", gates="2:4")
+    rows = rows_of([replace(shot, params={**shot.params, "leap.rule": "leap"})], "accuracy")
+    assert [point.line for point in points(rows)] == ["one_shot, 2:4"] and entry(rows[0]).settings["rule"] == "one_shot"

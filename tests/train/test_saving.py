@@ -112,8 +112,10 @@ def test_what_one_rank_is_asked_all_do_and_the_run_goes_on_without_being_told(ra
 
 
 def test_a_stop_in_the_dense_reference_leaves_nothing(ranks: RankPools, tmp_path: Path) -> None:
-    _, interrupted = ranks(1).run(run_until_asked, str(tmp_path / "run"), 0, True)[0]
+    printed, interrupted = ranks(1).run(run_until_asked, str(tmp_path / "run"), 0, True)[0]
     assert interrupted == "stopped by SIGTERM after step 1: nothing was saved"
+    (step,) = [line for line in printed.splitlines() if line.startswith("step 1/")]
+    assert "  dense  loss " in step and " R " not in step and " density " not in step  # nothing is pruned
     assert not list(tmp_path.iterdir())
 
 
