@@ -30,7 +30,8 @@ def all_stages(stages: list[int], kind: str) -> dict[int, tuple[dict[str, Tensor
 @pytest.mark.parametrize("kind", ["element", "head+neuron"])
 def test_soft_masks_are_the_same_on_any_ranks_under_every_stage(ranks: RankPools, kind: str) -> None:
     expected, hashes = oracle_weights(kind, GUMBEL), set()
-    for world, stages in ((1, [0, 2]), (2, [1, 2, 3]), (3, [3])):
+    few, all_of_them = ((1, [0]), (2, [3])), ((1, [2]), (2, [0, 1, 2, 3]), (3, [3]))
+    for world, stages in all_of_them if kind == "element" else few:
         for result in ranks(world).run(all_stages, stages, kind):
             for weights, masks, _ in result.values():
                 hashes.add(masks)
@@ -84,8 +85,7 @@ def resumed(folder: str, stage: int, kind: str, changes: dict[str, Any]) -> bool
         (0, 1, "element", {"rule": "gumbel", "control": "paper"}),
         (2, 2, "element", GUMBEL | {"weights": "trained"}),
         (3, 2, "head+neuron", GUMBEL),
-        (3, 2, "hybrid", FROZEN),
-        (1, 2, "row", FROZEN),
+        (1, 2, "hybrid", FROZEN),
     ],
 )
 def test_a_resumed_run_has_the_bits_of_the_undisturbed_one(
