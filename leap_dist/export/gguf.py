@@ -90,6 +90,10 @@ def problem(model: PreTrainedModel) -> str | None:
         return f"its layers differ in width, and llama.cpp takes a {family.arch} with one width for all: {UNIFORM}"
     if not widths.heads[0]:
         return "the first layer lost all its heads, and llama.cpp takes the size of heads from it: keep one there"
+    if family.norm_offset > 0 and "sliding_attention" not in config.layer_types:  # GGML_ASSERT(hparams.is_swa_any())
+        return (
+            f"no layer has a sliding window, and llama.cpp ends its process on such a {family.arch}: keep one of them"
+        )
     rows = widths.heads[0] * _head_size(model)
     if family.arch == "qwen2" and rows != config.hidden_size:
         return f"llama.cpp takes a qwen2 with {config.hidden_size} rows of queries, and {rows} are left: keep its heads"

@@ -322,6 +322,14 @@ def qwen2_without_heads() -> Any:
             "final_logit_softcapping is False, .* with True",
         ),
         (lambda: language_model("llama", rope_parameters=LLAMA3 | {"rope_type": "dynamic"}), "rope_type is dynamic"),
+        (
+            lambda: language_model("gemma2", layer_types=["full_attention"] * 2),
+            "no layer has a sliding window, .* gemma2",
+        ),
+        (
+            lambda: language_model("gemma3_text", layer_types=["full_attention"] * 2),
+            "no layer has a sliding window, .* gemma3: keep one",
+        ),
         (lambda: classifier("llama"), "LlamaForSequenceClassification is not among the language models"),
     ],
 )
