@@ -18,6 +18,7 @@ NOT_OURS = {
     "PYTORCH_NVML_BASED_CUDA_CHECK",  # DeepSpeed,
     "KMP_DUPLICATE_LIB_OK",  # scikit-learn
     "KMP_INIT_AT_FORK",
+    "_MLFLOW_TELEMETRY_SESSION_ID",  # MLflow, whenever it saves a model
 }
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; tiny products wait for threads

@@ -8,6 +8,7 @@ tables) `family`. job_file.py reads and checks a whole file.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -281,6 +282,10 @@ class DistillConfig(Section):
 def default_store() -> str:
     """What MLflow's own variable names, or a file in the working directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+# pydantic takes the key `register` for a method of every abstract class, which nothing here uses
+warnings.filterwarnings("ignore", 'Field name "register" in "TrackingConfig" shadows')
 
 
 class TrackingConfig(Section):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from leap_dist.errors import UserError
-from leap_dist.export import kinds, latency, onnx, shrunk
+from leap_dist.export import latency, onnx, shrunk, speed
 from leap_dist.export.card import Card
 from leap_dist.export.hf import load_exported
 from leap_dist.export.kinds import GGUF_TYPES, KINDS, export_run, parse_kinds
@@ -284,13 +284,13 @@ def test_a_fault_at_any_compared_token_is_found(decoder_run: Run, monkeypatch: p
 
 
 def test_no_latency(decoder_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "medians", lambda *_: pytest.fail("measured all the same"))
+    monkeypatch.setattr(speed, "medians", lambda *_: pytest.fail("measured all the same"))
     (card,) = export_run(decoder_run, ["shrunk"], tmp_path, threads=1, latency=False)
     assert card.latency == [] and "atency" not in card.page() and card.flops_after is not None
 
 
 def test_a_batch_that_would_take_too_long(decoder_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "LONGEST", 1e-6)
+    monkeypatch.setattr(speed, "LONGEST", 1e-6)
     (card,) = export_run(decoder_run, ["shrunk"], tmp_path, threads=1)
     assert [time.batch for time in card.latency] == [1]
     assert "Latency at batch 32 is not measured: a call of each would take about " in card.page()
