@@ -25,6 +25,7 @@ def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "MAX_ROUNDS", 1)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(onnx.missing_libraries()), reason="needs the onnx extra")
 def test_every_variant_at_every_setting(run: Run) -> None:
     result = bench_inference(run, threads=[1, 2], batches=[2], lengths=[4, 99, 128])

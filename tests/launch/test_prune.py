@@ -374,6 +374,7 @@ def check_tracked(uri: str, folder: Path) -> None:
     assert stored >= {"certificate.json", "config.json", "gates.json", "plots", "report.html"}
 
 
+@pytest.mark.long
 def test_two_ranks_under_zero_3_and_then_the_same_output_again(ranks: RankPools, tmp_path: Path) -> None:
     file = write_job(tmp_path, zero_optimization={"stage": 3})
     run = launch(tmp_path, "--config", str(file), "--output", "run")

@@ -87,6 +87,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_a_run_with_a_database_keeps_its_secrets(folder: Path, empty_store: Path) -> None:
     shutil.copy(empty_store, folder / "mlflow.db")
     run_with_secrets(folder, f"sqlite:///{folder}/mlflow.db")

@@ -56,6 +56,7 @@ def rank_processes(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.long
 def test_a_killed_rank_and_a_killed_driver_lose_and_repeat_nothing(
     tmp_path: Path, three_nodes: str, ranks: RankPools
 ) -> None:
@@ -118,6 +119,7 @@ def check_runs(folder: Path, num_done: int) -> None:
     assert sorted(run.info.status for run in found.values()) == ["FINISHED", "FINISHED" if num_done == 2 else "KILLED"]
 
 
+@pytest.mark.long
 def test_a_ladder_costs_its_walk_and_a_few_steps_a_rung(
     tmp_path: Path, three_nodes: str, quiet_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

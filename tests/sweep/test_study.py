@@ -134,6 +134,7 @@ def test_means_and_spreads_over_seeds(tmp_path: Path) -> None:
         summarize(cells, "f1")
 
 
+@pytest.mark.long
 def test_cells_are_real_runs_and_a_failure_stops_no_other(tmp_path: Path) -> None:
     study = read_study(study_file(tmp_path, leap__target=[0.5, 0.001], leap__gates=["row"]))
     told: list[str] = []

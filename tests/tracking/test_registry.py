@@ -179,6 +179,7 @@ def answer(address: str, table: dict[str, list[Any]]) -> Any:
             time.sleep(0.5)
 
 
+@pytest.mark.long
 def test_both_flavours_are_served(runs: tuple[str, Path], tmp_path: Path) -> None:
     from transformers import BertTokenizer
 

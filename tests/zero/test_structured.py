@@ -68,6 +68,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return ((a - b).abs().max() / a.abs().max()).item() <= 1e-5
 
 
+@pytest.mark.long
 def test_a_llama_of_20_layers_under_zero_3_loses_heads_and_neurons(ranks: RankPools, tmp_path: Path) -> None:
     leap = {"target": 0.6, "gates": ["head", {"granularity": "neuron", "multiple_of": 2}]}
     results = ranks(2).run(prune, "llama", tmp_path / "hf", 3, leap, {"num_hidden_layers": 20, "intermediate_size": 48})
