@@ -131,8 +131,8 @@ class HostedOptimizer(torch.optim.Optimizer):
 
     def write(self) -> None:
         """The hosted weights become W * M, with soft masks where these are in place. Collective."""
-        if self.level.soft is not None and self.level.soft.on:
-            self.level.soft.write_()
+        if soft := self.level.soft_in_place:
+            soft.write_()
         else:
             write_(self.gating)
 

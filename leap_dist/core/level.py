@@ -167,9 +167,14 @@ class Level:
     @property
     def density(self) -> float:
         """Kept prunable weights / prunable weights, of the masks in place; of soft ones their mean."""
-        if self.soft is not None and self.soft.on:
-            return self.soft.mean
+        if soft := self.soft_in_place:
+            return soft.mean
         return self.kept_weights / max(self.plan.prunable, 1)
+
+    @property
+    def soft_in_place(self) -> Soft | None:
+        """The soft masks, while the hosted weights are W times these."""
+        return self.soft if self.soft is not None and self.soft.on else None
 
     def measures(self, step: int) -> dict[str, float]:
         """To log after a step: the density, the scheduled level, R and the keep ratios over gates. Collective."""

@@ -50,7 +50,7 @@ class LeapAdamW(HostedOptimizer):
         if not self._started:
             self._take_over()
         for flat in (flat for group in self.param_groups for flat in group["params"]):
-            self._loaded.check(flat, soft=self.level.soft is not None and self.level.soft.on)
+            self._loaded.check(flat, soft=self.level.soft_in_place is not None)
         if self.check_gradient and not self._gradient_is_finite():
             self.skip()
             return
@@ -99,7 +99,7 @@ class LeapAdamW(HostedOptimizer):
             with communicator.stopwatch.measure("select"):
                 self.level.hold(self.num_steps)
         self.level.gather()
-        if self.level.soft is not None and self.level.soft.on:  # which has written
+        if self.level.soft_in_place:  # which has written
             self._loaded.remember()
         else:
             write_(self.gating)
@@ -109,11 +109,10 @@ class LeapAdamW(HostedOptimizer):
         """Phases 1 and 2 of the step."""
         step = self.num_steps + 1
         adam = None if self.config.frozen else self.rates.weights(group, step)
-        soft = self.level.soft
-        if self.config.rule == "magnitude" or self.settled or (soft is not None and not soft.on):
-            update_(self.gating, adam)
-        elif soft is not None:
+        if soft := self.level.soft_in_place:
             soft.learn_(adam, *(self.rates.scores(group, step, elementwise) for elementwise in (True, False)))
+        elif self.config.rule in ("magnitude", "gumbel") or self.settled:
+            update_(self.gating, adam)
         else:
             gradients = learn_(self.gating, adam, self.rates.scores(group, step, elementwise=True))
             self._update_gates(group, phase, *gradients)

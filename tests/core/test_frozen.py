@@ -11,8 +11,8 @@ from leap_dist.config.job_file import parse_leap
 from leap_dist.core.gating import EXP_AVG, LATENT, MASK, SCORE
 from leap_dist.core.oracle import Oracle
 from leap_dist.errors import UserError
-from tests.core.test_optimizer import biases, build, train
-from tests.peers.nets import LR, WEIGHT_DECAY, batches, leap, loss_of, net, relative_error
+from tests.core.test_optimizer import biases, build, step_both, train
+from tests.peers.nets import LR, WEIGHT_DECAY, batches, leap, net, relative_error
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,7 @@ def test_scores_on_frozen_weights_equal_the_oracle(kind: str, steps: int, change
     optimizer = build(model, config, kind)
     oracle = Oracle(reference, optimizer.plan, config, LR, WEIGHT_DECAY, no_decay=biases(optimizer.plan))
     for x, y in batches(steps):
-        oracle.step(lambda forward, x=x, y=y: loss_of(forward(x), y))
-        model.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
+        step_both(oracle, model, optimizer, x, y)
     expected = oracle.masked_weights()
     assert optimizer.settled and optimizer.schedule.settle_start == steps - 1
     assert abs(optimizer.kept_weights - config.target * optimizer.plan.prunable) <= optimizer.plan.unit

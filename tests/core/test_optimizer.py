@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leap_dist.config.leap import LeapConfig
 from leap_dist.core.communicator import Communicator
@@ -51,6 +51,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS
         optimizer.step()
 
 
+def step_both(oracle: Oracle, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    """The same step of the oracle, and of a model with its optimizer."""
+    oracle.step(lambda forward: loss_of(forward(x), y))
+    model.zero_grad()
+    loss_of(model(x), y).backward()
+    optimizer.step()
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "paper": {"control": "paper"},
     "published-lambda": {"control": "paper", "lambda_max": 160.0},
@@ -76,10 +84,7 @@ def test_equals_the_oracle(kind: str, changes: dict[str, Any]) -> None:
     optimizer = build(model, config, kind)
     oracle = Oracle(reference, optimizer.plan, config, LR, WEIGHT_DECAY, no_decay=biases(optimizer.plan))
     for x, y in batches(STEPS):
-        oracle.step(lambda forward, x=x, y=y: loss_of(forward(x), y))
-        model.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
+        step_both(oracle, model, optimizer, x, y)
     expected = oracle.masked_weights()
     for name, parameter in model.named_parameters():
         assert relative_error(parameter, expected[name]) <= 1e-5, name

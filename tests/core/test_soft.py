@@ -11,8 +11,8 @@ from leap_dist.core.gating import SCORE
 from leap_dist.core.oracle import Oracle
 from leap_dist.errors import UserError
 from leap_dist.ops.soft import logistic, noise_key, uniform
-from tests.core.test_optimizer import biases, build, train
-from tests.peers.nets import LR, WEIGHT_DECAY, batches, leap, loss_of, net, relative_error
+from tests.core.test_optimizer import biases, build, step_both, train
+from tests.peers.nets import LR, WEIGHT_DECAY, batches, leap, net, relative_error
 
 
 @pytest.mark.parametrize(
@@ -35,10 +35,7 @@ def test_equals_the_oracle(kind: str, steps: int, changes: dict[str, Any]) -> No
     assert soft is not None
     means = []
     for x, y in batches(steps):
-        oracle.step(lambda forward, x=x, y=y: loss_of(forward(x), y))
-        model.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
+        step_both(oracle, model, optimizer, x, y)
         if soft.on:
             means.append((soft.mean, optimizer.schedule.level(optimizer.num_steps)))
         if optimizer.num_steps in (steps // 4, steps // 2):
