@@ -23,7 +23,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--experiment", action="append", default=[], metavar="NAME", help="runs of an experiment; can be repeated")
     add("--sweep", metavar="PARENT_RUN_ID", help="the trials of a sweep")
     add("--tag", action="append", default=[], metavar="KEY=VALUE", help='such as "leap.rule=movement"; can be repeated')
-    add("--runs", nargs="+", default=[], metavar="ID", help="runs by id, by the beginning of an id, or by name")
+    add(
+        "--runs", nargs="+", action="extend", default=[], metavar="ID", help="runs by id, the beginning of one, or name"
+    )
     add("--metric", metavar="NAME", help="metric to compare, such as accuracy (default: the first that all runs have)")
     add("--pareto", action="store_true", help="only runs on the Pareto front of density and metric")
     add("--best", metavar="CONDITION", help='the smallest run that satisfies it, such as "accuracy>=0.9"')

@@ -25,6 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--to",
         required=True,
+        action="append",
         metavar="KINDS",
         help="one or more of hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, int8, int8_torch, with commas",
     )
@@ -33,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         ("--vocabulary", "keep the tokens that these files use, and special and byte tokens"),
         ("--held-out", "with --vocabulary: files whose tokens are counted before and after"),
     ):
-        parser.add_argument(name, type=user_path, nargs="+", metavar="TEXT", help=text)
+        parser.add_argument(name, type=user_path, nargs="+", action="extend", metavar="TEXT", help=text)
     parser.add_argument("--vocabulary-size", type=int, metavar="N", help="keep the N most frequent tokens at most")
     parser.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="put the export, of one kind, on the Hugging Face hub as well"
@@ -56,7 +57,7 @@ def main() -> int:
         from leap_dist.run_folder import EXPORTS, read_run_or_model
         from leap_dist.tracking.report import write_report
 
-        kinds = parse_kinds(arguments.to)
+        kinds = parse_kinds(",".join(arguments.to))
         threads = torch.get_num_threads() if arguments.threads is None else arguments.threads
         if threads < 1:
             raise UserError(f"--threads: got {threads}; allowed: an integer >= 1")

@@ -49,11 +49,14 @@ def keeps_logits(model: PreTrainedModel) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The answer of a transformers model; of span models start and end, side by side in a last dimension."""
+    """The answer of a transformers model: its logits, and without a head its last hidden states.
+
+    Of span models start and end, side by side in a last dimension.
+    """
     if hasattr(output, "start_logits"):
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
-    logits: Tensor = output.logits
-    return logits
+    answer: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return answer
 
 
 def medians(

@@ -52,8 +52,9 @@ class _Logits(nn.Module):
 def save_onnx(model: PreTrainedModel, path: Path, longest: int) -> float:
     """Write `model` to `path`; returns the largest difference of logits between onnxruntime and torch, relative.
 
-    Inputs are the model's own (input_ids, attention_mask, ...), int64 (batch, length), the output is logits. Weights
-    beyond ONNX's limit of 2 GB a file go beside it. RuntimeError if onnxruntime computes something else.
+    Inputs are the model's own (input_ids, attention_mask, ...), int64 (batch, length), the output is "logits", of
+    a model without a head "last_hidden_state". Weights beyond ONNX's limit of 2 GB a file go beside it. RuntimeError
+    if onnxruntime computes something else.
     """
     inputs = model_inputs(model, 2, min(longest, 7))
     names = tuple(inputs)
@@ -66,7 +67,7 @@ def save_onnx(model: PreTrainedModel, path: Path, longest: int) -> float:
             tuple(inputs.values()),
             dynamo=True,
             input_names=names,
-            output_names=["logits"],
+            output_names=["last_hidden_state" if model.base_model is model else "logits"],
             dynamic_shapes=((shapes,) * len(names),),
             verbose=False,
         )

@@ -50,6 +50,18 @@ def test_an_export_ends_with_a_table(
     assert "dense → exported, 1 thread" in shown and "MFLOPs/token" in shown and "ms at 32x16" in shown
 
 
+def test_a_model_without_a_head_and_kinds_given_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    classifier().bert.save_pretrained(tmp_path / "encoder")
+    kinds = ["--to", "hf", "--to", "onnx,int8"]
+    assert launch(monkeypatch, "export", str(tmp_path / "encoder"), *kinds, "--output", str(tmp_path / "out")) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["hf", "int8", "onnx"]
+    for kind in ("onnx", "int8"):
+        (file,) = (tmp_path / "out" / kind).glob("*.onnx")
+        (answer,) = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).get_outputs()
+        assert answer.name == "last_hidden_state" and answer.shape[-1] == 32
+
+
 def test_no_latency(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

