@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,6 @@ OLDER = "451aebb31d03"  # a schema of MLflow 1
 
 def track(uri: str, name: str, gate: Any, answers: Any) -> None:
     """A job's part: wait for the others, then track a run."""
-    import mlflow  # noqa: F401  # takes seconds, and not the same in every process
-
     delivery.PATIENCE = 200.0  # eight processes on a few cores
     gate.wait(timeout=240)
     try:
@@ -37,22 +36,34 @@ def track(uri: str, name: str, gate: Any, answers: Any) -> None:
         answers.put((name, repr(error)))
 
 
+def start_all(uri: str, names: list[str], answers: Any) -> None:
+    """Eight jobs of one process, which imports MLflow once for them all: it takes seconds."""
+    import mlflow  # noqa: F401
+
+    context = multiprocessing.get_context("fork")
+    gate = context.Barrier(NUM_JOBS)
+    processes = [context.Process(target=track, args=(uri, name, gate, answers)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
 def track_at_once(uri: str) -> None:
     """Eight jobs that all begin at the same moment; every one has its run."""
     from mlflow import MlflowClient
 
     context = forking()
-    gate, answers = context.Barrier(NUM_JOBS), context.Queue()
+    answers = context.Queue()
     names = [f"job{number}" for number in range(NUM_JOBS)]
-    processes = [context.Process(target=track, args=(uri, name, gate, answers), daemon=True) for name in names]
+    starter = context.Process(target=start_all, args=(uri, names, answers))
     try:
-        for process in processes:
-            process.start()
-        found = dict(answers.get(timeout=280) for _ in processes)
+        starter.start()
+        found = dict(answers.get(timeout=280) for _ in names)
+        starter.join()
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        starter.kill()
+        starter.join()
     assert found == dict.fromkeys(names, "")
     client = MlflowClient(uri)
     runs = client.search_runs([item.experiment_id for item in client.search_experiments()])
