@@ -53,6 +53,11 @@ def relative_difference(expected: torch.Tensor, received: torch.Tensor) -> float
 
 def result_of(model: nn.Module, inputs: Mapping[str, torch.Tensor], words: torch.Tensor | None = None) -> torch.Tensor:
     """All that is compared of an answer, flat; of the logits of a language model only those of the tokens `words`."""
+    name = type(model).__name__
+    if name.endswith("ForMultipleChoice"):  # asks for (batch, choices, length), which no export is compared on
+        raise UserError(
+            f"{name}: takes several texts an answer; allowed: models that take one. Save its base model alone"
+        )
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -60,7 +65,7 @@ def result_of(model: nn.Module, inputs: Mapping[str, torch.Tensor], words: torch
     model.train(training)
     found = {key: output[key] for key in OUTPUTS if key in output}
     if not found:
-        raise UserError(f"{type(model).__name__}: gives none of {', '.join(OUTPUTS)}; got {', '.join(output)}")
+        raise UserError(f"{name}: gives none of {', '.join(OUTPUTS)}; got {', '.join(output)}")
     if words is not None:
         found["logits"] = found["logits"].index_select(-1, words)
     return torch.cat([value.flatten() for value in found.values()])

@@ -255,3 +255,12 @@ def test_layers_that_differ_are_listed(tmp_path: Path) -> None:
         "1": {"intermediate_size": 20},
     }
     assert json.loads((tmp_path / "model" / "config.json").read_text())["intermediate_size"] == 24
+
+
+def test_a_model_that_chooses_among_several_texts_is_refused_by_name() -> None:
+    from transformers import BertConfig, BertForMultipleChoice
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForMultipleChoice(BertConfig(vocab_size=20, **sizes))
+    with pytest.raises(UserError, match=r"^BertForMultipleChoice: takes several texts an answer; allowed: .*"):
+        logit_difference(model, model, example_inputs(model))
