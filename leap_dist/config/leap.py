@@ -188,7 +188,10 @@ class LeapConfig(Section):
             found.append(("gates", f"got {show(gates)}; each gate may be given once"))
         low, high = raw.get("lambda_min", 10.0), raw.get("lambda_max", "auto")
         if is_number(low) and is_number(high) and low > high > 0:
-            found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))
+            if "lambda_min" in raw:
+                found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))
+            elif raw.get("rule") != "gumbel":  # on which neither has an effect, and that is said
+                found.append(("lambda_max", f"got {high}; allowed: at least lambda_min, which is {low} if not given"))
         if raw.get("permute") is not None and not _patterned(gates):
             problem = "there is no n:m gate that the order of columns matters to; add one to leap.gates, or remove it"
             found.append(("permute", f"got {show(raw['permute'])}, but {problem}"))

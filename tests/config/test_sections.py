@@ -482,6 +482,8 @@ def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> Non
         ({"lambda_min": 200}, 'control "projected" has no regulariser'),
         ({"lambda_min": 200, "control": "paper"}, 'lambda_max is "auto"'),
         ({"lambda_min": 200, "control": "paper", "lambda_max": 160}, "at most lambda_max, which is 160"),
+        ({"control": "paper", "lambda_max": 5}, "leap.lambda_max: got 5; allowed: at least lambda_min, which is 10"),
+        ({"rule": "gumbel", "control": "paper", "lambda_max": 5}, "leap.lambda_max: got 5, which has no effect here"),
         ({"lambda_min": 200, "control": "paper", "lambda_max": 300}, None),
         ({"temperature": 16, "threshold_learning_rate": 0.5}, None),
     ],
