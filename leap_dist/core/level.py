@@ -135,8 +135,7 @@ class Level:
 
     def _start_soft(self, soft: Soft) -> None:
         """Scores of rule "gumbel" from the masks that those at the start make. Collective."""
-        shares = torch.full((len(self.plan.gates),), self.config.target, dtype=torch.float64)
-        self._masks.make(self.remaining.keep_counts(shares))
+        self._masks.make(self.remaining.keep_counts(soft.first_shares()))
         soft.start_()
         self._masks.make([gate.num_units for gate in self.plan.gates])
         self._scores_moved()

@@ -30,7 +30,7 @@ class Masks:
         num_units = [gates[i].num_units for i in self._ranked]
         self._selector = Selector(num_units, fragment_gates, self._communicator, gating.device)
         widest = max((gate.pattern[1] for gate in gates if gate.pattern), default=1)
-        self._patterns = PatternSelector(list(_pattern_runs(gating)), widest, self._communicator, gating.device)
+        self._patterns = PatternSelector(list(pattern_runs(gating)), widest, self._communicator, gating.device)
 
     def make(self, keep: Sequence[int]) -> None:
         """Set every mask to the top `keep` units of its gate by score, and MASK to their product.
@@ -55,7 +55,7 @@ class Masks:
             lowest, highest = torch.aminmax(scores)  # both NaN where any is
             broken += ~torch.isfinite(lowest) | ~torch.isfinite(highest)
         if self._communicator.sum_(broken).item():
-            runs: list[_Run | PatternRun] = [*_ranked_runs(gating), *_pattern_runs(gating)]
+            runs: list[_Run | PatternRun] = [*_ranked_runs(gating), *pattern_runs(gating)]
             mine = {
                 gating.plan.gates[run.gate].name
                 for run in runs
@@ -168,9 +168,11 @@ def _ranked_runs(gating: Gating) -> Iterator[_Run]:
                 yield _Run(scores, mask, first - f.start, last - first, index, first - units.start)
 
 
-def _pattern_runs(gating: Gating) -> Iterator[PatternRun]:
-    """The runs of scores under n:m gates on this rank."""
+def pattern_runs(gating: Gating, flat: Tensor | None = None) -> Iterator[PatternRun]:
+    """The runs of scores under n:m gates on this rank, or of one of its flat partitions alone."""
     for f in gating.weights:
+        if flat is not None and f.flat is not flat:
+            continue
         for cover in gating.plan.covers[f.tensor]:
             if pattern := gating.plan.gates[cover.gate].pattern:
                 scores, mask = gating.buffer(f, SCORE), gating.buffer(f, gating.element_key)

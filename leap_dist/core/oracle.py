@@ -8,6 +8,7 @@ estimator of Yao et al., arXiv 2105.14636.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from leap_dist.core import thresholds as th
 from leap_dist.core.gates import Gate, GatePlan
 from leap_dist.core.phases import schedule_of
 from leap_dist.core.rates import SOFT_BETA2
-from leap_dist.core.soft import ALPHA, MEAN_PULL, NORM_PULL, curve_at, find_bias, first_scores
+from leap_dist.core.soft import ALPHA, MEAN_PULL, NORM_PULL, curve_at, find_bias, first_scores, rest_of
 from leap_dist.ops.slices import Slice
-from leap_dist.ops.soft import Curve, logistic, noise_key
+from leap_dist.ops.soft import Curve, gumbel, logistic, noise_key
 
 
 class TopK(torch.autograd.Function):
@@ -66,6 +67,19 @@ def best_units(gate: Gate, scores: Tensor, keep: int) -> Tensor:
     return top_k(rows, keep // len(rows)).flatten()
 
 
+def softly_chosen(scores: Tensor, pattern: tuple[int, int], key: int, curve: Curve) -> Tensor:
+    """M of an n:m gate: of every group the mean of its patterns, by how likely each is to be chosen with this noise."""
+    kept, of = pattern
+    logits = [scores.view(-1, of)[:, list(places)].sum(1) for places in combinations(range(of), kept)]
+    noise = gumbel(key, 0, len(logits) * len(logits[0]), scores.device).view(-1, len(logits))
+    chosen = torch.softmax((curve.choice * torch.stack(logits, 1) + noise) / curve.tau, 1)
+    mask = torch.zeros(len(chosen), of)
+    for number, places in enumerate(combinations(range(of), kept)):
+        ones = torch.zeros(of).index_fill_(0, torch.tensor(places), 1.0)
+        mask = mask + chosen[:, number, None] * ones
+    return mask.flatten()
+
+
 class Oracle:
     """LEAP on one process: `step(loss)` with loss(forward) -> scalar, forward being the masked model."""
 
@@ -94,6 +108,7 @@ class Oracle:
         self.masks = [torch.ones(gate.num_units, dtype=torch.bool) for gate in plan.gates]
         self.num_steps, self.calibration, self.settled = 0, 1.0, False
         self.seed = seed
+        self._rest = rest_of(plan, config.target)
         self.curve: Curve | None = None  # of the soft masks of rule "gumbel", where they are in place
         decayed = [p for name, p in self.latent.items() if name not in set(no_decay)]
         plain = [p for name, p in self.latent.items() if name in set(no_decay)]
@@ -208,6 +223,9 @@ class Oracle:
         found = []
         for index, (gate, scores) in enumerate(zip(self.plan.gates, self.scores, strict=True)):
             number, first = self._numbered(index)
+            if gate.pattern:
+                found.append(softly_chosen(scores, gate.pattern, noise_key(curve.key, number), curve))
+                continue
             noise = logistic(noise_key(curve.key, number), first, gate.num_units, scores.device)
             found.append(torch.sigmoid((curve.alpha * scores + noise + curve.bias) / curve.tau))
         return found
@@ -232,7 +250,8 @@ class Oracle:
     def _hold_soft(self) -> None:
         """The soft masks of the next forward pass."""
         if self.curve is None:
-            shares = torch.full((len(self.plan.gates),), self.config.target, dtype=torch.float64)
+            rest = self._rest.level(self.config.target)
+            shares = torch.tensor([p[0] / p[1] if (p := gate.pattern) else rest for gate in self.plan.gates])
             kept = self._best(self.remaining.keep_counts(shares))
             for index, scores in enumerate(self.scores):
                 by_mask = None if self.config.score_init == "zero" else kept[index]
@@ -242,28 +261,32 @@ class Oracle:
         def evaluate(bias: float) -> tuple[float, float]:
             self.curve = curve_at(self.schedule, self.num_steps, bias, self.seed)
             mean = slope = 0.0
-            for size, mask in zip(sizes, self.soft_units(self.curve), strict=True):
+            for gate, size, mask in zip(self.plan.gates, sizes, self.soft_units(self.curve), strict=True):
                 mean += (size * mask).sum().item() / self.plan.prunable
-                slope += (size * mask * (1.0 - mask)).sum().item() / self.curve.tau / self.plan.prunable
+                slope += 0.0 if gate.pattern else (size * mask * (1.0 - mask)).sum().item() / self.curve.tau / self.plan.prunable
             return mean, slope
 
-        if self.config.control == "projected":
-            find_bias(evaluate, self.schedule.level(self.num_steps), self.curve.bias if self.curve else 0.0)
+        if self.config.control == "projected" and self._rest.num:
+            level = self._rest.whole(self.schedule.level(self.num_steps))
+            find_bias(evaluate, level, self.curve.bias if self.curve else 0.0)
         else:
             evaluate(0.0)
 
     def _settle_soft(self) -> None:
         """Thresholds that keep the best scores of all gates together; then masks are as in other rules."""
-        sizes = [gate.unit_sizes.double().expand(gate.num_units) for gate in self.plan.gates]
-        scores, order = torch.sort(torch.cat(list(self.scores)).detach(), descending=True, stable=True)
-        enough = torch.cat(sizes)[order].cumsum(0) >= self.config.target * self.plan.prunable
+        self.curve = None
+        if not self._rest.num:
+            return
+        free = [index for index, gate in enumerate(self.plan.gates) if not gate.pattern]
+        sizes = [self.plan.gates[i].unit_sizes.double().expand(self.plan.gates[i].num_units) for i in free]
+        scores, order = torch.sort(torch.cat([self.scores[i] for i in free]).detach(), descending=True, stable=True)
+        enough = torch.cat(sizes)[order].cumsum(0) >= self.config.target * self.plan.prunable - self._rest.kept
         worst = scores[int(enough.nonzero()[0])]  # of those that stay
         shares = torch.stack([(own >= worst).double().mean() for own in self.scores])
         for group in self.plan.tied:
             num = torch.tensor([self.plan.gates[i].num_units for i in group], dtype=torch.float64)
             shares[list(group)] = shares[list(group)] @ num / num.sum()
         self.sigma.copy_(torch.logit(shares.clamp(1e-9, 1.0 - 1e-9)) * self.config.temperature)
-        self.curve = None
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

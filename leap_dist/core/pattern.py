@@ -4,7 +4,7 @@ Groups are aligned to multiples of m elements of their tensor, and a rank's run 
 one. Such a group is shared by several ranks: its scores are summed into one small table, the same on every rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,23 +61,16 @@ class PatternSelector:
         self, runs: Sequence[PatternRun], widest: int, communicator: Communicator, device: torch.device
     ) -> None:
         self._communicator, self._device = communicator, device
+        slot = shared_slots(runs, widest, communicator)
+        self._num_shared = len(slot) * widest
         cut = {(run.gate, element // run.of): run.of for run in runs for element, _ in run.ends()}
-        everywhere = communicator.gather(list(cut))
-        groups = sorted({place for rank in everywhere for place in rank})
-        slot = {place: number * widest for number, place in enumerate(groups)}
-        self._num_shared = len(groups) * widest
         self._table = run_table([(slot[place], of, place[0], of) for place, of in cut.items()], widest).to(device)
         buffers = {id(run.scores): (run.scores, run.mask) for run in runs}
         self._buffers = []
         for key, (scores, mask) in buffers.items():
             mine = [run for run in runs if id(run.scores) == key]
-            ends = [
-                (place, slot[run.gate, element // run.of] + element % run.of)
-                for run in mine
-                for element, place in run.ends()
-            ]
-            places, slots = torch.tensor(ends, dtype=torch.int64).view(-1, 2).to(device).unbind(1)
-            self._buffers.append(_Buffer(scores.view(-1), mask.view(-1), _whole_groups(mine, device), places, slots))
+            ends = ends_of(mine, slot, device)
+            self._buffers.append(_Buffer(scores.view(-1), mask.view(-1), _whole_groups(mine, device), *ends))
 
     def masks_(self, kept: Sequence[int]) -> None:
         """Write the mask of every run; `kept`: n of every gate, for now. One host sync on a GPU.
@@ -96,6 +89,29 @@ class PatternSelector:
             buffer.mask[buffer.places] = best[buffer.slots]
         if torch.cat(broken).any():
             raise FloatingPointError("the scores of an n:m gate hold NaN")
+
+
+def shared_slots(
+    runs: Sequence[PatternRun], widest: int, communicator: Communicator
+) -> dict[tuple[int, int], int]:
+    """Where a table has the groups that a run cuts, of `widest` slots each, by (gate, number of the group). Collective.
+
+    It is the same on every rank, and so is its order.
+    """
+    cut = {(run.gate, element // run.of) for run in runs for element, _ in run.ends()}
+    groups = sorted({place for rank in communicator.gather(sorted(cut)) for place in rank})
+    return {place: number * widest for number, place in enumerate(groups)}
+
+
+def ends_of(
+    runs: Sequence[PatternRun], slot: Mapping[tuple[int, int], int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(places in the flat buffers, slots of the shared table) of the elements in groups that runs cut."""
+    ends = [
+        (place, slot[run.gate, element // run.of] + element % run.of) for run in runs for element, place in run.ends()
+    ]
+    places, slots = torch.tensor(ends, dtype=torch.int64).view(-1, 2).to(device).unbind(1)
+    return places, slots
 
 
 def _whole_groups(runs: Sequence[PatternRun], device: torch.device) -> Tensor:

@@ -2,14 +2,14 @@
 
 M = sigmoid((alpha P + b + g) / tau) with scores P, logistic noise g, and schedules that are linear over the prune
 phase. The hosted weights are W * M after every step; dL/dP follows from their gradient alone, with the noise drawn
-again (ops/soft.py). What is ours: one bias b for all gates holds the mean of M at the scheduled level (control
+again (ops/soft.py). Under n:m gates a group chooses among its patterns instead (soft_patterns.py). What is ours: one bias b for all gates holds the mean of M at the scheduled level (control
 "projected"; under "paper" b is 0 and the published regulariser pulls), and where masks become final the best scores
 of the whole model are kept, exactly as many as the target says.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import EXP_AVG, EXP_AVG_SQ, LATENT, MASK, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ, Gating
 from leap_dist.core.parts import Part
 from leap_dist.core.phases import Schedule
+from leap_dist.core.soft_patterns import MOST, SoftPatterns
 from leap_dist.core.thresholds import bisect
 from leap_dist.core.update import move_
 from leap_dist.errors import UserError
@@ -38,6 +39,7 @@ from leap_dist.ops.soft import (
 from leap_dist.ops.units import patches_of
 
 ALPHA, TAU = (25.0, 350.0), (4.0, 0.05)  # at the start and at the end of the prune phase, as published
+CHOICE = (100.0, 500.0)  # alpha where patterns are chosen, as published (MaskLLM)
 SPREAD, PRIOR = 0.014, 3.0  # scores start at SPREAD (N(0, 1) +- PRIOR), + where the first mask keeps; as published
 MEAN_PULL, NORM_PULL = 7.0, 10.0  # weights of the published regulariser's two parts
 NEAR = 1e-2  # of the level: how far the mean of M may be from it
@@ -50,22 +52,22 @@ def check_soft(plan: GatePlan, config: LeapConfig) -> None:
     if config.rule != "gumbel":
         return
     several = next((tensor for tensor in plan.covers if plan.hybrid(tensor)), None)
-    patterned = next((gate for gate in plan.gates if gate.pattern), None)
-    if patterned is not None:
-        raise UserError(
-            f'leap.rule: got "gumbel", which has no {patterned.granularity} masks; allowed with an n:m gate: '
-            '"leap", "movement" or "magnitude"'
-        )
     if several is not None:
         raise UserError(
             f'leap.rule: got "gumbel", which takes one gate a tensor, but {several} has several; give one granularity, '
             'or use rule "leap"'
         )
-    if plan.structured and config.control == "paper":
-        kind = plan.gates[plan.structured[0]].granularity
+    for gate in plan.gates:
+        if gate.pattern and math.comb(gate.pattern[1], gate.pattern[0]) > MOST:
+            raise UserError(
+                f'leap.rule: got "gumbel", which chooses among all patterns of a group; {gate.granularity} has '
+                f"{math.comb(gate.pattern[1], gate.pattern[0])}; allowed: at most {MOST}, such as 2:4 or 4:8"
+            )
+    coarse = [gate.granularity for gate in plan.gates if gate.granularity != "element"]
+    if coarse and config.control == "paper":
         raise UserError(
             f'leap.control: got "paper"; rule "gumbel" has the published regulariser for single weights alone, and '
-            f'{kind} is in leap.gates; use "projected"'
+            f'{coarse[0]} is in leap.gates; use "projected"'
         )
 
 
@@ -73,8 +75,33 @@ def curve_at(schedule: Schedule, step: int, bias: float, seed: int) -> Curve:
     """The curve of the forward pass of a step."""
     length = max(schedule.settle_start - schedule.dense_end, 1)
     done = min(max((step - schedule.dense_end) / length, 0.0), 1.0)
-    alpha, tau = (start + (end - start) * done for start, end in (ALPHA, TAU))
-    return Curve(alpha, tau, bias, noise_key(seed, step))
+    alpha, tau, choice = (start + (end - start) * done for start, end in (ALPHA, TAU, CHOICE))
+    return Curve(alpha, tau, bias, noise_key(seed, step), choice)
+
+
+class Rest(NamedTuple):
+    """How much is kept outside n:m gates, which keep `kept` of their weights from the start; `num` weights are left."""
+
+    kept: int
+    num: int
+    prunable: int
+    target: float
+
+    def level(self, level: float) -> float:
+        """The density of the rest, which falls to its own target as the level falls to the whole model's."""
+        own = (self.target * self.prunable - self.kept) / max(self.num, 1)
+        return 1.0 - (1.0 - level) * (1.0 - own) / (1.0 - self.target)
+
+    def whole(self, level: float) -> float:
+        """That of the whole model then."""
+        return (self.level(level) * self.num + self.kept) / self.prunable
+
+
+def rest_of(plan: GatePlan, target: float) -> Rest:
+    """What is outside of a plan's n:m gates."""
+    patterned = [gate for gate in plan.gates if gate.pattern]
+    num = sum(gate.num_units for gate in patterned)
+    return Rest(sum(gate.lowest for gate in patterned), plan.prunable - num, plan.prunable, target)
 
 
 def find_bias(evaluate: Callable[[float], tuple[float, float]], level: float, bias: float) -> float:
@@ -124,7 +151,7 @@ class Soft:
     def __init__(self, gating: Gating, config: LeapConfig, schedule: Schedule, seed: int) -> None:
         self._gating, self._config, self._schedule, self._seed = gating, config, schedule, seed
         plan = gating.plan
-        self._runs = {
+        starts = {
             part.flat: numbered_table(
                 [
                     (f.offset, f.length, plan.covers[f.tensor][0].gate, f.start)
@@ -135,6 +162,11 @@ class Soft:
             )
             for part in gating.parts
         }
+        self._starts = starts
+        self._runs = {flat: [row for row in rows if not plan.gates[row[2]].pattern] for flat, rows in starts.items()}
+        patterned = any(gate.pattern for gate in plan.gates)
+        self._patterns = SoftPatterns(gating) if patterned else None
+        self._rest = rest_of(plan, config.target)
         sizes = [plan.gates[i].unit_sizes.double() for i in plan.structured]
         self._sizes = torch.cat([torch.zeros(0, dtype=torch.float64), *sizes]).to(gating.device)
         self.on, self.mean = False, 1.0
@@ -147,12 +179,18 @@ class Soft:
     def _curve(self) -> Curve:
         return curve_at(self._schedule, self._step, self._bias, self._seed)
 
+    def first_shares(self) -> Tensor:
+        """Keep ratios of the masks that scores start from, float64 of shape (G,)."""
+        rest, gates = self._rest.level(self._config.target), self._gating.plan.gates
+        shares = [pair[0] / pair[1] if (pair := gate.pattern) else rest for gate in gates]
+        return torch.tensor(shares, dtype=torch.float64)
+
     def start_(self) -> None:
         """Scores from the masks that are in place, which are made by what scores start from. Local."""
         gating, by_mask = self._gating, self._config.score_init != "zero"
         for part in gating.parts:
-            mask, score = gating.flat_states(part, MASK, SCORE) if self._runs[part.flat] else (None, None)
-            for offset, length, gate, first in self._runs[part.flat]:
+            mask, score = gating.flat_states(part, MASK, SCORE) if self._starts[part.flat] else (None, None)
+            for offset, length, gate, first in self._starts[part.flat]:
                 assert mask is not None and score is not None
                 b = slice(offset, offset + length)
                 score[b] = first_scores(mask[b] if by_mask else None, gate, first, self._seed, score[b])
@@ -166,17 +204,21 @@ class Soft:
     def hold_(self, step: int, level: float) -> None:
         """The masks of the forward pass of a step, of which `level` are kept in the mean. Collective."""
         self.on, self._step = True, step
-        if self._config.control == "projected":
-            self._bias = find_bias(self._evaluate, level, self._bias)
+        if self._patterns:
+            self._patterns.write_(self._curve)
+        if self._config.control == "projected" and self._rest.num:
+            self._bias = find_bias(self._evaluate, self._rest.whole(level), self._bias)
         else:
             self._evaluate(0.0)
 
     def write_(self) -> None:
         """Hosted weights as the last `hold_` left them. Collective."""
+        if self._patterns:
+            self._patterns.write_(self._curve)
         self._evaluate(self._bias)
 
     def _evaluate(self, bias: float) -> tuple[float, float]:
-        """Hosted weights by a bias; (mean of M, its slope)."""
+        """Hosted weights outside n:m gates, by a bias; (mean of M over all, its slope)."""
         gating, plan = self._gating, self._gating.plan
         self._loaded = False
         self._bias, curve = bias, curve_at(self._schedule, self._step, bias, self._seed)
@@ -190,7 +232,8 @@ class Soft:
             self._times_units(part, units, latent, part.hosted)
         sums = gating.communicator.sum_(sums)
         slopes = units * (1.0 - units) / curve.tau
-        mean = (sums[:, 0].sum() + self._sizes @ units.double()).item() / plan.prunable
+        kept = sums[:, 0].sum() + self._sizes @ units.double()
+        mean = (self._rest.kept + kept.item()) / plan.prunable
         slope = (sums[:, 1].sum() + self._sizes @ slopes.double()).item() / plan.prunable
         self.mean = mean
         if self._config.control == "paper":
@@ -225,6 +268,7 @@ class Soft:
             self.write_()
         gating, curve = self._gating, self._curve
         units = self._unit_masks(curve)
+        patterned = self._patterns.learn_(curve, score_adam) if self._patterns else {}
         sums = torch.zeros(len(units), dtype=torch.float64, device=gating.device)
         for part in gating.parts:
             grad = part.grad
@@ -240,6 +284,8 @@ class Soft:
                 learn_soft_(table, grad, latent, score, first, second, masked, curve, self._pulls, score_adam)
             if adam is not None and masked is not None:
                 self._times_units(part, units, grad, masked)
+                if part.flat in patterned:
+                    masked.addcmul_(grad, patterned[part.flat])
                 states = gating.flat_states(part, MASK, LATENT, EXP_AVG, EXP_AVG_SQ)  # MASK is all ones by now
                 ops.masked_adamw_(part.updated, masked, *states, adam)
         sums = gating.communicator.sum_(sums.float()).double()
@@ -250,10 +296,12 @@ class Soft:
     def thresholds(self, temperature: float, target: float) -> Tensor:
         """Where sigma stands if the best scores of all gates together are kept, (G,), fp32. Collective.
 
-        Gates that share a threshold have one share.
+        Gates that share a threshold have one share; those of n:m gates are not learned.
         """
         plan = self._gating.plan
-        cut = self._cut(target * plan.prunable)
+        if not self._rest.num:
+            return self._gating.gather_thresholds()
+        cut = self._cut(target * plan.prunable - self._rest.kept)
         kept = self._kept_above(cut)[0]
         shares = torch.zeros(len(plan.gates), dtype=torch.float64)
         for group in plan.tied:

@@ -1,5 +1,8 @@
 """Soft masks of rule "gumbel", in plain torch on any device: M = sigmoid((alpha P + b + g) / tau), g logistic noise.
 
+Of n:m gates every group of m neighbours chooses among its patterns c with n ones, as MaskLLM (Fang et al., arXiv
+2409.17481) does: y = softmax((alpha sum_i c_i P_i + g_c) / tau) with Gumbel noise g, and M = sum_c y_c c.
+
 Nothing of M is kept: the noise is drawn from a counter, so that the update draws again what the forward pass met. It
 is that of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a mix of key + index * golden ratio, so that an element's
 noise depends on its place in its tensor alone, on any number of ranks and however it is cut.
@@ -7,6 +10,7 @@ Tables of runs are as in reference.py, with the element's index in its tensor as
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -22,12 +26,16 @@ SUMS = 4  # columns of what `write_soft_` returns
 
 
 class Curve(NamedTuple):
-    """How scores become masks in one step; the key of its noise is `key` and the number of the gate."""
+    """How scores become masks in one step; the key of its noise is `key` and the number of the gate.
+
+    choice: in place of alpha where a pattern of n in m weights is chosen.
+    """
 
     alpha: float
     tau: float
     bias: float
     key: int
+    choice: float
 
 
 def noise_key(*numbers: int) -> int:
@@ -54,6 +62,11 @@ def logistic(key: int, first: int, num: int, device: torch.device) -> Tensor:
     """Logistic noise: log(u) - log(1 - u) of `uniform`."""
     drawn = uniform(key, first, num, device)
     return torch.log(drawn).sub_(torch.log1p(-drawn))
+
+
+def gumbel(key: int, first: int, num: int, device: torch.device) -> Tensor:
+    """Gumbel noise: -log(-log(u)) of `uniform`."""
+    return uniform(key, first, num, device).log_().neg_().log_().neg_()
 
 
 def normal(key: int, first: int, num: int, device: torch.device) -> Tensor:
@@ -134,3 +147,22 @@ def learn_soft_(
         if masked is not None:
             torch.mul(grad[b], mask, out=masked[b])
         adamw_(score[b], gradient, exp_avg[b], exp_avg_sq[b], adam)
+
+
+def patterns_of(kept: int, of: int, device: torch.device) -> Tensor:
+    """All patterns with `kept` ones, fp32 of shape (patterns, of), in the order of their places."""
+    places = torch.tensor(list(combinations(range(of), kept)), device=device)
+    return torch.zeros(len(places), of, device=device).scatter_(1, places, 1.0)
+
+
+def choose(score: Tensor, patterns: Tensor, gate: int, first: int, curve: Curve) -> Tensor:
+    """y of the groups first .. of gate number `gate`; score: (groups, m), y: (groups, patterns), rows of sum 1."""
+    noise = gumbel(noise_key(curve.key, gate), first * len(patterns), len(score) * len(patterns), score.device)
+    return noise.view(len(score), -1).addmm_(score, patterns.T, alpha=curve.choice).div_(curve.tau).softmax(1)
+
+
+def choice_gradient(chosen: Tensor, product: Tensor, patterns: Tensor, curve: Curve) -> Tensor:
+    """dL/dP of groups, (groups, m), by y and the product G W of gradients and weights, (groups, m)."""
+    value = product @ patterns.T
+    value -= (chosen * value).sum(1, keepdim=True)
+    return (value.mul_(chosen) @ patterns).mul_(curve.choice / curve.tau)

@@ -14,6 +14,9 @@ from leap_dist.ops.soft import logistic, noise_key, uniform
 from tests.core.test_optimizer import biases, build, step_both, train
 from tests.peers.nets import LR, WEIGHT_DECAY, batches, leap, net, relative_error
 
+CHOICE = {"granularity": "2:4", "include": r"re:blocks\.\d\.(qkv|out)\.weight"}
+REST = {"granularity": "element", "exclude": r"re:blocks\.\d\.(qkv|out)\.weight"}
+
 
 @pytest.mark.parametrize(
     ("kind", "steps", "changes"),
@@ -24,6 +27,9 @@ from tests.peers.nets import LR, WEIGHT_DECAY, batches, leap, net, relative_erro
         ("element", 40, {"score_init": "activation", "dense_fraction": 0.1}),
         ("row", 40, {"weights": "trained"}),
         ("head+neuron", 40, {}),
+        ("2:4", 100, {}),
+        ("2:4", 40, {"weights": "trained", "score_init": "activation"}),
+        ("2:4", 40, {"weights": "trained", "gates": [CHOICE, REST], "target": 0.3}),
     ],
 )
 def test_equals_the_oracle(kind: str, steps: int, changes: dict[str, Any]) -> None:
@@ -84,7 +90,8 @@ def test_the_best_scores_of_the_whole_model_stay() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("2:4", {}, r'leap\.rule: got "gumbel", which has no 2:4 masks; allowed with an n:m gate: "leap", .*'),
+        ("2:4", {"control": "paper"}, r'leap\.control: got "paper"; .* single weights alone, and 2:4 is in .*'),
+        ("2:4", {"gates": [CHOICE | {"granularity": "8:12"}], "target": 0.6}, r'leap\.rule: got "gumbel", which .*; 8:12 has 495; allowed: at most 100, such as 2:4 or 4:8'),
         ("hybrid", {}, r'leap\.rule: got "gumbel", which takes one gate a tensor, but .*weight has several; .*'),
         ("row", {"control": "paper"}, r'leap\.control: got "paper"; rule "gumbel" .* row is in leap\.gates; .*'),
         ("element", {"lambda_max": 50.0}, r'leap\.lambda_max: got 50\.0, .*: rule "gumbel" learns no thresholds; .*'),
