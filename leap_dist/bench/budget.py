@@ -199,7 +199,10 @@ def leap_traffic(plan: GatePlan, config: LeapConfig, hosting: Hosting) -> list[T
     gates, units = len(plan.gates), plan.num_structured_units
     if config.rule == "gumbel":  # a pass in which the mean is at the level at once; most steps take one or two
         found = [Traffic("gate gradients", 1, units * FP32), Traffic("scores of units", 2, 2 * units * FP32)]
-        return [t for t in (*found, Traffic("soft masks", 1, gates * SUMS * INT64)) if t.bytes]
+        found.append(Traffic("soft masks", 1, gates * SUMS * INT64))
+        if any(gate.pattern for gate in plan.gates):  # scores for the forward pass; scores and products for the update
+            found.append(Traffic("n:m groups cut by ranks", 3, 3 * _cut_groups(plan, hosting)))
+        return [traffic for traffic in found if traffic.bytes]
     ranked = sum(gate.pattern is None for gate in plan.gates)
     regularised = config.rule == "leap" and config.control == "paper"
     found = [

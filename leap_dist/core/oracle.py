@@ -263,7 +263,8 @@ class Oracle:
             mean = slope = 0.0
             for gate, size, mask in zip(self.plan.gates, sizes, self.soft_units(self.curve), strict=True):
                 mean += (size * mask).sum().item() / self.plan.prunable
-                slope += 0.0 if gate.pattern else (size * mask * (1.0 - mask)).sum().item() / self.curve.tau / self.plan.prunable
+                free = 0.0 if gate.pattern else (size * mask * (1.0 - mask)).sum().item()
+                slope += free / self.curve.tau / self.plan.prunable
             return mean, slope
 
         if self.config.control == "projected" and self._rest.num:

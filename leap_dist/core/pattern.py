@@ -91,9 +91,7 @@ class PatternSelector:
             raise FloatingPointError("the scores of an n:m gate hold NaN")
 
 
-def shared_slots(
-    runs: Sequence[PatternRun], widest: int, communicator: Communicator
-) -> dict[tuple[int, int], int]:
+def shared_slots(runs: Sequence[PatternRun], widest: int, communicator: Communicator) -> dict[tuple[int, int], int]:
     """Where a table has the groups that a run cuts, of `widest` slots each, by (gate, number of the group). Collective.
 
     It is the same on every rank, and so is its order.

@@ -1,10 +1,11 @@
 """Rule "gumbel": masks that are soft while they are learned (Mozaffari et al., arXiv 2605.17289; MaskLLM).
 
 M = sigmoid((alpha P + b + g) / tau) with scores P, logistic noise g, and schedules that are linear over the prune
-phase. The hosted weights are W * M after every step; dL/dP follows from their gradient alone, with the noise drawn
-again (ops/soft.py). Under n:m gates a group chooses among its patterns instead (soft_patterns.py). What is ours: one bias b for all gates holds the mean of M at the scheduled level (control
-"projected"; under "paper" b is 0 and the published regulariser pulls), and where masks become final the best scores
-of the whole model are kept, exactly as many as the target says.
+phase; under n:m gates a group chooses among its patterns instead (soft_patterns.py). The hosted weights are W * M after
+every step; dL/dP follows from their gradient alone, with the noise drawn again (ops/soft.py). What is ours: one bias b
+for all gates holds the mean of M at the scheduled level (control "projected"; under "paper" b is 0 and the published
+regulariser pulls), and where masks become final the best scores of the whole model are kept, exactly as many as the
+target says.
 """
 
 import math

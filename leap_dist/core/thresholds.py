@@ -235,14 +235,16 @@ def project_exact(
     while last - first > 1:
         middle = (first + last) // 2
         first, last = (first, middle) if is_enough(mixed(middle)) else (middle, last)
-    keep = mixed(last)
-    if remaining.measure.closed_form(remaining.plan):
-        keep = take_back(remaining.plan, keep, count(keep) - goal, remaining.measure)
+    keep = take_back(remaining, mixed(last), goal, count)
     return remaining.shifted(sigma, high).to(sigma.dtype), keep
 
 
-def take_back(plan: GatePlan, keep: list[int], excess: float, measure: Measure) -> list[int]:
-    """Kept counts less up to `excess`, as the measure counts, in steps of the finest gates, each by its room."""
+def take_back(remaining: Remaining, keep: list[int], goal: float, count: CountWeights) -> list[int]:
+    """Kept counts with as many units of the finest gates less as `goal`, in what the measure counts, allows.
+
+    By arithmetic where that is exact; else the number of units is searched for with counts of real masks.
+    """
+    plan, measure = remaining.plan, remaining.measure
     free = [group for group in plan.tied if plan.gates[group[0]].pattern is None]
     finest = min((measure.grain(plan, group) for group in free), default=1)
     rooms: list[tuple[int, tuple[int, ...]]] = []
@@ -251,11 +253,23 @@ def take_back(plan: GatePlan, keep: list[int], excess: float, measure: Measure) 
         if measure.grain(plan, group) == finest and kept % gate.multiple_of == 0:
             rooms.append(((kept - gate.lowest) // gate.multiple_of, group))
     total = sum(room for room, _ in rooms)
-    steps = min(int(excess // finest), total)
-    keep, before = list(keep), 0
-    for room, group in rooms:  # Bresenham: after every group the share of the steps that its room stands for
-        taken = (before + room) * steps // total - before * steps // total if total else 0
-        before += room
-        for index in group:
-            keep[index] -= taken * plan.gates[index].multiple_of
-    return keep
+
+    def fewer(steps: int) -> list[int]:
+        left, before = list(keep), 0
+        for room, group in rooms:  # Bresenham: after every group the share of the steps that its room stands for
+            taken = (before + room) * steps // total - before * steps // total
+            before += room
+            for index in group:
+                left[index] -= taken * plan.gates[index].multiple_of
+        return left
+
+    excess = count(keep) - goal
+    if not total or excess <= 0:
+        return keep
+    if measure.closed_form(plan):
+        return fewer(min(int(excess // finest), total))
+    enough, too_many = 0, total + 1
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
+        enough, too_many = (middle, too_many) if count(fewer(middle)) >= goal else (enough, middle)
+    return fewer(enough)

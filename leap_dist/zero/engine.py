@@ -234,7 +234,7 @@ def describe_gates(leap: LeapAdamW) -> list[dict[str, Any]]:
             "granularity": gate.granularity,
             "units": gate.num_units,
             "kept_units": kept,
-            "tensors": [part.tensor for part in gate.slices if part.counted],
+            "tensors": list(dict.fromkeys(part.tensor for part in gate.slices if part.counted)),
             **({"products": leap.measure.products[number]} if leap.measure.products else {}),
         }
         for number, (gate, kept) in enumerate(zip(leap.plan.gates, leap.kept_units, strict=True))

@@ -40,6 +40,16 @@ def test_the_shrunk_model_has_the_share_of_parameters(ranks: RankPools, tmp_path
     assert first["density"] < 0.66  # embeddings stay
 
 
+def test_coarse_steps_of_the_width_leave_the_exact_share_to_neurons(ranks: RankPools, tmp_path: Path) -> None:
+    gates = [{"granularity": "hidden", "multiple_of": 16}, "neuron"]
+    leap = {"target": 0.6, "measure": "parameters", "gates": gates}
+    for world, stage in ((1, 1), (2, 3)):
+        found = ranks(world).run(prune, "gpt2", tmp_path / f"hf{world}", stage, leap, {"n_inner": 96})[0]
+        kept, total = amounts(found, found["measure"])
+        assert found["gates"][0]["kept_units"] in (16, 32)
+        assert 0 <= kept - 0.6 * total <= 65, (kept, total)  # a neuron: two rows of 32 and a bias
+
+
 def test_the_shrunk_model_has_the_share_of_flops(ranks: RankPools, tmp_path: Path) -> None:
     leap = {"target": 0.6, "measure": "flops", "gates": BOTH}
     first, second = ranks(2).run(prune, "opt", tmp_path / "hf", 2, leap, {"ffn_dim": 96})
@@ -100,23 +110,25 @@ def test_weights_are_the_default_and_counted_as_ever() -> None:
     assert (measure.removable(plan), measure.largest(plan)) == (plan.prunable, plan.unit)
 
 
-def run_small(folder: str) -> None:
+def run_small(folder: str, gates: list[str]) -> None:
     from leap_dist.config.job_file import parse_job
     from leap_dist.train.loop import run_job
     from leap_dist.zero.ranks import Ranks
 
-    leap = {"target": 0.7, "measure": "parameters", "gates": BOTH}
+    leap = {"target": 0.7, "measure": "parameters", "gates": gates}
     run_job(parse_job(JOB | {"leap": leap}, "a test"), Path(folder), False, Ranks(0, 1, torch.device("cpu")))
 
 
-def test_a_run_says_its_measure_and_is_held_to_it(ranks: RankPools, tmp_path: Path) -> None:
-    ranks(1).run(run_small, str(tmp_path / "run"))
+@pytest.mark.parametrize("gates", [BOTH, ["hidden", *BOTH]])
+def test_a_run_says_its_measure_and_is_held_to_it(ranks: RankPools, tmp_path: Path, gates: list[str]) -> None:
+    ranks(1).run(run_small, str(tmp_path / "run"), gates)
     certificate = json.loads((tmp_path / "run" / "certificate.json").read_text("utf-8"))
     assert certificate["measure"]["name"] == "parameters" and certificate["target"] == 0.7
     read = read_run(tmp_path / "run")
     kept, total = amounts(read.certificate.model_dump(), certificate["measure"])
     assert total == sum(p.numel() for p in load_exported(read.model).parameters())
     assert abs(kept - 0.7 * total) <= certificate["unit"]
+    assert all(len(gate["tensors"]) == len(set(gate["tensors"])) for gate in certificate["gates"])
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert f"share of the model&#39;s parameters {kept / total:.4f}, asked for 0.7." in page
     less = {"measure": {"name": "parameters", "fixed": 1e6}}

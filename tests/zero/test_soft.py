@@ -27,11 +27,11 @@ def all_stages(stages: list[int], kind: str) -> dict[int, tuple[dict[str, Tensor
     return found
 
 
-@pytest.mark.parametrize("kind", ["element", "head+neuron"])
+@pytest.mark.parametrize("kind", ["element", "head+neuron", "2:4"])
 def test_soft_masks_are_the_same_on_any_ranks_under_every_stage(ranks: RankPools, kind: str) -> None:
     expected, hashes = oracle_weights(kind, GUMBEL), set()
     few, all_of_them = ((1, [0]), (2, [3])), ((1, [2]), (2, [0, 1]), (3, [3]))
-    for world, stages in all_of_them if kind == "element" else few:
+    for world, stages in few if kind == "head+neuron" else all_of_them:
         for result in ranks(world).run(all_stages, stages, kind):
             for weights, masks, _ in result.values():
                 hashes.add(masks)
@@ -85,6 +85,7 @@ def resumed(folder: str, stage: int, kind: str, changes: dict[str, Any]) -> bool
         (0, 1, "element", {"rule": "gumbel", "control": "paper"}),
         (2, 2, "element", GUMBEL | {"weights": "trained"}),
         (3, 2, "head+neuron", GUMBEL),
+        (2, 2, "2:4", GUMBEL | {"weights": "trained"}),
         (1, 2, "hybrid", FROZEN),
     ],
 )
