@@ -67,8 +67,8 @@ class SoftPatterns:
 
     def write_(self, curve: Curve) -> None:
         """hosted = W * M. Collective."""
-        flat = {p.flat: self._gating.flat_states(p, LATENT, SCORE) for p in self._parts()}
-        scores = self._share([(part, flat[part.flat][1][self._ends[part.flat][0]]) for part in self._parts()])
+        flat = {part.flat: self._gating.flat_states(part, LATENT, SCORE) for part in self._parts()}
+        scores = self._share([(p, flat[p.flat][1][self._ends[p.flat][0]]) for p in self._parts()])
         masks = torch.empty_like(scores)
         for gate, group in self._own:
             b = self._slots(gate, group)
@@ -76,11 +76,11 @@ class SoftPatterns:
             masks[b] = (chosen @ patterns).view(-1)
         for part in self._parts():
             latent, score = flat[part.flat]
-            for b, gate, first in self._whole[part.flat]:
-                chosen, patterns = self._chosen(score[b], gate, first, curve)
+            for b, gate, group in self._whole[part.flat]:
+                chosen, patterns = self._chosen(score[b], gate, group, curve)
                 part.hosted[b] = latent[b] * (chosen @ patterns).view(-1)
-            places, slots = self._ends[part.flat]
-            part.hosted[places] = (latent[places] * masks[slots]).to(part.hosted.dtype)
+            ends, slots = self._ends[part.flat]
+            part.hosted[ends] = (latent[ends] * masks[slots]).to(part.hosted.dtype)
 
     def _slots(self, gate: int, group: int) -> slice:
         first = self._slot[gate, group]
@@ -88,31 +88,39 @@ class SoftPatterns:
 
     def learn_(self, curve: Curve, adam: Adam) -> dict[Tensor, Tensor]:
         """A step of the scores, with M as in the forward pass; by part M, flat, 0 outside n:m gates. Collective."""
-        gating, parts = self._gating, self._parts()
-        learning = [part for part in parts if part.grad is not None]
-        flat = {p.flat: gating.flat_states(p, LATENT, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ) for p in parts}
-        places = {part.flat: self._ends[part.flat][0] for part in parts}
-        scores = self._share([(part, flat[part.flat][1][places[part.flat]]) for part in parts])
-        products = self._share([(p, (p.grad * flat[p.flat][0])[places[p.flat]]) for p in learning])
+        scores, products = self._share_scores_and_products()
         masks, gradients = torch.empty_like(scores), torch.empty_like(scores)
         for gate, group in self._own:
             b = self._slots(gate, group)
             masks[b], gradients[b] = self._gradient(scores[b], products[b], gate, group, curve)
         found = {}
-        for part in learning:
-            grad, (latent, score, *moments) = part.grad, flat[part.flat]
-            assert grad is not None
+        for part in self._parts():
+            if part.grad is None:
+                continue
+            latent, score, first, second = self._gating.flat_states(
+                part, LATENT, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
+            )
             mask = found[part.flat] = torch.zeros_like(latent)
-            for b, gate, first in self._whole[part.flat]:
-                mask[b], gradient = self._gradient(score[b], grad[b] * latent[b], gate, first, curve)
-                adamw_(score[b], gradient, *(moment[b] for moment in moments), adam)
-            places, slots = self._ends[part.flat]
-            mask[places] = masks[slots]
-            states = [state[places] for state in (score, *moments)]
-            adamw_(states[0], gradients[slots], *states[1:], adam)
-            for state, moved in zip((score, *moments), states, strict=True):
-                state[places] = moved
+            for b, gate, group in self._whole[part.flat]:
+                mask[b], gradient = self._gradient(score[b], part.grad[b] * latent[b], gate, group, curve)
+                adamw_(score[b], gradient, first[b], second[b], adam)
+            ends, slots = self._ends[part.flat]
+            mask[ends] = masks[slots]
+            own, own_first, own_second = score[ends], first[ends], second[ends]
+            adamw_(own, gradients[slots], own_first, own_second, adam)
+            score[ends], first[ends], second[ends] = own, own_first, own_second
         return found
+
+    def _share_scores_and_products(self) -> tuple[Tensor, Tensor]:
+        """P and G W of the groups that ranks share. Collective."""
+        scores, products = [], []
+        for part in self._parts():
+            ends = self._ends[part.flat][0]
+            latent, score = self._gating.flat_states(part, LATENT, SCORE)
+            scores.append((part, score[ends]))
+            if part.grad is not None:
+                products.append((part, part.grad[ends] * latent[ends]))
+        return self._share(scores), self._share(products)
 
     def _gradient(self, score: Tensor, product: Tensor, gate: int, first: int, curve: Curve) -> tuple[Tensor, Tensor]:
         """(M, dL/dP), flat."""
