@@ -1,7 +1,7 @@
 """Writes what docs/ takes from the code: `python docs/make.py` makes docs/keys.md and the tree in docs/architecture.md.
 
-Keys, their meanings, defaults and allowed values come from the sections that check a job file, a study file and a sweep
-file; the tree says of every file what the first sentence of its docstring says. tests/test_docs.py compares both.
+Keys, their meanings, defaults and allowed values come from the sections that check a job file and a sweep file;
+the tree says of every file what the first sentence of its docstring says. tests/test_docs.py compares both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pydantic.fields import FieldInfo
 from leap_dist.config.job_file import _section_in as section_in
 from leap_dist.config.section import Section
 from leap_dist.config.sections import OPTIONAL, SECTIONS
-from leap_dist.sweep.study import StudyConfig
 from leap_dist.sweep.sweep_file import SweepConfig
 
 DOCS = Path(__file__).resolve().parent
@@ -63,9 +62,6 @@ def keys_page() -> str:
     for name, cls in SECTIONS.items():
         optional = " (optional)" if name in OPTIONAL else ""
         parts.append(f"## Section `{name}`{optional}\n\n{inspect.getdoc(cls)}\n\n{entries(cls, f'{name}.')}")
-    parts.append(
-        f"## A study file\n\nRead by `launch/study.py`; see [sweeps.md](sweeps.md).\n\n{entries(StudyConfig, '')}"
-    )
     parts.append(
         f"## A sweep file\n\nRead by `launch/sweep.py`; see [sweeps.md](sweeps.md).\n\n{entries(SweepConfig, '')}"
     )

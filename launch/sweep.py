@@ -1,4 +1,4 @@
-"""Run many jobs on Ray: python launch/sweep.py --config configs/sweep_ratios.json [--address auto] [--output DIR]
+"""Run many jobs: python launch/sweep.py --config configs/sweep_ratios.json [--address auto] [--output DIR]
 
 Exit codes: 0 all trials are done, or the budget is used up; 1 a trial failed, or a fault of ours; 2 a mistake in the
 sweep file or the call; 3 stopped by Ctrl-C: the same command resumes it.
@@ -19,7 +19,7 @@ EXIT_CODES = (
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Run a job with some keys varied, as trials on Ray: a table, a Pareto front, a picture.",
+        description="Run a job with some keys varied, as trials: a table, a Pareto front, a picture.",
         epilog=EXIT_CODES,
     )
     parser.add_argument("--config", type=user_path, required=True, metavar="SWEEP", help="a sweep file")

@@ -45,4 +45,4 @@ def _load(name: str) -> ModuleType:
     return module
 
 
-prune, study, sweep, compare, export, bench = map(_command, ("prune", "study", "sweep", "compare", "export", "bench"))
+prune, sweep, compare, export, bench = map(_command, ("prune", "sweep", "compare", "export", "bench"))

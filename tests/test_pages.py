@@ -1,9 +1,9 @@
 """What README and docs say can be done is done here, word for word as far as a test has time.
 
-Every command, in a block or in a line of text: its options are parsed by the launcher itself, and the job, sweep or
-study that it names is read and checked. Jobs in blocks are run, with fewer steps; so are --import-compression and the
+Every command, in a block or in a line of text: its options are parsed by the launcher itself, and the job or sweep
+that it names is read and checked. Jobs in blocks are run, with fewer steps; so are --import-compression and the
 comparison of what they leave. JSON blocks are validated, Python blocks are run on two ranks with fewer steps. Exports,
-benchmarks, sweeps and studies are run by tests/launch and tests/sweep, the installation by .ci/run. No test builds an
+benchmarks and sweeps are run by tests/launch and tests/sweep, the installation by .ci/run. No test builds an
 image or starts a container, as that needs an engine. A command of a kind that this file does not know fails.
 """
 
@@ -26,7 +26,6 @@ import yaml
 
 from leap_dist.config.job_file import load_job, parse_job, parse_section
 from leap_dist.config.sections import SECTIONS
-from leap_dist.sweep.study import StudyConfig, read_study
 from leap_dist.sweep.sweep_file import read_sweep, trials_of
 from tests.export.runs import language_model
 from tests.launch.scripts import load_script
@@ -94,8 +93,6 @@ def check_launcher(name: str, words: list[str]) -> None:
         load_job(arguments.config, arguments.set)
     elif name == "sweep" and arguments.config.is_file():
         read_sweep(arguments.config)
-    elif name == "study":
-        read_study(arguments.study)
 
 
 def check_extras(match: re.Match[str]) -> None:
@@ -200,13 +197,11 @@ def test_an_old_config_is_imported(folder: Path, tmp_path: Path, monkeypatch: py
 
 
 def check_json(block: dict[str, Any], folder: Path) -> None:
-    """A job, a study, a sweep, or sections of a job."""
+    """A job, a sweep, or sections of a job."""
     if "vary" in block:
         file = folder / "file.json"
         file.write_text(json.dumps(block), "utf-8")
-        assert trials_of(read_sweep(file))
-        if block.keys() <= StudyConfig.model_fields.keys():
-            assert read_study(file).vary
+        assert trials_of(sweep := read_sweep(file)) or sweep.search == "optuna"  # which names them later
     elif block.keys() <= SECTIONS.keys() and ("data" not in block or len(block) == 1):
         for name, section in block.items():
             parse_section(SECTIONS[name], name, section)

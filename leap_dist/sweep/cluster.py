@@ -21,6 +21,15 @@ QUIETLY: dict[str, Any] = {"ignore_cleanup_errors": True}  # Ray's last processe
 HINT = 'start one with "ray start --head", name another address, or leave --address out to run on this machine alone'
 
 
+def is_installed() -> bool:
+    """Whether Ray is, with what Tune needs."""
+    try:
+        import ray.tune  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """A connection to the cluster at `address`; None starts Ray on this machine, for as long as the block runs.
@@ -29,10 +38,8 @@ def connected(address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # what Ray prints of a lost rank; we tell it in a line
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("sweep: Ray is not installed; pip install 'leap_dist[sweep]'") from error
+    import ray
+
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
         start: AbstractContextManager[None] = _start_here(quiet)

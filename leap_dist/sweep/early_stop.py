@@ -1,46 +1,70 @@
-"""Stopping trials that are clearly behind, by asynchronous successive halving with one rung (ASHA, arXiv 1810.05934).
+"""Stopping trials that are clearly behind, by Ray Tune's ASHA (arXiv 1810.05934) or its median rule.
 
-The rung is where the settle phase begins: the model is pruned to its exact target then, and how good it is can be
-measured. Trials are compared with those of the same target alone: a smaller model is no worse for being smaller.
+Trials are compared at rungs, by the metric of the model as it is pruned then, and with those of the same target alone:
+a smaller model is no worse for being smaller. What was decided stands, also when a sweep was cut off.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from threading import Lock
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-REDUCTION = 2  # one of so many continues
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from leap_dist.sweep.line import Line
+from leap_dist.sweep.trainable import METRICS, RUNG
+from leap_dist.tracking.pareto import higher_is_better
+
+LAST = 16  # above every rung: train/watch.py has 1, 2, 4 and 8
+REDUCTION = 2  # one of so many continues at each rung
+WORST = -1e300  # of a metric that is no number
+NEVER: Any = math.inf  # steps after which the median rule would pause a trial for others
 
 
-class Halving:
-    """Decides as trials come up: one continues if it is among the best 1/REDUCTION of those seen with its target.
+@dataclass(frozen=True)
+class Competitor:
+    """A trial as Tune's schedulers know it."""
 
-    A verdict stands: a trial that comes to the rung a second time, after it was cut off, gets the one it had.
-    """
+    trial_id: str
 
-    def __init__(self, higher_is_better: bool) -> None:
-        self._sign = 1.0 if higher_is_better else -1.0
-        self._seen: dict[float, dict[str, float]] = {}
-        self._verdicts: dict[str, bool] = {}
-        self._lock = Lock()
 
-    def note(self, trial: str, target: float, value: float, verdict: bool) -> None:
-        """A verdict of an earlier call. A value that is no number is worse than all others."""
-        with self._lock:
-            self._seen.setdefault(target, {})[trial] = -math.inf if math.isnan(value) else self._sign * value
-            self._verdicts[trial] = verdict
+class Judge(FIFOScheduler):
+    """Tune's scheduler, one for each target; it begins with what earlier calls of the sweep have decided."""
 
-    def verdict(self, trial: str) -> bool | None:
-        """The verdict that a trial has got; None before it has one."""
-        return self._verdicts.get(trial)
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self._line, self._sign = line, 1.0 if higher_is_better(line.metric) else -1.0
+        self._rules: dict[float, Any] = {}
+        self._verdicts: dict[tuple[str, int], bool] = {}
+        for judged in line.judged:
+            self._ask(judged["trial"], judged["target"], judged["rung"], judged["metrics"])
+            self._verdicts[judged["trial"], judged["rung"]] = judged["goes_on"]
 
-    def judge(self, trial: str, target: float, value: float) -> bool:
-        """The verdict; the first trial of a target always continues."""
-        if (before := self.verdict(trial)) is not None:
-            return before
-        self.note(trial, target, value, True)
-        with self._lock:
-            seen = self._seen[target]
-            better = sum(other > seen[trial] for other in seen.values())
-            self._verdicts[trial] = better < max(1, len(seen) // REDUCTION)
-            return self._verdicts[trial]
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if METRICS not in result:
+            return str(TrialScheduler.CONTINUE)
+        name, rung, metrics = trial.config["name"], result[RUNG], json.loads(result[METRICS])
+        if (name, rung) not in self._verdicts:
+            target = trial.config["work"].config.leap.target
+            goes_on = self._verdicts[name, rung] = self._ask(name, target, rung, metrics)
+            self._line.judge(name, {"rung": rung, "target": target, "metrics": metrics, "goes_on": goes_on})
+        return str(TrialScheduler.CONTINUE if self._verdicts[name, rung] else TrialScheduler.STOP)
+
+    def _ask(self, name: str, target: float, rung: int, metrics: Mapping[str, float]) -> bool:
+        """Whether Tune lets a trial continue."""
+        if target not in self._rules:
+            common: dict[str, Any] = {"time_attr": RUNG, "metric": "worth", "mode": "max", "grace_period": 1}
+            self._rules[target] = (
+                ASHAScheduler(**common, max_t=LAST, reduction_factor=REDUCTION)
+                if self._line.sweep.early_stop == "asha"
+                else MedianStoppingRule(**common, min_samples_required=2, min_time_slice=NEVER)
+            )
+        rule, competitor = self._rules[target], Competitor(name)
+        if all(name != seen for seen, _ in self._verdicts):
+            rule.on_trial_add(None, competitor)
+        value = float(metrics.get(self._line.metric, math.nan))
+        worth = WORST if math.isnan(value) else self._sign * value
+        return bool(rule.on_trial_result(None, competitor, {RUNG: rung, "worth": worth}) != TrialScheduler.STOP)

@@ -1,4 +1,4 @@
-"""Grids: every combination of the values that a study varies, each with a name that a folder can have."""
+"""Grids: every combination of the values that a sweep varies, each with a name that a folder can have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of a slot: a process that joins its peers once, and then runs its part of one trial after another.
+"""One rank of a trial: a process that joins its peers once, and then runs its part of one trial after another.
 
 Starting a process and importing torch, DeepSpeed and transformers takes far longer than many a trial; so ranks stay.
 torch and what needs it are imported when the threads of this process are decided.
@@ -23,7 +23,6 @@ from leap_dist.config.sections import JobConfig
 from leap_dist.errors import UserError
 from leap_dist.train.watch import Stopped, Watch
 
-Kind = Literal["done", "failed", "stopped", "lost"]
 LOCKS = ".locks"  # folder of the sweep
 NUM_CHECKPOINTS = 10  # in a trial whose job does not say how often
 
@@ -41,9 +40,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended. lost: not by its own fault, a rank or a node is gone; it can resume from its checkpoint."""
+    """How a trial ended. failed: by itself; stopped: early, with the metrics that it had then."""
 
-    kind: Kind
+    kind: Literal["done", "failed", "stopped"]
     seconds: float = 0.0
     error: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -51,25 +50,22 @@ class Outcome:
 
 @dataclass
 class State:
-    """What a running trial shows. `metrics`: those on which it waits for a verdict."""
+    """What a running trial shows. `metrics`: those on which it waits for a verdict, at the rung `rung`."""
 
     step: int = 0
     total: int = 0
+    rung: int = 0
     metrics: dict[str, float] | None = None
 
 
 class Rank:
     """The process. `run` may take hours; meanwhile `state` and `decide` answer from other threads."""
 
-    def __init__(self, folder: Path, cpus: float, gpus: int) -> None:
-        """folder: where paths of the job file start from."""
+    def __init__(self, cpus: float, gpus: int) -> None:
         threads = str(max(1, int(cpus)))
         os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, DO_NOT_TRACK="1")
         if not gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"
-        if not folder.is_dir():
-            raise UserError(f"{socket.gethostname()} has no folder {folder}: a sweep needs one that all nodes share")
-        os.chdir(folder)
         self._threads = int(threads)
         self._state, self._verdict, self._answered = State(), True, threading.Event()
 
@@ -82,21 +78,31 @@ class Rank:
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return host, self._store.port
 
-    def join(self, rank: int, world_size: int, host: str, port: int) -> None:
-        """Join the process group. Ray shows a rank its own GPUs alone, so it takes the first one it sees."""
-        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "MASTER_ADDR": host, "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in place.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
+    def join(self, folder: Path, rank: int = 0, world_size: int = 1, host: str | None = None, port: int = 0) -> None:
+        """Join the process group at a store; without one this process is the only rank.
+
+        Ray shows a rank its own GPUs alone, so it takes the first one it sees. folder: where paths of the job file
+        start from. Raises UserError if it is not there.
+        """
+        if not folder.is_dir():
+            raise UserError(f"{socket.gethostname()} has no folder {folder}: a sweep needs one that all nodes share")
+        os.chdir(folder)
+        if host is not None:
+            place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "MASTER_ADDR": host, "MASTER_PORT": port}
+            os.environ.update({key: str(value) for key, value in place.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
         from leap_dist.zero.ranks import start_ranks
 
         self._ranks = start_ranks()
 
     def run(self, work: Work) -> Outcome:
-        """This rank's part of a trial; all that goes wrong is in the outcome."""
+        """This rank's part of a trial; what goes wrong with it is in the outcome.
+
+        Raises ConnectionError where another rank is gone: the trial can resume from its last checkpoint.
+        """
         from leap_dist.zero.ranks import peer_is_gone
 
         began = time.monotonic()
         self._state, self._verdict = State(), True
-        self._answered.clear()
         try:
             with _alone(work.output) if self._ranks.first else nullcontext():
                 self._run(work)
@@ -107,11 +113,10 @@ class Rank:
             outcome = Outcome("failed", time.monotonic() - began, str(error))
         except Exception as error:
             if peer_is_gone(error):
-                outcome = Outcome("lost", time.monotonic() - began, "another rank is gone")
-            else:
-                outcome = Outcome("failed", time.monotonic() - began, _last_words(error))
-                with suppress(OSError):  # a full disk: the last words are in the outcome
-                    _log(work.output).write_text(traceback.format_exc(), encoding="utf-8")
+                raise ConnectionError("another rank is gone") from None
+            outcome = Outcome("failed", time.monotonic() - began, _last_words(error))
+            with suppress(OSError):  # a full disk: the last words are in the outcome
+                _log(work.output).write_text(traceback.format_exc(), encoding="utf-8")
         gc.collect()
         return outcome
 
@@ -133,16 +138,18 @@ class Rank:
         how = self._ranks.on_first(lambda: _prepare(work))
         if how == "finished":
             return
-        may_settle = self._ask if work.asked else None
-        watch = Watch(self._notify, may_settle, NUM_CHECKPOINTS, work.snapshots)
+        watch = Watch(self._notify, self._ask if work.asked else None, NUM_CHECKPOINTS, work.snapshots)
         run_job(work.config, work.output, how == "resume", self._ranks, watch)
 
     def _notify(self, step: int, total: int, measures: Mapping[str, float]) -> None:
         self._state = State(step, total)
 
-    def _ask(self, metrics: Mapping[str, float]) -> bool:
-        self._state = State(self._state.step, self._state.total, dict(metrics))
+    def _ask(self, rung: int, metrics: Mapping[str, float]) -> bool:
+        step, total = self._state.step, self._state.total
+        self._answered.clear()
+        self._state = State(step, total, rung, dict(metrics))
         self._answered.wait()
+        self._state = State(step, total)
         return self._verdict
 
 

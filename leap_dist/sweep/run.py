@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,20 @@ from leap_dist.console import console, summary_table
 from leap_dist.errors import UserError
 from leap_dist.files import is_free, warn_if_unwritten, write_text
 from leap_dist.run_folder import JOURNAL
-from leap_dist.sweep.cluster import check_room, connected
+from leap_dist.sweep.alone import check_alone, run_alone
+from leap_dist.sweep.cluster import check_room, connected, is_installed
 from leap_dist.sweep.ladder import ladder_of
-from leap_dist.sweep.ray_sweep import RaySweep
-from leap_dist.sweep.results import RESULTS, Result, collect, metric_of, table_lines, write
+from leap_dist.sweep.line import Line
+from leap_dist.sweep.optuna_study import STUDY
+from leap_dist.sweep.result import Result, collect, means, metric_of
+from leap_dist.sweep.results import RESULTS, mean_lines, table_lines, write
+from leap_dist.sweep.space import corners
 from leap_dist.sweep.storage import Storage
-from leap_dist.sweep.sweep_file import BudgetConfig, SweepConfig, identity, read_sweep, trials_of
+from leap_dist.sweep.sweep_file import BudgetConfig, identity, job_of, read_sweep, trials_of
 from leap_dist.tracking.mlflow import Tracker, differing
 
 SWEEP, LOCK = "sweep.json", ".lock"
-OURS = (LOCK, JOURNAL)  # what a call that was cut off early may leave
+OURS = (LOCK, JOURNAL, STUDY)  # what a call that was cut off early may leave
 MOST_SHOWN = 6  # differences from another sweep
 
 
@@ -36,25 +40,47 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
     if budget is not None:
         sweep = sweep.model_copy(update={"budget": parse_budget(budget)})
     trials = ladder_of(sweep) if sweep.mode == "ladder" else trials_of(sweep)
-    metric = metric_of(sweep, trials)
+    jobs = [trial.config for trial in trials] or [job_of(sweep, settings) for settings in corners(sweep.vary)]
+    metric = metric_of(sweep, jobs)
     default = Path("outputs") / file.stem
     storage = Storage(output or str(default), default)
-    saved = _check_folder(storage.folder, identity(sweep, trials), resume)
-    line = RaySweep(sweep, trials, storage, metric)
-    with _only_one(storage.folder), connected(address) if line.waiting else nullcontext():
-        places = check_room(sweep.ranks, sweep.resources) if line.waiting else 0
-        tracking = trials[0].config.tracking.model_copy(update={"run_name": file.stem})
+    now = identity(sweep, trials)
+    saved = _check_folder(storage.folder, now, resume)
+    with ExitStack() as stack:
+        stack.enter_context(_only_one(storage.folder))
+        line = Line(sweep, trials, storage, metric)
+        run = _runner(line, address, stack)
+        tracking = jobs[0].tracking.model_copy(update={"run_name": file.stem})
         described, parent = {"sweep": sweep.model_dump(mode="json")}, saved.get("parent_run")
         with Tracker(tracking, described, True, parent, folder=storage.folder) as tracker:
-            saved |= {"identity": identity(sweep, trials), "parent_run": tracker.run_id}
+            saved |= {"identity": now, "parent_run": tracker.run_id}
             _save(storage.folder, saved)
-            line.run(places, tracker.run_id)
-            results = collect(sweep, trials, line.ended, storage.folder, metric)
+            with line.board:
+                run(line, tracker.run_id)
+            line.flush()
+            results = collect(sweep, line.trials, line.ended, storage.folder, metric)
             num_done = sum(result.outcome == "done" for result in results)
             tracker.log(0, {"trials": len(results), "done": num_done})
-            for name in _show_results(results, metric, sweep, storage, file.stem):
+            for name in _show_results(results, metric, line, file.stem):
                 tracker.artifact(storage.folder / name)
     return results
+
+
+def _runner(line: Line, address: str | None, stack: ExitStack) -> Callable[[Line, str | None], None]:
+    """What runs the trials that are left: Ray Tune, or this process where Ray is not installed.
+
+    Raises UserError where that is not possible.
+    """
+    if not line.num_left:  # needs neither
+        return lambda line, parent: None
+    if not is_installed():
+        check_alone(line.sweep, address)
+        return run_alone
+    stack.enter_context(connected(address))
+    places = check_room(line.sweep.ranks, line.sweep.resources)
+    from leap_dist.sweep.tuning import run_on_ray
+
+    return lambda line, parent: run_on_ray(line, places, parent)
 
 
 def parse_budget(text: str) -> BudgetConfig:
@@ -115,17 +141,19 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _show_results(
-    results: Sequence[Result], metric: str, sweep: SweepConfig, storage: Storage, title: str
-) -> list[str]:
+def _show_results(results: Sequence[Result], metric: str, line: Line, title: str) -> list[str]:
     """The table at the end; the names of the files that hold the results."""
+    found = means(results)
+    sweep, storage, importance = line.sweep, line.storage, line.search.importance() if line.search else {}
     summary_table(table_lines(results, metric, sweep.resources.gpus), title=f"{title}: {metric}; * on the Pareto front")
+    if any(mean.num > 1 for mean in found):
+        summary_table(mean_lines(found, metric), title=f"{title}: mean and spread over seeds")
     for result in results:
         if result.outcome == "failed":
             console().print(f"{result.name} failed: {result.error}", markup=False, soft_wrap=True)
     names: list[str] = []
     with warn_if_unwritten(storage.folder / RESULTS, lambda text: console().print(text, markup=False, soft_wrap=True)):
-        names = write(results, metric, storage.folder)
+        names = write(results, metric, storage.folder, sweep.search != "grid", importance)
         for name in names:
             storage.publish(name)
     console().print(f"results: {storage.folder / RESULTS}", markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from leap_dist.config.section import Conflict, PositiveFloat, Section, as_object
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.errors import UserError
 from leap_dist.sweep.grid import MOST_CELLS, Settings, expand, names
+from leap_dist.sweep.space import Space, corners, drawn
 from leap_dist.tracking.mlflow import parameters
 
 TARGET = "leap.target"
@@ -35,7 +37,9 @@ def _tuple(values: Any) -> Any:
 
 
 def _spread(given: Mapping[str, Any]) -> Any:
-    """The values of a range; what is none stays as it is, and the field refuses it."""
+    """The values of a range, or the space of a search; what is none stays as it is, and the field refuses it."""
+    if (space := _space(given)) is not None:
+        return space
     first, last, num = (given.get(key) for key in ("from", "to", "num"))
     if given.keys() != {"from", "to", "num"} or not (is_number(first) and is_number(last) and is_int(num)):
         return given
@@ -43,6 +47,20 @@ def _spread(given: Mapping[str, Any]) -> Any:
     if not 2 <= num <= MAX_VALUES:
         return given
     return tuple(round(first + (last - first) * i / (num - 1), 12) for i in range(num))
+
+
+def _space(given: Mapping[str, Any]) -> Space | None:
+    kind, values = next(iter(given.items())) if len(given) == 1 else ("", None)
+    if not isinstance(values, list):
+        return None
+    if kind == "choice" and values:
+        return Space("choice", tuple(values))
+    if kind not in ("uniform", "loguniform") or len(values) != 2 or not all(map(is_number, values)):
+        return None
+    low, high = values
+    if not low < high or (kind == "loguniform" and low <= 0):
+        return None
+    return Space("uniform" if kind == "uniform" else "loguniform", (low, high))
 
 
 class ResourcesConfig(Section):
@@ -68,11 +86,12 @@ class SweepConfig(Section):
 
     config: str = Field(min_length=1, description="a job file, or the name of one in configs/")
     """What all trials share."""
-    vary: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_as_values)] = Field(
+    vary: Annotated[dict[str, tuple[Any, ...] | Space], BeforeValidator(_as_values)] = Field(
         default={},
-        description='an object of dotted keys, each with a list of values or {"from": a, "to": b, "num": n >= 2}',
+        description='an object of dotted keys, each with a list of values, {"from": a, "to": b, "num": n >= 2}, or, '
+        'for a search, {"uniform": [a, b]}, {"loguniform": [a, b]} with 0 < a < b, or {"choice": [...]}',
     )
-    """Every combination is a trial."""
+    """Every combination is a trial; a search draws from them."""
     cases: Annotated[tuple[dict[str, Any], ...], BeforeValidator(as_objects)] = Field(
         default=(), description="a list of objects, each with dotted keys and one value for each"
     )
@@ -85,8 +104,13 @@ class SweepConfig(Section):
     metric: str | None = Field(default=None, min_length=1, description="a metric of the task, or null for its main one")
     mode: Literal["grid", "ladder"] = Field(default="grid", description='"grid" or "ladder"')
     """"ladder": one run walks down the targets, and a short one branches off to settle at each."""
-    early_stop: Literal["asha"] | None = Field(default=None, description='"asha" or null')
-    """"asha": of the trials with one target only the better half enters the settle phase."""
+    search: Literal["grid", "random", "optuna"] = Field(default="grid", description='"grid", "random" or "optuna"')
+    """"grid": every combination; "random", "optuna": `samples` of them. Optuna learns from the trials that ended."""
+    samples: int = Field(default=20, ge=1, le=MOST_CELLS, description=f"an integer from 1 to {MOST_CELLS}")
+    """Trials of a search."""
+    early_stop: Literal["asha", "median"] | None = Field(default=None, description='"asha", "median" or null')
+    """Trials with one target are compared at four rungs of the prune and settle phases. "asha": the better half
+    continues; "median": what is not worse than the median."""
     budget: BudgetConfig = Field(default=BudgetConfig(), description="an object with trials, hours or gpu_hours")
 
     @staticmethod
@@ -96,8 +120,17 @@ class SweepConfig(Section):
         if not vary and not cases:
             found.append(("vary", f"got {show(raw.get('vary'))} and no cases; give one of them"))
         if isinstance(vary, Mapping):
-            empty = [key for key, values in vary.items() if values in ([], ())]
-            found += [(f"vary.{key}", "got []; allowed: one or more values") for key in empty]
+            empty = [key for key, values in vary.items() if values in ([], (), {"choice": []})]
+            found += [(f"vary.{key}", f"got {show(vary[key])}; allowed: one or more values") for key in empty]
+            drawn = [key for key, values in vary.items() if isinstance(values, Mapping) and len(values) == 1]
+            if raw.get("search", "grid") == "grid":
+                found += [
+                    (f"vary.{key}", f'got {show(vary[key])}; it needs search: "random" or "optuna"') for key in drawn
+                ]
+            elif raw.get("mode") == "ladder" or cases or not vary:
+                found.append(
+                    ("search", f"got {show(raw['search'])}; a search draws from vary, without cases or ladder")
+                )
             given = [key for case in cases if isinstance(case, Mapping) for key in case if key in vary]
             found += [("cases", f"{key} stands in vary too; leave it in one of them") for key in dict.fromkeys(given)]
         if raw.get("mode") == "ladder" and raw.get("early_stop"):
@@ -125,7 +158,8 @@ def read_sweep(file: Path) -> SweepConfig:
 
 def combinations(sweep: SweepConfig) -> list[Settings]:
     """Every case with every combination of `vary`, in order. Raises UserError if one comes twice."""
-    grid, cases = expand(sweep.vary), sweep.cases or ({},)
+    vary = {key: values for key, values in sweep.vary.items() if not isinstance(values, Space)}
+    grid, cases = expand(vary), sweep.cases or ({},)
     if len(grid) * len(cases) > MOST_CELLS:
         raise UserError(f"cases: got {len(grid) * len(cases)} combinations with vary; allowed: at most {MOST_CELLS}")
     found = [{**case, **settings} for case in cases for settings in grid]
@@ -138,8 +172,18 @@ def combinations(sweep: SweepConfig) -> list[Settings]:
 
 
 def trials_of(sweep: SweepConfig) -> list[Trial]:
-    """The trials of a grid, each a valid job. Raises UserError for the first that is none."""
-    found = combinations(sweep)
+    """The trials of a grid or of a random search, each a valid job; of a search by Optuna none, as it names them later.
+
+    Raises UserError for the first that is no valid job, and for a search that could draw one.
+    """
+    if sweep.search != "grid":
+        for settings in corners(sweep.vary):
+            job_of(sweep, settings)
+        if sweep.search == "optuna":
+            if find_spec("optuna") is None:
+                raise UserError("search: Optuna is not installed; pip install 'leap_dist[search]', or set \"random\"")
+            return []
+    found = combinations(sweep) if sweep.search == "grid" else drawn(sweep.vary, sweep.samples)
     return [Trial(name, settings, job_of(sweep, settings)) for name, settings in zip(names(found), found, strict=True)]
 
 
@@ -155,6 +199,9 @@ def identity(sweep: SweepConfig, trials: list[Trial]) -> dict[str, str]:
     """What makes a sweep this one, flat: its results are of other things where any of it is different."""
     own = {"mode": sweep.mode, "ranks": str(sweep.ranks), "early_stop": str(sweep.early_stop)}
     own |= parameters(sweep.resources.model_dump(), "resources.")
+    if not trials:  # Optuna names them
+        own |= {"vary": json.dumps(sweep.model_dump(mode="json")["vary"]), "search": sweep.search}
+        return own | _lasting(job_of(sweep, corners(sweep.vary)[0]))
     jobs = {trial.name: _lasting(trial.config) for trial in trials}
     first = next(iter(jobs.values()))
     shared = {key: value for key, value in first.items() if all(job.get(key) == value for job in jobs.values())}

@@ -205,9 +205,17 @@ def _inlined(folder: Path | None, prefix: str) -> list[Any]:
 
 
 def write_page(
-    entries: Sequence[Entry], metric: str, title: str, picture: Picture | None, path: Path, notes: Sequence[str] = ()
+    entries: Sequence[Entry],
+    metric: str,
+    title: str,
+    picture: Picture | None,
+    path: Path,
+    notes: Sequence[str] = (),
+    searched: Picture | None = None,
 ) -> None:
     """One page of several runs: a table to sort and filter, the picture of what was traded, and each run's details.
+
+    searched: a picture of the settings of a search.
 
     Raises OSError if `path` cannot be written.
     """
@@ -224,6 +232,7 @@ def write_page(
         verdict=f"{len(entries)} runs, {best} of them on the Pareto front: no other in the same panel of the picture "
         f"has less density and a better {metric}.",
         picture=_drawn(picture, f"{metric} over density"),
+        searched=_drawn(searched, f"{metric} over each setting that was searched", "searched"),
         choices={key: values for key, values in differing.items() if len(values) <= MOST_CHOICES},
         columns=columns,
         entries=[
@@ -281,7 +290,7 @@ def _details(entry: Entry, number: int, pictures: bool) -> dict[str, Any]:
     return {"facts": facts, "pictures": drawn, "note": note, "parameters": parameters}
 
 
-def _drawn(picture: Picture | None, label: str) -> Any:
+def _drawn(picture: Picture | None, label: str, prefix: str = "t") -> Any:
     from markupsafe import Markup
 
     if picture is None:
@@ -289,7 +298,7 @@ def _drawn(picture: Picture | None, label: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.svg"
         save(picture, file)
-        return Markup(inline(file, "t-", label))
+        return Markup(inline(file, f"{prefix}-", label))
 
 
 # ---------------------------------------------------------------------------------------------- HTML

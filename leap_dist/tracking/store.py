@@ -183,7 +183,7 @@ def check_is_store(uri: str) -> None:
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
     """A server that does not answer is reported soon."""
-    with _environment(AT_START):
+    with environment(AT_START):
         yield
 
 
@@ -253,7 +253,7 @@ def without_own_credentials(uri: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables for a while; those that the user has set stay as they are."""
     ours = {name: text for name, text in values.items() if name not in os.environ}
     os.environ.update(ours)
@@ -279,7 +279,7 @@ class _HeldBack:
         with self._lock:
             self._holders += 1
             if self._holders == 1:
-                self._undo.enter_context(_environment(QUIET))
+                self._undo.enter_context(environment(QUIET))
                 for logger in map(logging.getLogger, LOGGERS):
                     self._undo.callback(logger.setLevel, logger.level)
                     logger.setLevel(logging.CRITICAL)

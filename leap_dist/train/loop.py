@@ -33,7 +33,7 @@ from leap_dist.train.reorder import save_orders
 from leap_dist.train.saving import Saver, read_progress
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.summary import ending, model_tags, prefixed, print_summary, tags_of
-from leap_dist.train.watch import NOTHING, Stopped, Watch
+from leap_dist.train.watch import NOTHING, Stopped, Watch, rungs
 from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, settle
 from leap_dist.zero.ranks import Ranks, torch_linear_put_back
 
@@ -111,6 +111,7 @@ def train(
     check = writer.check if writer else lambda: None
     saver = Saver(job.engine, ranks, config, job.watch, checkpoints, state.start, job.total_steps, check)
     meter = Meter(ranks, state.start)
+    asked = rungs(job.phases.dense_end, job.phases.settle_start, job.total_steps)
     bad = BadSteps(job.engine, config.max_bad_steps, state.left_out)
     if state.start == job.phases.dense_end == 0:
         show_inputs(job)
@@ -118,8 +119,8 @@ def train(
         for step in range(state.start, job.total_steps):
             if step == job.phases.dense_end and job.before not in state.measured:
                 state.measured[job.before] = evaluate(job.engine, job.task, config.eval_batch_size, ranks)
-            if step == job.phases.settle_start and job.watch.may_settle is not None:
-                _ask(job, job.watch.may_settle)
+            if step in asked and job.watch.may_go_on is not None:
+                _ask(job, asked[step], job.watch.may_go_on)
             phase = job.engine.leap.phase
             loss = _train_step(job, step, meter)
             done = step + 1
@@ -138,10 +139,10 @@ def train(
     saver.wait()
 
 
-def _ask(job: Job, may_settle: Callable[[Mapping[str, float]], bool]) -> None:
+def _ask(job: Job, rung: int, may_go_on: Callable[[int, Mapping[str, float]], bool]) -> None:
     """Raises Stopped on every rank if the answer is no."""
     metrics = evaluate(job.engine, job.task, job.config.train.eval_batch_size, job.ranks)
-    if not job.ranks.on_first(lambda: may_settle(metrics)):
+    if not job.ranks.on_first(lambda: may_go_on(rung, metrics)):
         raise Stopped(metrics)
 
 

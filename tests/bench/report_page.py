@@ -1,6 +1,6 @@
 """Look at pages in a real browser: python -m tests.bench.report_page PAGE... [--shots DIR] [--browser FILE]
 
-PAGE is a report.html of a run, a sweep or a study, or what launch/compare.py --report wrote. Each is opened in headless
+PAGE is a report.html of a run or a sweep, or what launch/compare.py --report wrote. Each is opened in headless
 Chromium, from the file, light and dark, wide and as on a phone. Checked: nothing is asked of the network, the console
 says nothing, nothing runs out of the page, every table sorts both ways by every column, filters leave what they should,
 and a click shows a run's details. Needs `pip install playwright` and a Chromium; the suite checks such pages without.

@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tests.bench.accuracy import DATA, RESULTS, RULES, SEED, start, study
+from tests.bench.accuracy import DATA, RESULTS, RULES, SEED, start, sweep
 
 VOCABULARY = 8192
 SHAPE = {"model_type": "gpt2", "n_layer": 4, "n_head": 6, "n_embd": 192, "n_positions": 128, "vocab_size": VOCABULARY}
@@ -63,8 +63,8 @@ def main() -> None:
     begun = start(job, START_STEPS)
     model = {"name": str(begun)}
     job.write_text(json.dumps({**text, "model": model}, indent=1))
-    cells = study("dense", job, {"leap.target": [1.0]}, 1)
-    cells += study(
+    cells = sweep("dense", job, {"leap.target": [1.0]}, 1)
+    cells += sweep(
         "pruned", job, {"leap.gates": [["element"], ["head", "neuron"]], "leap.rule": RULES}, arguments.workers
     )
     certificate = json.loads((begun.parent / "certificate.json").read_text())

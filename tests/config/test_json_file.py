@@ -115,7 +115,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     journal.add("metrics", time=1, step=1, values={"loss": 1.0})
     journal.close(remove=False)
     (run / "sweep.json").write_text(json.dumps({"identity": {"a": "b"}}))
-    (run / "trials.jsonl").write_text(json.dumps({"trial": "a", "kind": "done"}) + "\n")
+    ended = {"trial": "a", "kind": "done", "seconds": 1.0, "error": "", "metrics": {"accuracy": 0.5}}
+    (run / "trials.jsonl").write_text(json.dumps(ended) + "\n")
+    judged = {"trial": "a", "rung": 1, "target": 0.5, "metrics": {"accuracy": 0.5}, "goes_on": True}
+    (run / "rungs.jsonl").write_text(json.dumps(judged) + "\n")
     return run
 
 
@@ -139,9 +142,15 @@ def read_sweep(run: Path) -> None:
 
 
 def read_trials(run: Path) -> None:
-    from leap_dist.sweep.ray_sweep import _read_ended
+    from leap_dist.sweep.line import ENDED, Ended, _read_lines
 
-    _read_ended(run)
+    _read_lines(run / ENDED, Ended)
+
+
+def read_rungs(run: Path) -> None:
+    from leap_dist.sweep.line import JUDGED, Judged, _read_lines
+
+    _read_lines(run / JUDGED, Judged)
 
 
 READERS = {
@@ -153,6 +162,7 @@ READERS = {
     "mlflow.jsonl": read_journal,
     "sweep.json": read_sweep,
     "trials.jsonl": read_trials,
+    "rungs.jsonl": read_rungs,
 }
 EDITS = [None, "x", {"a": 1}, 2**62, float("nan")]
 
@@ -172,7 +182,9 @@ def test_every_reader_refuses_what_is_no_file_of_ours(finished: Path, tmp_path: 
     for number, make in enumerate(makes):
         run = Path(shutil.copytree(finished, tmp_path / str(number)))
         make(run / name)
-        if name == "trials.jsonl" and make is not huge and number not in (1, 4):  # a line that is no JSON was cut off
+        if (
+            name in ("trials.jsonl", "rungs.jsonl") and make is not huge and number not in (1, 4)
+        ):  # a line that is no JSON was cut off
             READERS[name](run)
             continue
         with pytest.raises(

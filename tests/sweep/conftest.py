@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import ray  # noqa: F401  # its import sets variables in the environment, which a test would be blamed for
+from ray.cluster_utils import Cluster  # here, as it sets variables of the environment when it is first imported
 
-STORE_BYTES = 80 * 2**20
+NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 
 @pytest.fixture
@@ -20,17 +20,14 @@ def quiet_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def three_nodes() -> Iterator[str]:
-    """The address of a cluster of three nodes with one CPU each."""
-    from ray.cluster_utils import Cluster
-
-    node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+def three_nodes() -> Iterator[Cluster]:
+    """A cluster of three nodes with one CPU each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 lets other tests keep its workers from running
-        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
         for _ in range(2):
-            cluster.add_node(**node)
+            cluster.add_node(**NODE)
     try:
-        yield cluster.address
+        yield cluster
     finally:
         cluster.shutdown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ import pytest
 from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from leap_dist.sweep.cluster import connected
-from leap_dist.sweep.early_stop import Halving
 from leap_dist.sweep.ladder import ladder_of, rung_start
 from leap_dist.sweep.rank import Outcome
-from leap_dist.sweep.results import collect, metric_of, table_lines, write
+from leap_dist.sweep.result import Result, collect, means, metric_of
+from leap_dist.sweep.results import mean_lines, table_lines, write
 from leap_dist.sweep.run import parse_budget, run_sweep
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import combinations, read_sweep, trials_of
 from leap_dist.tracking.pareto import pareto
+from tests.launch.scripts import load_script
 from tests.sweep.jobs import sweep_file
-from tests.tracking.folders import Page, export_card
+from tests.tracking.folders import Page, export_card, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 LADDER: dict[str, Any] = {"mode": "ladder", "vary": {"leap.target": [0.1, 0.7, 0.3]}}
@@ -71,6 +73,18 @@ def test_cases_with_the_same_values_of_other_keys_get_names_of_their_own(tmp_pat
             {**LADDER, "cases": [{"leap.measure": "parameters"}]},
             r"leap\.measure: got \"parameters\"; a ladder branches",
         ),
+        (
+            {"vary": {"train.learning_rate": {"loguniform": [1e-5, 1e-3]}}},
+            r'vary\.train\.learning_rate: got .*; it needs search: "random" or "optuna"',
+        ),
+        ({"vary": {"leap.target": {"choice": []}}, "search": "optuna"}, r"vary\.leap\.target: .*one or more values"),
+        ({"vary": {"leap.target": {"uniform": [0.5, 0.5]}}, "search": "random"}, r"vary: got .*\"loguniform\""),
+        ({"vary": {"leap.target": {"loguniform": [0, 0.5]}}, "search": "random"}, r"vary: got .*with 0 < a < b"),
+        ({"search": "random"}, r"vary: got null and no cases"),
+        ({**LADDER, "search": "random"}, r"search: got \"random\"; a search draws from vary, without cases or ladder"),
+        ({"vary": {"leap.target": [0.5]}, "config": "nowhere.json"}, r"config: no file nowhere\.json"),
+        ({"varry": {}, "cases": [{}]}, r"varry: got {}, unknown key; .*did you mean .*vary"),
+        ({"vary": {}, "search": "optuna"}, r"vary: got {} and no cases; give one of them"),
         ({**LADDER, "early_stop": "asha"}, r"early_stop: got \"asha\"; a ladder needs every rung"),
         ({**LADDER, "cases": [{"train.max_steps": None, "train.epochs": 1}]}, r"train\.max_steps: missing; a ladder"),
     ],
@@ -79,6 +93,28 @@ def test_a_mistake_is_one_message_before_anything_runs(tmp_path: Path, content: 
     with pytest.raises(UserError, match=match):
         run_sweep(sweep_file(tmp_path, **content), str(tmp_path / "out"), None, False, None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "address", "match"),
+    [
+        (
+            {"ranks": 2},
+            None,
+            r"ranks: got 2, .*; more than one needs Ray; pip install 'leap_dist\[sweep\]'",
+        ),
+        ({"early_stop": "asha"}, None, r'early_stop: got "asha", which needs Ray; pip install .*, or set null'),
+        ({}, "auto", r'--address: got "auto", which needs Ray; pip install .*, or leave it out'),
+    ],
+)
+def test_what_needs_ray_says_so_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], address: str | None, match: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    file = sweep_file(tmp_path, vary={"leap.target": [0.5]}, **more)
+    with pytest.raises(UserError, match=match):
+        run_sweep(file, str(tmp_path / "out"), address, False, None)
+    assert not (tmp_path / "out" / "sweep.json").exists()
 
 
 @pytest.mark.parametrize("text", ["trials", "trials=0", "days=1", "hours=-1", "gpu_hours=many"])
@@ -125,6 +161,14 @@ def test_a_folder_of_another_sweep_is_refused_with_the_difference(tmp_path: Path
         run_sweep(file, str(out), None, False, None)
 
 
+def test_the_launcher_reports_a_file_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sweep", "--config", str(tmp_path / "none.json")])
+    assert load_script("sweep").main() == 2
+    assert "none.json: cannot be read" in capsys.readouterr().err
+
+
 def test_finished_runs_are_copied_to_a_uri(tmp_path: Path) -> None:
     storage = Storage((tmp_path / "far").as_uri(), tmp_path / "near")
     (tmp_path / "near" / "0.5" / "model").mkdir(parents=True)
@@ -156,17 +200,6 @@ def test_rungs_settle_exactly_where_the_walk_passes_their_target(tmp_path: Path)
         assert walk.snapshots[start - 1] == rung.branch
 
 
-def test_of_one_target_the_better_half_goes_on() -> None:
-    verdicts = Halving(higher_is_better=True)
-    assert verdicts.judge("a", 0.5, 0.8) and not verdicts.judge("b", 0.5, 0.7)
-    assert verdicts.judge("c", 0.1, 0.6) and verdicts.judge("d", 0.5, 0.9)
-    assert not verdicts.judge("e", 0.5, 0.75)
-    assert Halving(higher_is_better=False).judge("a", 0.5, 3.0)
-    assert verdicts.judge("a", 0.5, 0.8) and not verdicts.judge("b", 0.5, 0.7)  # they stand
-    assert verdicts.judge("n", 0.2, float("nan")) and verdicts.judge("o", 0.2, 0.1)
-    assert not verdicts.judge("p", 0.2, float("nan"))
-
-
 def test_the_front_is_what_no_other_beats() -> None:
     points = [("", 0.5, 0.9), ("", 0.3, 0.9), ("", 0.3, 0.8), None, ("", 0.1, 0.5), ("other", 0.9, 0.1)]
     assert pareto(points) == [False, True, False, False, True, True]
@@ -184,7 +217,7 @@ def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
         (tmp_path / name / "certificate.json").write_text(json.dumps(content))
     export_card(tmp_path / "0.3", "onnx", 1.5)
     ended = {"0.5": Outcome("done", 36.0), "0.1": Outcome("failed", 1.0, "no luck")}
-    assert metric_of(sweep, trials) == "accuracy"
+    assert metric_of(sweep, [trial.config for trial in trials]) == "accuracy"
     results = collect(sweep, trials, ended, tmp_path, "accuracy")
     assert [(result.outcome, result.front) for result in results] == [
         ("done", False),
@@ -205,6 +238,45 @@ def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
     assert saved["trials"][2]["error"] == "no luck" and saved["trials"][1]["weights_sha256"] == "b" * 64
 
 
+def test_means_and_spreads_over_seeds() -> None:
+    def result(target: float, seed: int, accuracy: float | None, rule: str = "leap") -> Result:
+        settings = {"leap.rule": rule, "leap.target": target, "train.seed": seed}
+        return Result("x", settings, "done", target, target, accuracy, 0.9)
+
+    results = [result(0.5, 1, 0.8), result(0.5, 2, 0.9), result(0.1, 1, 0.6), result(0.5, 1, 0.7, "movement")]
+    found = means([*results, result(0.1, 2, None)])
+    assert [(mean.num, pytest.approx(mean.value), pytest.approx(mean.spread)) for mean in found] == [
+        (2, 0.85, 0.0707107),
+        (1, 0.6, 0.0),
+        (1, 0.7, 0.0),
+    ]
+    assert mean_lines(found, "accuracy")[0] | {"spread": 0} == {
+        "rule": "leap",
+        "target": 0.5,
+        "density": 0.5,
+        "accuracy, mean": pytest.approx(0.85),
+        "spread": 0,
+        "seeds": 2,
+        "dense": 0.9,
+    }
+
+
+def test_a_search_has_a_picture_of_its_settings(tmp_path: Path) -> None:
+    results = []
+    for number, rate in enumerate((1e-5, 1e-3, 1e-4)):
+        settings = {"train.learning_rate": rate, "leap.gates": ["row", ["head", "neuron"]][number % 2]}
+        folder = run_folder(tmp_path / f"{number}")
+        results.append(Result(folder.name, settings, "done", 0.5, 0.5 - number / 10, 0.8 + number / 100, 0.9))
+    results.append(Result("3", {"train.learning_rate": 1.0, "leap.gates": "row"}, "failed", 0.5))
+    names = write(results, "accuracy", tmp_path, True, {"train.learning_rate": 0.25, "leap.gates": 0.75})
+    assert {"settings.png", "settings.svg", "settings_dark.svg"} <= set(names)
+    drawn = (tmp_path / "settings.svg").read_text("utf-8")
+    assert drawn.index("leap.gates (75%)") < drawn.index("train.learning_rate (25%)")  # what matters most comes first
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "accuracy over each setting that was searched" in page and Page(page).count["figure"] == 2
+    assert json.loads((tmp_path / "results.json").read_text())["importance"]["leap.gates"] == 0.75
+
+
 def test_the_sweeps_in_configs_are_valid() -> None:
-    for file in (ROOT / "configs").glob("sweep_*.json"):
+    for file in [*(ROOT / "configs").glob("sweep_*.json"), *(ROOT / "configs" / "studies").glob("*.json")]:
         assert trials_of(read_sweep(file))

@@ -1,0 +1,88 @@
+"""A search by Optuna: settings asked for one after another, with what came of those before.
+
+Optuna looks for the whole front at once, the metric against the density, where targets vary; else for the metric alone.
+Its study is a file of the sweep's folder, so that a sweep that was cut off resumes with what it has learned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leap_dist.errors import UserError
+from leap_dist.sweep.grid import Settings, name_of
+from leap_dist.sweep.space import SEED, Space, rounded, spaces
+from leap_dist.sweep.sweep_file import TARGET, SweepConfig
+
+if TYPE_CHECKING:
+    import optuna
+
+STUDY = "optuna.log"
+
+
+class OptunaStudy:
+    """Optuna's study of a sweep. Raises UserError if the study's file is damaged."""
+
+    def __init__(self, sweep: SweepConfig, folder: Path, higher_is_better: bool) -> None:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._spaces = spaces(sweep.vary)
+        self._fronts = TARGET in sweep.vary
+        best: Any = "maximize" if higher_is_better else "minimize"
+        try:
+            self._study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(folder / STUDY))),
+                study_name="sweep",
+                load_if_exists=True,
+                directions=[best, "minimize"] if self._fronts else [best],
+                sampler=optuna.samplers.TPESampler(seed=SEED, n_startup_trials=max(4, sweep.samples // 4)),
+            )
+        except Exception as error:  # a damaged file raises of many kinds
+            raise UserError(
+                f"--output: {folder / STUDY} cannot be read: {error}; restore it, or choose another folder"
+            ) from error
+
+    def asked(self) -> list[tuple[str, Settings]]:
+        """The trials that were asked for so far."""
+        found = [trial for trial in self._study.trials if "settings" in trial.user_attrs]  # or a kill came between
+        return [_named(trial.number, trial.user_attrs["settings"]) for trial in found]
+
+    def ask(self) -> tuple[str, Settings]:
+        """The name and the settings of the next trial."""
+        trial = self._study.ask()
+        settings = {key: self._suggest(trial, key, space) for key, space in self._spaces.items()}
+        trial.set_user_attr("settings", settings)
+        return _named(trial.number, settings)
+
+    def tell(self, name: str, value: float | None, density: float) -> None:
+        """What came of a trial."""
+        number = int(name.partition("-")[0])
+        if value is not None and math.isfinite(value) and not self._study.trials[number].state.is_finished():
+            self._study.tell(number, [value, *[density] * self._fronts])
+
+    def importance(self) -> dict[str, float]:
+        """How much of the metric's variance each key explains, by Optuna; {} while there is too little to say."""
+        from optuna.importance import get_param_importances
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return dict(get_param_importances(self._study, target=lambda trial: trial.values[0]))
+        except (ValueError, RuntimeError, ImportError):  # fewer than two finished trials, or all of one value
+            return {}
+
+    def _suggest(self, trial: optuna.Trial, key: str, space: Space) -> Any:
+        if space.kind == "choice":
+            return json.loads(trial.suggest_categorical(key, [json.dumps(value) for value in space.values]))
+        low, high = space.values
+        return rounded(trial.suggest_float(key, low, high, log=space.kind == "loguniform"), low, high)
+
+
+def _named(number: int, settings: Settings) -> tuple[str, Settings]:
+    return f"{number:03d}-{name_of(settings)}", settings

@@ -1,0 +1,262 @@
+"""What is next in a sweep, and what early stopping decides: budgets, what is run again, who waits for whom."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from leap_dist.errors import UserError
+from leap_dist.sweep.early_stop import Judge
+from leap_dist.sweep.ladder import ladder_of
+from leap_dist.sweep.line import Line
+from leap_dist.sweep.rank import Outcome, Rank, Work
+from leap_dist.sweep.space import corners, drawn
+from leap_dist.sweep.storage import Storage
+from leap_dist.sweep.sweep_file import SweepConfig, read_sweep, trials_of
+from tests.disks import fill, free
+from tests.sweep.jobs import sweep_file
+
+pytestmark = pytest.mark.slow
+
+SEARCH: dict[str, Any] = {
+    "search": "random",
+    "samples": 12,
+    "vary": {
+        "leap.target": [0.5, 0.2],
+        "train.learning_rate": {"loguniform": [1e-5, 1e-2]},
+        "leap.dense_fraction": {"uniform": [0.05, 0.3]},
+        "leap.gates": {"choice": ["row", ["head", "neuron"]]},
+    },
+}
+
+
+def line_of(folder: Path, sweep: SweepConfig) -> Line:
+    (folder / "out").mkdir(exist_ok=True)
+    trials = ladder_of(sweep) if sweep.mode == "ladder" else trials_of(sweep)
+    return Line(sweep, trials, Storage(str(folder / "out"), folder), "accuracy")
+
+
+def run(line: Line, finish: Callable[[Work], Outcome]) -> list[str]:
+    """The trials that a call runs, one after another; a finished one leaves its certificate and its snapshots."""
+    seen = []
+    while (work := line.take("parent")) is not None:
+        name = work.output.name
+        assert (work.config.tracking.parent_run, work.config.tracking.run_name) == ("parent", name)
+        seen.append(name)
+        outcome = finish(work)
+        if outcome.kind == "done":
+            for folder in work.snapshots.values():
+                (folder / "step-1").mkdir(parents=True)
+            assert work.branch is None or work.branch.is_dir()
+            work.output.mkdir()
+            target = work.config.leap.target
+            content = {"target": target, "density": target, "unit": 1, "kept": 7, "prunable": 14, "gates": [],
+                       "tensors": {}, "metrics": {"pruned": {"accuracy": target}}, "masks_sha256": "a" * 64,
+                       "weights_sha256": "b" * 64, "seed": 0, "versions": {}}  # fmt: skip
+            (work.output / "certificate.json").write_text(json.dumps(content))
+        line.end(name, outcome)
+    return seen
+
+
+def done(work: Work) -> Outcome:
+    return Outcome("failed", 1.0, "no luck") if work.config.leap.target < 0.05 else Outcome("done", 3600.0)
+
+
+def test_what_is_finished_is_not_run_again_and_what_failed_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, vary={"leap.target": [0.5, 0.01, 0.3]}))
+    line = line_of(tmp_path, sweep)
+    assert run(line, done) == ["0.5", "0.01", "0.3"]
+    assert {name: outcome.kind for name, outcome in line.ended.items()} == {
+        "0.5": "done",
+        "0.01": "failed",
+        "0.3": "done",
+    }
+    assert "2/3  0.01  FAILED: no luck  0:01" in capsys.readouterr().out
+    with (tmp_path / "out" / "trials.jsonl").open("a") as file:
+        file.write('{"trial": "0.5", "ki')  # the driver was killed here
+    assert run(line_of(tmp_path, sweep), done) == ["0.01"]
+
+
+def test_a_trial_that_other_nodes_have_written_elsewhere_failed(tmp_path: Path) -> None:
+    line = line_of(tmp_path, read_sweep(sweep_file(tmp_path, vary={"leap.target": [0.5]})))
+    assert line.take(None) is not None
+    line.end("0.5", Outcome("done", 1.0))
+    assert line.ended["0.5"].kind == "failed" and "nodes have to share the output" in line.ended["0.5"].error
+
+
+@pytest.mark.parametrize(
+    ("budget", "num"), [({"trials": 2}, 2), ({"gpu_hours": 5}, 2), ({"hours": 1e-9}, 0), ({"hours": 1.0}, 4)]
+)
+def test_a_budget_ends_a_call(tmp_path: Path, budget: dict[str, float], num: int) -> None:
+    content: dict[str, Any] = {"vary": {"leap.target": [0.9, 0.7, 0.5, 0.3]}, "resources": {"cpus": 1, "gpus": 2}}
+    line = line_of(tmp_path, read_sweep(sweep_file(tmp_path, **content, ranks=2, budget=budget)))
+    assert len(run(line, done)) == num  # a trial here takes 4 GPU hours
+
+
+def test_rungs_wait_for_their_walk_and_are_not_run_where_it_failed(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, mode="ladder", vary={"leap.target": [0.2, 0.7, 0.4]}))
+    line = line_of(tmp_path, sweep)
+    walk = line.take(None)
+    assert walk is not None and walk.output.name == "0.2"
+    assert line.take(None) is None and line.may_come
+    line.end("0.2", Outcome("failed"))
+    assert line.take(None) is None and not line.may_come
+    assert run(line_of(tmp_path, sweep), done) == ["0.2", "0.7", "0.4"]
+    assert not (tmp_path / "out" / ".snapshots").exists()
+
+
+def test_a_stopped_trial_stays_stopped(tmp_path: Path) -> None:
+    cases = [{"leap.target": 0.5, "train.seed": seed} for seed in (1, 2, 3)]
+    sweep = read_sweep(sweep_file(tmp_path, cases=cases, early_stop="asha"))
+    stopped = Outcome("stopped", metrics={"accuracy": 0.9})
+    assert run(line_of(tmp_path, sweep), lambda _: stopped) == ["0.5_1", "0.5_2", "0.5_3"]
+    again = line_of(tmp_path, sweep)
+    assert not again.waiting and again.ended["0.5_2"] == stopped
+
+
+def test_what_a_full_disk_does_not_take_waits_and_ends_no_sweep(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finish(work: Work) -> Outcome:
+        free(small_disk) if work.config.leap.target == 0.3 else fill(small_disk)
+        return done(work)
+
+    sweep = read_sweep(sweep_file(small_disk, vary={"leap.target": [0.01, 0.02, 0.3]}))
+    run(line_of(small_disk, sweep), finish)
+    assert capsys.readouterr().out.count("trials.jsonl could not be written: No space left on device") == 1
+    lines = (small_disk / "out" / "trials.jsonl").read_text().splitlines()
+    assert [json.loads(line)["trial"] for line in lines] == ["0.01", "0.02", "0.3"]
+
+
+# ------------------------------------------------------------------------------ early stopping
+
+
+class Judged:
+    """A sweep with early stopping, and what Tune would tell its scheduler."""
+
+    def __init__(self, folder: Path, kind: str = "asha") -> None:
+        cases = [{"leap.target": 0.5, "train.seed": seed} for seed in range(4)] + [{"leap.target": 0.1}]
+        self.line = line_of(folder, read_sweep(sweep_file(folder, cases=cases, early_stop=kind)))
+        self.judge = Judge(self.line)
+        self.configs = {trial.name: trial.config for trial in self.line.trials}
+
+    def __call__(self, name: str, rung: int, accuracy: float) -> str:
+        trial = SimpleNamespace(config={"name": name, "work": Work(self.configs[name], Path(name))})
+        return self.judge.on_trial_result(None, trial, {"rung": rung, "metrics": json.dumps({"accuracy": accuracy})})
+
+
+def test_at_each_rung_the_better_half_of_one_target_continues(tmp_path: Path) -> None:
+    say = Judged(tmp_path)
+    worth = {"0.5_0": 0.8, "0.5_1": 0.7, "0.1": 0.1, "0.5_2": 0.9, "0.5_3": float("nan")}
+    said = {name: say(name, 1, value) for name, value in worth.items()}
+    assert [name for name, verdict in said.items() if verdict == "STOP"] == ["0.5_1", "0.5_3"]
+    assert say("0.5_0", 2, 0.8) == say("0.5_2", 2, 0.9) == say("0.5_0", 4, 0.9) == "CONTINUE"
+    assert say("0.5_2", 4, 0.8) == "STOP"
+    running = SimpleNamespace(config={"name": "0.5_0"})
+    assert say.judge.on_trial_result(None, running, {"step": 3}) == "CONTINUE"  # at no rung
+
+
+def test_the_median_rule_stops_what_is_worse_than_the_others(tmp_path: Path) -> None:
+    say = Judged(tmp_path, "median")
+    assert say("0.5_0", 1, 0.8) == say("0.5_1", 1, 0.9) == say("0.1", 1, 0.1) == "CONTINUE"
+    assert say("0.5_2", 1, 0.1) == "STOP"
+
+
+@pytest.mark.parametrize("num_cut", [1, 2, 3])
+def test_verdicts_stand_where_a_sweep_is_cut_off(tmp_path: Path, num_cut: int) -> None:
+    worth = {"0.5_0": 0.9, "0.5_1": 0.7, "0.5_2": 0.75, "0.5_3": 0.6}
+    before, seen = Judged(tmp_path), list(worth.items())
+    said = [before(name, 1, accuracy) for name, accuracy in seen[:num_cut]]
+    again = Judged(tmp_path)  # after a kill
+    said += [again(name, 1, accuracy) for name, accuracy in seen[num_cut:]]
+    assert said == ["CONTINUE", "STOP", "STOP", "STOP"]
+    assert again("0.5_0", 1, 0.0) == "CONTINUE"  # it resumes from before the rung, and is asked again
+    assert len((tmp_path / "out" / "rungs.jsonl").read_text().splitlines()) == 4
+
+
+# ------------------------------------------------------------------------------ searches
+
+
+def test_a_random_search_draws_what_vary_allows_and_the_same_every_time(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, **SEARCH))
+    found = drawn(sweep.vary, 12)
+    assert found == drawn(sweep.vary, 12) and len(found) == 12
+    assert {settings["leap.target"] for settings in found} == {0.5, 0.2}
+    assert all(1e-5 <= settings["train.learning_rate"] <= 1e-2 for settings in found)
+    assert min(settings["train.learning_rate"] for settings in found) < 3e-4  # evenly by the logarithm
+    assert all(0.05 <= settings["leap.dense_fraction"] <= 0.3 for settings in found)
+    assert len({trial.name for trial in trials_of(sweep)}) == 12
+    few = read_sweep(sweep_file(tmp_path, search="random", samples=9, vary={"leap.target": [0.5, 0.2]}))
+    assert len(drawn(few.vary, 9)) == 2
+
+
+def test_optuna_resumes_with_what_it_has_learned(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, **SEARCH | {"search": "optuna", "samples": 6, "budget": {"trials": 4}}))
+    first = run(line_of(tmp_path, sweep), done)
+    line = line_of(tmp_path, sweep)
+    assert [trial.name for trial in line.trials] == first and line.num_left == 2 and not line.waiting
+    cut_off = line.take(None)
+    assert cut_off is not None  # and then the kill
+    again = line_of(tmp_path, sweep)
+    assert [trial.name for trial in again.waiting] == [cut_off.output.name]
+    rest = run(again, done)
+    assert rest[0] == cut_off.output.name and len({*first, *rest}) == 6
+    line = line_of(tmp_path, sweep)
+    assert line.num_left == 0 and line.search is not None
+    assert line.search.importance().keys() == sweep.vary.keys()
+
+
+def test_optuna_hears_of_a_trial_that_ended_as_the_sweep_was_killed(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, **SEARCH | {"search": "optuna", "samples": 2}))
+    line, end = line_of(tmp_path, sweep), Line.end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Line, "end", lambda *_: None)
+        run(line, done)
+    assert end is Line.end
+    again = line_of(tmp_path, sweep)
+    assert again.num_left == 0 and again.search is not None
+    assert [trial.state.name for trial in again.search._study.trials] == ["COMPLETE"] * 2
+
+
+def test_a_study_that_is_damaged_is_reported(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, **SEARCH | {"search": "optuna"}))
+    line_of(tmp_path, sweep)
+    (tmp_path / "out" / "optuna.log").write_text('{"op_code": "x"}\n')
+    with pytest.raises(UserError, match=r"--output: .*optuna\.log cannot be read: .*restore it, or choose another"):
+        line_of(tmp_path, sweep)
+
+
+def test_what_a_search_could_draw_is_checked_before_it_begins(tmp_path: Path) -> None:
+    vary = {"leap.target": [0.5, 0.2], "leap.dense_fraction": {"uniform": [-1, 0.3]}}
+    sweep = read_sweep(sweep_file(tmp_path, search="optuna", vary=vary))
+    assert corners(sweep.vary)[1] == {"leap.target": 0.2, "leap.dense_fraction": 0.3}
+    with pytest.raises(UserError, match=r"leap\.dense_fraction: got -1.*\n  in the trial"):
+        trials_of(sweep)
+
+
+def test_optuna_that_is_not_there_is_the_users_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "optuna"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    sweep = read_sweep(sweep_file(tmp_path, **SEARCH | {"search": "optuna"}))
+    with pytest.raises(UserError, match=r"search: Optuna is not installed; pip install 'leap_dist\[search\]', or set"):
+        trials_of(sweep)
+
+
+def test_a_rank_tells_how_far_it_is_and_needs_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "DO_NOT_TRACK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "1")
+    rank = Rank(1.0, 0)
+    rank._notify(5, 10, {"loss": 0.5})
+    assert (rank.state().step, rank.state().total) == (5, 10)
+    with pytest.raises(ValueError, match=r"has no folder .*nowhere: a sweep needs one that all nodes share"):
+        rank.join(tmp_path / "nowhere")
