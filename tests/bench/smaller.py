@@ -69,7 +69,7 @@ def minilm(out: Path) -> dict[str, Any]:
     dense = prune(job, out / "start")
     small = job | {
         "model": {"name": str(out / "start" / "model")},
-        "train": {"max_steps": 1000, "learning_rate": 1e-4, **OFTEN},
+        "train": {"max_steps": 800, "learning_rate": 1e-4, **OFTEN},
         "leap": {
             "target": 0.515,
             "measure": "parameters",

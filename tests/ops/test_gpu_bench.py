@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"kernels", "bandwidth", "steps", "selection", "two_of_four"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_it_runs_through_at_small_sizes(tmp_path: Path) -> None:
     command = [str(ROOT / "tests" / "bench" / "gpu.sh"), "--tiny", "--out", str(tmp_path)]

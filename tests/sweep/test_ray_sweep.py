@@ -109,6 +109,7 @@ def test_a_killed_rank_a_killed_driver_and_a_killed_node_lose_and_repeat_nothing
         assert json.loads(found) == json.loads(expected)
 
 
+@pytest.mark.long
 def test_a_search_learns_from_trials_and_outlives_those_that_fail_or_are_behind(
     tmp_path: Path,
     three_nodes: Cluster,
@@ -167,7 +168,6 @@ def run_without_ray(file: str, output: str) -> list[str]:
         return [result.outcome for result in run_sweep(Path(file), output, None, False, None)]
 
 
-@pytest.mark.long
 def test_a_ladder_costs_its_walk_and_a_few_steps_a_rung_with_ray_and_without(
     tmp_path: Path, three_nodes: Cluster, quiet_ray: None, capsys: pytest.CaptureFixture[str], ranks: RankPools
 ) -> None:
