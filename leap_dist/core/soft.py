@@ -152,7 +152,7 @@ class Soft:
     def __init__(self, gating: Gating, config: LeapConfig, schedule: Schedule, seed: int) -> None:
         self._gating, self._config, self._schedule, self._seed = gating, config, schedule, seed
         plan = gating.plan
-        starts = {
+        self._starts = {
             part.flat: numbered_table(
                 [
                     (f.offset, f.length, plan.covers[f.tensor][0].gate, f.start)
@@ -163,8 +163,8 @@ class Soft:
             )
             for part in gating.parts
         }
-        self._starts = starts
-        self._runs = {flat: [row for row in rows if not plan.gates[row[2]].pattern] for flat, rows in starts.items()}
+        free = [index for index, gate in enumerate(plan.gates) if not gate.pattern]
+        self._runs = {flat: [row for row in rows if row[2] in free] for flat, rows in self._starts.items()}
         patterned = any(gate.pattern for gate in plan.gates)
         self._patterns = SoftPatterns(gating) if patterned else None
         self._rest = rest_of(plan, config.target)

