@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from leap_dist.config.leap import LeapConfig
+from leap_dist.core.closed_form import closed_form
 from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, state_keys
@@ -214,8 +215,8 @@ def leap_traffic(plan: GatePlan, config: LeapConfig, hosting: Hosting) -> list[T
     ]
     if len(plan.gates) > ranked:
         found.append(Traffic("n:m groups cut by ranks", 1, _cut_groups(plan, hosting)))
-    if not plan.closed_form:
-        counts = 1 + (config.measure == "parameters")  # once more, with what follows the units
+    measured = {False, config.measure == "parameters"}  # once more, with what follows the units
+    if counts := sum(closed_form(plan, followers) is None for followers in measured):
         found.append(Traffic("kept weights", counts, counts * INT64))
     return [traffic for traffic in found if traffic.bytes]
 

@@ -262,7 +262,7 @@ class GatePlan:
         return max((self.grain(group) for group in self.tied), default=1)
 
     @cached_property
-    def closed_form(self) -> bool:
-        """True if the kept weights follow from the kept counts alone: no hybrid, all units of a gate of one size."""
+    def linear(self) -> bool:
+        """True if the kept weights are a sum over gates: no hybrid, all units of a gate of one size."""
         alone = not any(self.hybrid(tensor) for tensor in self.covers)
         return alone and all(gate.uniform for gate in self.gates)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from leap_dist.config.leap import LeapConfig
 from leap_dist.core import thresholds as th
+from leap_dist.core.closed_form import closed_form
 from leap_dist.core.counting import SLACK
 from leap_dist.core.fixed import Fixed, put_masks_
 from leap_dist.core.gates import GatePlan
@@ -59,6 +60,8 @@ class Level:
         self._made: list[int] | None = None  # kept counts of the masks that are in place
         self.soft: Soft | None = None  # of rule "gumbel", once bound
         self._counted: dict[tuple[bool, tuple[int, ...]], int] = {}  # by kept counts, until scores move
+        self._form = closed_form(plan)
+        self._form_measured = closed_form(plan, followers=True) if self.measure.name == "parameters" else self._form
 
     def bind(self, gating: Gating, masks: Masks, inputs: Inputs | None = None, seed: int = 0) -> None:
         """Start the thresholds, and the scores where they start from the weights alone.
@@ -251,7 +254,7 @@ class Level:
         self._gating.write_thresholds(sigma)
         k = th.keep_ratio(sigma, temperature)
         self._use(self.remaining.keep_counts(k))
-        if self.config.control == "paper" and not (self.plan.closed_form and self.measure.name == "weights"):
+        if self.config.control == "paper" and not (self.plan.linear and self.measure.name == "weights"):
             share = self._amount(self.kept_units) / self.remaining.total
             self.calibration = th.calibrate(share, self.remaining.ratio(k).item())
 
@@ -286,9 +289,7 @@ class Level:
 
     def _count(self, keep: list[int]) -> int:
         """Weights kept by kept counts: by arithmetic where that is exact, else counted on real masks."""
-        if self.plan.closed_form:
-            return sum(n * gate.unit_size for n, gate in zip(keep, self.plan.gates, strict=True))
-        return self._count_masks(keep)
+        return self._form(keep) if self._form else self._count_masks(keep)
 
     def _count_masks(self, keep: list[int], followers: bool = False) -> int:
         """What the masks of these kept counts keep; counted once, because every count takes a selection."""
@@ -307,8 +308,8 @@ class Level:
         measure = self.measure
         if measure.name == "weights":
             return self._count(keep)
-        if measure.closed_form(self.plan):
-            return sum(n * measure.unit(self.plan, gate) for gate, n in enumerate(keep))
+        if self._form_measured:
+            return self._form_measured(keep) + measure.of_products(keep)
         return self._count_masks(keep, followers=measure.name == "parameters") + measure.of_products(keep)
 
     def _make(self, keep: list[int]) -> None:

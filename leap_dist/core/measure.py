@@ -60,10 +60,10 @@ class Measure:
         """What kept units take beside their weights."""
         return sum(each * number for each, number in zip(self.products, keep, strict=True)) if self.products else 0
 
-    def closed_form(self, plan: GatePlan) -> bool:
-        """Whether the amount follows from the kept counts alone."""
+    def linear(self, plan: GatePlan) -> bool:
+        """Whether the amount is a sum over gates of what each kept unit takes."""
         alike = all(len(gate.follower_sizes) == 1 for gate in plan.gates) if self.name == "parameters" else True
-        return plan.closed_form and alike
+        return plan.linear and alike
 
     def share(self, plan: GatePlan) -> float:
         """The part of what gates cover that is to be kept, at least a trace."""

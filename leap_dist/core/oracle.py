@@ -359,7 +359,7 @@ class Oracle:
         if not settle:
             k = th.keep_ratio(self.sigma, config.temperature)
             keep = self.remaining.keep_counts(k)
-            if config.control == "paper" and not self.plan.closed_form:
+            if config.control == "paper" and not self.plan.linear:
                 density = self._count(keep) / self.plan.prunable
                 self.calibration = th.calibrate(density, self.remaining.ratio(k).item())
         self.masks = self._best(keep)

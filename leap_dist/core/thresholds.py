@@ -242,7 +242,7 @@ def project_exact(
 def take_back(remaining: Remaining, keep: list[int], goal: float, count: CountWeights) -> list[int]:
     """Kept counts with as many units of the finest gates less as `goal`, in what the measure counts, allows.
 
-    By arithmetic where that is exact; else the number of units is searched for with counts of real masks.
+    By arithmetic where the amount is a sum over gates; else the number of units is searched for.
     """
     plan, measure = remaining.plan, remaining.measure
     free = [group for group in plan.tied if plan.gates[group[0]].pattern is None]
@@ -266,7 +266,7 @@ def take_back(remaining: Remaining, keep: list[int], goal: float, count: CountWe
     excess = count(keep) - goal
     if not total or excess <= 0:
         return keep
-    if measure.closed_form(plan):
+    if measure.linear(plan):
         return fewer(min(int(excess // finest), total))
     enough, too_many = 0, total + 1
     while too_many - enough > 1:

@@ -68,13 +68,13 @@ def test_a_row_takes_its_bias_along_without_counting_it() -> None:
     plan = GatePlan([gate])
     assert [part.tensor for part in gate.slices] == ["w", "b"]
     assert (plan.prunable, plan.unit, plan.counted("b")) == (24, 4, False)
-    assert plan.closed_form
+    assert plan.linear
 
 
-def test_edge_blocks_and_hybrids_have_no_closed_form() -> None:
-    assert not GatePlan([matrix_gate("w", (5, 5), "block:2x2")]).closed_form
-    assert not GatePlan([matrix_gate("w", (4, 4), g) for g in ("row", "element")]).closed_form
-    assert GatePlan([matrix_gate("w", (4, 4), "block:2x2")]).closed_form
+def test_edge_blocks_and_hybrids_are_no_sum_over_gates() -> None:
+    assert not GatePlan([matrix_gate("w", (5, 5), "block:2x2")]).linear
+    assert not GatePlan([matrix_gate("w", (4, 4), g) for g in ("row", "element")]).linear
+    assert GatePlan([matrix_gate("w", (4, 4), "block:2x2")]).linear
 
 
 @pytest.mark.parametrize(

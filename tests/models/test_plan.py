@@ -198,7 +198,7 @@ def test_heads_and_neurons_cover_rows_columns_and_biases(bert: nn.Module) -> Non
     layer = "bert.encoder.layer.0"
     assert units(found)[f"{layer}.attention.self:head"] == (2, 4 * 16 * 8)
     assert units(found)[f"{layer}.ffn:neuron"] == (24, 2 * 16)
-    assert found.prunable == plan(bert).prunable and found.closed_form
+    assert found.prunable == plan(bert).prunable and found.linear
     assert found.covers.keys() == plan(bert).covers.keys() | {
         f"{path}.bias"
         for number in range(2)
@@ -217,7 +217,7 @@ def test_the_papers_hybrid(bert: nn.Module) -> None:
     found = plan(bert, gates=["head", "row", "block:4x4"])
     query = "bert.encoder.layer.0.attention.self.query.weight"
     assert [found.gates[cover.gate].granularity for cover in found.covers[query]] == ["head", "row", "block:4x4"]
-    assert not found.closed_form
+    assert not found.linear
 
 
 def test_options_belong_to_their_gate(bert: nn.Module) -> None:
