@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from leap_dist.export.shrunk import Models
 from leap_dist.run_folder import read_run
 from tests.export.runs import classifier, make_run, structure_masks
 
+INT8 = onnx.TensorProto.INT8
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1, "num_labels": 2}
 
 
@@ -37,7 +39,10 @@ def test_onnx_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert f"On {judged.examples:,} of 4,644 validation examples, in fp32 → here: accuracy " in small.page()
     ids = torch.arange(1, 13)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    found, expected = onnx_runner(tmp_path / "out" / "int8" / "model.onnx", 1)(inputs), torch_runner(model)(inputs)
+    file = tmp_path / "out" / "int8" / "model.onnx"
+    matrices = [onnx.numpy_helper.to_array(w) for w in onnx.load(file).graph.initializer if w.data_type == INT8]
+    assert len(matrices) >= 7 and all(abs(matrix.astype(int)).max() <= 64 for matrix in matrices if matrix.ndim == 2)
+    found, expected = onnx_runner(file, 1)(inputs), torch_runner(model)(inputs)
     assert 0 < float((found - expected).abs().max() / expected.abs().max()) < 0.3
 
 
