@@ -134,7 +134,7 @@ OTHERS: dict[str, Callable[[re.Match[str]], None]] = {
     r"python -m (tests\.bench\.\w+).*": check_tests,
     r"python (docs/make\.py)": check_file,
     r"python3 -m venv \.venv|\. \.venv/bin/activate": lambda match: None,
-    r"python -m pytest( -q -m \"\" -n 2 --dist loadfile)?": lambda match: None,
+    r"python -m pytest( -q -m \"\" -n 3 --dist loadfile)?": lambda match: None,
     r"deepspeed (?:--\S+ \d+ )?\w+\.py": lambda match: None,  # a Python block
     r"pip install lm-eval|lm_eval --model hf .*": lambda match: None,  # not installed here: docs/recovery.md
     r"pip install argcomplete|pip install \S+\.whl|pip wheel .*": lambda match: None,
