@@ -109,11 +109,12 @@ def memory(
     one_shot: bool = False,
     scores: bool = True,
     frozen: bool = False,
+    shared: bool = False,
 ) -> Memory:
     """Bytes that one rank holds; without a plan, of the same job with dense AdamW.
 
     one_shot: no gradients and no moments, and the weights stand where they are cut. Without scores masks are fixed.
-    frozen: weights have no moments.
+    frozen: weights have no moments. shared: scores of single weights have none of their own.
     """
     groups = group_sizes(model, plan)
     untrained = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -136,15 +137,15 @@ def memory(
         return Memory(weights, gradients, state)
     sizes = gate_sizes(plan).values()
     own = sum(sizes) if hosting.stage == 0 else sum(-(-size // hosting.ranks) for size in sizes)
-    extra = state_bytes(plan, one_shot, scores) * hosting.shard(groups[0])
+    extra = state_bytes(plan, one_shot, scores, shared) * hosting.shard(groups[0])
     selection = _selection(groups[0], plan, hosting) if scores else 0
     return Memory(weights, gradients, state + (1 if one_shot else 3) * own * FP32, extra, selection)
 
 
-def state_bytes(plan: GatePlan, one_shot: bool = False, scores: bool = True) -> int:
+def state_bytes(plan: GatePlan, one_shot: bool = False, scores: bool = True, shared: bool = False) -> int:
     """Bytes that LEAP's state takes of each weight of the gated group, beside its fp32 master and Adam's moments."""
-    shared = (EXP_AVG, EXP_AVG_SQ, LATENT) if one_shot else (EXP_AVG, EXP_AVG_SQ)
-    keys = [key for key in state_keys(plan, not one_shot, scores) if key not in shared]
+    dense = (EXP_AVG, EXP_AVG_SQ, LATENT) if one_shot else (EXP_AVG, EXP_AVG_SQ)
+    keys = [key for key in state_keys(plan, not one_shot, scores, shared=shared) if key not in dense]
     return sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
 
 

@@ -68,7 +68,8 @@ class Forecast:
         hosting, leap = Hosting.of(self.config.deepspeed, ranks).at(stage), self.config.leap
         if dense:
             return memory(self.model, None, hosting, self.one_shot)
-        return memory(self.model, self.plan, hosting, self.one_shot, leap.start is None, leap.frozen)
+        scores, shared = leap.start is None, leap.shares_moments
+        return memory(self.model, self.plan, hosting, self.one_shot, scores, leap.frozen, shared)
 
     @property
     def one_shot(self) -> bool:
@@ -292,7 +293,8 @@ def state_lines(job: Forecast) -> list[str]:
     if job.one_shot:
         return []
     leap, dense = job.config.leap, 3 * FP32
-    own = state_bytes(job.plan, scores=leap.start is None) + (FP32 if leap.frozen else dense)
+    own = state_bytes(job.plan, scores=leap.start is None, shared=leap.shares_moments)
+    own += FP32 if leap.frozen else dense
     note = "; frozen weights have no moments" if leap.frozen else ""
     return [f"state of a prunable weight: {own} B in fp32, of dense AdamW {dense} B{note}"]
 

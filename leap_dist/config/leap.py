@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, field_validator
@@ -119,6 +119,9 @@ class LeapConfig(Section):
     """Micro-batches, over all ranks, that show the inputs for score_init "activation" where there is no dense phase."""
     score_learning_rate: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
     """"auto": the published 1e-2; for single weights 1e-3 / target where that is less; with rule "gumbel" 1e-3."""
+    score_moments: Literal["own", "shared"] = Field(default="own", description='"own" or "shared"')
+    """Adam's moments of the scores of single weights: their own, or those of the weights' gradients for both, which
+    takes 8 bytes a weight less."""
     threshold_learning_rate: PositiveFloat | Literal["auto"] = Field(
         default="auto", description='a number > 0, or "auto"'
     )
@@ -155,6 +158,11 @@ class LeapConfig(Section):
     def frozen(self) -> bool:
         """Whether no weight of the model changes, and the masks alone are learned."""
         return is_frozen(self.weights, self.rule)
+
+    @property
+    def shares_moments(self) -> bool:
+        """Whether scores of single weights move by the moments of the weights' gradients."""
+        return self.score_moments == "shared"
 
     def score_rate(self, elementwise: bool, trust: float = 1.0) -> float:
         """Peak learning rate of scores, of single weights or of structured units; the automatic one is times `trust`.
@@ -234,6 +242,7 @@ OF_STEPS = (
         "control",
         "temperature",
         "score_learning_rate",
+        "score_moments",
         "threshold_learning_rate",
         "lambda_max",
         "lambda_min",
@@ -268,6 +277,16 @@ def _unread(raw: Mapping[str, Any]) -> dict[str, str]:
     if start != "zeros":
         unread += ["include", "exclude"]
     return dict.fromkeys(unread, "the masks of leap.start are fixed from the first step")
+
+
+def _not_shared(given: Callable[[str], Any], gates: Sequence[Any]) -> str | None:
+    """Why scores of single weights have no moments to share, in words; None where they have."""
+    if given("rule") in ("magnitude", "gumbel"):
+        return f'under rule "{given("rule")}" scores do not follow the gradient of the weights'
+    if is_frozen(given("weights"), given("rule")):
+        return "frozen weights have no moments"
+    single = any(str(gate) == "element" or re.fullmatch(r"\d+:\d+", str(gate)) for gate in gates or ("element",))
+    return None if single else "there is no gate of single weights"
 
 
 def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Conflict]:
@@ -305,6 +324,7 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "score_init": scored,
         "calibration_batches": scored or unseen or shown,
         "score_learning_rate": scored,
+        "score_moments": _not_shared(given, gates),
         "settle_fraction": "frozen weights leave nothing to train once the masks are final: the last step settles"
         if is_frozen(given("weights"), rule)
         else None,

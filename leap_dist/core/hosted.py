@@ -99,7 +99,7 @@ class HostedOptimizer(torch.optim.Optimizer):
         self.fragments = fragments
         trains, scores = self.config.mode == "train", self.level.fixed is None
         moments = (EXP_AVG, EXP_AVG_SQ) if trains else ()
-        keys = state_keys(self.plan, trains, scores, self.config.frozen)
+        keys = state_keys(self.plan, trains, scores, self.config.frozen, self.config.shares_moments)
         make_states(self.plan, fragments, self.state, keys, in_place=not trains)
         no_decay = {name for group in self.param_groups if group[GATED] for name in group["no_decay"]}
         self.communicator = communicator

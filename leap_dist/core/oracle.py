@@ -123,6 +123,8 @@ class Oracle:
         auto = self.schedule.threshold_rate(config.temperature, projected, elementwise=not plan.structured)
         rate = auto if rate == "auto" else rate
         self.threshold_optimizer = torch.optim.Adam([self.sigma], lr=rate)
+        self.undecayed = set(no_decay)
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # of G, where weights and scores share them
         self.task_size = th.TaskSize()
 
     def scale_rates(self, scale: float) -> None:
@@ -168,7 +170,7 @@ class Oracle:
                 self._add_published(self.curve)
         assert self.sigma.grad is not None
         self.sigma.grad = self.remaining.share_gradient(self.sigma.grad).to(self.sigma)
-        self._update()
+        self._update({name: hosted[name].grad for name in self.plan.covers})
         self.num_steps += 1
         if not self.settled and self.schedule.phase(self.num_steps - 1) != "dense":
             self._hold_level()
@@ -201,13 +203,19 @@ class Oracle:
         grads = [hosted[name].grad for name in self.latent]
         norm = torch.stack([g.norm() for g in grads if g is not None]).norm()
         scale = min(1.0, self.max_norm / (norm.item() + 1e-6))
-        for parameter in (*self.latent.values(), *self.scores, self.sigma):
-            if parameter.grad is not None:
+        for parameter in (*self.latent.values(), *self.scores, self.sigma, *map(hosted.get, self.plan.covers)):
+            if parameter is not None and parameter.grad is not None:
                 parameter.grad.mul_(scale)
 
     # The update
 
-    def _update(self) -> None:
+    def _update(self, grads: dict[str, Tensor | None]) -> None:
+        """grads: G = dL/d(W * M)."""
+        if self.config.shares_moments:
+            for name, grad in grads.items():
+                gate = next((c.gate for c in self.plan.covers[name] if self.plan.gates[c.gate].elementwise), None)
+                if grad is not None and gate is not None:
+                    self._step_shared(name, gate, grad)
         if not self.config.frozen:
             self.weight_optimizer.step()
         moves = self.config.rule not in ("magnitude", "gumbel") or self.curve is not None
@@ -215,6 +223,27 @@ class Oracle:
             self.score_optimizer.step()
             if self.config.rule == "leap" and self.schedule.phase(self.num_steps) == "prune":
                 self.threshold_optimizer.step()
+
+    def _step_shared(self, name: str, gate: int, grad: Tensor) -> None:
+        """W and its element scores by the moments of G alone (leap.score_moments "shared"), in place of their Adam."""
+        weight, scores, adam = self.latent[name], self.scores[gate], self.weight_optimizer.param_groups[0]
+        weight.grad = scores.grad = None
+        mask = self.mask_of(name)
+        beta1, beta2 = adam["betas"]
+        first, second = self.moments.get(name, (torch.zeros_like(grad), torch.zeros_like(grad)))
+        grad = grad * mask if self.settled else grad
+        first, second = beta1 * first + (1 - beta1) * grad, beta2 * second + (1 - beta2) * grad**2
+        self.moments[name] = first, second
+        m = first / (1 - beta1 ** (self.num_steps + 1))
+        root = (second / (1 - beta2 ** (self.num_steps + 1))).sqrt()
+        with torch.no_grad():
+            if not self.settled:
+                units = [mask.float() for mask in self.masks]
+                units[gate] = torch.ones_like(units[gate])
+                step = self.mask_of(name, units) * weight * m / (weight.abs() * root + adam["eps"])
+                scores.sub_(self.score_optimizer.param_groups[gate]["lr"] * step.flatten())
+            decay = 0.0 if name in self.undecayed else adam["weight_decay"]
+            weight.sub_(adam["lr"] * (decay * weight + mask * m / (root + adam["eps"])))
 
     # Soft masks, of rule "gumbel"
 

@@ -86,13 +86,19 @@ def _update_elements_(
     """One step of element scores and the latent weights under them; adds to dL/dsigma in `sums`."""
     if not len(part.elements):
         return
-    mask, latent, *scores = gating.flat_states(part, MASK, LATENT, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ)
+    mask, latent, score = gating.flat_states(part, MASK, LATENT, SCORE)
     others = gating.times_units(torch.ones_like(mask), part.patches) if part.joint else None
+    known = part.elements, grad, part.hosted
+    own = (SCORE_EXP_AVG, SCORE_EXP_AVG_SQ) if SCORE_EXP_AVG in gating.keys else ()
+    scores = score, *gating.flat_states(part, *own)
     if adam is None:
-        sigma = ops.score_adamw_(part.elements, grad, part.hosted, others, latent, *scores, score_adam)
+        sigma = ops.score_adamw_(*known, others, latent, *scores, score_adam)
     else:
         states = latent, *gating.flat_states(part, EXP_AVG, EXP_AVG_SQ), *scores
-        sigma = ops.element_adamw_(part.elements, grad, part.hosted, mask, others, *states, adam, score_adam)
+        if own:
+            sigma = ops.element_adamw_(*known, mask, others, *states, adam, score_adam)
+        else:
+            sigma = ops.shared_adamw_(*known, mask, others, *states, adam, score_adam.lr)
     sums += _segment_sums(sigma, part.num_rows)
 
 

@@ -102,6 +102,37 @@ def _update_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _shared_kernel(  # type: ignore[no-untyped-def]
+    table, grad, hosted, mask, others, latent, exp_avg, exp_avg_sq, score, sigma,
+    decay, lerp, beta2, rest2, root2, eps, rate, s_rate, OTHERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: weights and scores by the moments of G alone; sum G * (W * M)."""
+    row = tl.program_id(0).to(tl.int64)
+    offset, length = tl.load(table + 4 * row), tl.load(table + 4 * row + 1)
+    decay = tl.where(tl.load(table + 4 * row + 3) != 0, decay, 1.0)
+    total = tl.zeros((1,), dtype=tl.float64)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < length
+        at += offset
+        g, w, m = _load(grad, at, inside), _load(latent, at, inside), _load(exp_avg, at, inside)
+        total += tl.sum(g * _load(hosted, at, inside), 0).to(tl.float64)
+        m += lerp * (g - m)
+        v = beta2 * _load(exp_avg_sq, at, inside) + rest2 * g * g
+        root = tl.div_rn(tl.sqrt_rn(v), root2)
+        move = w * m
+        if OTHERS:
+            move *= _load(others, at, inside)
+        s = _load(score, at, inside) - tl.div_rn(s_rate * move, tl.abs(w) * root + eps)
+        w = w * decay - tl.div_rn(rate * (m * _load(mask, at, inside)), root + eps)
+        tl.store(score + at, s, mask=inside)
+        tl.store(latent + at, w, mask=inside)
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
+    tl.store(sigma + row + tl.arange(0, 1), total)
+
+
+@triton.jit
 def _write_kernel(table, latent, mask, hosted, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """hosted = W * M on one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -269,6 +300,31 @@ def score_adamw_(
     states = (latent, score_exp_avg, score_exp_avg_sq)  # of which the moments are not read
     flags = {"weights": False, "scores": True}
     _update(table, grad, hosted, unread, others, states, scores, sigma, score_adam, score_adam, **flags)
+    return sigma
+
+
+def shared_adamw_(
+    table: Tensor,
+    grad: Tensor,
+    hosted: Tensor,
+    mask: Tensor,
+    others: Tensor | None,
+    latent: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    score: Tensor,
+    adam: Sequence[float],
+    score_rate: float,
+) -> Tensor:
+    """As reference.shared_adamw_."""
+    sigma = torch.empty(len(table), dtype=torch.float64, device=grad.device)
+    if len(table):
+        known, values = _bytes(mask if others is None else others), Adam(*adam)
+        tensors = (table, grad, hosted, _bytes(mask), known, latent, exp_avg, exp_avg_sq, score, sigma)
+        rate = score_rate / (1 - values.beta1**values.step)
+        _shared_kernel[(len(table),)](
+            *tensors, *_scalars(adam), rate, OTHERS=others is not None, BLOCK=BLOCK, **EXACT,
+        )  # fmt: skip
     return sigma
 
 

@@ -185,6 +185,70 @@ def score_adamw_(
     return sigma
 
 
+def shared_adamw_(
+    table: Tensor,
+    grad: Tensor,
+    hosted: Tensor,
+    mask: Tensor,
+    others: Tensor | None,
+    latent: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    score: Tensor,
+    adam: Sequence[float],
+    score_rate: float,
+) -> Tensor:
+    """As `element_adamw_`, but weights and scores share the moments m, v of G itself; hats: corrected for the start.
+
+        S -= score_rate prod_{g' != g} M_g' W m^ / (|W| sqrt(v^) + eps)    G W has about the moments W m and W^2 v
+        W -= lr M m^ / (sqrt(v^) + eps)                                    after its decay
+
+    Both by the W of before. Where M = 1 everywhere this is AdamW on W to the bit.
+    """
+    sigma = torch.zeros(len(table), dtype=torch.float64, device=grad.device)
+    buffers = _buffers(table, latent, 3)
+    for row, (b, _, decays) in enumerate(runs_of(table)):
+        sigma[row] = torch.dot(grad[b], hosted[b])
+        scratch = [buffer[: b.stop - b.start] for buffer in buffers]
+        own = latent[b], exp_avg[b], exp_avg_sq[b], score[b]
+        rest = None if others is None else others[b]
+        _shared_block_(grad[b], mask[b], rest, own, scratch, _decayed(adam, decays), score_rate)
+    return sigma
+
+
+def _shared_block_(
+    grad: Tensor,
+    mask: Tensor,
+    others: Tensor | None,
+    states: tuple[Tensor, Tensor, Tensor, Tensor],
+    scratch: Sequence[Tensor],
+    adam: Adam,
+    score_rate: float,
+) -> None:
+    """One block; states: weights, their gradient's two moments, scores; all of scratch is overwritten."""
+    weight, exp_avg, exp_avg_sq, score = states
+    root, move, size = scratch
+    if exp_avg.dtype != weight.dtype:
+        wide = exp_avg.to(weight.dtype), exp_avg_sq.to(weight.dtype)
+        _shared_block_(grad, mask, others, (weight, *wide, score), scratch, adam, score_rate)
+        exp_avg.copy_(wide[0])
+        exp_avg_sq.copy_(wide[1])
+        return
+    exp_avg.lerp_(grad, 1 - adam.beta1)
+    exp_avg_sq.mul_(adam.beta2).addcmul_(grad, grad, value=1 - adam.beta2)
+    correction1, correction2 = 1 - adam.beta1**adam.step, 1 - adam.beta2**adam.step
+    torch.sqrt(exp_avg_sq, out=root).div_(math.sqrt(correction2))
+    torch.mul(exp_avg, weight, out=move)
+    if others is not None:
+        move.mul_(size.copy_(others))
+    torch.abs(weight, out=size).mul_(root).add_(adam.eps)
+    score.addcdiv_(move, size, value=-(score_rate / correction1))
+    if adam.weight_decay:
+        weight.mul_(1 - adam.lr * adam.weight_decay)
+    torch.mul(exp_avg, move.copy_(mask), out=move)
+    weight.addcdiv_(move, root.add_(adam.eps), value=-(adam.lr / correction1))
+
+
 def _score_block_(
     b: slice,
     grad: Tensor,

@@ -64,7 +64,7 @@ def test_defaults_of_leap_are_pinned() -> None:
         "target", "gates", "rule", "control", "temperature", "score_init", "score_learning_rate",
         "threshold_learning_rate", "lambda_max", "lambda_min", "dense_fraction", "settle_fraction",
         "include", "exclude", "total_steps", "tokens_per_step", "mode", "start", "calibration_batches", "measure",
-        "weights", "permute", "latency_table", "latency_batch", "latency_length",
+        "weights", "permute", "latency_table", "latency_batch", "latency_length", "score_moments",
     }  # fmt: skip
 
 
@@ -434,19 +434,20 @@ OTHER: dict[str, Any] = {  # a value of every key of the leap section that is no
     "control": "paper", "temperature": 16.0, "score_init": "zero", "score_learning_rate": 0.02,
     "threshold_learning_rate": 0.5, "lambda_max": 100.0, "lambda_min": 5.0, "dense_fraction": 0.1,
     "settle_fraction": 0.3, "include": ["a.weight"], "exclude": ["b.weight"], "total_steps": 100, "target": 0.3,
-    "calibration_batches": 4, "latency_table": "a.json", "latency_batch": 8, "latency_length": 64,
+    "calibration_batches": 4, "latency_table": "a.json", "latency_batch": 8, "latency_length": 64, "score_moments": "shared",
 }  # fmt: skip
 ALWAYS = {"dense_fraction", "settle_fraction", "include", "exclude", "total_steps", "target", "score_init"}
 SCORED = ALWAYS | {"score_learning_rate"}
+SINGLE = SCORED | {"score_moments"}
 READ: dict[str, set[str]] = {  # by rule, control and gates: the keys that have an effect, alone
-    "leap projected element": SCORED | {"control", "threshold_learning_rate"},
+    "leap projected element": SINGLE | {"control", "threshold_learning_rate"},
     "leap projected row": SCORED | {"control", "threshold_learning_rate"},
-    "leap projected 2:4": SCORED | {"control"},  # a control is a choice that holds for all gates
-    "leap projected 2:4+head": SCORED | {"control", "threshold_learning_rate"},
-    "leap paper element": SCORED | {"temperature", "threshold_learning_rate", "lambda_max"},
+    "leap projected 2:4": SINGLE | {"control"},  # a control is a choice that holds for all gates
+    "leap projected 2:4+head": SINGLE | {"control", "threshold_learning_rate"},
+    "leap paper element": SINGLE | {"temperature", "threshold_learning_rate", "lambda_max"},
     "leap paper row": SCORED | {"temperature", "threshold_learning_rate", "lambda_max"},
-    "movement projected element": SCORED,
-    "movement projected 2:4": SCORED,
+    "movement projected element": SINGLE,
+    "movement projected 2:4": SINGLE,
     "magnitude projected element": ALWAYS - {"score_init"},
     "magnitude projected head": ALWAYS - {"score_init"},
     "one_shot": {"include", "exclude", "target", "calibration_batches"},
@@ -486,6 +487,10 @@ def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> Non
         ({"rule": "gumbel", "control": "paper", "lambda_max": 5}, "leap.lambda_max: got 5, which has no effect here"),
         ({"lambda_min": 200, "control": "paper", "lambda_max": 300}, None),
         ({"temperature": 16, "threshold_learning_rate": 0.5}, None),
+        ({"score_moments": "shared", "gates": ["row"]}, "there is no gate of single weights"),
+        ({"score_moments": "shared", "gates": ["row", "2:4"]}, None),
+        ({"score_moments": "shared", "weights": "frozen"}, "frozen weights have no moments"),
+        ({"score_moments": "shared", "rule": "gumbel"}, 'under rule "gumbel" scores do not follow'),
     ],
 )
 def test_settings_count_together(section: dict[str, Any], refused: str | None) -> None:

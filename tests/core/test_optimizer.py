@@ -67,6 +67,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "zero-scores": {"score_init": "zero"},
     "activation": {"score_init": "activation", "dense_fraction": 0.1, "tokens_per_step": 1},
 }
+SHARED = {"score_moments": "shared"}
 GRID = [pytest.param(kind, {}, id=f"projected-{kind}") for kind in GATES]
 GRID += [
     pytest.param(kind, changes, id=f"{name}-{kind}", marks=pytest.mark.slow)
@@ -75,6 +76,11 @@ GRID += [
     if (turn + number) % 2 or name == "activation"
 ]
 """Every kind by the defaults and by activation, and with every other of the changes, in turn."""
+GRID += [
+    pytest.param(kind, changes, id=f"shared-{name}-{kind}", marks=pytest.mark.slow)
+    for name, changes in {"leap": SHARED, "movement": SHARED | {"rule": "movement"}}.items()
+    for kind in ("element", "2:4", "hybrid", "head+2:4", "layer+element")
+]
 
 
 @pytest.mark.parametrize(("kind", "changes"), GRID)
@@ -94,10 +100,10 @@ def test_equals_the_oracle(kind: str, changes: dict[str, Any]) -> None:
     torch.testing.assert_close(learned, oracle.sigma.detach(), rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["element", "row", "hybrid"])
-def test_target_one_is_plain_adamw_bit_for_bit(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "changes"), [("element", {}), ("row", {}), ("hybrid", {}), ("hybrid", SHARED)])
+def test_target_one_is_plain_adamw_bit_for_bit(kind: str, changes: dict[str, Any]) -> None:
     model, plain = net(), net()
-    optimizer = build(model, leap(kind, STEPS, target=1.0))
+    optimizer = build(model, leap(kind, STEPS, target=1.0, **changes))
     no_decay = set(biases(optimizer.plan))
     named = dict(plain.named_parameters())
     groups = [

@@ -79,6 +79,28 @@ def expected(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     return {k: torch.where(inside, v, exact[k]) for k, v in zip(names, (*weights, *scores), strict=True)}, sigma
 
 
+def shared(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of shared_adamw_: scores have no moments."""
+    return {key: value for key, value in arguments.items() if key not in ("score_exp_avg", "score_exp_avg_sq")}
+
+
+def expected_of_shared(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    """In float64: what shared_adamw_ leaves in its state, and dL/dsigma of every gate."""
+    exact = {k: v.double() for k, v in arguments.items() if v is not None}
+    _, sigma = expected(arguments)
+    inside, decays = covered(), torch.zeros(NUMEL, dtype=torch.float64)
+    for offset, length, _, decay in RUNS:
+        decays[offset : offset + length] = decay
+    others = exact.get("others", torch.ones(NUMEL, dtype=torch.float64))
+    w, m, v, g = (exact[key] for key in ("latent", "exp_avg", "exp_avg_sq", "grad"))
+    m, v = ADAM.beta1 * m + (1 - ADAM.beta1) * g, ADAM.beta2 * v + (1 - ADAM.beta2) * g * g
+    first, root = m / (1 - ADAM.beta1**ADAM.step), (v / (1 - ADAM.beta2**ADAM.step)).sqrt()
+    score = exact["score"] - SCORE_ADAM.lr * others * w * first / (w.abs() * root + ADAM.eps)
+    w = w * (1 - ADAM.lr * ADAM.weight_decay * decays) - ADAM.lr * exact["mask"] * first / (root + ADAM.eps)
+    made = {"latent": w, "exp_avg": m, "exp_avg_sq": v, "score": score}
+    return {key: torch.where(inside, value, exact[key]) for key, value in made.items()}, sigma
+
+
 def _adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, adam: Adam, decays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     w = w * (1 - adam.lr * adam.weight_decay * decays)
     m, v = adam.beta1 * m + (1 - adam.beta1) * g, adam.beta2 * v + (1 - adam.beta2) * g * g

@@ -54,6 +54,22 @@ def check_element_update() -> None:
         torch.testing.assert_close(by_gate, sigma, rtol=1e-5, atol=1e-4)
 
 
+def check_shared_update() -> None:
+    from leap_dist.ops import kernels
+
+    for moments, hybrid in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
+        arguments = runs.state(1, moments)
+        arguments["others"] = arguments["others"] if hybrid else None
+        exact, sigma = runs.expected_of_shared(arguments)
+        table = runs.table()
+        partial = kernels.shared_adamw_(table, *runs.shared(arguments).values(), runs.ADAM, runs.SCORE_ADAM.lr)
+        for key, value in exact.items():
+            rtol, atol = (1e-2, 1e-4) if arguments[key].dtype == torch.bfloat16 else (1e-5, 1e-6)
+            torch.testing.assert_close(arguments[key].double(), value, rtol=rtol, atol=atol)
+        by_gate = torch.zeros_like(sigma).index_add_(0, table[:, reference.GATE], partial)
+        torch.testing.assert_close(by_gate, sigma, rtol=1e-5, atol=1e-4)
+
+
 def check_any_cut_gives_the_same_bits() -> None:
     from leap_dist.ops import kernels
 

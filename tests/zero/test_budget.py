@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist.bench.budget import Hosting, Memory, engine_traffic, group_sizes, leap_traffic, memory, total
+from leap_dist.bench.budget import (
+    Hosting,
+    Memory,
+    engine_traffic,
+    group_sizes,
+    leap_traffic,
+    memory,
+    state_bytes,
+    total,
+)
 from leap_dist.bench.forecast import empty_model, empty_task
 from leap_dist.bench.overhead import engine_step
 from leap_dist.bench.scale import held_state, sent_by
@@ -130,6 +139,10 @@ def held_by_fixed_masks(gates: str) -> list[tuple[int, int]]:
     return held_before_a_step(gates, start="zeros", total_steps=10)
 
 
+def held_by_shared_moments(gates: str) -> list[tuple[int, int]]:
+    return held_before_a_step(gates, target=0.5, score_moments="shared", total_steps=10)
+
+
 def held_by_frozen_weights(gates: str) -> list[tuple[int, int]]:
     return held_before_a_step(gates, target=0.5, weights="frozen", total_steps=10)
 
@@ -140,6 +153,16 @@ def test_engines_with_frozen_weights_hold_what_was_forecast(ranks: RankPools, ga
     plan = make_plan(model, parse_leap({"target": 0.5, "gates": GATES[gates]}))
     for stage, (state, extra) in enumerate(ranks(2).run(held_by_frozen_weights, gates)[0]):
         held = memory(model, plan, Hosting.of(config_of(stage, gates), 2), frozen=True)
+        assert state == pytest.approx(held.state + held.extra, rel=0.01)
+        assert extra == pytest.approx(held.extra, rel=0.01)
+
+
+def test_engines_with_shared_moments_hold_what_was_forecast(ranks: RankPools) -> None:
+    model = empty_model(MODEL, "builtin/clock")
+    plan = make_plan(model, parse_leap({"target": 0.5}))
+    assert (state_bytes(plan), state_bytes(plan, shared=True)) == (17, 9)
+    for stage, (state, extra) in enumerate(ranks(2).run(held_by_shared_moments, "element")[0]):
+        held = memory(model, plan, Hosting.of(config_of(stage, "element"), 2), shared=True)
         assert state == pytest.approx(held.state + held.extra, rel=0.01)
         assert extra == pytest.approx(held.extra, rel=0.01)
 

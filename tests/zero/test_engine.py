@@ -165,6 +165,15 @@ def test_other_rules_equal_the_oracle_on_shards(
     assert compare(results, expected(kind, changes)) <= 1e-5
 
 
+@pytest.mark.parametrize(("stage", "kind"), [(0, "hybrid"), (1, "element"), (2, "2:4"), (3, "hybrid")])
+def test_shared_moments_equal_the_oracle_under_every_stage(
+    ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int, kind: str
+) -> None:
+    changes = {"score_moments": "shared"}
+    results = ranks(2).run(final_weights, kind, stage, 3 if stage in (1, 2) else 1, changes)
+    assert compare(results, expected(kind, changes)) <= 1e-5
+
+
 @pytest.mark.parametrize(("stage", "kind"), [(0, "hybrid"), (1, "head+neuron"), (2, "2:4")])
 def test_scores_from_activations_equal_the_oracle_under_every_stage(
     ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int, kind: str
