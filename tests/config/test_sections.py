@@ -434,7 +434,8 @@ OTHER: dict[str, Any] = {  # a value of every key of the leap section that is no
     "control": "paper", "temperature": 16.0, "score_init": "zero", "score_learning_rate": 0.02,
     "threshold_learning_rate": 0.5, "lambda_max": 100.0, "lambda_min": 5.0, "dense_fraction": 0.1,
     "settle_fraction": 0.3, "include": ["a.weight"], "exclude": ["b.weight"], "total_steps": 100, "target": 0.3,
-    "calibration_batches": 4, "latency_table": "a.json", "latency_batch": 8, "latency_length": 64, "score_moments": "shared",
+    "calibration_batches": 4, "latency_table": "a.json", "latency_batch": 8, "latency_length": 64,
+    "score_moments": "shared",
 }  # fmt: skip
 ALWAYS = {"dense_fraction", "settle_fraction", "include", "exclude", "total_steps", "target", "score_init"}
 SCORED = ALWAYS | {"score_learning_rate"}
