@@ -27,10 +27,13 @@ from leap_dist.bench.budget import (
 )
 from leap_dist.config.sections import JobConfig, ModelConfig
 from leap_dist.console import console, summary_table
+from leap_dist.core.closed_form import closed_form
 from leap_dist.core.gates import GatePlan
+from leap_dist.core.measure import check_reachable, fewest_units, most_units
 from leap_dist.errors import UserError, own_words
 from leap_dist.models.inputs import describe_start, resolve_start
 from leap_dist.models.load import auto_class, load_config, load_model
+from leap_dist.models.measure import measure_of
 from leap_dist.models.padding import num_positions
 from leap_dist.models.plan import start_plan
 from leap_dist.tasks import problem_of
@@ -92,9 +95,22 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
         raise UserError(f"DeepSpeed's part of the config: a size or count is not a number: {error}") from error
     model = empty_model(config.model, config.data.task)
     check_engine_config(config.resolved(), model, None, None, None, None, planned=True)
-    plan, _ = start_plan(model, config.leap, config.family)
+    plan, fixed = start_plan(model, config.leap, config.family)
+    if fixed is None:
+        _check_target(model, plan, config)
     start = resolve_start(model, plan, config.leap)
     return Forecast(config.model_copy(update={"leap": start.config}), model, plan, hosting, start.why)
+
+
+def _check_target(model: PreTrainedModel, plan: GatePlan, config: JobConfig) -> None:
+    """Raise UserError where the measure of the target cannot be counted, or its gates cannot reach it.
+
+    Where kept weights depend on which units stay, that is seen when the job starts.
+    """
+    measure = measure_of(model, plan, config.leap, config.family)
+    if form := closed_form(plan, followers=measure.name == "parameters"):
+        lowest, highest = (form(keep) + measure.of_products(keep) for keep in (fewest_units(plan), most_units(plan)))
+        check_reachable(plan, measure, lowest, highest)
 
 
 def empty_model(model: ModelConfig, task_name: str) -> PreTrainedModel:
@@ -198,19 +214,18 @@ def passes_line(job: Forecast) -> str:
     """What a micro-batch takes beside the table: activations, and the logits of a language model."""
     batch, length = job.config.deepspeed["train_micro_batch_size_per_gpu"], job.config.data.max_length
     length = min(length, num_positions(job.model.config) or length)
-    width, words = job.hosting.width, 0
+    width, words, pairs = job.hosting.width, 0, f"a micro-batch of {batch} x {length} tokens"
     if problem_of(job.config.data.task) in ("causal_lm", "masked_lm"):
         head = job.model.get_output_embeddings().weight
         words = word_bytes(head.shape[0], head.shape[1], batch * length, width)
+    if job.one_shot:
+        return f"not in these sums: what a layer takes for {pairs}, which passes without gradients"
     try:
-        held = (
-            0 if job.one_shot else activation_bytes(job.model, batch, length, torch.bfloat16 if width == 2 else FLOAT)
-        )
+        held = activation_bytes(job.model, batch, length, torch.bfloat16 if width == 2 else FLOAT)
     except Exception as error:  # code of any architecture, where tensors have no values
         return f"activations are not counted: the model cannot run without values ({own_words(error)[:80]})"
     logits = f", {as_bytes(words)} for the logits of a chunk and their gradients" if words else ""
-    of = f"a micro-batch of {batch} x {length} tokens takes {as_bytes(held)} of activations{logits}"
-    return f"not in these sums: {of}; buffers of communication"
+    return f"not in these sums: {pairs} takes {as_bytes(held)} of activations{logits}; buffers of communication"
 
 
 def _count(gpus: int | None) -> str:

@@ -18,7 +18,7 @@ from leap_dist.core.gating import Gating
 from leap_dist.core.importance import Norms, write_importance_
 from leap_dist.core.inputs import Inputs
 from leap_dist.core.masks import Masks
-from leap_dist.core.measure import SAID, Measure
+from leap_dist.core.measure import SAID, Measure, check_reachable, fewest_units, most_units
 from leap_dist.core.phases import Schedule
 from leap_dist.core.soft import Soft
 from leap_dist.errors import UserError
@@ -145,26 +145,11 @@ class Level:
 
     def _check_reachable(self) -> None:
         """Raise UserError if the target is below or above what the gates allow."""
-        gates, measure, total = self.plan.gates, self.measure, self.measure.fixed + self.remaining.total
-        lowest = self.lowest = self._amount([gate.lowest for gate in gates])
-        highest = self._amount([gate.lowest if gate.pattern else gate.num_units for gate in gates])
+        lowest = self.lowest = self._amount(fewest_units(self.plan))
+        highest = self._amount(most_units(self.plan))
         self._masks.make(self.kept_units)
         self._scores_moved()
-        target, unit = measure.target, measure.largest(self.plan)
-        asked = target * total - measure.fixed
-        what = SAID[measure.name]
-        if lowest - asked > unit:
-            beside = f", of which {measure.fixed / total:.4f} is in no gate" if measure.fixed else ""
-            raise UserError(
-                f"leap.target: {target} cannot be reached: with the fewest units that every gate keeps the lowest "
-                f"possible {what} is {(measure.fixed + lowest) / total:.4f}{beside}; raise the target, lower min_keep "
-                "or multiple_of, or choose finer gates in leap.gates"
-            )
-        if asked - highest > unit:
-            raise UserError(
-                f"leap.target: {target} cannot be reached: with its n:m pattern the highest possible {what} is "
-                f"{(measure.fixed + highest) / total:.4f}; lower the target to it"
-            )
+        check_reachable(self.plan, self.measure, lowest, highest)
 
     @property
     def density(self) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from leap_dist.core.gates import GatePlan
+from leap_dist.errors import UserError
 
 MeasureName = Literal["weights", "parameters", "flops", "latency"]
 
@@ -75,6 +76,34 @@ class Measure:
     def described(self) -> dict[str, Any]:
         """For a certificate, from which `amounts` counts; nothing of prunable weights."""
         return {} if self.name == "weights" else {"measure": {"name": self.name, "fixed": self.fixed}}
+
+
+def fewest_units(plan: GatePlan) -> list[int]:
+    """The lowest kept counts of all gates."""
+    return [gate.lowest for gate in plan.gates]
+
+
+def most_units(plan: GatePlan) -> list[int]:
+    """The highest: an n:m pattern keeps no more than it says."""
+    return [gate.lowest if gate.pattern else gate.num_units for gate in plan.gates]
+
+
+def check_reachable(plan: GatePlan, measure: Measure, lowest: float, highest: float) -> None:
+    """Raise UserError if the target is below or above what the gates allow, in what the measure counts of them."""
+    total, unit, what = measure.fixed + measure.removable(plan), measure.largest(plan), SAID[measure.name]
+    asked = measure.target * total - measure.fixed
+    if lowest - asked > unit:
+        beside = f", of which {measure.fixed / total:.4f} is in no gate" if measure.fixed else ""
+        raise UserError(
+            f"leap.target: {measure.target} cannot be reached: with the fewest units that every gate keeps the lowest "
+            f"possible {what} is {(measure.fixed + lowest) / total:.4f}{beside}; raise the target, lower min_keep "
+            "or multiple_of, or choose finer gates in leap.gates"
+        )
+    if asked - highest > unit:
+        raise UserError(
+            f"leap.target: {measure.target} cannot be reached: with its n:m pattern the highest possible {what} is "
+            f"{(measure.fixed + highest) / total:.4f}; lower the target to it"
+        )
 
 
 def amounts(counts: Mapping[str, Any], measure: Mapping[str, Any] | None) -> tuple[float, float]:

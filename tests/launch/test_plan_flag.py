@@ -161,6 +161,21 @@ def _parameters(shown: str) -> int:
             {"bf16": {"enabled": True}},
             "bf16.enabled: zero_optimization.stage 0 hides its fp32 master weights",
         ),
+        (
+            ["--plan"],
+            {"leap": {"target": 0.5, "measure": "latency", "latency_table": "/no/such", "gates": ["head"]}},
+            "leap.latency_table: got /no/such; there is no such file; make it with ",
+        ),
+        (
+            ["--plan"],
+            {"leap": {"target": 0.05, "measure": "flops", "gates": ["neuron"]}},
+            "leap.target: 0.05 cannot be reached: with the fewest units that every gate keeps the lowest possible ",
+        ),
+        (
+            ["--plan"],
+            {"leap": {"target": 0.9, "gates": ["2:4"]}},
+            "leap.target: 0.9 cannot be reached: with its n:m pattern the highest possible density is 0.5",
+        ),
     ],
 )
 def test_what_the_job_would_be_refused_for(
@@ -223,6 +238,11 @@ def test_bytes_are_decimal() -> None:
         "80 GB",
         "2.55 TB",
     ]
+
+
+def test_one_shot_keeps_no_activations(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--plan", leap={"target": 0.3, "mode": "one_shot"}) == 0
+    assert "a micro-batch of 8 x 16 tokens, which passes without gradients" in capsys.readouterr().out
 
 
 def test_activations_are_those_that_a_forward_pass_keeps(tmp_path: Path) -> None:
