@@ -23,7 +23,7 @@ from leap_dist.config.job_file import load_job
 from leap_dist.core.phases import Schedule
 from leap_dist.models.load import load_model, load_tokenizer
 from leap_dist.models.plan import make_plan
-from leap_dist.tasks import load_task
+from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.train.batches import Batches
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.progress import Progress
@@ -35,7 +35,8 @@ def run(file: Path, method: str, pull: float) -> dict[str, Any]:
     """The whole job on one process."""
     job = load_job(file)
     ranks, train, leap = Ranks(0, 1, torch.device("cpu")), job.train, job.leap
-    task = load_task(job.data, load_tokenizer(job.model, job.data.tokenizer))
+    tokenizer = load_tokenizer(job.model, job.data.tokenizer) if needs_tokenizer(job.data.task) else None
+    task = load_task(job.data, tokenizer)
     batches = Batches(task, job.deepspeed["train_micro_batch_size_per_gpu"], 1, train.seed, ranks)
     torch.manual_seed(train.seed)
     model: Any = load_model(job.model, task).train()
