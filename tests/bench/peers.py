@@ -1,6 +1,6 @@
 """A job's data, model, steps and schedule with published methods in place of LEAP: soft movement and PLATON.
 
-    python -m tests.bench.peers JOB soft_movement [--pull 100]
+    python -m tests.bench.peers JOB soft_movement [--pull 100] [--rate 0.01]
     python -m tests.bench.peers JOB platon
 
 JOB is a job file of launch/prune.py with one gate of single weights. Prints one line of JSON: the metrics of the dense
@@ -31,7 +31,7 @@ from leap_dist.zero.ranks import Ranks
 from tests.peers.pruners import Platon, SoftMovement
 
 
-def run(file: Path, method: str, pull: float) -> dict[str, Any]:
+def run(file: Path, method: str, pull: float, rate: float) -> dict[str, Any]:
     """The whole job on one process."""
     job = load_job(file)
     ranks, train, leap = Ranks(0, 1, torch.device("cpu")), job.train, job.leap
@@ -42,7 +42,7 @@ def run(file: Path, method: str, pull: float) -> dict[str, Any]:
     model: Any = load_model(job.model, task).train()
     names = list(make_plan(model, leap, job.family).covers)
     known = model, names, train.learning_rate, train.weight_decay
-    pruner = SoftMovement(*known, pull) if method == "soft_movement" else Platon(*known)
+    pruner = SoftMovement(*known, pull, rate) if method == "soft_movement" else Platon(*known)
     total = train.max_steps or round((train.epochs or 1) * batches.steps_per_epoch)
     assert leap.target is not None
     schedule = Schedule(total, leap.dense_fraction, leap.settle_fraction, leap.target)
@@ -73,9 +73,10 @@ def main() -> None:
     parser.add_argument("job", type=Path)
     parser.add_argument("method", choices=["soft_movement", "platon"])
     parser.add_argument("--pull", type=float, default=100.0, help="of soft movement's scores towards 0, at the end")
+    parser.add_argument("--rate", type=float, default=1e-2, help="of its scores; a short run needs a higher one")
     arguments = parser.parse_args()
     with stdout_to_stderr():
-        found = on_ranks(1, run, arguments.job.resolve(), arguments.method, arguments.pull)[0]
+        found = on_ranks(1, run, arguments.job.resolve(), arguments.method, arguments.pull, arguments.rate)[0]
     json.dump(found, sys.stdout)
     print()
 

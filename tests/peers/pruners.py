@@ -65,18 +65,26 @@ class SoftMovement(Pruner):
     pull: the weight of that mean at the end, which sets the density by trial; published: up to 400.
     """
 
-    TAU, RATE = 0.1, 1e-2
+    TAU = 0.1
 
-    def __init__(self, model: nn.Module, names: Iterable[str], lr: float, weight_decay: float, pull: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        lr: float,
+        weight_decay: float,
+        pull: float,
+        score_rate: float = 1e-2,
+    ) -> None:
         super().__init__(model, names, lr, weight_decay)
-        self.pull = pull
+        self.pull, self.score_rate = pull, score_rate
         self.scores = {name: nn.Parameter(torch.zeros_like(weight)) for name, weight in self.weights.items()}
-        self.score_optimizer = torch.optim.AdamW(self.scores.values(), lr=self.RATE, weight_decay=0.0)
+        self.score_optimizer = torch.optim.AdamW(self.scores.values(), lr=score_rate, weight_decay=0.0)
 
     def step(self, loss: Callable[[Callable[..., Any]], Tensor], level: float, target: float, scale: float) -> Tensor:
         """level, target: of the schedule, by which threshold and pull grow; scale: of the learning rates."""
         part = (1.0 - level) / (1.0 - target)
-        for group, rate in ((self.optimizer, self.optimizer.defaults["lr"]), (self.score_optimizer, self.RATE)):
+        for group, rate in ((self.optimizer, self.optimizer.defaults["lr"]), (self.score_optimizer, self.score_rate)):
             group.param_groups[0]["lr"] = rate * scale
             group.zero_grad()
         if self.fixed is not None:
