@@ -87,10 +87,12 @@ def shared(arguments: dict[str, Any]) -> dict[str, Any]:
 def expected_of_shared(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     """In float64: what shared_adamw_ leaves in its state, and dL/dsigma of every gate."""
     exact = {k: v.double() for k, v in arguments.items() if v is not None}
-    _, sigma = expected(arguments)
     inside, decays = covered(), torch.zeros(NUMEL, dtype=torch.float64)
-    for offset, length, _, decay in RUNS:
-        decays[offset : offset + length] = decay
+    sigma = torch.zeros(NUM_GATES, dtype=torch.float64)
+    for offset, length, gate, decay in RUNS:
+        run = slice(offset, offset + length)
+        decays[run] = decay
+        sigma[gate] += (exact["grad"][run] * exact["hosted"][run]).sum()
     others = exact.get("others", torch.ones(NUMEL, dtype=torch.float64))
     w, m, v, g = (exact[key] for key in ("latent", "exp_avg", "exp_avg_sq", "grad"))
     m, v = ADAM.beta1 * m + (1 - ADAM.beta1) * g, ADAM.beta2 * v + (1 - ADAM.beta2) * g * g

@@ -59,6 +59,23 @@ def test_element_update_against_float64(moments: torch.dtype, hybrid: bool) -> N
     torch.testing.assert_close(by_gate, sigma, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_shared_update_against_float64(moments: torch.dtype, hybrid: bool) -> None:
+    arguments = runs.shared(runs.state(1, moments))
+    arguments["others"] = arguments["others"] if hybrid else None
+    exact, sigma = runs.expected_of_shared(arguments)
+    cut = {key: value if value is None else value.clone() for key, value in arguments.items()}
+    partial = ops.shared_adamw_(runs.table(), *arguments.values(), runs.ADAM, runs.SCORE_ADAM.lr)
+    for key, value in exact.items():
+        tolerance = {"rtol": 1e-2, "atol": 1e-4} if arguments[key].dtype == torch.bfloat16 else {"rtol": 1e-5}
+        torch.testing.assert_close(arguments[key].double(), value, **({"atol": 1e-6} | tolerance), msg=key)
+    by_gate = torch.zeros_like(sigma).index_add_(0, runs.table()[:, reference.GATE], partial)
+    torch.testing.assert_close(by_gate, sigma, rtol=1e-5, atol=1e-4)
+    ops.shared_adamw_(runs.table(64), *cut.values(), runs.ADAM, runs.SCORE_ADAM.lr)
+    assert all(cut[key] is None or torch.equal(arguments[key], cut[key]) for key in arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masked_write_fills_the_runs_and_nothing_else(dtype: torch.dtype) -> None:
     latent, mask = torch.randn(runs.NUMEL), torch.rand(runs.NUMEL) < 0.5
@@ -150,6 +167,7 @@ def sample(name: str) -> tuple[Any, ...]:
         "adamw_": (latent[0], state["grad"], *latent[1:], runs.ADAM),
         "masked_adamw_": (runs.table(), state["grad"], state["mask"], *latent, runs.ADAM),
         "element_adamw_": (runs.table(), *state.values(), runs.ADAM, runs.SCORE_ADAM),
+        "shared_adamw_": (runs.table(), *runs.shared(state).values(), runs.ADAM, 1e-2),
         "write_masked_": (runs.table(), latent[0], state["mask"], state["hosted"]),
         "count_inside": (runs.table(), state["score"], bracket),
         "take_inside": (runs.table(), torch.zeros(runs.NUMEL), bracket, runs.table()[:, reference.LENGTH]),
@@ -162,7 +180,7 @@ def sample(name: str) -> tuple[Any, ...]:
     return samples[name]
 
 
-NAMES = ["adamw_", "masked_adamw_", "element_adamw_", "write_masked_", "histogram", "unit_sums"]
+NAMES = ["adamw_", "masked_adamw_", "element_adamw_", "shared_adamw_", "write_masked_", "histogram", "unit_sums"]
 SELECTION = ["count_inside", "take_inside", "cut_"]
 
 
