@@ -125,7 +125,10 @@ def _wrong_values(step: int, saved: EngineState, plan: GatePlan) -> str:
         return f"engine.leap.calibration is {leap.calibration}; allowed: {CALIBRATIONS[0]:g} to {CALIBRATIONS[1]:g}"
     if leap.kept_weights > plan.prunable or not leap.task_size >= 0.0:
         return "engine.leap.kept_weights or task_size is out of range"
-    whole = [gate.num_units for gate in plan.gates], plan.prunable
+    units = {str(number): gate.num_units for number, gate in enumerate(plan.gates)}
+    if any(len(values) != units.get(gate) for gate, values in leap.given.items()):
+        return "engine.leap.given is of other gates"
+    whole = list(units.values()), plan.prunable
     if not leap.masked and (list(leap.kept_units), leap.kept_weights) != whole:
         return "engine.leap.masked is false, and yet units or weights are pruned"
     if not all(0.0 <= rate < math.inf for rate in saved.lr):

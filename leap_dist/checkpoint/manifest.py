@@ -56,6 +56,7 @@ class LeapState(ManifestPart):
     num_steps: Count
     settled: bool
     started: bool = True  # as all were that an older version has saved
+    given: dict[str, list[float]] = {}
     calibration: float
     kept_units: tuple[Count, ...]
     kept_weights: Count

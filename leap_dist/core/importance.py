@@ -1,6 +1,7 @@
 """Importance: scores from the weights as they are, where learned scores start, and those of the magnitude rule."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,21 @@ class Norms(NamedTuple):
     axes: Mapping[str, Axes]
 
 
-def write_importance_(gating: Gating, norms: Norms | None = None, *, scaled: bool, added: bool = False) -> None:
+def write_importance_(
+    gating: Gating,
+    norms: Norms | None = None,
+    *,
+    scaled: bool,
+    added: bool = False,
+    given: Mapping[int, Tensor] = MappingProxyType({}),
+) -> None:
     """S_u = mean |W_ij|, or with norms mean |W_ij| ||x_j||, over the unit's prunable weights. Collective.
 
     scaled: divided by the mean over the gate. added: to the scores that are there, which have moved before they start.
     With norms, those of single weights are divided by the mean over their output row instead, as inputs say what a
     weight is worth to its output, nothing on what the output is worth (docs/benchmarks.md); a pattern compares within
-    a row anyway. Biases follow their unit without a say, and with norms tensors that have none.
+    a row anyway. Biases follow their unit without a say, and with norms tensors that have none. given: of structured
+    gates, by number, what their units are worth in place of that, (units,); divided by its mean.
     """
     plan = gating.plan
     num_gates = len(plan.gates)
@@ -44,6 +53,8 @@ def write_importance_(gating: Gating, norms: Norms | None = None, *, scaled: boo
     for index in plan.structured:
         numbers = plan.gates[index].unit_sizes.to(units.device, non_blocking=True)
         units[plan.units(index)] /= numbers.double() * means[index]
+        if index in given:
+            units[plan.units(index)] = given[index].to(units) / given[index].mean().item()
     for fragment in gating.own_scores:
         _put_(fragment.view(fragment.flat), units[fragment.start : fragment.start + fragment.length], added)
 

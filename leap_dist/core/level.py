@@ -59,6 +59,7 @@ class Level:
         self.task_size = th.TaskSize()
         self._made: list[int] | None = None  # kept counts of the masks that are in place
         self.soft: Soft | None = None  # of rule "gumbel", once bound
+        self._given: dict[int, Tensor] = {}  # of `start_units`
         self._counted: dict[tuple[bool, tuple[int, ...]], int] = {}  # by kept counts, until scores move
         self._form = closed_form(plan)
         self._form_measured = closed_form(plan, followers=True) if self.measure.name == "parameters" else self._form
@@ -118,6 +119,15 @@ class Level:
         if not self.started and self._inputs is not None:
             self._inputs.pool()
 
+    def start_units(self, given: Mapping[int, Tensor]) -> None:
+        """Start the scores of structured gates from these, (units,) by number of the gate, and only the others' from
+        the weights. Before the first step. Collective."""
+        self._given = dict(given)
+        if self.started:
+            self.started = False
+            self._start()
+            self._scores_moved()
+
     def _start(self) -> None:
         """Give the scores their start, once. Collective.
 
@@ -133,7 +143,8 @@ class Level:
             norms = Norms(self._inputs.norms(), self._inputs.axes)
             self._inputs.listen(False)
         if config.score_init != "zero" or config.rule == "magnitude":
-            write_importance_(self._gating, norms, scaled=config.mode == "train", added=norms is not None)
+            scaled, added = config.mode == "train", norms is not None
+            write_importance_(self._gating, norms, scaled=scaled, added=added, given=self._given)
         self.started = True
 
     def _start_soft(self, soft: Soft) -> None:
@@ -315,6 +326,7 @@ class Level:
         return {
             "settled": self.settled,
             "started": self.started,
+            "given": {} if self.started else {str(gate): own.tolist() for gate, own in self._given.items()},
             "calibration": self.calibration,
             "kept_units": self.kept_units,
             "kept_weights": self.kept_weights,
@@ -335,6 +347,8 @@ class Level:
         """Continue from `plain_state()`, after scores and masks were put in place. Local."""
         self.settled, self.calibration = saved["settled"], saved["calibration"]
         self.started = saved.get("started", True)  # as all were that an older version has saved
+        given = saved.get("given", {})
+        self._given = {int(gate): torch.tensor(values, dtype=torch.float64) for gate, values in given.items()}
         if self._inputs is not None:
             self._inputs.listen(not self.started)
         self.regulariser, self.task_size.mean_square = dict(saved["regulariser"]), saved["task_size"]

@@ -33,6 +33,7 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
 
     Raises UserError where "activation" is asked for and no module shows the inputs of a gated tensor.
     """
+    config = beside_heads(config)
     if config.start is not None or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
         return Start(config, {}, "")
     if config.score_init == "auto" and not is_causal_lm(model):
@@ -52,6 +53,14 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
         )
     why = "the model is a causal language model" if config.score_init == "auto" else ""
     return Start(config.model_copy(update={"score_init": "activation"}), axes, why)
+
+
+def beside_heads(config: LeapConfig) -> LeapConfig:
+    """The config with what other gates than those of heads start from in place of "syntax"."""
+    if config.score_init != "syntax":
+        return config
+    alone = all(gate.granularity == "head" for gate in config.gates)
+    return config.model_copy(update={"score_init": "magnitude" if alone else "auto"})
 
 
 def _of_stream_alone(plan: GatePlan, name: str) -> bool:

@@ -76,6 +76,10 @@ class Batches:
             )
         return batches
 
+    def examples(self, num: int) -> list[Example]:
+        """Some training examples, `num` at most, the same on every rank."""
+        return [self._task.train[row] for row in permutation(len(self._task.train), self._seed, 0)[:num]]
+
     def calibration(self, num: int) -> Iterator[dict[str, Tensor]]:
         """This rank's part of the first `num` micro-batches of the first epoch, counted over all ranks."""
         order = bucketed(self._lengths, self._per_step, self._seed, epoch=0)
@@ -130,10 +134,15 @@ class StreamBatches:
             for number, start in enumerate(starts)
         ]
 
+    def examples(self, num: int) -> list[Example]:
+        """The first `num` training examples, the same on every rank; the steps begin with them, too. Collective."""
+        examples = self._take(num, "0, the calibration")
+        self._stream.begin(self._seed)
+        return examples
+
     def calibration(self, num: int) -> Iterator[dict[str, Tensor]]:
         """This rank's part of the first `num` micro-batches, counted over all ranks; the steps begin with them, too."""
-        examples = self._take(num * self._micro_batch, "0, the calibration")
-        self._stream.begin(self._seed)
+        examples = self.examples(num * self._micro_batch)
         for number in range(self._ranks.rank, num, self._ranks.world_size):
             part = examples[number * self._micro_batch : (number + 1) * self._micro_batch]
             yield batch_of(self._task, part, self._seed, (0, number, 0), self._ranks)

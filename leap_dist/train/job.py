@@ -1,7 +1,7 @@
 """A job with everything it needs built: data, tokenizer, model in its engine, teacher."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from leap_dist.config.sections import JobConfig, ModelConfig
 from leap_dist.errors import UserError
+from leap_dist.models.inputs import beside_heads
 from leap_dist.models.load import load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.base import Task
@@ -17,6 +18,7 @@ from leap_dist.train.batches import Batches, StreamBatches, accumulation, exampl
 from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
 from leap_dist.train.guards import Heartbeats
 from leap_dist.train.reorder import reorder
+from leap_dist.train.syntax import gates_by_layer, load_parser
 from leap_dist.train.watch import NOTHING, Watch
 from leap_dist.zero.engine import initialize
 from leap_dist.zero.ranks import Ranks
@@ -50,6 +52,8 @@ class Job:
     watch: Watch = NOTHING
     state: RunState = field(default_factory=RunState)
     orders: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of columns, where leap.permute changed them
+    parser: Any = None  # of sentences, where heads' scores start from syntax
+    head_gates: Sequence[int | None] = ()  # of each layer, there
 
     @property
     def before(self) -> str:
@@ -65,6 +69,8 @@ class Job:
 def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     """Load data, tokenizer and model, and let DeepSpeed host the model."""
     tokenizer = load_tokenizer(config.model, config.data.tokenizer) if needs_tokenizer(config.data.task) else None
+    syntax = config.leap.score_init == "syntax"
+    parser = load_parser(config.leap.syntax_model, config.data.task, tokenizer) if syntax else None
     task = ranks.first_then_rest(lambda: load_task(config.data, tokenizer))
     micro = config.deepspeed["train_micro_batch_size_per_gpu"]
     per_step, seed, most = accumulation(config.deepspeed, ranks.world_size), config.train.seed, config.train.max_steps
@@ -86,14 +92,17 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     scheduled = one_shot or "scheduler" in config.deepspeed
     scheduler = None if scheduled else _linear_schedule(total, config.train.warmup_fraction)
     orders = reorder(config, model, batches, ranks) if config.leap.permute else {}
-    settings = config.model_copy(update={"leap": config.leap.model_copy(update={"permute": None})})
+    settings = config.model_copy(update={"leap": beside_heads(config.leap).model_copy(update={"permute": None})})
     engine, *_ = initialize(model=model, config=settings, lr_scheduler=scheduler)
-    resolved = engine.leap.config.model_copy(update={"permute": config.leap.permute})
+    own = {"permute": config.leap.permute} | ({"score_init": "syntax"} if syntax else {})
+    heads = gates_by_layer(engine, config) if syntax else []
+    resolved = engine.leap.config.model_copy(update=own)
     config = config.model_copy(update={"leap": resolved})  # with what depends on the model
     distiller = _distiller(config, task, engine, teacher) if distills else None
     torch.manual_seed(config.train.seed + 1 + ranks.rank)  # dropout differs between ranks
     words = WordHead(engine, task.problem == "causal_lm") if task.problem in ("causal_lm", "masked_lm") else None
-    return Job(config, ranks, task, tokenizer, engine, batches, total, distiller, words, watch, orders=orders)
+    built = (config, ranks, task, tokenizer, engine, batches, total, distiller, words, watch)
+    return Job(*built, orders=orders, parser=parser, head_gates=heads)
 
 
 def _total_steps(config: JobConfig, batches: Batches | StreamBatches) -> int:

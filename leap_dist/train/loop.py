@@ -26,7 +26,7 @@ from leap_dist.train.folder_writer import FolderWriter, needed
 from leap_dist.train.guards import BadSteps, Heartbeats, spoiled
 from leap_dist.train.job import Job, build_job
 from leap_dist.train.meter import Meter
-from leap_dist.train.one_shot import prepare_one_shot, show_inputs
+from leap_dist.train.one_shot import prepare_one_shot, show_inputs, start_heads
 from leap_dist.train.output import as_logged, check_output, complete_pages, prepared
 from leap_dist.train.progress import Progress
 from leap_dist.train.reorder import save_orders
@@ -113,6 +113,8 @@ def train(
     meter = Meter(ranks, state.start)
     asked = rungs(job.phases.dense_end, job.phases.settle_start, job.total_steps)
     bad = BadSteps(job.engine, config.max_bad_steps, state.left_out)
+    if state.start == 0:
+        start_heads(job)
     if state.start == job.phases.dense_end == 0:
         show_inputs(job)
     with Progress(job.total_steps, enabled=ranks.first, start=state.start) as progress:

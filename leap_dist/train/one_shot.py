@@ -8,6 +8,7 @@ from leap_dist.train.evaluate import evaluate
 from leap_dist.train.job import Job
 from leap_dist.train.progress import Progress
 from leap_dist.train.signals import Interrupted
+from leap_dist.train.syntax import NUM_TEXTS, head_worth
 from leap_dist.zero.calibration import calibrate
 
 OF_STEPS = (
@@ -25,6 +26,7 @@ def prepare_one_shot(job: Job) -> None:
         console().print(text, markup=False, soft_wrap=True)
     job.state.measured["dense"] = evaluate(job.engine, job.task, job.config.train.eval_batch_size, job.ranks)
     _leave_if_asked(job)
+    start_heads(job)
     show_inputs(job)
     _leave_if_asked(job)
 
@@ -48,6 +50,22 @@ def show_inputs(job: Job) -> None:
     if job.ranks.first:
         fewer = f" of the {wanted} that leap.calibration_batches asks for: there are no more" if done < wanted else ""
         console().print(f"calibrated on {done} micro-batches{fewer}", markup=False, soft_wrap=True)
+
+
+def start_heads(job: Job) -> None:
+    """Before the first step, the scores of heads from syntax, where leap.score_init says that."""
+    if job.parser is None or job.config.leap.target == 1.0:
+        return
+    with Progress(-(-NUM_TEXTS // job.ranks.world_size), enabled=job.ranks.first) as progress:
+        worth = head_worth(
+            *(job.engine, job.parser, job.head_gates, job.batches.examples(NUM_TEXTS), job.task, job.tokenizer),
+            job.ranks,
+            lambda done, of: progress.update(done, "syntax", {}),
+        )
+    job.engine.leap.level.start_units(worth.values)
+    if job.ranks.first:
+        text = f"scores of heads start from attention on {', '.join(worth.types)} in {worth.num_texts} texts (syntax)"
+        console().print(text, markup=False, soft_wrap=True)
 
 
 def _leave_if_asked(job: Job) -> None:

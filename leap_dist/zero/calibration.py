@@ -37,7 +37,7 @@ def calibrate(engine: Any, batches: Iterable[Any], notify: Callable[[int, int], 
         rank = counts.index(0)
         who = f"rank {rank} has" if any(counts) else "there is"
         raise UserError(f'batches: {who} none; allowed: at least one, or leap.score_init "magnitude", which needs none')
-    with _evaluating(engine), torch.no_grad():
+    with evaluating(engine), torch.no_grad():
         for number in range(max(counts)):
             if number < len(own):
                 with _counting(inputs):
@@ -59,7 +59,8 @@ def _inputs_of(leap: LeapAdamW) -> Inputs:
 
 
 @contextmanager
-def _evaluating(engine: Any) -> Iterator[None]:
+def evaluating(engine: Any) -> Iterator[None]:
+    """An engine in evaluation mode, and then as it was."""
     training = engine.module.training
     engine.eval()
     try:

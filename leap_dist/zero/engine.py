@@ -319,6 +319,11 @@ def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parame
             f'leap.permute: got "{leap.permute}"; launch/prune.py reorders the columns of the model that it loads; '
             "remove it in a loop of your own"
         )
+    if leap.score_init == "syntax":
+        raise UserError(
+            'leap.score_init: got "syntax"; launch/prune.py takes texts from its own task, a loop of your own has none '
+            'that is known here; set it to "auto", "activation" or "magnitude"'
+        )
     plan, fixed = start_plan(model, leap, family)
     defaults = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     groups = parameter_groups(model, plan, optimizer, model_parameters, defaults)

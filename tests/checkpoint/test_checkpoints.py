@@ -295,6 +295,7 @@ MISFITS = {
     ),
     "a false calibration": (put("engine", "leap", "calibration", False), "engine.leap.calibration.*valid number"),
     "more weights": (put("engine", "leap", "kept_weights", 10**6), "kept_weights or task_size is out of range"),
+    "other heads": (put("engine", "leap", "given", {"0": [1.0]}), "given is of other gates"),
     "a weight less": (put("engine", "leap", "kept_weights", 1), "masked is false, and yet units or weights are pruned"),
     "a rate": (put("engine", "lr", 0, float("nan")), r"engine.lr is \[nan, .*; allowed: finite numbers >= 0"),
     "a gap": (put("files", FIRST, "runs", "1.weight", None), "element 0 of '1.weight' is in no file"),
