@@ -150,7 +150,7 @@ class LeapConfig(Section):
     follow the tokens of the run a score; "auto": as launch/prune.py counts them; null, or "auto" in loops of your own:
     they do not."""
 
-    _home = field_validator("start", "latency_table")(with_home)
+    _home = field_validator("start", "latency_table", "syntax_model")(with_home)
 
     @property
     def masks_by(self) -> str:
