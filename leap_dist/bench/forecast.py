@@ -39,6 +39,7 @@ from leap_dist.models.plan import start_plan
 from leap_dist.tasks import problem_of
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.glue import GLUE
+from leap_dist.train.syntax import gates_by_layer, load_parser
 from leap_dist.zero.refusals import check_engine_config
 
 if TYPE_CHECKING:
@@ -98,6 +99,9 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
     plan, fixed = start_plan(model, config.leap, config.family)
     if fixed is None:
         _check_target(model, plan, config)
+    if config.leap.score_init == "syntax":
+        load_parser(config.leap.syntax_model, config.data.task)
+        gates_by_layer(model, plan, config.family)
     start = resolve_start(model, plan, config.leap)
     return Forecast(config.model_copy(update={"leap": start.config}), model, plan, hosting, start.why)
 

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from leap_dist.config.sections import JobConfig
+from leap_dist.config.family import FamilyConfig
+from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
+from leap_dist.tasks import needs_tokenizer
 from leap_dist.tasks.base import Example, Task
 from leap_dist.train.distill import head_gates
 from leap_dist.zero.binding import everyone
@@ -42,11 +44,14 @@ class Worth(NamedTuple):
     num_texts: int
 
 
-def load_parser(name: str, task: str, tokenizer: Any) -> Any:
-    """spaCy's pipeline `name`, its parser and what that needs. Raises UserError for what keeps a job from syntax."""
-    if tokenizer is None:
+def load_parser(name: str, task: str, tokenizer: Any = None) -> Any:
+    """spaCy's pipeline `name`, its parser and what that needs. Raises UserError for what keeps a job from syntax.
+
+    tokenizer: the job's; None where it is not loaded, or there is none.
+    """
+    if not needs_tokenizer(task):
         raise UserError(f"{GOT}, but data.task {task} has no texts; choose a task of texts, {OTHERWISE}")
-    if not tokenizer.is_fast:
+    if tokenizer is not None and not tokenizer.is_fast:
         raise UserError(
             f"{GOT}, but the tokenizer {type(tokenizer).__name__} does not say which letters a token stands for; "
             f"choose a model with a fast tokenizer (tokenizer.json), {OTHERWISE}"
@@ -70,10 +75,9 @@ def load_parser(name: str, task: str, tokenizer: Any) -> Any:
     return parser
 
 
-def gates_by_layer(engine: Any, config: JobConfig) -> list[int | None]:
+def gates_by_layer(model: Any, plan: GatePlan, family: FamilyConfig | None) -> list[int | None]:
     """The gate of each layer's heads. Raises UserError where there are heads whose attention no layer shows."""
-    plan, model = engine.leap.plan, _plain(engine)
-    found = head_gates(model, plan, config.family, model.config.get_text_config().num_hidden_layers)
+    found = head_gates(model, plan, family, model.config.get_text_config().num_hidden_layers)
     unseen = [gate.name for n, gate in enumerate(plan.gates) if gate.granularity == "head" and n not in found]
     if unseen:
         raise UserError(
@@ -149,7 +153,7 @@ def head_worth(
     sums = torch.zeros(len(types), 1 + sum(size for *_, size in shown), dtype=torch.float64)  # counts come first
     own = texts[ranks.rank :: ranks.world_size]
     each = -(-len(texts) // ranks.world_size)  # passes, the same on every rank: ZeRO-3 gathers weights in step
-    with evaluating(engine), _unfused(_plain(engine)), torch.no_grad():
+    with evaluating(engine), _unfused(engine.module), torch.no_grad():
         for number, doc in enumerate(parser.pipe([*own, *texts[:1]][:each])):
             inputs = tokenizer(doc.text, return_offsets_mapping=True, return_tensors="pt")
             offsets = inputs.pop("offset_mapping")[0].tolist()
@@ -174,10 +178,6 @@ def head_worth(
     values = (weights @ sums[:, 1:]).split([size for *_, size in shown])
     named = [names[number] for number in weights.argsort(descending=True, stable=True) if weights[number] > 0]
     return Worth({gate: own for (_, gate, _), own in zip(shown, values, strict=True)}, named, len(texts))
-
-
-def _plain(engine: Any) -> Any:
-    return getattr(engine.module, "_orig_mod", engine.module)  # where it was compiled
 
 
 @contextmanager

@@ -176,6 +176,11 @@ def _parameters(shown: str) -> int:
             {"leap": {"target": 0.9, "gates": ["2:4"]}},
             "leap.target: 0.9 cannot be reached: with its n:m pattern the highest possible density is 0.5",
         ),
+        (
+            ["--plan"],
+            {"leap": {"target": 0.5, "gates": ["head"], "score_init": "syntax"}},
+            'leap.score_init: got "syntax", but data.task builtin/clock has no texts; choose a task of texts, or set ',
+        ),
     ],
 )
 def test_what_the_job_would_be_refused_for(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,10 +290,8 @@ def test_what_syntax_needs_is_named(tokenizer: Any, tmp_path: Path, monkeypatch:
 def test_models_whose_layers_are_not_their_attention_blocks() -> None:
     model = tiny("t5", "AutoModelForSeq2SeqLM")
     plan = make_plan(model, parse_leap({"target": 0.5, "gates": ["head"]}))
-    engine: Any = SimpleNamespace(module=model, leap=SimpleNamespace(plan=plan))
-    settings: Any = SimpleNamespace(family=None)
     with pytest.raises(UserError, match=r"layers are not those of its attention blocks, .*encoder\.block\.0"):
-        gates_by_layer(engine, settings)
+        gates_by_layer(model, plan, None)
 
 
 def test_a_loop_of_ones_own_knows_no_texts() -> None:
