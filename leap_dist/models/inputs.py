@@ -36,7 +36,8 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
     config = beside_heads(config)
     if config.start is not None or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
         return Start(config, {}, "")
-    if config.score_init == "auto" and not is_causal_lm(model):
+    automatic, one_shot = config.score_init == "auto", config.mode == "one_shot"
+    if automatic and not one_shot and not is_causal_lm(model):
         return _by_magnitude(config, "the model is not a causal language model")
     owners = Owners(model)
     counted = [name for name in plan.covers if plan.counted(name)]
@@ -45,13 +46,14 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
     hidden = [name for name in counted if name not in axes and not (axes and _of_stream_alone(plan, name))]
     if hidden:
         few = ", ".join(hidden[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
-        if config.score_init == "auto":
+        if automatic:
             return _by_magnitude(config, f"no module shows the inputs of {few}")
         raise UserError(
             f'leap.score_init: got "activation", but no linear layer or convolution shows the inputs of {few}; leave '
             'it out in leap.exclude, or set leap.score_init to "magnitude"'
         )
-    why = "the model is a causal language model" if config.score_init == "auto" else ""
+    why = "one shot has nothing else to go by" if one_shot else "the model is a causal language model"
+    why = why if automatic else ""
     return Start(config.model_copy(update={"score_init": "activation"}), axes, why)
 
 

@@ -278,6 +278,8 @@ class Attention(nn.Module):
     [
         (llama, {}, "activation", "the model is a causal language model"),
         (lambda: BertModel(BertConfig(**SMALL)), {}, "magnitude", "the model is not a causal language model"),
+        (lambda: BertModel(BertConfig(**SMALL)), {"mode": "one_shot"}, "activation", "one shot has nothing else"),
+        (Attention, {"mode": "one_shot", "include": ["re:.*weight"]}, "magnitude", "no module shows the inputs of"),
         (llama, {"score_init": "magnitude"}, "magnitude", ""),
         (llama, {"score_init": "zero"}, "zero", ""),
         (llama, {"rule": "magnitude"}, "auto", ""),
