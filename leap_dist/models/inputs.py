@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from leap_dist.config.leap import LeapConfig
-from leap_dist.core.gates import GatePlan
+from leap_dist.config.leap import GateConfig, LeapConfig
+from leap_dist.core.gates import GatePlan, pattern_of
 from leap_dist.core.inputs import Axes
 from leap_dist.errors import UserError
 from leap_dist.models.families import is_conv1d
@@ -36,8 +36,8 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
     config = beside_heads(config)
     if config.start is not None or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
         return Start(config, {}, "")
-    automatic, one_shot = config.score_init == "auto", config.mode == "one_shot"
-    if automatic and not one_shot and not is_causal_lm(model):
+    automatic, causal = config.score_init == "auto", is_causal_lm(model)
+    if automatic and not causal and (config.mode == "train" or not all(map(_gains_in_one_shot, config.gates))):
         return _by_magnitude(config, "the model is not a causal language model")
     owners = Owners(model)
     counted = [name for name in plan.covers if plan.counted(name)]
@@ -52,9 +52,17 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
             f'leap.score_init: got "activation", but no linear layer or convolution shows the inputs of {few}; leave '
             'it out in leap.exclude, or set leap.score_init to "magnitude"'
         )
-    why = "one shot has nothing else to go by" if one_shot else "the model is a causal language model"
+    why = "the model is a causal language model" if causal else "one shot has nothing else to go by"
     why = why if automatic else ""
     return Start(config.model_copy(update={"score_init": "activation"}), axes, why)
+
+
+def _gains_in_one_shot(gate: GateConfig) -> bool:
+    """Whether activations were seen to rank a gate's units better than magnitude in an encoder that is cut at once.
+
+    Blocks of a matrix lose by them (docs/benchmarks.md): those that meet the few large inputs all stay.
+    """
+    return gate.granularity in ("element", "head", "neuron") or pattern_of(gate.granularity) is not None
 
 
 def beside_heads(config: LeapConfig) -> LeapConfig:

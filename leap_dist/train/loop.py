@@ -58,7 +58,7 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     state = job.state
     state.measured |= reference
     checkpoints = Checkpoints(output / CHECKPOINTS, ranks, config.train.keep_checkpoints)
-    found, run_id = checkpoints.load(job.engine) if resumes else None, None
+    found, run_id = checkpoints.load(job.engine) if resumes and trains else None, None
     if found is not None:
         progress = read_progress(found, job.engine.leap.num_steps, job.phases.dense_end, job.before)
         state.start, state.measured, state.left_out = progress.step, dict(progress.measured), progress.left_out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -388,3 +389,14 @@ def test_two_ranks_under_zero_3_and_then_the_same_output_again(ranks: RankPools,
     again = launch(tmp_path, "--config", str(file), "--set", "leap.target=2")
     check_refused(again, "leap.target: got 2; allowed: a number, 0 < target <= 1")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_one_shot_that_was_killed_starts_anew(ranks: RankPools, tmp_path: Path) -> None:
+    job, folder = JOB | {"leap": {"target": 0.3, "mode": "one_shot"}}, tmp_path / "run"
+    assert ranks(1).run(run_in_rank, job, str(folder)) == [""]
+    whole = json.loads((folder / "certificate.json").read_text("utf-8"))
+    for path in folder.iterdir():  # what a kill before the cut leaves
+        if path.name != "config.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert ranks(1).run(run_in_rank, job, str(folder)) == [""]
+    assert json.loads((folder / "certificate.json").read_text("utf-8")) == whole

@@ -265,6 +265,10 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
 # What "auto" comes to
 
 
+def bert() -> nn.Module:
+    return BertModel(BertConfig(**SMALL))
+
+
 class Attention(nn.Module):
     """torch's attention hands its weights to a function."""
 
@@ -279,6 +283,13 @@ class Attention(nn.Module):
         (llama, {}, "activation", "the model is a causal language model"),
         (lambda: BertModel(BertConfig(**SMALL)), {}, "magnitude", "the model is not a causal language model"),
         (lambda: BertModel(BertConfig(**SMALL)), {"mode": "one_shot"}, "activation", "one shot has nothing else"),
+        (
+            lambda: BertModel(BertConfig(**SMALL)),
+            {"mode": "one_shot", "gates": ["block:4x4"]},
+            "magnitude",
+            "the model",
+        ),
+        (llama, {"mode": "one_shot", "gates": ["block:4x4"]}, "activation", "the model is a causal language model"),
         (Attention, {"mode": "one_shot", "include": ["re:.*weight"]}, "magnitude", "no module shows the inputs of"),
         (llama, {"score_init": "magnitude"}, "magnitude", ""),
         (llama, {"score_init": "zero"}, "zero", ""),
