@@ -218,18 +218,18 @@ def passes_line(job: Forecast) -> str:
     """What a micro-batch takes beside the table: activations, and the logits of a language model."""
     batch, length = job.config.deepspeed["train_micro_batch_size_per_gpu"], job.config.data.max_length
     length = min(length, num_positions(job.model.config) or length)
-    width, words, pairs = job.hosting.width, 0, f"a micro-batch of {batch} x {length} tokens"
+    width, words, what = job.hosting.width, 0, f"a micro-batch of {batch} x {length} tokens"
+    if job.one_shot:
+        return f"not in these sums: what a layer takes for {what}, which passes without gradients"
     if problem_of(job.config.data.task) in ("causal_lm", "masked_lm"):
         head = job.model.get_output_embeddings().weight
         words = word_bytes(head.shape[0], head.shape[1], batch * length, width)
-    if job.one_shot:
-        return f"not in these sums: what a layer takes for {pairs}, which passes without gradients"
     try:
         held = activation_bytes(job.model, batch, length, torch.bfloat16 if width == 2 else FLOAT)
     except Exception as error:  # code of any architecture, where tensors have no values
         return f"activations are not counted: the model cannot run without values ({own_words(error)[:80]})"
     logits = f", {as_bytes(words)} for the logits of a chunk and their gradients" if words else ""
-    return f"not in these sums: {pairs} takes {as_bytes(held)} of activations{logits}; buffers of communication"
+    return f"not in these sums: {what} takes {as_bytes(held)} of activations{logits}; buffers of communication"
 
 
 def _count(gpus: int | None) -> str:

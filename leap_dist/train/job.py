@@ -1,7 +1,7 @@
 """A job with everything it needs built: data, tokenizer, model in its engine, teacher."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,7 +148,13 @@ def _distiller(config: JobConfig, task: Task, engine: Any, teacher: Any) -> Dist
 
 
 def _linear_schedule(total: int, warmup_fraction: float) -> Any:
-    """Linear warm-up, then linear decay to zero at the last step, for any optimizer."""
+    """`linear_scale` for any optimizer."""
+    scale = linear_scale(total, warmup_fraction)
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
+def linear_scale(total: int, warmup_fraction: float) -> Callable[[int], float]:
+    """What learning rates are times in a step: linear warm-up, then linear decay to zero at the last step."""
     warmup = round(total * warmup_fraction)
 
     def scale(step: int) -> float:
@@ -156,4 +162,4 @@ def _linear_schedule(total: int, warmup_fraction: float) -> Any:
             return (step + 1) / warmup
         return (total - step) / max(total - warmup, 1)
 
-    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+    return scale

@@ -26,6 +26,7 @@ from leap_dist.models.plan import make_plan
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.train.batches import Batches
 from leap_dist.train.evaluate import evaluate
+from leap_dist.train.job import linear_scale
 from leap_dist.train.progress import Progress
 from leap_dist.zero.ranks import Ranks
 from tests.peers.pruners import Platon, SoftMovement
@@ -46,7 +47,7 @@ def run(file: Path, method: str, pull: float, rate: float) -> dict[str, Any]:
     total = train.max_steps or round((train.epochs or 1) * batches.steps_per_epoch)
     assert leap.target is not None
     schedule = Schedule(total, leap.dense_fraction, leap.settle_fraction, leap.target)
-    warmup = round(total * train.warmup_fraction)
+    scale = linear_scale(total, train.warmup_fraction)
     found: dict[str, Any] = {"method": method, "dense": evaluate(model, task, train.eval_batch_size, ranks)}
     torch.manual_seed(train.seed + 1)
     with Progress(total, enabled=True) as progress:
@@ -54,9 +55,8 @@ def run(file: Path, method: str, pull: float, rate: float) -> dict[str, Any]:
             if step == schedule.settle_start:
                 found["density before the cut"] = pruner.density()
                 pruner.settle(leap.target)
-            scale = (step + 1) / warmup if step < warmup else (total - step) / max(total - warmup, 1)
             (batch,) = batches.step(step)
-            loss = pruner.step(partial(_loss, batch), schedule.level(step), leap.target, scale)
+            loss = pruner.step(partial(_loss, batch), schedule.level(step), leap.target, scale(step))
             if (step + 1) % train.log_every == 0:
                 progress.update(step + 1, schedule.phase(step), {"loss": loss.item(), "density": pruner.density()})
     return found | {"pruned": evaluate(model, task, train.eval_batch_size, ranks), "density": pruner.density()}

@@ -62,13 +62,7 @@ def state(seed: int, moments: torch.dtype = torch.float32) -> dict[str, Any]:
 def expected(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     """In float64: what element_adamw_ leaves in its state, and dL/dsigma of every gate."""
     exact = {k: v.double() for k, v in arguments.items() if v is not None}
-    inside = covered()
-    decays = torch.zeros(NUMEL, dtype=torch.float64)
-    sigma = torch.zeros(NUM_GATES, dtype=torch.float64)
-    for offset, length, gate, decay in RUNS:
-        run = slice(offset, offset + length)
-        decays[run] = decay
-        sigma[gate] += (exact["grad"][run] * exact["hosted"][run]).sum()
+    inside, (decays, sigma) = covered(), _by_run(exact)
     others = exact.get("others", torch.ones(NUMEL, dtype=torch.float64))
     score_grad, weight_grad = exact["grad"] * exact["latent"] * others, exact["grad"] * exact["mask"]
     weights = _adamw(exact["latent"], weight_grad, exact["exp_avg"], exact["exp_avg_sq"], ADAM, decays)
@@ -87,12 +81,7 @@ def shared(arguments: dict[str, Any]) -> dict[str, Any]:
 def expected_of_shared(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     """In float64: what shared_adamw_ leaves in its state, and dL/dsigma of every gate."""
     exact = {k: v.double() for k, v in arguments.items() if v is not None}
-    inside, decays = covered(), torch.zeros(NUMEL, dtype=torch.float64)
-    sigma = torch.zeros(NUM_GATES, dtype=torch.float64)
-    for offset, length, gate, decay in RUNS:
-        run = slice(offset, offset + length)
-        decays[run] = decay
-        sigma[gate] += (exact["grad"][run] * exact["hosted"][run]).sum()
+    inside, (decays, sigma) = covered(), _by_run(exact)
     others = exact.get("others", torch.ones(NUMEL, dtype=torch.float64))
     w, m, v, g = (exact[key] for key in ("latent", "exp_avg", "exp_avg_sq", "grad"))
     m, v = ADAM.beta1 * m + (1 - ADAM.beta1) * g, ADAM.beta2 * v + (1 - ADAM.beta2) * g * g
@@ -101,6 +90,16 @@ def expected_of_shared(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], Te
     w = w * (1 - ADAM.lr * ADAM.weight_decay * decays) - ADAM.lr * exact["mask"] * first / (root + ADAM.eps)
     made = {"latent": w, "exp_avg": m, "exp_avg_sq": v, "score": score}
     return {key: torch.where(inside, value, exact[key]) for key, value in made.items()}, sigma
+
+
+def _by_run(exact: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Whether elements decay, and dL/dsigma of every gate."""
+    decays, sigma = torch.zeros(NUMEL, dtype=torch.float64), torch.zeros(NUM_GATES, dtype=torch.float64)
+    for offset, length, gate, decay in RUNS:
+        run = slice(offset, offset + length)
+        decays[run] = decay
+        sigma[gate] += (exact["grad"][run] * exact["hosted"][run]).sum()
+    return decays, sigma
 
 
 def _adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, adam: Adam, decays: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -281,14 +281,10 @@ class Attention(nn.Module):
     ("make", "changes", "start", "why"),
     [
         (llama, {}, "activation", "the model is a causal language model"),
-        (lambda: BertModel(BertConfig(**SMALL)), {}, "magnitude", "the model is not a causal language model"),
-        (lambda: BertModel(BertConfig(**SMALL)), {"mode": "one_shot"}, "activation", "one shot has nothing else"),
-        (
-            lambda: BertModel(BertConfig(**SMALL)),
-            {"mode": "one_shot", "gates": ["block:4x4"]},
-            "magnitude",
-            "the model",
-        ),
+        (bert, {}, "magnitude", "the model is not a causal language model"),
+        (bert, {"mode": "one_shot"}, "activation", "one shot has nothing else"),
+        (bert, {"mode": "one_shot", "gates": ["block:4x4"]}, "magnitude", "the model is not a causal language model"),
+        (bert, {"mode": "one_shot", "gates": ["element", "block:4x4"]}, "magnitude", "the model is not a causal"),
         (llama, {"mode": "one_shot", "gates": ["block:4x4"]}, "activation", "the model is a causal language model"),
         (Attention, {"mode": "one_shot", "include": ["re:.*weight"]}, "magnitude", "no module shows the inputs of"),
         (llama, {"score_init": "magnitude"}, "magnitude", ""),
