@@ -61,7 +61,7 @@ def minilm(out: Path) -> dict[str, Any]:
         "leap": {
             "target": 0.605,
             "measure": "parameters",
-            "gates": ["head", "neuron", {"granularity": "hidden", "multiple_of": 32}],
+            "gates": ["head", *({"granularity": kind, "multiple_of": 32} for kind in ("neuron", "hidden"))],
         },
         "distill": {"teacher": "self"},
     }

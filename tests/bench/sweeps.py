@@ -32,7 +32,7 @@ TARGETS = {"clock": [0.1, 0.05], "sst2": [0.2, 0.05]}
 RANGES = {
     "train.learning_rate": {"loguniform": [3e-5, 1e-2]},
     "leap.score_learning_rate": {"loguniform": [1e-4, 1e-1]},
-    "leap.temperature": {"loguniform": [4.0, 128.0]},
+    "leap.threshold_learning_rate": {"loguniform": [1e-2, 1e1]},  # over T alone counts: automatic rates follow T
     "leap.dense_fraction": {"uniform": [0.0, 0.4]},
 }
 LOSS = "loss"
