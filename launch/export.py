@@ -27,7 +27,8 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         action="append",
         metavar="KINDS",
-        help="one or more of hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, int8, int8_torch, with commas",
+        help="one or more of hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, gguf_q4_k_m, int8, int8_torch, "
+        "with commas",
     )
     parser.add_argument("--output", type=user_path, metavar="DIR", help="folder for the exports (default: RUN/export)")
     for name, text in (

@@ -22,6 +22,7 @@ TITLES = {
     "semi_structured": "2:4 sparse model",
     "gguf": "pruned model for llama.cpp, removed structures gone",
     "gguf_q8_0": "pruned model for llama.cpp in 8 bits, removed structures gone",
+    "gguf_q4_k_m": "pruned model for llama.cpp in 4 to 6 bits, removed structures gone",
     "int8": "pruned model as ONNX in 8 bits, removed structures gone",
     "int8_torch": "pruned model in 8 bits by torchao, removed structures gone",
 }
@@ -114,7 +115,8 @@ class Card:
 
     def _hub_lines(self) -> list[str]:
         """YAML, as a model card on the Hugging Face hub begins."""
-        library = {"onnx": "onnx", "int8": "onnx", "gguf": "gguf", "gguf_q8_0": "gguf"}.get(self.kind, "transformers")
+        library = {"onnx": "onnx", "int8": "onnx"}.get(self.kind, self.kind.split("_")[0])
+        library = library if library in ("onnx", "gguf") else "transformers"
         base = [f"base_model: {json.dumps(self.base_model)}"] if self.base_model else []
         return ["---", f"library_name: {library}", *base, "tags: [pruning, leap]", "---", ""]
 

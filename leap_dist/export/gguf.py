@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FILE = "model.gguf"
+Q4_K_M = "Q4_K_M"
+KINDS = {"gguf": None, "gguf_q8_0": "Q8_0", "gguf_q4_k_m": Q4_K_M}
+"""The kinds of export, and the type of their matrices; None: as the run saved them."""
+SAID = {
+    None: "as the run saved them",
+    "Q8_0": "a scale of 16 bits for every 32 weights of 8",
+    Q4_K_M: "llama.cpp's mixture of 4 bits and 6, and of its other types for rows that are not a multiple of 256",
+}
 UNIFORM = 'prune with {"granularity": "head" or "neuron", "uniform": true}, which leaves all layers alike'
 
 

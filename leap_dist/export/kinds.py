@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -94,8 +95,10 @@ def export_run(
         int8.require_torchao("--to int8_torch")
     if "semi_structured" in kinds:
         check_semi_structured(run)
-    if any(kind in GGUF_TYPES for kind in kinds):
+    if any(kind in gguf.KINDS for kind in kinds):
         gguf.require_library("--to gguf")
+    if "gguf_q4_k_m" in kinds:
+        llama.require_library("--to gguf_q4_k_m")
     if "mask" in kinds and (wanted or run.plain):
         raise UserError(f"--to mask: not of a model that no run pruned, and not with {TEXT}; export the masks of a run")
     with _vocabulary(run, output, wanted) as (folder, vocabulary):
@@ -108,7 +111,7 @@ def export_run(
         ]
         progress = TimeLeft(sum(_work(kind, models) for kind in kinds), measured)
         models.say = progress.begin
-        if any(kind in GGUF_TYPES for kind in kinds) and (wrong := gguf.problem(models.stock or models.shrunk)):
+        if any(kind in gguf.KINDS for kind in kinds) and (wrong := gguf.problem(models.stock or models.shrunk)):
             raise UserError(f"--to gguf: {wrong}")
         if "int8_torch" in kinds and models.stock is None:
             wrong = f"no config of transformers describes the model: {gguf.UNIFORM}"
@@ -233,23 +236,21 @@ def _beside_onnx(models: Models, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _gguf(models: Models, folder: Path, threads: int, kind: str | None = None) -> Exported:
+def _gguf(models: Models, folder: Path, threads: int, kind: str | None) -> Exported:
     folder.mkdir()
-    config = models.masked.config
+    config, in_bits = models.masked.config, kind == gguf.Q4_K_M
     saved = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(_saved_dtype(models.folder), "F32")
     tokenizer = load_exported_tokenizer(models.folder)
     path, name = folder / gguf.FILE, _hub_id(models.run) or config.model_type
-    notes = gguf.save_gguf(models.stock or models.shrunk, tokenizer, path, kind or saved, name)
-    said = "a scale of 16 bits for every 32 weights of 8" if kind == "Q8_0" else "as the run saved them"
-    notes = [f"For llama.cpp and what is built on it; matrices in {kind or saved}, {said}.", *notes]
+    written = saved if kind is None or in_bits else kind
+    notes = gguf.save_gguf(models.stock or models.shrunk, tokenizer, path, written, name)
+    if in_bits:
+        llama.requantize(path, gguf.Q4_K_M, threads)
+    notes = [f"For llama.cpp and what is built on it; matrices in {kind or saved}, {gguf.SAID[kind]}.", *notes]
     if not llama.is_here():
         return Exported([*notes, llama.NOT_HERE], models.shrunk)
     last, every = (llama.llama_runner(path, threads, models.length, every) for every in (False, True))
     return Exported(notes, models.shrunk, last, "llama.cpp", batches=BATCHES[:1], judged=every)
-
-
-def _gguf_q8_0(models: Models, folder: Path, threads: int) -> Exported:
-    return _gguf(models, folder, threads, "Q8_0")
 
 
 def _saved_dtype(folder: Path) -> torch.dtype:
@@ -317,12 +318,10 @@ KINDS: dict[str, Callable[[Models, Path, int], Exported]] = {
     "onnx": _onnx,
     "mask": _mask,
     "semi_structured": _semi_structured,
-    "gguf": _gguf,
-    "gguf_q8_0": _gguf_q8_0,
+    **{name: partial(_gguf, kind=kind) for name, kind in gguf.KINDS.items()},
     "int8": _int8,
     "int8_torch": _int8_torch,
 }
-GGUF_TYPES = ("gguf", "gguf_q8_0")
 
 
 # ---------------------------------------------------------------------------------------------- the card

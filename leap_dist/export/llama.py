@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leap_dist.errors import UserError
 from leap_dist.export.latency import Runner
 
 NOT_HERE = "Latency and metrics in llama.cpp are not measured: llama-cpp-python is not installed."
@@ -19,6 +21,28 @@ NOT_HERE = "Latency and metrics in llama.cpp are not measured: llama-cpp-python 
 def is_here() -> bool:
     """Whether llama-cpp-python is installed."""
     return find_spec("llama_cpp") is not None
+
+
+def require_library(what: str) -> None:
+    """UserError if llama-cpp-python is not installed; `what` is the flag that asks for it."""
+    if not is_here():
+        raise UserError(f"{what}: llama-cpp-python not installed; pip install llama-cpp-python, or take gguf_q8_0")
+
+
+def requantize(path: Path, kind: str, threads: int) -> None:
+    """Write a GGUF file again in its place, its matrices in one of llama.cpp's own types, such as "Q4_K_M".
+
+    RuntimeError where llama.cpp refuses it.
+    """
+    llama = import_module("llama_cpp")
+    how = llama.llama_model_quantize_default_params()
+    how.ftype, how.nthread = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{kind}"), threads
+    small = path.with_suffix(".small")
+    with import_module("llama_cpp._utils").suppress_stdout_stderr():
+        failed = llama.llama_model_quantize(str(path).encode(), str(small).encode(), ctypes.byref(how))
+    if failed:
+        raise RuntimeError(f"llama.cpp does not write {path.name} in {kind} (code {failed}); it was not exported")
+    small.replace(path)
 
 
 def llama_runner(path: Path, threads: int, longest: int, every: bool = False) -> Runner:

@@ -2,7 +2,7 @@
 
     python -m tests.bench.engines RUN/export [DENSE/export] [--engine NAME] [--prompt TEXT] [--tokens N]
 
-Takes the kinds that lie in the folder: `shrunk` or `hf` in transformers and vLLM, `gguf` and `gguf_q8_0` in llama.cpp
+Takes the kinds that lie in the folder: `shrunk` or `hf` in transformers and vLLM, those of GGUF in llama.cpp
 (llama-cpp-python), `onnx` in onnxruntime. Engines that are not installed are named; run it again in an environment
 that has them: results/engines.json keeps what others have found for the same folder's name. A text does not end early:
 no engine stops at the token that ends one, and none is kept from giving it.
@@ -78,7 +78,7 @@ def in_onnxruntime(folder: Path, ids: list[int], number: int) -> Answer:
 ENGINES: dict[str, tuple[str, tuple[str, ...], Callable[[Path, list[int], int], Answer]]] = {
     "transformers": ("transformers", ("shrunk", "hf"), in_transformers),
     "vLLM": ("vllm", ("shrunk", "hf"), in_vllm),
-    "llama.cpp": ("llama_cpp", ("gguf", "gguf_q8_0"), in_llama_cpp),
+    "llama.cpp": ("llama_cpp", ("gguf", "gguf_q8_0", "gguf_q4_k_m"), in_llama_cpp),
     "onnxruntime": ("onnxruntime", ("onnx",), in_onnxruntime),
 }
 """Engine: its module, the kinds of export that it takes, and how it answers."""

@@ -348,6 +348,10 @@ def test_an_export_with_its_card(tmp_path: Path) -> None:
         for part in ("gate", "up")
     }
     run = read_run(make_run(tmp_path / "run", model, masks, "neuron"))
+    if not llama.is_here():
+        with pytest.raises(UserError, match="--to gguf_q4_k_m: llama-cpp-python not installed; pip install"):
+            list(export_run(run, ["gguf", "gguf_q4_k_m"], tmp_path / "out", threads=1))
+        assert not (tmp_path / "out").exists()
     full, small = export_run(run, ["gguf", "gguf_q8_0"], tmp_path / "out", threads=1)
     assert "matrices in F32, as the run saved them." in full.notes[0] and small.bytes.after < full.bytes.after / 3
     assert "library_name: gguf" in full.page() and bool(full.latency) == llama.is_here()

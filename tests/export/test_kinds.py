@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from leap_dist.errors import UserError
-from leap_dist.export import latency, onnx, shrunk, speed
+from leap_dist.export import gguf, latency, onnx, shrunk, speed
 from leap_dist.export.card import Card
 from leap_dist.export.hf import load_exported
-from leap_dist.export.kinds import GGUF_TYPES, KINDS, export_run, parse_kinds
+from leap_dist.export.kinds import KINDS, export_run, parse_kinds
 from leap_dist.export.masks import load_masks
 from leap_dist.export.shrunk import Models
 from leap_dist.models.flops import max_length
@@ -61,8 +61,8 @@ def test_kinds_are_listed_once(text: str, expected: list[str]) -> None:
     [
         (
             "hf,shrnk",
-            '--to: got "shrnk"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, int8, int8_torch; '
-            "did you mean shrunk",
+            '--to: got "shrnk"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, gguf_q4_k_m, '
+            "int8, int8_torch; did you mean shrunk",
         ),
         ("tensorrt", '--to: got "tensorrt"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0'),
         (" ,", "--to: got nothing; allowed: one or more of hf, "),
@@ -78,7 +78,7 @@ def test_every_kind_is_written_with_a_card(run: Run, tmp_path: Path) -> None:
     wanted = [
         kind
         for kind in KINDS
-        if kind not in ("semi_structured", "int8", "int8_torch", *GGUF_TYPES)
+        if kind not in ("semi_structured", "int8", "int8_torch", *gguf.KINDS)
         and not (kind == "onnx" and onnx.missing_libraries())
     ]
     cards = {card.kind: card for card in export_run(run, wanted, tmp_path, threads=1)}

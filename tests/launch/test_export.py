@@ -83,8 +83,8 @@ def test_exports_go_to_the_run_by_default(run: Path, monkeypatch: pytest.MonkeyP
     [
         (
             ["--to", "msak"],
-            'error: --to: got "msak"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, int8, '
-            "int8_torch; did you mean",
+            'error: --to: got "msak"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, '
+            "gguf_q4_k_m, int8, int8_torch; did you mean",
         ),
         (["--to", "hf", "--threads", "0"], "error: --threads: got 0; allowed: an integer >= 1"),
         (
