@@ -223,8 +223,10 @@ def write_page(
     detailed = set(first[:MOST_DETAILED])
     differing = _differing(entries)
     cells = [_cells(entry, metric, differing) for entry in entries]
-    columns = [Column("run", False), *(Column(key, False) for key in differing)]
-    columns += [Column(key) for key in cells[0] if key not in differing and any(row[key] is not None for row in cells)]
+    known = [key for key in cells[0] if key not in differing and any(row[key] is not None for row in cells)]
+    results = [key for key in (metric, "density", "Δ dense") if key in known]  # first: settings may be many
+    columns = [Column("run", False), *map(Column, results), *(Column(key, False) for key in differing)]
+    columns += [Column(key) for key in known if key not in results]
     best = sum(entry.front for entry in entries)
     page = _render(
         "runs.html",

@@ -55,7 +55,10 @@ def _draw_slice(axis: Any, item: Slice, values: Sequence[float], densities: Sequ
         axis.set_xlim(-0.5, len(texts) - 0.5)
     elif min(numbers) > 0 and max(numbers) > WIDE * min(numbers):
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own are formulas to be parsed
+        axis.xaxis.set_minor_formatter(lambda value, _: "")
     axis.set_title(printable(item.key + (f" ({item.importance:.0%})" if item.importance is not None else "")))
     axis.grid(True)
+    axis.set_axisbelow(True)
     style: Mapping[str, Any] = {"cmap": "viridis", "edgecolors": INK, "linewidths": 0.4, "s": 36}
     return axis.scatter(places, values, c=densities, **style)

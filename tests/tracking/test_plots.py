@@ -11,6 +11,7 @@ from leap_dist.errors import UserError
 from leap_dist.tracking.pareto import Point, picture_of
 from leap_dist.tracking.plots import COLOURS, DARK, INK, Picture, inline, save, save_all
 from leap_dist.tracking.run_plots import course, kept, scores
+from leap_dist.tracking.slices import Slice, slices
 from tests.tracking.folders import LAYERS, certificate, gates, steps
 
 pytestmark = pytest.mark.slow
@@ -103,6 +104,15 @@ HOSTILE = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.
  <foreignObject><b>x</b></foreignObject><image xlink:href="http://far/x.png"/><a xlink:href="javascript:x">y</a>
  <defs><path id="m" d="M 0 0"/></defs><use xlink:href="#m"/><g id="unused" clip-path="url(#m)"/>
  <rect style="fill: {ink}"/><rect style="fill: url(http://far)"/></svg>"""
+
+
+def test_settings_of_a_search_over_decades_have_plain_numbers(tmp_path: Path) -> None:
+    rates = Slice("train.learning_rate", [1e-4, 3e-3, 9e-3], 0.7)
+    rules = Slice("leap.rule", ["leap", "movement", "leap"])
+    found = texts(slices([rules, rates], "loss", [0.5, 0.4, 0.3], [0.1, 0.1, 0.2]), tmp_path / "a.svg")
+    assert found.index("train.learning_rate (70%)") < found.index("leap.rule")
+    assert {"0.0001", "0.001", "0.01", "leap", "movement", "density"} <= set(found)
+    assert not [text for text in found if "$" in text]
 
 
 def test_only_drawing_gets_into_a_page(tmp_path: Path) -> None:
