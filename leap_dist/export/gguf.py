@@ -88,11 +88,18 @@ def is_known(model: PreTrainedModel) -> bool:
     return type(model).__name__.endswith("ForCausalLM") and model.config.get_text_config().model_type in FAMILIES
 
 
+def unknown(model: PreTrainedModel) -> str | None:
+    """What to say of a model that `is_known` does not know."""
+    if is_known(model):
+        return None
+    return f"{type(model).__name__} is not among the language models written as GGUF: {', '.join(FAMILIES)}"
+
+
 def problem(model: PreTrainedModel) -> str | None:
     """Why llama.cpp would not load the model, or would compute something else; None if it takes it."""
     config = model.config.get_text_config()
-    if not is_known(model):
-        return f"{type(model).__name__} is not among the language models written as GGUF: {', '.join(FAMILIES)}"
+    if (stranger := unknown(model)) is not None:
+        return stranger
     widths, family = widths_of(model), FAMILIES[config.model_type]
     if not widths.even and family.uneven is None:
         return f"its layers differ in width, and llama.cpp takes a {family.arch} with one width for all: {UNIFORM}"

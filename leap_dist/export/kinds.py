@@ -111,8 +111,10 @@ def export_run(
         ]
         progress = TimeLeft(sum(_work(kind, models) for kind in kinds), measured)
         models.say = progress.begin
-        if any(kind in gguf.KINDS for kind in kinds) and (wrong := gguf.problem(models.stock or models.shrunk)):
-            raise UserError(f"--to gguf: {wrong}")
+        if any(kind in gguf.KINDS for kind in kinds):
+            wrong = gguf.unknown(models.masked) or gguf.problem(models.stock or models.shrunk)  # the second takes long
+            if wrong:
+                raise UserError(f"--to gguf: {wrong}")
         if "int8_torch" in kinds and models.stock is None:
             wrong = f"no config of transformers describes the model: {gguf.UNIFORM}"
             raise UserError(f"--to int8_torch: {wrong}, or take int8")

@@ -12,6 +12,7 @@ import torch
 from leap_dist.errors import UserError
 from leap_dist.export import gguf, llama
 from leap_dist.export.kinds import export_run
+from leap_dist.export.shrunk import Models
 from leap_dist.models.shrink import shrink_
 from leap_dist.run_folder import read_run
 from tests.export.runs import classifier, make_run, structure_masks
@@ -359,7 +360,10 @@ def test_an_export_with_its_card(tmp_path: Path) -> None:
     assert read(tmp_path / "out" / "gguf" / "model.gguf")[0]["llama.feed_forward_length"] == 64
 
 
-def test_a_refusal_leaves_nothing(tmp_path: Path) -> None:
+def test_a_refusal_leaves_nothing_and_comes_before_the_model_is_shrunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Models, "stock", property(lambda self: pytest.fail("shrunk first")))
     model = classifier()
     run = read_run(make_run(tmp_path / "run", model, structure_masks(model), "head"))
     with pytest.raises(UserError, match="--to gguf: BertForSequenceClassification is not among the language models"):
