@@ -22,20 +22,19 @@ from leap_dist.core.parts import Part
 from leap_dist.core.phases import Schedule
 from leap_dist.core.soft_patterns import MOST, SoftPatterns
 from leap_dist.core.thresholds import bisect
-from leap_dist.core.update import move_
+from leap_dist.core.update import move_, segment_sums
 from leap_dist.errors import UserError
 from leap_dist.ops import dispatch as ops
-from leap_dist.ops.reference import Adam, runs_of
+from leap_dist.ops.reference import GATE, Adam, runs_of
 from leap_dist.ops.slices import expand_units
 from leap_dist.ops.soft import (
     SUMS,
     Curve,
-    learn_soft_,
     noise_key,
+    noise_keys,
     normal,
     numbered_table,
     soft_masks,
-    write_soft_,
 )
 from leap_dist.ops.units import patches_of
 
@@ -159,12 +158,13 @@ class Soft:
                     for f in gating.weights
                     if f.flat is part.flat and plan.gates[plan.covers[f.tensor][0].gate].elementwise
                 ],
-                gating.device,
-            )
+                ops.row_size(gating.device),
+            ).to(gating.device)
             for part in gating.parts
         }
-        free = [index for index, gate in enumerate(plan.gates) if not gate.pattern]
-        self._runs = {flat: [row for row in rows if row[2] in free] for flat, rows in self._starts.items()}
+        free = torch.tensor([not gate.pattern for gate in plan.gates], device=gating.device)
+        self._runs = {flat: rows[free[rows[:, GATE]]] for flat, rows in self._starts.items()}
+        self._num_rows = {f: torch.bincount(rows[:, GATE], minlength=len(free)) for f, rows in self._runs.items()}
         patterned = any(gate.pattern for gate in plan.gates)
         self._patterns = SoftPatterns(gating) if patterned else None
         self._rest = rest_of(plan, config.target)
@@ -173,7 +173,8 @@ class Soft:
         self.on, self.mean = False, 1.0
         self._step, self._bias = 0, 0.0
         self._loaded = False  # whether sums over masks are still those from before a checkpoint was loaded
-        self._pulls = [(0.0, 0.0)] * len(plan.gates)
+        self._pulls = torch.zeros(len(plan.gates), 2, device=gating.device)
+        self._key_of, self._keys = -1, torch.zeros(0, dtype=torch.int64)
         self.regulariser: dict[str, float] = {}
 
     @property
@@ -190,8 +191,9 @@ class Soft:
         """Scores from the masks that are in place, which are made by what scores start from. Local."""
         gating, by_mask = self._gating, self._config.score_init != "zero"
         for part in gating.parts:
-            mask, score = gating.flat_states(part, MASK, SCORE) if self._starts[part.flat] else (None, None)
-            for offset, length, gate, first in self._starts[part.flat]:
+            rows = self._starts[part.flat]
+            mask, score = gating.flat_states(part, MASK, SCORE) if len(rows) else (None, None)
+            for offset, length, gate, first in rows.tolist():
                 assert mask is not None and score is not None
                 b = slice(offset, offset + length)
                 score[b] = first_scores(mask[b] if by_mask else None, gate, first, self._seed, score[b])
@@ -227,9 +229,10 @@ class Soft:
         units = self._unit_masks(curve)
         for part in gating.parts:
             (latent,) = gating.flat_states(part, LATENT)
-            if self._runs[part.flat]:
+            if len(rows := self._runs[part.flat]):
                 (score,) = gating.flat_states(part, SCORE)
-                sums += write_soft_(self._runs[part.flat], len(plan.gates), latent, score, part.hosted, curve)
+                found = ops.write_soft_(rows, self._noise(curve), latent, score, part.hosted, curve.scalars())
+                sums += segment_sums(found, self._num_rows[part.flat])
             self._times_units(part, units, latent, part.hosted)
         sums = gating.communicator.sum_(sums)
         slopes = units * (1.0 - units) / curve.tau
@@ -239,9 +242,16 @@ class Soft:
         self.mean = mean
         if self._config.control == "paper":
             left = 1.0 - (curve.alpha - ALPHA[0]) / (ALPHA[1] - ALPHA[0])
-            self._pulls, value = pulls_of(sums, mean, plan.prunable, self._config.target, left)
-            self.regulariser = {"loss_reg": value}
+            pulls, value = pulls_of(sums, mean, plan.prunable, self._config.target, left)
+            self._pulls, self.regulariser = torch.tensor(pulls, device=gating.device), {"loss_reg": value}
         return mean, slope
+
+    def _noise(self, curve: Curve) -> Tensor:
+        """The keys of a step's noise, made once."""
+        if self._key_of != curve.key:
+            self._key_of = curve.key
+            self._keys = noise_keys(curve.key, len(self._gating.plan.gates), self._gating.device)
+        return self._keys
 
     def _unit_masks(self, curve: Curve) -> Tensor:
         """M of all structured units, fp32 of shape (num_structured_units,), the same on every rank. Collective."""
@@ -279,16 +289,16 @@ class Soft:
             masked = None if adam is None else torch.zeros_like(grad)
             if len(part.alone):
                 sums += ops.unit_sums(part.alone, grad, latent, None, len(sums))
-            if self._runs[part.flat]:
+            if len(rows := self._runs[part.flat]):
                 score, first, second = gating.flat_states(part, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ)
-                table = self._runs[part.flat]
-                learn_soft_(table, grad, latent, score, first, second, masked, curve, self._pulls, score_adam)
+                states = grad, latent, score, first, second, masked
+                ops.learn_soft_(rows, self._noise(curve), *states, curve.scalars(), self._pulls, score_adam)
             if adam is not None and masked is not None:
                 self._times_units(part, units, grad, masked)
                 if part.flat in patterned:
                     masked.addcmul_(grad, patterned[part.flat])
-                states = gating.flat_states(part, MASK, LATENT, EXP_AVG, EXP_AVG_SQ)  # MASK is all ones by now
-                ops.masked_adamw_(part.updated, masked, *states, adam)
+                own = gating.flat_states(part, MASK, LATENT, EXP_AVG, EXP_AVG_SQ)  # MASK is all ones by now
+                ops.masked_adamw_(part.updated, masked, *own, adam)
         sums = gating.communicator.sum_(sums.float()).double()
         move_(gating, gating.own_scores, sums * units * (1.0 - units) * (curve.alpha / curve.tau), unit_adam)
 
@@ -313,7 +323,7 @@ class Soft:
     def _cut(self, goal: float) -> float:
         """The largest score above which at least `goal` prunable weights are kept."""
         gating = self._gating
-        mine = [gating.flat_states(part, SCORE)[0] for part in gating.parts if self._runs[part.flat]]
+        mine = [gating.flat_states(part, SCORE)[0] for part in gating.parts if len(self._runs[part.flat])]
         bounds = [(t.min().item(), t.max().item()) for t in (*mine, *(f.view(f.flat) for f in gating.own_scores))]
         everywhere = [pair for rank in gating.communicator.gather(bounds) for pair in rank]
         low, high = min(a for a, _ in everywhere), max(b for _, b in everywhere)
@@ -325,7 +335,7 @@ class Soft:
         gating, plan = self._gating, self._gating.plan
         kept = torch.zeros(len(plan.gates), dtype=torch.float64, device=gating.device)
         for part in gating.parts:
-            for offset, length, gate, _ in self._runs[part.flat]:
+            for offset, length, gate, _ in self._runs[part.flat].tolist():
                 (score,) = gating.flat_states(part, SCORE)
                 kept[gate] += torch.count_nonzero(score[offset : offset + length] > cut)
         kept = gating.communicator.sum_(kept)

@@ -45,7 +45,7 @@ def learn_(gating: Gating, adam: Adam | None, score_adam: Adam) -> tuple[Tensor,
             _update_weights_(gating, part.structured, part, part.grad, adam)
     sums = gating.communicator.sum_(sums.float()).double()  # fp32, as the weights' gradients are reduced
     sigma, units = sums[:num_gates], sums[num_gates:]
-    sigma += _segment_sums(units * gating.unit_mask, gating.structured_units)
+    sigma += segment_sums(units * gating.unit_mask, gating.structured_units)
     return sigma.cpu(), units
 
 
@@ -99,9 +99,9 @@ def _update_elements_(
             sigma = ops.element_adamw_(*known, mask, others, *states, adam, score_adam)
         else:
             sigma = ops.shared_adamw_(*known, mask, others, *states, adam, score_adam.lr)
-    sums += _segment_sums(sigma, part.num_rows)
+    sums += segment_sums(sigma, part.num_rows)
 
 
-def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """The sums of runs of values that follow each other, shape of their lengths; no host sync."""
+def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """The sums of runs of values, or of rows, that follow each other: one for each of `lengths`; no host sync."""
     return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)

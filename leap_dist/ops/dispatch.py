@@ -1,10 +1,11 @@
 """The ops by device: PyTorch ops of namespace `leap_dist`, plain torch everywhere, Triton where it can run.
 
-Each op has one plain-torch definition (reference.py, units.py); kernels.py and
-unit_kernels.py have the Triton versions, of the same signatures.
+Each op has one plain-torch definition (reference.py, units.py, soft.py); kernels.py, unit_kernels.py and
+soft_kernels.py have the Triton versions, of the same signatures.
 """
 
 import functools
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence, Set
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leap_dist.ops import reference, units
+from leap_dist.ops import reference, soft, units
 
 NAMESPACE = "leap_dist"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 GPU_ROW = 4096  # elements of one Triton program
 DTYPES = {torch.float32, torch.bfloat16, torch.bool, torch.int64}  # of the tensors that the kernels take
+KERNELS = {reference.__name__: "kernels", units.__name__: "unit_kernels", soft.__name__: "soft_kernels"}
 CAPABILITY = (7, 0)  # of the oldest GPUs that Triton compiles for
 
 
@@ -53,7 +55,7 @@ def row_size(device: torch.device) -> int:
 
 
 def _register(plain: Callable[..., Any], mutates: Sequence[str], fake: Callable[..., Any]) -> Any:
-    """An op from its plain definition; on CUDA the function of the same name in (unit_)kernels.py.
+    """An op from its plain definition; on CUDA the function of the same name in the module of KERNELS.
 
     Defined in the library itself: `torch.library.custom_op` takes 50 us a call for gradients that no op here has,
     this takes 6, and a step calls hundreds.
@@ -65,9 +67,8 @@ def _register(plain: Callable[..., Any], mutates: Sequence[str], fake: Callable[
         device = next(tensor.device for tensor in tensors if tensor.is_cuda)
         if not runs_on_triton(device, frozenset(tensor.dtype for tensor in tensors)):
             return plain(*arguments)
-        from leap_dist.ops import kernels, unit_kernels
-
-        return getattr(unit_kernels if plain.__module__ == units.__name__ else kernels, name)(*arguments)
+        fused = importlib.import_module(f"leap_dist.ops.{KERNELS[plain.__module__]}")
+        return getattr(fused, name)(*arguments)
 
     LIBRARY.define(name + torch.library.infer_schema(plain, mutates_args=mutates), tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
@@ -104,6 +105,10 @@ def _fake_sums(patches: Tensor, grad: Tensor, latent: Tensor, others: Tensor | N
     return grad.new_empty(num_units, dtype=torch.float64)
 
 
+def _fake_soft(table: Tensor, keys: Tensor, latent: Tensor, *rest: Any) -> Tensor:
+    return latent.new_empty(len(table), soft.SUMS, dtype=torch.float64)
+
+
 LATENT_STATE = ("latent", "exp_avg", "exp_avg_sq")
 SCORE_STATE = ("score", "score_exp_avg", "score_exp_avg_sq")
 
@@ -120,3 +125,5 @@ cut_ = _register(reference.cut_, ("mask",), _nothing)
 best_of_ = _register(reference.best_of_, ("mask",), _fake_best_of)
 unit_sums = _register(units.unit_sums, (), _fake_sums)
 expand_units_ = _register(units.expand_units_, ("mask",), _nothing)
+write_soft_ = _register(soft.write_soft_, ("hosted",), _fake_soft)
+learn_soft_ = _register(soft.learn_soft_, ("score", "exp_avg", "exp_avg_sq", "masked"), _nothing)

@@ -1,4 +1,4 @@
-"""Soft masks of rule "gumbel", in plain torch on any device: M = sigmoid((alpha P + b + g) / tau), g logistic noise.
+"""Soft masks of rule "gumbel", in plain torch: M = sigmoid((alpha P + b + g) / tau), g logistic noise.
 
 Of n:m gates every group of m neighbours chooses among its patterns c with n ones, as MaskLLM (Fang et al., arXiv
 2409.17481) does: y = softmax((alpha sum_i c_i P_i + g_c) / tau) with Gumbel noise g, and M = sum_c y_c c.
@@ -6,7 +6,8 @@ Of n:m gates every group of m neighbours chooses among its patterns c with n one
 Nothing of M is kept: the noise is drawn from a counter, so that the update draws again what the forward pass met. It
 is that of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a mix of key + index * golden ratio, so that an element's
 noise depends on its place in its tensor alone, on any number of ranks and however it is cut.
-Tables of runs are as in reference.py, with the element's index in its tensor as the last column.
+Tables of runs are as in reference.py, with the element's index in its tensor as the last column. `write_soft_` and
+`learn_soft_` have Triton versions in soft_kernels.py.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leap_dist.ops.reference import CPU_BLOCK, Adam, adamw_, run_table
+from leap_dist.ops.reference import adamw_, run_table
 
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 WORD = 1 << 64
 BITS = 23  # of a uniform number, so that it, and one minus it, are exact in fp32
-GPU_BLOCK = 1 << 22  # elements at a time: their counters take 8 bytes each
+MOST_AT_ONCE = 1 << 22  # elements: their counters take 8 bytes each
 SUMS = 4  # columns of what `write_soft_` returns
 
 
@@ -36,6 +37,10 @@ class Curve(NamedTuple):
     bias: float
     key: int
     choice: float
+
+    def scalars(self) -> list[float]:
+        """As `write_soft_` and `learn_soft_` take them."""
+        return [self.alpha, self.tau, self.bias]
 
 
 def noise_key(*numbers: int) -> int:
@@ -75,6 +80,7 @@ def normal(key: int, first: int, num: int, device: torch.device) -> Tensor:
 
 
 def _signed(word: int) -> int:
+    """The same 64 bits as an int64 holds them."""
     return word - WORD if word >= WORD // 2 else word
 
 
@@ -83,67 +89,79 @@ def _shifted(words: Tensor, shift: int) -> Tensor:
     return (words >> shift) & ((1 << (64 - shift)) - 1)
 
 
+def noise_keys(key: int, num_gates: int, device: torch.device) -> Tensor:
+    """The key of every gate's noise, int64 of shape (num_gates,)."""
+    return torch.tensor([_signed(noise_key(key, gate)) for gate in range(num_gates)], dtype=torch.int64, device=device)
+
+
 def soft_masks(score: Tensor, gate: int, first: int, curve: Curve) -> Tensor:
     """M of scores with the indices first .. of gate number `gate`: fp32 of shape (num,)."""
-    noise = logistic(noise_key(curve.key, gate), first, len(score), score.device)
-    return noise.add_(score, alpha=curve.alpha).add_(curve.bias).div_(curve.tau).sigmoid_()
+    return _masks(score, noise_key(curve.key, gate), first, curve.scalars())
 
 
-def numbered_table(runs: Sequence[tuple[int, int, int, int]], device: torch.device) -> list[list[int]]:
-    """Runs (offset, length, gate, first index) cut to blocks of a device."""
-    size = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
+def _masks(score: Tensor, key: int, first: int, curve: Sequence[float]) -> Tensor:
+    alpha, tau, bias = curve
+    noise = logistic(key, first, len(score), score.device)
+    return noise.add_(score, alpha=alpha).add_(bias).div_(tau).sigmoid_()
+
+
+def numbered_table(runs: Sequence[tuple[int, int, int, int]], size: int) -> Tensor:
+    """Runs (offset, length, gate, first index) cut to rows of at most `size`, by gate; int64 of shape (rows, 4)."""
     rows = []
-    for offset, length, gate, first in runs:
-        cut = run_table([(offset, length, gate, 0)], size).tolist()
-        rows += [[place, num, gate, first + place - offset] for place, num, _, _ in cut]
-    return rows
+    for offset, length, gate, first in sorted(runs, key=lambda run: run[2]):
+        cut = run_table([(offset, length, gate, 0)], min(size, MOST_AT_ONCE)).tolist()
+        rows += [(place, num, gate, first + place - offset) for place, num, _, _ in cut]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
 
 
 def write_soft_(
-    table: Sequence[Sequence[int]], num_gates: int, latent: Tensor, score: Tensor, hosted: Tensor, curve: Curve
+    table: Tensor, keys: Tensor, latent: Tensor, score: Tensor, hosted: Tensor, curve: Sequence[float]
 ) -> Tensor:
-    """hosted = W * M for every run; tensors are flat, hosted may be of another dtype.
+    """hosted = W * M for every row; tensors are flat, hosted may be of another dtype.
 
-    Returns by gate (sum M, sum dM/db, sum (W M)^2, sum W^2), float64 of shape (num_gates, 4).
+    keys: of `noise_keys`; curve: (alpha, tau, bias). Returns every row's (sum M, sum dM/db, sum (W M)^2, sum W^2),
+    float64 of shape (rows, 4).
     """
-    sums = torch.zeros(num_gates, SUMS, dtype=torch.float64, device=latent.device)
-    for offset, length, gate, first in table:
+    sums, numbers = [], keys.tolist()
+    for offset, length, gate, first in table.tolist():
         b = slice(offset, offset + length)
-        mask = soft_masks(score[b], gate, first, curve)
+        mask = _masks(score[b], numbers[gate], first, curve)
         masked = latent[b] * mask
         hosted[b].copy_(masked)
-        slope = torch.dot(mask, 1.0 - mask) / curve.tau
+        slope = torch.dot(mask, 1.0 - mask) / curve[1]
         parts = mask.sum(dtype=torch.float64), slope, torch.dot(masked, masked), torch.dot(latent[b], latent[b])
-        sums[gate] += torch.stack([part.double() for part in parts])
-    return sums
+        sums.append(torch.stack([part.double() for part in parts]))
+    return torch.stack(sums) if sums else torch.zeros(0, SUMS, dtype=torch.float64, device=latent.device)
 
 
 def learn_soft_(
-    table: Sequence[Sequence[int]],
+    table: Tensor,
+    keys: Tensor,
     grad: Tensor,
     latent: Tensor,
     score: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     masked: Tensor | None,
-    curve: Curve,
-    pulls: Sequence[Sequence[float]],
-    adam: Adam,
+    curve: Sequence[float],
+    pulls: Tensor,
+    adam: Sequence[float],
 ) -> None:
-    """Adam on the scores of every run, with M as in the forward pass, and masked = G * M where it is given.
+    """Adam on the scores of every row, with M as in the forward pass, and masked = G * M where it is given.
 
         dL/dP = (G W + c_g + d_g W^2 M) M (1 - M) alpha / tau
 
-    pulls: (c, d) of every gate, which come from a regulariser.
+    pulls: (c, d) of every gate, fp32 of shape (gates, 2), which come from a regulariser.
     """
-    for offset, length, gate, first in table:
+    numbers, (alpha, tau, _), pairs = keys.tolist(), curve, pulls.tolist()
+    for offset, length, gate, first in table.tolist():
         b = slice(offset, offset + length)
-        mask = soft_masks(score[b], gate, first, curve)
+        mask = _masks(score[b], numbers[gate], first, curve)
         gradient = grad[b] * latent[b]
-        constant, of_square = pulls[gate]
+        constant, of_square = pairs[gate]
         if constant or of_square:
             gradient += constant + of_square * latent[b] ** 2 * mask
-        gradient *= mask * (1.0 - mask) * (curve.alpha / curve.tau)
+        gradient *= mask * (1.0 - mask) * (alpha / tau)
         if masked is not None:
             torch.mul(grad[b], mask, out=masked[b])
         adamw_(score[b], gradient, exp_avg[b], exp_avg_sq[b], adam)

@@ -9,9 +9,11 @@ from leap_dist.core.fragments import Fragment
 from leap_dist.core.parts import patch_table
 from leap_dist.ops.reference import Adam, run_table
 from leap_dist.ops.slices import Slice
+from leap_dist.ops.soft import Curve, logistic, noise_key
 
 NUMEL, NUM_GATES = 3001, 4
 RUNS = [(5, 0, 0, 1), (5, 1500, 0, 1), (1600, 1, 1, 0), (1700, 1025, 3, 0)]  # gate 2 has none here
+NUMBERED = [(offset, length, gate, 100_000 * gate + offset) for offset, length, gate, _ in RUNS]
 ADAM = Adam(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3)
 SCORE_ADAM = ADAM._replace(lr=3e-2, weight_decay=0.0)
 SLICES = {
@@ -71,6 +73,25 @@ def expected(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     )
     names = "latent", "exp_avg", "exp_avg_sq", "score", "score_exp_avg", "score_exp_avg_sq"
     return {k: torch.where(inside, v, exact[k]) for k, v in zip(names, (*weights, *scores), strict=True)}, sigma
+
+
+def expected_of_soft(
+    arguments: dict[str, Any], curve: Curve, pulls: Tensor, adam: Adam
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """In float64: the soft masks, NaN outside of the runs, and what learn_soft_ leaves in scores and their moments."""
+    exact = {k: arguments[k].double() for k in ("grad", "latent", "score", "score_exp_avg", "score_exp_avg_sq")}
+    mask, gradient = torch.full((NUMEL,), float("nan"), dtype=torch.float64), torch.zeros(NUMEL, dtype=torch.float64)
+    for offset, length, gate, first in NUMBERED:
+        b = slice(offset, offset + length)
+        noise = logistic(noise_key(curve.key, gate), first, length, torch.device("cpu")).double()
+        mask[b] = m = torch.sigmoid((curve.alpha * exact["score"][b] + curve.bias + noise) / curve.tau)
+        constant, of_square = pulls[gate].double()
+        towards = exact["grad"][b] * exact["latent"][b] + constant + of_square * exact["latent"][b] ** 2 * m
+        gradient[b] = towards * m * (1.0 - m) * curve.alpha / curve.tau
+    moments = exact["score_exp_avg"], exact["score_exp_avg_sq"]
+    moved = _adamw(exact["score"], gradient, *moments, adam, torch.zeros(NUMEL, dtype=torch.float64))
+    before = exact["score"], *moments
+    return mask, tuple(torch.where(mask.isnan(), old, new) for old, new in zip(before, moved, strict=True))
 
 
 def shared(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from leap_dist.ops import reference, units
+from leap_dist.ops import reference, soft, units
 from leap_dist.ops.reference import Adam
 from tests.ops import runs
 
@@ -236,6 +236,36 @@ def check_best_of() -> None:
     assert kernels.best_of_(table[:0], scores, kept, mask).shape == (0,)
 
 
+def check_soft_masks_and_their_learning() -> None:
+    from leap_dist.ops import soft_kernels
+
+    curve, adam = soft.Curve(25.0, 0.7, 0.3, soft.noise_key(5, 3), 0.0), Adam(*runs.SCORE_ADAM)
+    keys = soft.noise_keys(curve.key, runs.NUM_GATES, torch.device("cpu"))
+    tables = [soft.numbered_table(runs.NUMBERED, size) for size in (700, 333)]
+    for pull in (False, True):
+        state, hosted = runs.state(0), torch.full((runs.NUMEL,), float("nan"))
+        pulls = pull * torch.randn(runs.NUM_GATES, 2)
+        mask, exact = runs.expected_of_soft(state, curve, pulls, adam)
+        known = keys, state["latent"], state["score"]
+        sums = [soft_kernels.write_soft_(table, *known, hosted, curve.scalars()) for table in tables]
+        expected = soft.write_soft_(tables[0], *known, hosted.clone(), curve.scalars())
+        torch.testing.assert_close(sums[0], expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(sums[0].sum(0), sums[1].sum(0), rtol=1e-6, atol=1e-4)
+        inside = ~mask.isnan()
+        torch.testing.assert_close(hosted[inside].double(), (state["latent"] * mask)[inside], rtol=1e-4, atol=1e-6)
+        assert hosted[~inside].isnan().all()
+        own = state["score"], state["score_exp_avg"], state["score_exp_avg_sq"]
+        before, states = [tensor.clone() for tensor in own], [state["grad"], state["latent"]]
+        for masked in (None, torch.zeros(runs.NUMEL)):
+            for tensor, old in zip(own, before, strict=True):
+                tensor.copy_(old)
+            soft_kernels.learn_soft_(tables[1], keys, *states, *own, masked, curve.scalars(), pulls, adam)
+            for tensor, value in zip(own, exact, strict=True):
+                torch.testing.assert_close(tensor.double(), value, rtol=1e-4, atol=1e-5)
+        expected = torch.where(inside, state["grad"] * mask, 0.0)
+        torch.testing.assert_close(masked.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     name: value for name, value in dict(globals()).items() if name.startswith("check_") and inspect.isfunction(value)
 }
@@ -279,16 +309,18 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
-    from leap_dist.ops import kernels, unit_kernels
+    from leap_dist.ops import kernels, soft_kernels, unit_kernels
 
     fp32, bf16, byte, int64, fp64 = "*fp32", "*bf16", "*u8", "*i64", "*fp64"
     update = [int64, fp32, fp32, byte, byte, fp32, bf16, bf16, fp32, bf16, bf16, fp64] + 13 * ["fp32"]
     block, tile = {"BLOCK": kernels.BLOCK}, {"STEPS": 5, "OTHERS": True, "ROWS": 8, "COLS": 64}
+    flag, curve = {"OTHERS": True}, 3 * ["fp32"]
     sources: list[tuple[Any, list[str], dict[str, Any]]] = [
         (kernels._plain_kernel, 4 * [fp32] + ["i64"] + 7 * ["fp32"], block),
         (kernels._update_kernel, update, block | {"WEIGHTS": True, "SCORES": True, "OTHERS": True}),
         (kernels._update_kernel, update, block | {"WEIGHTS": True, "SCORES": False, "OTHERS": False}),
         (kernels._update_kernel, update, block | {"WEIGHTS": False, "SCORES": True, "OTHERS": True}),
+        (kernels._shared_kernel, [int64, fp32, fp32, byte, byte, *4 * [fp32], fp64] + 8 * ["fp32"], block | flag),
         (kernels._write_kernel, [int64, fp32, byte, bf16], block),
         (kernels._count_kernel, [int64, fp32, fp32, int64, "i32"], block),
         (kernels._take_kernel, [int64, fp32, fp32, int64, fp32, "i32"], block),
@@ -300,6 +332,9 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (unit_kernels._fold_kernel, [int64, int64, fp64, fp64, "i32", "i32"], {"FOLD": unit_kernels.FOLD}),
         (unit_kernels._expand_kernel, [int64, int64, byte, byte, byte], block | {"STEPS": 5, "PRODUCT": True}),
         (unit_kernels._expand_kernel, [int64, int64, byte, byte, byte], block | {"STEPS": 5, "PRODUCT": False}),
+        (soft_kernels._write_kernel, [int64, int64, fp32, fp32, bf16, fp64, *curve], block | {"SUMS": 4}),
+        (soft_kernels._learn_kernel, [int64, int64, *7 * [fp32], *curve, *6 * ["fp32"]], block | {"MASKED": True}),
+        (soft_kernels._learn_kernel, [int64, int64, *7 * [fp32], *curve, *6 * ["fp32"]], block | {"MASKED": False}),
     ]
     for kernel, types, constants in sources:
         signature = dict(zip(kernel.arg_names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
