@@ -1,18 +1,22 @@
-"""The rules beside each other: seconds of a step and bytes of fp32 state a prunable weight, in one run.
+"""The rules beside each other: seconds of a step, bytes of fp32 state a prunable weight, and peak memory.
 
     python -m tests.bench.neighbours MODEL [BATCH] [LENGTH] [ROUNDS]
 
 Every variant takes a step in turn, in another order each round, with masks in place (leap_dist/bench/overhead.py). The
-last one is rule "gumbel" the published way, with masks in every forward pass and autograd through them.
+last one is rule "gumbel" the published way, with masks in every forward pass and autograd through them. Peaks are of
+processes of their own.
 """
 
 from __future__ import annotations
 
 import copy
+import resource
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+import psutil
 
 import leap_dist
 from leap_dist.bench import overhead
@@ -39,25 +43,43 @@ RULES: dict[str, dict[str, Any]] = {
 AUTOGRAD = "gumbel, masks in the forward pass"
 
 
-def measure(setting: overhead.Setting) -> dict[str, Any]:
-    """Ratios of seconds by variant, and bytes a prunable weight."""
-    model = load_model(ModelConfig(name=setting.model), empty_task(overhead.TASK)).eval()
+def variant(name: str, model: Any, setting: overhead.Setting) -> tuple[Callable[[], Any], int | None]:
+    """(a step of it, bytes of fp32 state a prunable weight)."""
     batch = overhead.random_batch(model, setting)
     keys = overhead.deepspeed_keys(setting.stage, setting.batch)
-    dense = initialize_dense(copy.deepcopy(model), keys, overhead.LR, False)
-    steps: dict[str, Callable[[], Any]] = {overhead.DENSE: partial(overhead.engine_step, dense, batch)}
-    held = {overhead.DENSE: 3 * FP32}
-    for name, changes in RULES.items():
-        section = {"leap": {**PHASE, **changes}, "train": {"learning_rate": overhead.LR}}
-        engine, *_ = leap_dist.initialize(model=copy.deepcopy(model), config={**keys, **section})
-        steps[name] = partial(overhead.engine_step, engine, batch)
-        own = FP32 if engine.leap.config.frozen else 3 * FP32
-        held[name] = own + state_bytes(engine.leap.plan)
-    config = parse_leap({**PHASE, "rule": "gumbel"})
-    masked = copy.deepcopy(model)
-    oracle = Oracle(masked, make_plan(masked, config), config, lr=overhead.LR, max_norm=overhead.MAX_NORM)
-    steps[AUTOGRAD] = partial(oracle.step, partial(overhead.loss_of, batch))
-    return {"seconds": overhead.with_ratios(overhead.time_steps(steps, setting.steps)), "bytes": held}
+    if name == overhead.DENSE:
+        return partial(overhead.engine_step, initialize_dense(model, keys, overhead.LR, False), batch), 3 * FP32
+    if name == AUTOGRAD:
+        config = parse_leap({**PHASE, "rule": "gumbel"})
+        oracle = Oracle(model, make_plan(model, config), config, lr=overhead.LR, max_norm=overhead.MAX_NORM)
+        return partial(oracle.step, partial(overhead.loss_of, batch)), None
+    section = {"leap": {**PHASE, **RULES[name]}, "train": {"learning_rate": overhead.LR}}
+    engine, *_ = leap_dist.initialize(model=model, config={**keys, **section})
+    own = FP32 if engine.leap.config.frozen else 3 * FP32
+    return partial(overhead.engine_step, engine, batch), own + state_bytes(engine.leap.plan)
+
+
+def loaded(setting: overhead.Setting) -> Any:
+    """The model without dropout."""
+    return load_model(ModelConfig(name=setting.model), empty_task(overhead.TASK)).eval()
+
+
+def seconds(setting: overhead.Setting) -> dict[str, Any]:
+    """Ratios of seconds by variant, and bytes a prunable weight."""
+    model = loaded(setting)
+    found = {name: variant(name, copy.deepcopy(model), setting) for name in (overhead.DENSE, *RULES, AUTOGRAD)}
+    times = overhead.time_steps({name: step for name, (step, _) in found.items()}, setting.steps)
+    return {"seconds": overhead.with_ratios(times), "bytes": {name: held for name, (_, held) in found.items()}}
+
+
+def peak(setting: overhead.Setting, name: str) -> float:
+    """MiB that a process holds at most in three steps of a variant, beyond those with the model loaded."""
+    model = loaded(setting)
+    before = psutil.Process().memory_info().rss
+    step, _ = variant(name, model, setting)
+    for _ in range(3):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
 
 
 def main() -> None:
@@ -65,10 +87,11 @@ def main() -> None:
     numbers = [int(value) for value in sys.argv[2:]]
     batch, length, rounds = numbers + [8, 64, 5][len(numbers) :]
     setting = overhead.Setting(model=sys.argv[1], batch=batch, length=length, steps=rounds)
-    found = on_ranks(1, measure, setting)[0]
+    found = on_ranks(1, seconds, setting)[0]
     for name, row in found["seconds"].items():
         ratios = f"{row['ratio']:.2f} (median) {row['fastest ratio']:.2f} (fastest)"
-        print(f"{name:36} {row['seconds']:.3f} s, {ratios}, {found['bytes'].get(name, '-')} B")
+        highest = on_ranks(1, peak, setting, name)[0]
+        print(f"{name:36} {row['seconds']:.3f} s, {ratios}, {found['bytes'][name] or '-'} B, {highest:.0f} MiB at most")
 
 
 if __name__ == "__main__":
