@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -348,15 +349,24 @@ def test_an_export_with_its_card(tmp_path: Path) -> None:
         for i in (0, 1)
         for part in ("gate", "up")
     }
-    run = read_run(make_run(tmp_path / "run", model, masks, "neuron"))
+    folder = make_run(tmp_path / "run", model, masks, "neuron")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (tmp_path / "text.txt").write_text("the other weather\n" * 40)
+    data = {"task": "lm", "max_length": 32, **dict.fromkeys(("train", "validation"), str(tmp_path / "text.txt"))}
+    (folder / "config.json").write_text(json.dumps({"leap": {}, "model": {}, "data": data}))
+    run = read_run(folder)
     if not llama.is_here():
         with pytest.raises(UserError, match="--to gguf_q4_k_m: llama-cpp-python not installed; pip install"):
             list(export_run(run, ["gguf", "gguf_q4_k_m"], tmp_path / "out", threads=1))
         assert not (tmp_path / "out").exists()
-    full, small = export_run(run, ["gguf", "gguf_q8_0"], tmp_path / "out", threads=1)
+    wanted = ["gguf", "gguf_q8_0", *["gguf_q4_k_m"] * llama.is_here()]
+    full, small, *smaller = export_run(run, wanted, tmp_path / "out", threads=1)
     assert "matrices in F32, as the run saved them." in full.notes[0] and small.bytes.after < full.bytes.after / 3
-    assert "library_name: gguf" in full.page() and bool(full.latency) == llama.is_here()
-    assert (llama.NOT_HERE in full.notes) != llama.is_here()
+    for card in (full, small, *smaller):
+        assert "library_name: gguf" in card.page() and bool(card.latency) == llama.is_here()
+        assert (llama.NOT_HERE in card.notes) != llama.is_here()
+        assert any("perplexity" in note for note in card.notes) == llama.is_here()
+    assert all(card.bytes.after <= small.bytes.after for card in smaller)
     assert read(tmp_path / "out" / "gguf" / "model.gguf")[0]["llama.feed_forward_length"] == 64
 
 
