@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +31,25 @@ def require_library(what: str) -> None:
         raise UserError(f"{what}: llama-cpp-python not installed; pip install llama-cpp-python, or take gguf_q8_0")
 
 
+@functools.cache
+def _library() -> tuple[Any, Any]:
+    """llama.cpp, and what keeps it silent: a line for each tensor is no use, and what fails is seen by its answer."""
+    llama = import_module("llama_cpp")
+    silent = llama.llama_log_callback(lambda level, text, data: None)
+    llama.llama_log_set(silent, ctypes.c_void_p(0))
+    return llama, silent
+
+
 def requantize(path: Path, kind: str, threads: int) -> None:
     """Write a GGUF file again in its place, its matrices in one of llama.cpp's own types, such as "Q4_K_M".
 
     RuntimeError where llama.cpp refuses it.
     """
-    llama = import_module("llama_cpp")
+    llama, _ = _library()
     how = llama.llama_model_quantize_default_params()
     how.ftype, how.nthread = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{kind}"), threads
     small = path.with_suffix(".small")
-    with import_module("llama_cpp._utils").suppress_stdout_stderr():
-        failed = llama.llama_model_quantize(str(path).encode(), str(small).encode(), ctypes.byref(how))
+    failed = llama.llama_model_quantize(str(path).encode(), str(small).encode(), ctypes.byref(how))
     if failed:
         raise RuntimeError(f"llama.cpp does not write {path.name} in {kind} (code {failed}); it was not exported")
     small.replace(path)
@@ -50,7 +60,7 @@ def llama_runner(path: Path, threads: int, longest: int, every: bool = False) ->
 
     Gives the logits of the last token, (batch, 1, vocabulary); `every`: of all tokens, of texts of one length.
     """
-    llama = import_module("llama_cpp")
+    llama, _ = _library()
     options = {"n_threads": threads, "n_threads_batch": threads, "n_batch": longest, "n_ubatch": longest}
     engine = llama.Llama(str(path), n_ctx=longest, logits_all=every, verbose=False, **options)
     width = engine.n_vocab()
