@@ -251,7 +251,7 @@ def _gguf(models: Models, folder: Path, threads: int, kind: str | None) -> Expor
     notes = [f"For llama.cpp and what is built on it; matrices in {kind or saved}, {gguf.SAID[kind]}.", *notes]
     if not llama.is_here():
         return Exported([*notes, llama.NOT_HERE], models.shrunk)
-    last, every = (llama.llama_runner(path, threads, models.length, every) for every in (False, True))
+    last, every = (llama.llama_runner(path, threads, every) for every in (False, True))
     return Exported(notes, models.shrunk, last, "llama.cpp", batches=BATCHES[:1], judged=every)
 
 

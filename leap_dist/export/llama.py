@@ -31,6 +31,9 @@ def require_library(what: str) -> None:
         raise UserError(f"{what}: llama-cpp-python not installed; pip install llama-cpp-python, or take gguf_q8_0")
 
 
+SHORTEST = 256  # tokens that an engine has room for at least; it is opened anew for a longer text
+
+
 @functools.cache
 def _library() -> tuple[Any, Any]:
     """llama.cpp, and what keeps it silent: a line for each tensor is no use, and what fails is seen by its answer."""
@@ -55,23 +58,31 @@ def requantize(path: Path, kind: str, threads: int) -> None:
     small.replace(path)
 
 
-def llama_runner(path: Path, threads: int, longest: int, every: bool = False) -> Runner:
-    """Runs a file on texts of at most `longest` tokens, one after another; padding is left out of them.
+def llama_runner(path: Path, threads: int, every: bool = False) -> Runner:
+    """Runs a file on texts of any length, one after another; padding is left out of them.
 
     Gives the logits of the last token, (batch, 1, vocabulary); `every`: of all tokens, of texts of one length.
     """
     llama, _ = _library()
-    options = {"n_threads": threads, "n_threads_batch": threads, "n_batch": longest, "n_ubatch": longest}
-    engine = llama.Llama(str(path), n_ctx=longest, logits_all=every, verbose=False, **options)
-    width = engine.n_vocab()
+
+    @functools.lru_cache(maxsize=1)
+    def opened(longest: int) -> Any:
+        """The engine, with room for so many tokens."""
+        options = {"n_threads": threads, "n_threads_batch": threads, "n_batch": longest, "n_ubatch": longest}
+        return llama.Llama(str(path), n_ctx=longest, logits_all=every, verbose=False, **options)
+
+    room = SHORTEST
 
     def one(ids: list[int]) -> Tensor:
+        nonlocal room
+        room = max(room, 1 << (len(ids) - 1).bit_length())
+        engine = opened(room)
         engine.reset()
         engine.eval(ids)
         if every:
             return torch.from_numpy(engine.scores[: len(ids)].copy())
         last = llama.llama_get_logits_ith(engine.ctx, -1)
-        return torch.from_numpy(np.ctypeslib.as_array(last, shape=(width,)).copy())[None]
+        return torch.from_numpy(np.ctypeslib.as_array(last, shape=(engine.n_vocab(),)).copy())[None]
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         ids = inputs["input_ids"]

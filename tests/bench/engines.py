@@ -19,6 +19,7 @@ from pathlib import Path
 
 Answer = tuple[list[int], float]  # the tokens, and the seconds that they took
 RESULTS = Path(__file__).parent / "results" / "engines.json"
+WARM = 2  # tokens before time is taken
 
 
 def in_transformers(folder: Path, ids: list[int], number: int) -> Answer:
@@ -29,8 +30,11 @@ def in_transformers(folder: Path, ids: list[int], number: int) -> Answer:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
-    given, start = torch.tensor([ids]), time.perf_counter()
-    found = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=number, do_sample=False)
+    given = torch.tensor([ids])
+    how = {"attention_mask": torch.ones_like(given), "do_sample": False}
+    model.generate(given, max_new_tokens=WARM, **how)
+    start = time.perf_counter()
+    found = model.generate(given, max_new_tokens=number, **how)
     return found[0, len(ids) :].tolist(), time.perf_counter() - start
 
 
@@ -39,7 +43,8 @@ def in_vllm(folder: Path, ids: list[int], number: int) -> Answer:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     engine = LLM(model=str(folder), dtype="float32", max_model_len=256, enforce_eager=True)
-    wanted = SamplingParams(temperature=0, max_tokens=number, ignore_eos=True)
+    few, wanted = (SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in (WARM, number))
+    engine.generate([TokensPrompt(prompt_token_ids=ids)], few)
     start = time.perf_counter()
     found = engine.generate([TokensPrompt(prompt_token_ids=ids)], wanted)
     return list(found[0].outputs[0].token_ids), time.perf_counter() - start
@@ -51,6 +56,8 @@ def in_llama_cpp(folder: Path, ids: list[int], number: int) -> Answer:
 
     engine = Llama(str(folder / "model.gguf"), n_ctx=256, verbose=False, n_threads=1)
     found: list[int] = []
+    engine.eval(ids)
+    engine.reset()
     start = time.perf_counter()
     engine.eval(ids)
     while len(found) < number:

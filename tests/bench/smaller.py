@@ -59,7 +59,7 @@ def minilm(out: Path) -> dict[str, Any]:
     dense = fine_tuned(words, files, out / "dense")
     small = job_of(out / "dense" / "more" / "model", files, 1600) | {
         "leap": {
-            "target": 0.605,
+            "target": 0.598,
             "measure": "parameters",
             "gates": ["head", *({"granularity": kind, "multiple_of": 32} for kind in ("neuron", "hidden"))],
         },

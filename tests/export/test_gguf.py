@@ -342,7 +342,7 @@ def test_what_llama_cpp_would_not_compute_is_refused(make: Any, message: str, tm
 
 
 def test_an_export_with_its_card(tmp_path: Path) -> None:
-    model = language_model("llama")
+    model = language_model("llama", max_position_embeddings=512)
     neuron = torch.arange(96) >= 32
     masks = {
         f"model.layers.{i}.mlp.{part}_proj.weight": neuron[:, None].expand(96, 64).clone()
@@ -351,8 +351,8 @@ def test_an_export_with_its_card(tmp_path: Path) -> None:
     }
     folder = make_run(tmp_path / "run", model, masks, "neuron")
     byte_tokenizer().save_pretrained(folder / "model")
-    (tmp_path / "text.txt").write_text("the other weather\n" * 40)
-    data = {"task": "lm", "max_length": 32, **dict.fromkeys(("train", "validation"), str(tmp_path / "text.txt"))}
+    (tmp_path / "text.txt").write_text("the other weather " * 60)
+    data = {"task": "lm", "max_length": 400, **dict.fromkeys(("train", "validation"), str(tmp_path / "text.txt"))}
     (folder / "config.json").write_text(json.dumps({"leap": {}, "model": {}, "data": data}))
     run = read_run(folder)
     if not llama.is_here():
