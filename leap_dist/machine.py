@@ -1,8 +1,10 @@
-"""Where something was measured, and with what."""
+"""The machine: where something was measured and with what, and variables of the environment for a while."""
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,25 @@ def machine() -> dict[str, Any]:
         | {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),
     }
+
+
+@contextmanager
+def changed_environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Variables of the environment for a while, None: without it. No other is touched: threads may change those."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _processor() -> str:

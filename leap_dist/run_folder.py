@@ -298,11 +298,10 @@ def read_files(folder: Path) -> RunFiles:
     if not (folder / CERTIFICATE).is_file():
         raise UserError(f"{folder} holds no finished run: it has no {CERTIFICATE}")
     kinds: dict[str, type[Part]] = {CERTIFICATE: Certificate, RESOLVED: Job, SCORES: Scores}
-    found = {name: _json(folder / name) if (folder / name).is_file() else {} for name in kinds}
+    found = {name: _json(folder / name) for name in kinds if (folder / name).is_file()}
     for name, content in found.items():
-        if content:
-            _checked(kinds[name], content, folder / name)
-    return RunFiles(folder, found[CERTIFICATE], found[RESOLVED], steps_in(folder), found[SCORES])
+        _checked(kinds[name], content, folder / name)
+    return RunFiles(folder, found[CERTIFICATE], found.get(RESOLVED, {}), steps_in(folder), found.get(SCORES, {}))
 
 
 def exports(folder: Path | None) -> list[Export]:

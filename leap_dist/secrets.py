@@ -198,9 +198,8 @@ def _forms(secret: str, user: str = "") -> Iterator[str]:
 def _environment() -> tuple[str, ...]:
     """The secrets in this process's environment."""
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
-    return _of_variables(
-        user, tuple((name, value) for name, value in os.environ.items() if VARIABLE.search(name) or SCHEME.match(value))
-    )
+    found = [(name, os.environ.get(name, "")) for name in os.environ]  # `items` raises where a thread removes a name
+    return _of_variables(user, tuple(pair for pair in found if VARIABLE.search(pair[0]) or SCHEME.match(pair[1])))
 
 
 @lru_cache(maxsize=4)

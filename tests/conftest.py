@@ -22,7 +22,7 @@ NOT_OURS = {
 }
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported; tiny products wait for threads
-os.environ["DO_NOT_TRACK"] = "1"  # MLflow and the hub report usage over the network unless told not to
+os.environ["DO_NOT_TRACK"] = "true"  # MLflow, which takes no "1", and the hub report usage over the network
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

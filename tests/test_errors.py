@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import os
 from urllib.parse import quote
 
 import pytest
@@ -116,6 +117,20 @@ def test_secrets_of_the_environment_are_hidden(monkeypatch: pytest.MonkeyPatch) 
         "false: from the environment, #1; token-of-the-hub; of-the-proxy; from%20the%20environment%2C%20%231"
     )
     assert said == "false: ***; ***; ***; ***"
+
+
+def test_a_variable_that_another_thread_removes_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AAA", "removed")
+    monkeypatch.setenv("HF_TOKEN", "token-of-the-hub")
+
+    class Removed(type(os.environ)):  # type: ignore[misc]
+        def __getitem__(self, name: str) -> str:  # as MLflow's thread does, that tells of its use
+            if name == "AAA":
+                raise KeyError(name)
+            return str(super().__getitem__(name))
+
+    monkeypatch.setattr(os.environ, "__class__", Removed)
+    assert hide_secrets("with token-of-the-hub") == "with ***"
 
 
 def test_control_characters_are_shown_as_escapes() -> None:

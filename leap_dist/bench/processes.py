@@ -16,6 +16,7 @@ import torch
 import torch.multiprocessing
 
 from leap_dist.errors import UserError
+from leap_dist.machine import changed_environment
 from leap_dist.zero.ranks import leave, start_ranks
 
 T = TypeVar("T")
@@ -60,13 +61,8 @@ def _environment(num_ranks: int) -> Iterator[None]:
     own = {"OMP_NUM_THREADS": "1"} if num_ranks > 1 else {}
     if not torch.accelerator.is_available():
         own["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for others, and warn
-    before = dict(os.environ)
-    os.environ.update(world, MASTER_PORT=str(port), **own)
-    try:
+    with changed_environment({**world, "MASTER_PORT": str(port), **own}):
         yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @contextmanager

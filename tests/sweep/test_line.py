@@ -16,11 +16,12 @@ from leap_dist.sweep.early_stop import Judge
 from leap_dist.sweep.ladder import ladder_of
 from leap_dist.sweep.line import Line
 from leap_dist.sweep.rank import Outcome, Rank, Work
+from leap_dist.sweep.result import collect
 from leap_dist.sweep.space import corners, drawn
 from leap_dist.sweep.storage import Storage
-from leap_dist.sweep.sweep_file import SweepConfig, read_sweep, trials_of
+from leap_dist.sweep.sweep_file import SweepConfig, identity, read_sweep, trials_of
 from tests.disks import fill, free
-from tests.sweep.jobs import sweep_file
+from tests.sweep.jobs import JOB, sweep_file
 
 pytestmark = pytest.mark.slow
 
@@ -224,6 +225,73 @@ def test_optuna_hears_of_a_trial_that_ended_as_the_sweep_was_killed(tmp_path: Pa
     again = line_of(tmp_path, sweep)
     assert again.num_left == 0 and again.search is not None
     assert [trial.state.name for trial in again.search._study.trials] == ["COMPLETE"] * 2
+
+
+def test_optuna_runs_no_settings_twice(tmp_path: Path) -> None:
+    few = {"search": "optuna", "samples": 9, "vary": {"train.learning_rate": [1e-3, 2e-3], "leap.rule": ["leap"]}}
+    line = line_of(tmp_path, read_sweep(sweep_file(tmp_path, **few)))
+    assert line.total == 2  # there are no more
+    assert len(set(run(line, done))) == 2 and len({str(trial.settings) for trial in line.trials}) == 2
+    assert line_of(tmp_path, line.sweep).num_left == 0
+
+
+def test_what_optuna_names_and_is_no_job_is_left_out_and_the_search_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length = {"train.max_steps": [20, None], "train.epochs": [None, 1.0]}
+    job = {"train": {key: value for key, value in JOB["train"].items() if key != "max_steps"}}
+    sweep = read_sweep(sweep_file(tmp_path, job, search="optuna", samples=4, vary=length))
+    line = line_of(tmp_path, sweep)
+    assert len(run(line, done)) == 2 and line.num_left == 0  # two of the four are jobs
+    told = capsys.readouterr().out
+    assert told.count("left out, as it is no valid job: ") == 2 and "as the sweep file sets it" in told
+    assert "the search ends here: Optuna finds no other settings" in told
+    assert run(line_of(tmp_path, sweep), done) == []
+
+
+def test_what_was_learned_or_decided_is_of_one_metric(tmp_path: Path) -> None:
+    for more, is_other in (
+        (SEARCH | {"search": "optuna"}, True),
+        (SEARCH, False),
+        (SEARCH | {"early_stop": "asha"}, True),
+    ):
+        found = []
+        for metric in ("accuracy", "loss"):
+            sweep = read_sweep(sweep_file(tmp_path, **more, metric=metric))
+            found.append(identity(sweep, trials_of(sweep)))
+        assert (found[0] != found[1]) == is_other
+
+
+def test_a_range_of_whole_numbers_has_whole_numbers(tmp_path: Path) -> None:
+    ranges = {"train.seed": {"from": 1, "to": 7, "num": 3}, "leap.target": {"from": 0.1, "to": 1, "num": 2}}
+    sweep = read_sweep(sweep_file(tmp_path, vary=ranges))
+    assert json.dumps(sweep.vary["train.seed"]) == "[1, 4, 7]" and sweep.vary["leap.target"] == (0.1, 1.0)
+    assert [trial.config.train.seed for trial in trials_of(sweep)][::2] == [1, 4, 7]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "match"),
+    [
+        ("trials.jsonl", '{"trial": 3}', r"trials\.jsonl:1: damaged: trial: Input should be a valid string; remove"),
+        ("rungs.jsonl", '{"trial": "a"}', r"rungs\.jsonl:1: damaged: rung: Field required; remove the line"),
+        ("trials.jsonl", "[]", r"trials\.jsonl:1: damaged: the line: Input should be a valid dict"),
+    ],
+)
+def test_a_line_that_is_damaged_is_named(tmp_path: Path, file: str, text: str, match: str) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, vary={"leap.target": [0.5]}))
+    line_of(tmp_path, sweep)
+    (tmp_path / "out" / file).write_text(f"{text}\n")
+    with pytest.raises(UserError, match=match) as caught:
+        line_of(tmp_path, sweep)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_a_certificate_without_content_is_damaged(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, vary={"leap.target": [0.5]}))
+    (tmp_path / "0.5").mkdir()
+    (tmp_path / "0.5" / "certificate.json").write_text("{}")
+    with pytest.raises(UserError, match=r"certificate\.json: damaged"):
+        collect(sweep, trials_of(sweep), {}, tmp_path, "accuracy")
 
 
 def test_a_study_that_is_damaged_is_reported(tmp_path: Path) -> None:
