@@ -230,7 +230,10 @@ def user_errors(uri: str, problem: str = "", remedy: str = "") -> Iterator[None]
         remedy = remedy or "correct tracking.mlflow_uri or tracking.experiment, or set tracking.mlflow_uri to null"
         if isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403):
             remedy = CREDENTIALS
-        raise UserError(f"{problem}: {first_line(error)}; {remedy}") from error
+        reason = first_line(error)
+        if "filesystem tracking backend" in reason:  # a paragraph on how to go on using it
+            reason = "MLflow has given up folders as stores, and takes a database such as sqlite:///mlflow.db"
+        raise UserError(f"{problem}: {reason}; {remedy}") from error
 
 
 @contextlib.contextmanager
