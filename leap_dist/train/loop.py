@@ -34,7 +34,7 @@ from leap_dist.train.saving import Saver, read_progress
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.summary import ending, model_tags, prefixed, print_summary, tags_of
 from leap_dist.train.watch import NOTHING, Stopped, Watch, rungs
-from leap_dist.zero.engine import describe_gates, gather_masks, gather_weights, settle
+from leap_dist.zero.engine import describe_gates, destroy, gather_masks, gather_weights, settle
 from leap_dist.zero.ranks import Ranks, torch_linear_put_back
 
 MAKE_ROOM = "make room, and start the same command again: it resumes from the last checkpoint, if one was written"
@@ -55,8 +55,24 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     saved = resumes and ranks.on_first(lambda: latest_checkpoint(output / CHECKPOINTS) is not None)
     reference = _dense_reference(config, ranks, watch) if trains and config.train.dense_reference and not saved else {}
     job = build_job(config, ranks, watch)
-    state = job.state
-    state.measured |= reference
+    job.state.measured |= reference
+    try:
+        return _run(job, output, resumes)
+    finally:
+        _let_go(job)
+
+
+def _let_go(job: Job) -> None:
+    """Of its engines, which would stay in memory: this process may run other jobs."""
+    destroy(job.engine)
+    if job.distiller is not None and isinstance(job.distiller.teacher, type(job.engine)):
+        destroy(job.distiller.teacher)
+
+
+def _run(job: Job, output: Path, resumes: bool) -> dict[str, Any]:
+    """The job from where it stands to its certificate."""
+    config, ranks, state = job.config, job.ranks, job.state
+    trains = config.leap.mode == "train"
     checkpoints = Checkpoints(output / CHECKPOINTS, ranks, config.train.keep_checkpoints)
     found, run_id = checkpoints.load(job.engine) if resumes and trains else None, None
     if found is not None:
@@ -247,5 +263,5 @@ def _dense_reference(config: JobConfig, ranks: Ranks, watch: Watch) -> dict[str,
     job = build_job(dense, ranks, Watch(asked=watch.asked))
     train(job, Tracker(config.tracking, {}, enabled=False), output=None, checkpoints=None)
     metrics = evaluate(job.engine, job.task, config.train.eval_batch_size, ranks)
-    job.engine.destroy()
+    _let_go(job)
     return {"dense_reference": metrics}

@@ -194,6 +194,20 @@ def _count_skipped(engine: Any, base: LeapAdamW) -> None:
     wrapper.step = counted
 
 
+def destroy(engine: Any) -> None:
+    """Let go of all that keeps an engine in memory after its last use. It cannot be used any more.
+
+    DeepSpeed's hooks on parameters are cycles that Python's collector cannot see, and ZeRO-3 keeps every model that it
+    has hosted in a list of its own.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    engine.destroy()
+    own = set(map(id, engine.module.modules()))
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if id(module) not in own]
+
+
 def release(model: nn.Module) -> None:
     """Make a model as it was before `host`: without hooks. Harmless where there are none."""
     for hook in _HOOKS.pop(model, []):

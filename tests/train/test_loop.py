@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from leap_dist.tasks.base import Task
 from leap_dist.tasks.lm import CausalCollator, TokenEvaluation
 from leap_dist.train.job import _tokens_per_step
 from leap_dist.train.loop import run_job
-from leap_dist.train.watch import Watch
+from leap_dist.train.watch import Stopped, Watch
 from leap_dist.zero.ranks import Ranks
 from tests.ranks import RankPools
 from tests.sweep.jobs import JOB
@@ -35,6 +37,24 @@ def test_a_stage_3_job_leaves_torchs_linear_as_it_was(tmp_path: Path, ranks: Ran
     file = tmp_path / "job.json"
     file.write_text(json.dumps(JOB | {"zero_optimization": {"stage": 3}}))
     assert ranks(1).run(linear_during_and_after, str(file), str(tmp_path / "run")) == [(False, True)]
+
+
+def left_in_memory(file: str, output: str) -> list[str]:
+    """The engines, optimizers and models that a job leaves, run to its end and stopped at a rung; called on a rank."""
+    for name, watch in (("done", Watch()), ("stopped", Watch(may_go_on=lambda *_: False))):
+        with suppress(Stopped):
+            run_job(load_job(file, []), Path(output, name), False, Ranks.here(), watch)
+    gc.collect()
+    kinds = ("DeepSpeedEngine", "LeapAdamW", "BertForSequenceClassification")
+    return sorted(type(value).__name__ for value in gc.get_objects() if type(value).__name__ in kinds)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])  # under 3 DeepSpeed keeps it: a sweep starts such ranks anew
+def test_a_job_leaves_no_engine_in_memory(stage: int, tmp_path: Path, ranks: RankPools) -> None:
+    file = tmp_path / "job.json"
+    more = {"zero_optimization": {"stage": stage}, "distill": {"teacher": "self"}}
+    file.write_text(json.dumps(JOB | more | {"train": {**JOB["train"], "max_steps": 12}}))
+    assert ranks(1).run(left_in_memory, str(file), str(tmp_path)) == [[]]
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 4 * 3 * 2 * 64), ({"leap": {"tokens_per_step": 5}}, 5)])
