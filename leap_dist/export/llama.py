@@ -28,7 +28,9 @@ def is_here() -> bool:
 def require_library(what: str) -> None:
     """UserError if llama-cpp-python is not installed; `what` is the flag that asks for it."""
     if not is_here():
-        raise UserError(f"{what}: llama-cpp-python not installed; pip install llama-cpp-python, or take gguf_q8_0")
+        raise UserError(
+            f'{what}: llama-cpp-python not installed; install with pip install "leap_dist[llama]", or take gguf_q8_0'
+        )
 
 
 SHORTEST = 256  # tokens that an engine has room for at least; it is opened anew for a longer text
