@@ -356,9 +356,7 @@ def test_an_export_with_its_card(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"leap": {}, "model": {}, "data": data}))
     run = read_run(folder)
     if not llama.is_here():
-        with pytest.raises(
-            UserError, match="--to gguf_q4_k_m: llama-cpp-python not installed; install with"
-        ):
+        with pytest.raises(UserError, match="--to gguf_q4_k_m: llama-cpp-python not installed; install with"):
             list(export_run(run, ["gguf", "gguf_q4_k_m"], tmp_path / "out", threads=1))
         assert not (tmp_path / "out").exists()
     wanted = ["gguf", "gguf_q8_0", *["gguf_q4_k_m"] * llama.is_here()]
