@@ -191,10 +191,10 @@ class Soft:
         """Scores from the masks that are in place, which are made by what scores start from. Local."""
         gating, by_mask = self._gating, self._config.score_init != "zero"
         for part in gating.parts:
-            rows = self._starts[part.flat]
-            mask, score = gating.flat_states(part, MASK, SCORE) if len(rows) else (None, None)
+            if not len(rows := self._starts[part.flat]):
+                continue
+            mask, score = gating.flat_states(part, MASK, SCORE)
             for offset, length, gate, first in rows.tolist():
-                assert mask is not None and score is not None
                 b = slice(offset, offset + length)
                 score[b] = first_scores(mask[b] if by_mask else None, gate, first, self._seed, score[b])
         for f in gating.own_scores:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leap_dist.export import gguf
 from leap_dist.export.engines import Engine
 from leap_dist.export.metric import Judged
 from leap_dist.export.vocabulary import Vocabulary
@@ -115,8 +116,8 @@ class Card:
 
     def _hub_lines(self) -> list[str]:
         """YAML, as a model card on the Hugging Face hub begins."""
-        library = {"onnx": "onnx", "int8": "onnx"}.get(self.kind, self.kind.split("_")[0])
-        library = library if library in ("onnx", "gguf") else "transformers"
+        by_kind = {"onnx": "onnx", "int8": "onnx", **dict.fromkeys(gguf.KINDS, "gguf")}
+        library = by_kind.get(self.kind, "transformers")
         base = [f"base_model: {json.dumps(self.base_model)}"] if self.base_model else []
         return ["---", f"library_name: {library}", *base, "tags: [pruning, leap]", "---", ""]
 

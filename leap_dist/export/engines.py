@@ -28,7 +28,7 @@ def engines_of(kind: str, models: Models) -> list[Engine]:
     """Of one kind of export; none for masks alone."""
     if kind in ("onnx", "int8"):
         return [Engine("onnxruntime", True)]
-    if kind.startswith("gguf"):
+    if kind in gguf.KINDS:
         return [Engine(LLAMA_CPP, True, "and what is built on it")]
     if kind == "int8_torch":
         return [Engine(HUGGING_FACE, True, "with torchao")]

@@ -253,13 +253,8 @@ def without_own_credentials(uri: str) -> Iterator[None]:
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables for a while; those that the user has set stay as they are."""
-    ours = {name: text for name, text in values.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
+    with changed_environment({name: text for name, text in values.items() if name not in os.environ}):
         yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
 
 
 class _HeldBack:
