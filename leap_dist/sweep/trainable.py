@@ -73,7 +73,7 @@ class JobTrial(Trainable):
             raise Lost(f"a rank or its node is gone ({type(error).__name__})") from error
         if isinstance(found, Outcome):
             self._calls = []
-            if found.kind == "failed" or self._stays():  # the ranks of one that failed may wait for each other
+            if found.kind == "failed":  # its ranks may wait for each other
                 self._release()
             return {"done": True, OUTCOME: asdict(found)}
         self._waits = found.metrics is not None
@@ -146,18 +146,11 @@ class JobTrial(Trainable):
             self._ranks[0].decide.remote(False)
             try:
                 ray.get(self._calls, timeout=JOIN)
-                if self._stays():
-                    self._release()
             except RayError:
                 self._release()
         elif self._calls:  # it was stopped while it ran
             self._release()
         self._calls, self._waits = [], False
-
-    def _stays(self) -> bool:
-        """Whether what a trial has hosted stays in its ranks' memory: under ZeRO-3 DeepSpeed keeps it."""
-        zero = self.config["work"].config.deepspeed.get("zero_optimization") or {}
-        return bool(zero.get("stage") == 3)
 
     def _release(self) -> None:
         for rank in self._ranks:

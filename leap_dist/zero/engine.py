@@ -197,15 +197,20 @@ def _count_skipped(engine: Any, base: LeapAdamW) -> None:
 def destroy(engine: Any) -> None:
     """Let go of all that keeps an engine in memory after its last use. It cannot be used any more.
 
-    DeepSpeed's hooks on parameters are cycles that Python's collector cannot see, and ZeRO-3 keeps every model that it
-    has hosted in a list of its own.
+    DeepSpeed's hooks on parameters are cycles that Python's collector cannot see. ZeRO-3 keeps every model that it has
+    hosted in a list of its own, and in the cache of a method, which a decorator hides.
     """
     from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     engine.destroy()
     own = set(map(id, engine.module.modules()))
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if id(module) not in own]
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):  # other engines fill it again
+                cell.cell_contents.cache_clear()
 
 
 def release(model: nn.Module) -> None:
