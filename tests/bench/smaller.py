@@ -57,7 +57,7 @@ def minilm(out: Path) -> dict[str, Any]:
     files = {"train": str(DATA / "sst2/train.tsv"), "validation": str(DATA / "sst2/dev.tsv")}
     words = export(encoder(), out / "words", ["hf"], "--vocabulary", files["train"], "--vocabulary-size", "6000")
     dense = fine_tuned(words, files, out / "dense")
-    small = job_of(out / "dense" / "more" / "model", files, 1600) | {
+    small = job_of(out / "dense" / "more" / "model", files, 3200) | {
         "leap": {
             "target": 0.598,
             "measure": "parameters",
@@ -69,7 +69,7 @@ def minilm(out: Path) -> dict[str, Any]:
     export(out / "smaller", out / "export", ["shrunk", "int8", "onnx"])
     all_words = export(encoder(), out / "all_words", ["hf"], "--vocabulary", files["train"])
     fine_tuned(all_words, files, out / "whole")
-    as_long = prune(job_of(out / "whole" / "more" / "model", files, 1600), out / "as_long")
+    as_long = prune(job_of(out / "whole" / "more" / "model", files, 3200), out / "as_long")
     metrics = {"start": dense["metrics"], "dense, all words, as long": as_long["metrics"], **certificate["metrics"]}
     return {"job": settings(small), "metrics": metrics, "cards": cards(out)}
 

@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from leap_dist.config.job_file import parse_leap
 from leap_dist.errors import UserError
 from leap_dist.export import onnx
+from leap_dist.models.plan import make_plan
+from leap_dist.models.shrink import shrink_
 from tests.export.runs import classifier
+from tests.models.masking import mask_
+from tests.models.tiny import DEEPER, HEADS, tiny
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,6 +65,17 @@ def test_experts(tmp_path: Path) -> None:
     before = model.get_experts_implementation()
     assert onnx.save_onnx(model, tmp_path / "model.onnx", longest=16) <= onnx.TOLERANCE
     assert model.get_experts_implementation() == before
+
+
+@pytest.mark.parametrize("gates", [["depth"], [{"granularity": "hidden", "multiple_of": 8}, "head"]])
+@pytest.mark.parametrize("kind", ["gemma3_text", "llama", "qwen3_moe"])
+def test_decoders_that_lost_layers_and_width(kind: str, gates: list[Any], tmp_path: Path) -> None:
+    model = tiny(kind, HEADS[kind], **DEEPER[kind])
+    mask_(model, make_plan(model, parse_leap({"target": 0.5, "gates": gates})), share=0.4)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    shrink_(model)
+    assert sum(parameter.numel() for parameter in model.parameters()) < before
+    assert onnx.save_onnx(model, tmp_path / "model.onnx", longest=16) <= onnx.TOLERANCE
 
 
 def test_another_answer_is_refused(exported: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

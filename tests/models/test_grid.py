@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 
 import pytest
-import torch
-from torch import nn
 
 from leap_dist.config.job_file import parse_leap
-from leap_dist.core.gates import GatePlan
-from leap_dist.core.oracle import unit_index
 from leap_dist.errors import UserError
 from leap_dist.models.families import FAMILIES
 from leap_dist.models.kept import compute_among_kept
 from leap_dist.models.outputs import example_inputs, logit_difference
 from leap_dist.models.plan import make_plan
 from leap_dist.models.shrink import shrink_
+from tests.models.masking import mask_
 from tests.models.tiny import DEEPER, EAGER_ONLY, HEADS, tiny
 
 pytestmark = pytest.mark.slow
@@ -34,27 +31,6 @@ NONE = {
     ("gpt2", "2:4"): "stored as",  # transposed: its rows do not run along the inputs
 }
 """Pairs that make no sense, and what is said about them."""
-
-
-def mask_(model: nn.Module, plan: GatePlan, share: float) -> int:
-    """Zero what random masks of all gates drop; about `share` of the units stays, as many as a gate allows. Weights
-    dropped."""
-    generator, dropped = torch.Generator().manual_seed(0), 0
-    masks = []
-    for gate in plan.gates:
-        order = torch.randperm(gate.num_units, generator=generator)
-        count = max(1, int((torch.rand(gate.num_units, generator=generator) < share).sum()))
-        keep = torch.zeros(gate.num_units, dtype=torch.bool)
-        keep[order[: -(-count // gate.multiple_of) * gate.multiple_of]] = True
-        masks.append(keep)
-    for tensor, covers in plan.covers.items():
-        parameter = model.get_parameter(tensor)
-        mask = torch.ones(parameter.shape, dtype=torch.bool)
-        for cover in covers:
-            mask &= masks[cover.gate][unit_index(cover.slices)].view(parameter.shape)
-        dropped += int((~mask).sum()) if plan.counted(tensor) else 0
-        parameter.data *= mask
-    return dropped
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
