@@ -102,20 +102,12 @@ def group_sizes(model: nn.Module, plan: GatePlan | None) -> list[list[int]]:
     return [group for group in groups if group]
 
 
-def memory(
-    model: nn.Module,
-    plan: GatePlan | None,
-    hosting: Hosting,
-    one_shot: bool = False,
-    scores: bool = True,
-    frozen: bool = False,
-    shared: bool = False,
-) -> Memory:
-    """Bytes that one rank holds; without a plan, of the same job with dense AdamW.
+def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting, config: LeapConfig) -> Memory:
+    """Bytes that one rank holds; without a plan, of the same job with AdamW and no gates.
 
-    one_shot: no gradients and no moments, and the weights stand where they are cut. Without scores masks are fixed.
-    frozen: weights have no moments. shared: scores of single weights have none of their own.
+    One shot has no gradients and no moments, and the weights stand where they are cut.
     """
+    one_shot = config.mode == "one_shot"
     groups = group_sizes(model, plan)
     untrained = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     numel, shard = sum(map(sum, groups)), sum(map(hosting.shard, groups))
@@ -131,21 +123,21 @@ def memory(
         gradients = held * hosting.width + max(map(hosting.shard, groups)) * FP32  # fp32 for the group that steps
         state = 3 * shard * FP32
     gradients = 0 if one_shot else gradients
-    if one_shot or frozen:
+    if one_shot or config.frozen:
         state = 0 if hosting.stage == 0 else shard * FP32
     if plan is None or not plan.gates:
         return Memory(weights, gradients, state)
     sizes = gate_sizes(plan).values()
     own = sum(sizes) if hosting.stage == 0 else sum(-(-size // hosting.ranks) for size in sizes)
-    extra = state_bytes(plan, one_shot, scores, shared) * hosting.shard(groups[0])
-    selection = _selection(groups[0], plan, hosting) if scores else 0
+    extra = state_bytes(plan, config) * hosting.shard(groups[0])
+    selection = _selection(groups[0], plan, hosting) if config.start is None else 0
     return Memory(weights, gradients, state + (1 if one_shot else 3) * own * FP32, extra, selection)
 
 
-def state_bytes(plan: GatePlan, one_shot: bool = False, scores: bool = True, shared: bool = False) -> int:
+def state_bytes(plan: GatePlan, config: LeapConfig) -> int:
     """Bytes that LEAP's state takes of each weight of the gated group, beside its fp32 master and Adam's moments."""
-    dense = (EXP_AVG, EXP_AVG_SQ, LATENT) if one_shot else (EXP_AVG, EXP_AVG_SQ)
-    keys = [key for key in state_keys(plan, not one_shot, scores, shared=shared) if key not in dense]
+    dense = (EXP_AVG, EXP_AVG_SQ, LATENT) if config.mode == "one_shot" else (EXP_AVG, EXP_AVG_SQ)
+    keys = [key for key in state_keys(plan, config) if key not in dense]
     return sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
 
 

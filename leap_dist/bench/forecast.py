@@ -71,9 +71,8 @@ class Forecast:
         """Bytes on one rank, with other ranks or another stage; dense: of AdamW on all weights."""
         hosting, leap = Hosting.of(self.config.deepspeed, ranks).at(stage), self.config.leap
         if dense:
-            return memory(self.model, None, hosting, self.one_shot)
-        scores, shared = leap.start is None, leap.shares_moments
-        return memory(self.model, self.plan, hosting, self.one_shot, scores, leap.frozen, shared)
+            return memory(self.model, None, hosting, leap.model_copy(update={"weights": "trained"}))
+        return memory(self.model, self.plan, hosting, leap)
 
     @property
     def one_shot(self) -> bool:
@@ -270,8 +269,7 @@ def memory_rows(job: Forecast) -> list[Mapping[str, str | float]]:
     """Bytes by purpose, dense and with LEAP."""
     ranks, stage, offloads = job.hosting.ranks, job.hosting.stage, job.hosting.offloads
     dense, leap = job.memory(ranks, stage, dense=True), job.memory(ranks, stage)
-    hosting, frozen = job.hosting.at(stage), job.config.leap.frozen
-    plain = memory(job.model, None, hosting, job.one_shot, frozen=frozen)  # of AdamW, as this job has it
+    plain = memory(job.model, None, job.hosting.at(stage), job.config.leap)  # of AdamW, as this job has it
     lines = {
         "weights": (dense.weights, plain.weights),
         "gradients": (dense.gradients, plain.gradients),
@@ -312,7 +310,7 @@ def state_lines(job: Forecast) -> list[str]:
     if job.one_shot:
         return []
     leap, dense = job.config.leap, 3 * FP32
-    own = state_bytes(job.plan, scores=leap.start is None, shared=leap.shares_moments)
+    own = state_bytes(job.plan, leap)
     own += FP32 if leap.frozen else dense
     note = "; frozen weights have no moments" if leap.frozen else ""
     return [f"state of a prunable weight: {own} B in fp32, of dense AdamW {dense} B{note}"]

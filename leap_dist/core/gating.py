@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from leap_dist.config.leap import LeapConfig
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
 from leap_dist.core.gate_values import SCORES, THRESHOLDS, GateValues
@@ -26,18 +27,16 @@ State = dict[Tensor, dict[str, Tensor]]
 MOMENTS = EXP_AVG, EXP_AVG_SQ, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
 
 
-def state_keys(
-    plan: GatePlan, moments: bool = True, scores: bool = True, frozen: bool = False, shared: bool = False
-) -> tuple[str, ...]:
-    """The state of the gated partition, the same on every rank, also on one that holds nothing; without moments that
-    of a run that takes no step, without scores of one whose masks are fixed; frozen weights have no moments, scores
-    that share those of the weights none of their own."""
-    keys = [LATENT, MASK] if frozen else [EXP_AVG, EXP_AVG_SQ, LATENT, MASK]
-    if scores and any(gate.elementwise for gate in plan.gates):
-        keys += [SCORE] if shared else [SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ]
+def state_keys(plan: GatePlan, config: LeapConfig) -> tuple[str, ...]:
+    """The state of the gated partition, the same on every rank, also on one that holds nothing; that of a run that
+    takes no step has no moments, of one whose masks are fixed no scores; frozen weights have no moments, scores that
+    share those of the weights none of their own."""
+    keys = [LATENT, MASK] if config.frozen else [EXP_AVG, EXP_AVG_SQ, LATENT, MASK]
+    if config.start is None and any(gate.elementwise for gate in plan.gates):
+        keys += [SCORE] if config.shares_moments else [SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ]
         if any(map(plan.hybrid, plan.covers)):
             keys.append(ELEMENT_MASK)
-    return tuple(key for key in keys if moments or key not in MOMENTS)
+    return tuple(key for key in keys if config.mode == "train" or key not in MOMENTS)
 
 
 def make_states(

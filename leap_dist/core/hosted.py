@@ -97,9 +97,9 @@ class HostedOptimizer(torch.optim.Optimizer):
         Raises UserError if the target is below what one unit in every gate keeps.
         """
         self.fragments = fragments
-        trains, scores = self.config.mode == "train", self.level.fixed is None
+        trains = self.config.mode == "train"
         moments = (EXP_AVG, EXP_AVG_SQ) if trains else ()
-        keys = state_keys(self.plan, trains, scores, self.config.frozen, self.config.shares_moments)
+        keys = state_keys(self.plan, self.config)
         make_states(self.plan, fragments, self.state, keys, in_place=not trains)
         no_decay = {name for group in self.param_groups if group[GATED] for name in group["no_decay"]}
         self.communicator = communicator

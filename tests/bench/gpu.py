@@ -133,8 +133,8 @@ def one_step(shape: str, name: str, tiny: bool) -> dict[str, Any]:
     keys = overhead.deepspeed_keys(2, batch_size) | {"bf16": {"enabled": True}}
     batch = overhead.random_batch(model, overhead.Setting(batch=batch_size, length=length))
     gates = GATES[name]
-    plan = make_plan(model, parse_leap({**overhead.PHASE, "gates": gates})) if gates else None
-    held = memory(model, plan, Hosting.of(keys, 1))
+    leap = parse_leap({**overhead.PHASE, "gates": gates or ["element"]})
+    held = memory(model, make_plan(model, leap) if gates else None, Hosting.of(keys, 1), leap)
     if gates is None:
         engine = initialize_dense(model, keys, overhead.LR, fused=True)
     else:

@@ -56,7 +56,7 @@ def variant(name: str, model: Any, setting: overhead.Setting) -> tuple[Callable[
     section = {"leap": {**PHASE, **RULES[name]}, "train": {"learning_rate": overhead.LR}}
     engine, *_ = leap_dist.initialize(model=model, config={**keys, **section})
     own = FP32 if engine.leap.config.frozen else 3 * FP32
-    return partial(overhead.engine_step, engine, batch), own + state_bytes(engine.leap.plan)
+    return partial(overhead.engine_step, engine, batch), own + state_bytes(engine.leap.plan, engine.leap.config)
 
 
 def loaded(setting: overhead.Setting) -> Any:

@@ -85,7 +85,7 @@ def modelled(stage: int, gates: str, ranks: int, frozen: bool = False, **more: A
     model.get_parameter(EMBEDDINGS).requires_grad_(not frozen)
     leap = parse_leap(config["leap"])
     plan, hosting = make_plan(model, leap), Hosting.of(config, ranks)
-    held, sent = memory(model, plan, hosting), total(leap_traffic(plan, leap, hosting), "")
+    held, sent = memory(model, plan, hosting, leap), total(leap_traffic(plan, leap, hosting), "")
     expected = {"weights": held.weights, "state": held.state + held.extra, "extra": held.extra}
     return expected | {"sent": (sent.collectives, sent.bytes)}
 
@@ -150,19 +150,21 @@ def held_by_frozen_weights(gates: str) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("gates", ["element", "head+neuron"])
 def test_engines_with_frozen_weights_hold_what_was_forecast(ranks: RankPools, gates: str) -> None:
     model = empty_model(MODEL, "builtin/clock")
-    plan = make_plan(model, parse_leap({"target": 0.5, "gates": GATES[gates]}))
+    leap = parse_leap({"target": 0.5, "gates": GATES[gates], "weights": "frozen"})
+    plan = make_plan(model, leap)
     for stage, (state, extra) in enumerate(ranks(2).run(held_by_frozen_weights, gates)[0]):
-        held = memory(model, plan, Hosting.of(config_of(stage, gates), 2), frozen=True)
+        held = memory(model, plan, Hosting.of(config_of(stage, gates), 2), leap)
         assert state == pytest.approx(held.state + held.extra, rel=0.01)
         assert extra == pytest.approx(held.extra, rel=0.01)
 
 
 def test_engines_with_shared_moments_hold_what_was_forecast(ranks: RankPools) -> None:
     model = empty_model(MODEL, "builtin/clock")
-    plan = make_plan(model, parse_leap({"target": 0.5}))
-    assert (state_bytes(plan), state_bytes(plan, shared=True)) == (17, 9)
+    own, leap = parse_leap({"target": 0.5}), parse_leap({"target": 0.5, "score_moments": "shared"})
+    plan = make_plan(model, leap)
+    assert (state_bytes(plan, own), state_bytes(plan, leap)) == (17, 9)
     for stage, (state, extra) in enumerate(ranks(2).run(held_by_shared_moments, "element")[0]):
-        held = memory(model, plan, Hosting.of(config_of(stage, "element"), 2), shared=True)
+        held = memory(model, plan, Hosting.of(config_of(stage, "element"), 2), leap)
         assert state == pytest.approx(held.state + held.extra, rel=0.01)
         assert extra == pytest.approx(held.extra, rel=0.01)
 
@@ -172,11 +174,11 @@ def test_engines_that_learn_no_masks_hold_what_was_forecast(ranks: RankPools, ga
     fixed = gates == "fixed"
     gates = "element" if fixed else gates
     model = empty_model(MODEL, "builtin/clock")
+    plan = make_plan(model, parse_leap({"target": 0.5, "gates": GATES[gates]}))
+    leap = parse_leap({"start": "zeros"} if fixed else {"target": 0.5, "mode": "one_shot", "gates": GATES[gates]})
     for found in ranks(2).run(held_by_fixed_masks if fixed else held_by_one_shot, gates):
         for stage, (state, extra) in enumerate(found):
-            plan = make_plan(model, parse_leap({"target": 0.5, "gates": GATES[gates]}))
-            hosting = Hosting.of(config_of(stage, gates), 2)
-            held = memory(model, plan, hosting, one_shot=not fixed, scores=not fixed)
+            held = memory(model, plan, Hosting.of(config_of(stage, gates), 2), leap)
             assert state == pytest.approx(held.state + held.extra, rel=0.01)
             assert extra == pytest.approx(held.extra, rel=0.01)
             assert fixed or held.gradients == 0
@@ -231,11 +233,12 @@ def test_what_is_offloaded_is_not_on_the_device() -> None:
 
 def test_dense_jobs_have_no_gates() -> None:
     model = empty_model(MODEL, "builtin/clock")
-    plan = make_plan(model, parse_leap({"target": 0.5, "gates": ["head", "neuron"]}))
+    leap = parse_leap({"target": 0.5, "gates": ["head", "neuron"]})
+    plan = make_plan(model, leap)
     groups = group_sizes(model, plan)
     assert sum(map(sum, groups)) == sum(p.numel() for p in model.parameters())
     assert sum(map(sum, group_sizes(model, None))) == sum(p.numel() for p in model.parameters())
-    assert memory(model, None, Hosting(2, 2)).extra == 0
+    assert memory(model, None, Hosting(2, 2), leap).extra == 0
 
 
 def test_deepspeeds_traffic_by_stage() -> None:
