@@ -152,7 +152,7 @@ WHOLE = {
     "train_micro_batch_size_per_gpu": 2,
     "model": {"name": "a"},
     "data": {"task": "builtin/clock"},
-    "train": {"max_steps": 3},
+    "train": {"max_steps": 30},
     "leap": {"target": 0.5},
 }
 AMBIGUOUS = {

@@ -216,6 +216,8 @@ def _options_of_other_tasks(raw: Mapping[str, Any], task: str) -> list[Conflict]
     return found + [(key, f"got {show(raw[key])}; {why}") for key in unread if raw.get(key) is not None]
 
 
+FEWEST_STEPS = 10
+"""Of a run: fewer are no three phases."""
 LEARNING_RATE, WEIGHT_DECAY = 3e-5, 0.01
 """Of the weights, in a job and in a loop of one's own."""
 
@@ -225,7 +227,7 @@ class TrainConfig(Section):
 
     epochs: float | None = Field(default=None, gt=0, description="a number > 0")
     """Passes over the training data; exactly one of `epochs` and `max_steps` is given."""
-    max_steps: int | None = Field(default=None, gt=0, description="an integer > 0")
+    max_steps: int | None = Field(default=None, ge=FEWEST_STEPS, description=f"an integer >= {FEWEST_STEPS}, or null")
     """Optimizer steps (not micro-batches)."""
     learning_rate: float = Field(default=LEARNING_RATE, gt=0, description="a number > 0")
     """Peak rate of the weights."""

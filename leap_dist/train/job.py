@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from leap_dist.config.sections import JobConfig, ModelConfig
+from leap_dist.config.sections import FEWEST_STEPS, JobConfig, ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.models.inputs import beside_heads
 from leap_dist.models.load import load_config, load_model, load_tokenizer
@@ -107,9 +107,14 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
 
 def _total_steps(config: JobConfig, batches: Batches | StreamBatches) -> int:
     """Optimizer steps of the whole run. Raises UserError for too few."""
-    total = config.train.max_steps or max(1, round((config.train.epochs or 0) * batches.steps_per_epoch))
-    if total < 10:
-        raise UserError(f"train: {total} optimizer steps are too few for three phases; allowed: at least 10")
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    total = max(1, round((config.train.epochs or 0) * batches.steps_per_epoch))
+    if total < FEWEST_STEPS:
+        raise UserError(
+            f"train.epochs: got {config.train.epochs}; {total} optimizer steps are too few for three phases; allowed: "
+            f"at least {FEWEST_STEPS}"
+        )
     return total
 
 

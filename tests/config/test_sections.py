@@ -213,6 +213,10 @@ REFUSED = {
         {"train": {"max_steps": 5.0}},
         r"train\.max_steps: got 5\.0; allowed: an integer",
     ),
+    "fewer steps than phases need": (
+        {"train": {"max_steps": 9}},
+        r"train\.max_steps: got 9; allowed: an integer >= 10, or null",
+    ),
     "no minutes": (
         {"train": {"max_steps": 20, "checkpoint_minutes": 0}},
         r"train\.checkpoint_minutes: got 0; allowed: a number > 0, or null",

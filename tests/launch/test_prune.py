@@ -89,7 +89,7 @@ def check_refused(run: subprocess.CompletedProcess[str], message: str) -> None:
     [
         ("leap.targett=0.1", "leap.targett: got 0.1, unknown key; allowed: target, "),
         ("lepa.target=0.1", "did you mean leap?"),
-        ("train.max_steps=many", 'train.max_steps: got "many"; allowed: an integer > 0'),
+        ("train.max_steps=many", 'train.max_steps: got "many"; allowed: an integer >= 10'),
         ("leap.target=0", "leap.target: got 0; allowed: a number, 0 < target <= 1"),
         ("leap.target=1.5", "leap.target: got 1.5; allowed: a number, 0 < target <= 1"),
         ("leap.target=ten", 'leap.target: got "ten"; allowed: a number, 0 < target <= 1'),
@@ -207,7 +207,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"gradient_accumulation_steps": "two"}, "gradient_accumulation_steps: got 'two'; allowed: an integer >= 1"),
         ({"train_batch_size": 0}, "train_batch_size: got 0; allowed: an integer >= 1"),
         ({"zero_optimization": {"stge": 2}}, "DeepSpeedZeroConfig.stge: got 2; DeepSpeed says: Extra inputs are not "),
-        ({"train": {"max_steps": 9}}, "train: 9 optimizer steps are too few for three phases; allowed: at least 10"),
+        ({"train": {"epochs": 0.001}}, "train.epochs: got 0.001; 5 optimizer steps are too few for three phases; "),
     ],
 )
 def test_a_mistake_beside_the_job_file_is_one_message(
