@@ -19,6 +19,7 @@ import torch
 if TYPE_CHECKING:
     import numpy as np
     from mlflow.entities import LoggedModel
+    from mlflow.models import ModelSignature
 
 PIPELINES = {
     "ForSequenceClassification": "text-classification",
@@ -48,9 +49,37 @@ def saved(folder: Path, model: LoggedModel) -> Iterator[Path]:
         else:
             needed.append(f"leap_dist=={version('leap_dist')}")
             mlflow.pyfunc.save_model(
-                path, loader_module=__name__, data_path=str(folder), mlflow_model=about, pip_requirements=needed
+                path,
+                loader_module=__name__,
+                data_path=str(folder),
+                mlflow_model=about,
+                pip_requirements=needed,
+                signature=_signature(folder),
             )
         yield path
+
+
+def _signature(folder: Path) -> ModelSignature:
+    """What `Served` takes and gives; registries that ask for a schema take no model without one."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import Array
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    kind: Any = DataType.string
+    optional: tuple[str, ...]
+    if (folder / TOKENIZER).is_file():
+        needed, optional = "text", ("text_pair",)
+    elif hasattr(config, "image_size"):
+        kind, needed, optional = Array(Array(Array(DataType.double))), "pixel_values", ()
+    else:
+        kind, needed, optional = Array(DataType.long), "input_ids", ("attention_mask", "token_type_ids")
+    inputs: list[Any] = [ColSpec(kind, needed), *(ColSpec(kind, name, required=False) for name in optional)]
+    one_answer = config.architectures[0].endswith("Classification") and "Token" not in config.architectures[0]
+    shape = (-1, config.num_labels) if one_answer else (-1, -1, -1)
+    return ModelSignature(Schema(inputs), Schema([TensorSpec(np.dtype(np.float32), shape)]))
 
 
 def _pipeline_of(folder: Path) -> str | None:
@@ -76,7 +105,7 @@ def _pipeline(task: Any, folder: Path) -> Any:
 
 
 class Served:
-    """What MLflow serves. A table has the texts of the task in its columns or, by the model's names, lists of ids."""
+    """What MLflow serves. A table has texts as `text`, of pairs also `text_pair`, or lists by the model's names."""
 
     def __init__(self, folder: Path) -> None:
         from leap_dist.export.hf import load_exported, load_exported_tokenizer

@@ -65,6 +65,7 @@ def test_a_text_model_is_served_without_leap_dist(
     address = logged(store, tmp_path / "model", capfd)
     with torch.inference_mode():
         chances = model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.softmax(-1)
+    assert mlflow.models.get_model_info(address).signature.inputs is not None
     registered = mlflow.register_model(address, "pruned")
     for place in (address, f"models:/pruned/{registered.version}"):
         answer = mlflow.pyfunc.load_model(place).predict(TEXTS)
@@ -95,6 +96,29 @@ def test_any_other_model_is_served_by_our_loader(
         expected = model(input_ids=IDS).logits.numpy()
     answer = mlflow.pyfunc.load_model(address).predict(pd.DataFrame({"input_ids": IDS.tolist()}))
     np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-6)
+    schema = mlflow.models.get_model_info(address).signature
+    assert schema.inputs.required_input_names() == ["input_ids"] and schema.outputs.inputs[0].shape == (-1, 3)
+    with pytest.raises(mlflow.MlflowException, match="input_ids"):
+        mlflow.pyfunc.load_model(address).predict(pd.DataFrame({"ids": IDS.tolist()}))
     files = files_of(address)
     assert "loader_module: leap_dist.tracking.model" in files["MLmodel"].read_text()
     assert not [name for name in files if name.endswith((".pkl", ".bin", ".pt", ".py"))]
+
+
+def test_a_shrunk_text_model_takes_texts_and_pairs(
+    store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+    from transformers import BertTokenizer
+
+    model, folder = classifier(num_labels=2), tmp_path / "model"
+    save_shrunk(model, shrink_(model), folder)
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    served = mlflow.pyfunc.load_model(logged(store, folder, capfd))
+    for table in ({"text": TEXTS}, {"text_pair": TEXTS[::-1], "text": TEXTS}):
+        columns = [table[name] for name in ("text", "text_pair") if name in table]
+        with torch.inference_mode():
+            expected = model(**tokenizer(*columns, padding=True, return_tensors="pt")).logits.numpy()
+        np.testing.assert_allclose(served.predict(pd.DataFrame(table)), expected, rtol=1e-5, atol=1e-6)
