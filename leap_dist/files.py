@@ -85,6 +85,19 @@ def append(file: FileIO, data: bytes) -> None:
         raise
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a kill or a full disk left without its end, so that the next one is a line of its own.
+
+    Raises OSError where the file cannot be changed.
+    """
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
 class Lines:
     """Lines at the end of a file. Those that it does not take, on a full disk, wait here and go first the next time."""
 

@@ -24,7 +24,7 @@ def check_alone(sweep: SweepConfig, address: str | None) -> None:
 
 def run_alone(line: Line, parent: str | None) -> None:
     """As `run_on_ray`."""
-    line.board.tell(f"{line.total} trials, {line.num_left} to run, one after another: Ray is not installed")
+    line.board.tell(f"{line.about}, one after another: Ray is not installed")
     rank = Rank(line.sweep.resources.cpus, line.sweep.resources.gpus)
     rank.join(Path.cwd())
     while (work := line.take(parent)) is not None:

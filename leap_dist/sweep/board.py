@@ -49,7 +49,8 @@ class Board:
         seconds = monotonic() - self._began
         left = self._total - self._before - work
         rate = f"{3600 * work / seconds:.3g} trials/h  ETA {duration(left * seconds / work)}" if work else "ETA -"
-        now = ", ".join(f"{name} {part:.0%}" for name, part in parts.items()) or "none"
+        parts_said = {name: f"{part:.0%}" if running[name].total else "starting" for name, part in parts.items()}
+        now = ", ".join(f"{name} {part}" for name, part in parts_said.items()) or "none"
         text = f"{self._ended}/{self._total} ended  running: {now}  {rate}"
         if self._status:
             self._status.update(Text(printable(text)))

@@ -69,7 +69,7 @@ def _is_list_of_texts(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value).replace("e+", "e")
 
 
 def _is_plain(value: Any) -> bool:

@@ -95,6 +95,13 @@ class Line:
         return len(self.waiting) + self.total - len(self.trials)
 
     @property
+    def about(self) -> str:
+        """How many trials there are, and why not as many as were asked for."""
+        few = self.sweep.search != "grid" and self.total < self.sweep.samples
+        asked = f", as there are no more combinations than that (samples: {self.sweep.samples})" if few else ""
+        return f"{self.total} trial{'s' * (self.total != 1)}{asked}, {self.num_left} to run"
+
+    @property
     def may_come(self) -> bool:
         """Whether a trial may be able to run later in this call, though none is now."""
         return bool(self._running and self.waiting) and not self._is_used_up()

@@ -6,6 +6,7 @@ Its study is a file of the sweep's folder, so that a sweep that was cut off resu
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_dist.errors import UserError
+from leap_dist.files import drop_torn_line
 from leap_dist.sweep.grid import MOST_CELLS, Settings, expand, name_of
 from leap_dist.sweep.space import SEED, Space, rounded, spaces
 from leap_dist.sweep.sweep_file import TARGET, SweepConfig
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import optuna
 
 STUDY = "optuna.log"
+FEWEST = 5  # finished trials of which Optuna is asked what mattered
 TRIES = 100  # to find settings that are new and make a valid job
 
 
@@ -38,6 +41,8 @@ class OptunaStudy:
         self._spaces = spaces(sweep.vary)
         self._failed = optuna.trial.TrialState.FAIL
         self._fronts = TARGET in sweep.vary
+        drop_torn_line(folder / STUDY)  # Optuna would write behind it
+        num_first = max(4, sweep.samples // 4)  # trials at random, before Optuna chooses
         best: Any = "maximize" if higher_is_better else "minimize"
         try:
             self._study = optuna.create_study(
@@ -45,8 +50,12 @@ class OptunaStudy:
                 study_name="sweep",
                 load_if_exists=True,
                 directions=[best, "minimize"] if self._fronts else [best],
-                sampler=optuna.samplers.TPESampler(seed=SEED, n_startup_trials=max(4, sweep.samples // 4)),
+                sampler=optuna.samplers.TPESampler(seed=SEED, n_startup_trials=num_first),
             )
+            if not self._study.trials and self._fronts and self._spaces[TARGET].kind == "choice":
+                targets = itertools.islice(itertools.cycle(self._spaces[TARGET].values), num_first)
+                for target in targets:  # at random the first trials could all have one target, and nothing be learned
+                    self._study.enqueue_trial({TARGET: json.dumps(target)})
         except Exception as error:  # a damaged file raises of many kinds
             raise UserError(
                 f"--output: {folder / STUDY} cannot be read: {error}; restore it, or choose another folder"
@@ -96,6 +105,9 @@ class OptunaStudy:
         """How much of the metric's variance each key explains, by Optuna; {} while there is too little to say."""
         from optuna.importance import get_param_importances
 
+        done = [trial.values[0] for trial in self._study.trials if trial.values]
+        if len(done) < FEWEST or len(set(done)) == 1:
+            return {}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -50,12 +50,13 @@ class Outcome:
 
 @dataclass
 class State:
-    """What a running trial shows. `metrics`: those on which it waits for a verdict, at the rung `rung`."""
+    """What a running trial shows. metrics: those with which it waits at a rung for a verdict, after so many seconds."""
 
     step: int = 0
     total: int = 0
     rung: int = 0
     metrics: dict[str, float] | None = None
+    seconds: float = 0.0
 
 
 class Rank:
@@ -66,7 +67,7 @@ class Rank:
         os.environ.update(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, DO_NOT_TRACK="true")
         if not gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"
-        self._threads = int(threads)
+        self._threads, self._began = int(threads), 0.0
         self._state, self._verdict, self._answered = State(), True, threading.Event()
 
     def open_store(self) -> tuple[str, int]:
@@ -101,7 +102,7 @@ class Rank:
         """
         from leap_dist.zero.ranks import peer_is_gone
 
-        began = time.monotonic()
+        self._began = began = time.monotonic()
         self._state, self._verdict = State(), True
         try:
             with _alone(work.output) if self._ranks.first else nullcontext():
@@ -147,7 +148,7 @@ class Rank:
     def _ask(self, rung: int, metrics: Mapping[str, float]) -> bool:
         step, total = self._state.step, self._state.total
         self._answered.clear()
-        self._state = State(step, total, rung, dict(metrics))
+        self._state = State(step, total, rung, dict(metrics), time.monotonic() - self._began)
         self._answered.wait()
         self._state = State(step, total)
         return self._verdict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ def table_lines(results: Sequence[Result], metric: str, gpus: int) -> list[dict[
     """The results as lines of a table; of the settings those that differ, and the target."""
     shown = varying([result.settings for result in results]) | {TARGET}
     hours = "GPU hours" if gpus else "CPU hours"
+    alike = not gpus and all(math.isclose(3600 * (r.cost or 0.0), r.seconds or 0.0) for r in results)  # one CPU a trial
     columns = {"parameters": "parameters", "latency": "latency ms", "leap_ms": "LEAP ms"}
     exported = {field: title for field, title in columns.items() if any(getattr(r, field) is not None for r in results)}
     return [
@@ -37,7 +39,7 @@ def table_lines(results: Sequence[Result], metric: str, gpus: int) -> list[dict[
             "weights": _number(result.weights),
             **{title: _number(getattr(result, field)) for field, title in exported.items()},
             "seconds": _number(result.seconds),
-            hours: _number(result.cost),
+            **({} if alike else {hours: _number(result.cost)}),
             "outcome": result.outcome,
         }
         for result in results
@@ -86,7 +88,7 @@ def write(
     found = {"metric": metric, "trials": [asdict(result) for result in results]}
     text = json.dumps(found | ({"importance": importance} if importance else {}), indent=1)
     write_text(folder / RESULTS, text + "\n")
-    points = _points(results)
+    points = _points(results, searched)
     picture = picture_of(points, metric) if points else None
     settings = _slices(results, metric, importance or {}) if searched and points else None
     entries = [_entry(result, folder / result.name) for result in results]
@@ -122,11 +124,14 @@ def _slices(results: Sequence[Result], metric: str, importance: Mapping[str, flo
     return slices(found, metric, [value for _, value, _ in done], [density for _, _, density in done]) if keys else None
 
 
-def _points(results: Sequence[Result]) -> list[Point]:
-    """What there is to draw, means over seeds: a panel a task, a line for each other setting that varies."""
+def _points(results: Sequence[Result], searched: bool) -> list[Point]:
+    """What there is to draw, means over seeds: a panel a task, a line for each other setting that varies.
+
+    Of a search, where hardly two trials share a setting, the trials alone.
+    """
     points, shown = [], varying([result.settings for result in results]) - {TARGET, TASK, SEED}
     for mean in means(results):
         task = str(mean.settings.get(TASK, "all trials"))
-        line = ", ".join(map(str, _cells(mean.settings, shown).values())) or "pruned"
+        line = "trials" if searched else ", ".join(map(str, _cells(mean.settings, shown).values())) or "pruned"
         points.append(Point(task, line, mean.density, mean.value, mean.dense, mean.spread))
     return points

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from leap_dist.config.json_file import read_json
 from leap_dist.console import console, summary_table
 from leap_dist.errors import UserError
 from leap_dist.files import is_free, warn_if_unwritten, write_text
-from leap_dist.run_folder import JOURNAL
+from leap_dist.run_folder import JOURNAL, REPORT
 from leap_dist.sweep.alone import check_alone, run_alone
 from leap_dist.sweep.cluster import check_room, connected, is_installed
 from leap_dist.sweep.ladder import ladder_of
@@ -24,7 +24,8 @@ from leap_dist.sweep.results import RESULTS, mean_lines, table_lines, write
 from leap_dist.sweep.space import corners
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, identity, job_of, read_sweep, trials_of
-from leap_dist.tracking.mlflow import Tracker, differing
+from leap_dist.tracking.mlflow import Tracker, differing, sync
+from leap_dist.tracking.report import has_report, write_report
 
 SWEEP, LOCK = "sweep.json", ".lock"
 OURS = (LOCK, JOURNAL, STUDY)  # what a call that was cut off early may leave
@@ -48,6 +49,8 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
     saved = _check_folder(storage.folder, now, resume)
     with ExitStack() as stack:
         stack.enter_context(_only_one(storage.folder))
+        if not saved:
+            (storage.folder / STUDY).unlink(missing_ok=True)  # of a call that was refused or cut off: it ran nothing
         line = Line(sweep, trials, storage, metric)
         run = _runner(line, address, stack)
         tracking = jobs[0].tracking.model_copy(update={"run_name": file.stem})
@@ -56,6 +59,7 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
             saved |= {"identity": now, "parent_run": tracker.run_id}
             _save(storage.folder, saved)
             with line.board:
+                _complete(line)
                 run(line, tracker.run_id)
             line.flush()
             results = collect(sweep, line.trials, line.ended, storage.folder, metric)
@@ -81,6 +85,22 @@ def _runner(line: Line, address: str | None, stack: ExitStack) -> Callable[[Line
     from leap_dist.sweep.tuning import run_on_ray
 
     return lambda line, parent: run_on_ray(line, places, parent)
+
+
+def _complete(line: Line) -> None:
+    """What trials lack that were killed once they had their certificate: their page, and what MLflow has not taken."""
+    for trial in line.trials:
+        folder = line.folder / trial.name
+        if not line.is_done(trial.name):
+            continue
+        with warn_if_unwritten(folder / REPORT, line.board.tell):
+            if not has_report(folder):
+                write_report(folder)
+        if (folder / JOURNAL).is_file():
+            try:
+                line.board.tell(f"{trial.name}: {sync(folder, trial.config.tracking.mlflow_uri)}")
+            except UserError as error:
+                line.board.tell(f"{trial.name}: {error}")
 
 
 def parse_budget(text: str) -> BudgetConfig:
@@ -138,7 +158,14 @@ def _only_one(folder: Path) -> Iterator[None]:
     with file:
         if not is_free(file):
             raise UserError(f"--output: another process runs the sweep in {folder}; wait for it, or end it")
-        yield
+        try:
+            yield
+        finally:
+            if not (folder / SWEEP).is_file():  # it was refused: nothing of it is left
+                for name in (STUDY, LOCK):
+                    (folder / name).unlink(missing_ok=True)
+                with suppress(OSError):  # it was there before, or holds something
+                    folder.rmdir()
 
 
 def _show_results(results: Sequence[Result], metric: str, line: Line, title: str) -> list[str]:

@@ -18,7 +18,7 @@ from leap_dist.config.section import Conflict, PositiveFloat, Section, as_object
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.errors import UserError
 from leap_dist.sweep.grid import MOST_CELLS, Settings, expand, names
-from leap_dist.sweep.space import Space, corners, drawn
+from leap_dist.sweep.space import Space, corners, drawn, rounded
 from leap_dist.tracking.mlflow import parameters
 
 TARGET = "leap.target"
@@ -48,9 +48,9 @@ def _spread(given: Mapping[str, Any]) -> Any:
     if len(given) == 1:
         return Space(kind, tuple(values))  # type: ignore[arg-type]  # one of the three, as was just seen
     first, last, num = given["from"], given["to"], given["num"]
-    if is_int(first) and is_int(last) and (last - first) % (num - 1) == 0:
-        return tuple(first + (last - first) // (num - 1) * i for i in range(num))  # for keys that take no fractions
-    return tuple(round(first + (last - first) * i / (num - 1), 12) for i in range(num))
+    values = [round(first + (last - first) * i / (num - 1), 12) for i in range(num)]
+    whole = is_int(first) and is_int(last)  # for keys that take no fractions
+    return tuple(int(value) if whole and value == int(value) else value for value in values)
 
 
 def wrong_values(given: Any) -> str | None:
@@ -99,7 +99,7 @@ class SweepConfig(Section):
     """A sweep file."""
 
     config: str = Field(min_length=1, description="a job file, or the name of one in configs/")
-    """What all trials share."""
+    """What all trials share: a path from where you are, or from the sweep file's folder."""
     vary: Annotated[dict[str, tuple[Any, ...] | Space], BeforeValidator(_as_values)] = Field(
         default={},
         description=f"an object of dotted keys, each with {VALUES}",
@@ -152,6 +152,15 @@ class SweepConfig(Section):
             for key in dict.fromkeys(keys)
             if not all(str(key).split(".")) or "=" in str(key)
         ]
+        found += [
+            ("vary", f"{show(inner)} is a part of {show(outer)}, which stands here too; leave one of them out")
+            for outer in dict.fromkeys(keys)
+            for inner in dict.fromkeys(keys)
+            if str(inner).startswith(f"{outer}.")
+        ]
+        samples = SweepConfig.model_fields["samples"].default
+        if raw.get("search", "grid") == "grid" and raw.get("samples", samples) != samples:
+            found.append(("samples", f"got {show(raw['samples'])}; an option of a search: set search, or remove it"))
         if raw.get("mode") == "ladder" and raw.get("early_stop"):
             found.append(("early_stop", f"got {show(raw['early_stop'])}; a ladder needs every rung: set null"))
         return found
@@ -171,8 +180,12 @@ class Trial:
 
 
 def read_sweep(file: Path) -> SweepConfig:
-    """A sweep file. Raises UserError with all that is wrong in it."""
-    return parse_section(SweepConfig, str(file), read_json(file))
+    """A sweep file, whose job file may lie beside it. Raises UserError with all that is wrong in it."""
+    sweep = parse_section(SweepConfig, str(file), read_json(file))
+    beside = file.parent / sweep.config
+    if beside.is_file() and not Path(sweep.config).is_file():
+        return sweep.model_copy(update={"config": str(beside)})
+    return sweep
 
 
 def combinations(sweep: SweepConfig) -> list[Settings]:
@@ -198,12 +211,29 @@ def trials_of(sweep: SweepConfig) -> list[Trial]:
     if sweep.search != "grid":
         for settings in corners(sweep.vary):
             job_of(sweep, settings)
+        _check_fractions(sweep)
         if sweep.search == "optuna":
             if find_spec("optuna") is None:
                 raise UserError("search: Optuna is not installed; pip install 'leap_dist[search]', or set \"random\"")
             return []
     found = combinations(sweep) if sweep.search == "grid" else drawn(sweep.vary, sweep.samples)
     return [Trial(name, settings, job_of(sweep, settings)) for name, settings in zip(names(found), found, strict=True)]
+
+
+def _check_fractions(sweep: SweepConfig) -> None:
+    """Raises UserError for a range of a key that takes integers alone."""
+    usual = corners(sweep.vary)[0]
+    for key, space in sweep.vary.items():
+        if isinstance(space, Space) and space.kind != "choice":
+            low, high = space.values
+            try:
+                job_of(sweep, usual | {key: rounded(low + 0.382 * (high - low), low, high)})
+            except UserError as error:
+                if "an integer" not in str(error):
+                    continue  # of some valid jobs: it is left out, or refused by name, where it is drawn
+                raise UserError(
+                    f"vary.{key}: got {show({space.kind: list(space.values)})}; it takes integers: give a list of them"
+                ) from error
 
 
 def job_of(sweep: SweepConfig, settings: Settings) -> JobConfig:

@@ -22,7 +22,7 @@ from leap_dist.errors import UserError
 from leap_dist.sweep.rank import Outcome, Rank, State
 from leap_dist.sweep.sweep_file import SweepConfig
 
-OUTCOME, RUNG = "outcome", "rung"
+OUTCOME, RUNG, SECONDS = "outcome", "rung", "seconds"
 METRICS = "metrics"  # as JSON: a scheduler gets a result with nested values taken apart
 POLL = 1.0  # seconds between two looks at a running trial
 JOIN = 600.0  # seconds that ranks have to start: imports from a slow disk, and DeepSpeed's first compilation
@@ -77,7 +77,7 @@ class JobTrial(Trainable):
                 self._release()
             return {"done": True, OUTCOME: asdict(found)}
         self._waits = found.metrics is not None
-        at_rung = {RUNG: found.rung, METRICS: json.dumps(found.metrics)} if self._waits else {}
+        at_rung = {RUNG: found.rung, METRICS: json.dumps(found.metrics), SECONDS: found.seconds} if self._waits else {}
         return {"step": found.step, "total": found.total, **at_rung}
 
     def cleanup(self) -> None:

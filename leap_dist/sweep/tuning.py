@@ -21,7 +21,7 @@ from leap_dist.sweep.cluster import room
 from leap_dist.sweep.early_stop import Judge
 from leap_dist.sweep.line import Line
 from leap_dist.sweep.rank import Outcome, State
-from leap_dist.sweep.trainable import METRICS, OUTCOME, JobTrial, place
+from leap_dist.sweep.trainable import METRICS, OUTCOME, SECONDS, JobTrial, place
 from leap_dist.tracking.store import environment
 
 RETRIES = 3  # times that a trial is started again after a rank or a node was lost
@@ -43,7 +43,7 @@ def run_on_ray(line: Line, places: int, parent: str | None) -> None:
     parent: the MLflow run that those of the trials are shown below.
     """
     at_once = min(line.sweep.at_once or places, line.num_left)
-    line.board.tell(f"{line.total} trials, {line.num_left} to run, up to {at_once} at a time")
+    line.board.tell(f"{line.about}, up to {at_once} at a time")
     with environment(QUIET):
         for logger in map(logging.getLogger, ("ray.tune", "ray.train", "ray.air")):
             logger.setLevel(logging.CRITICAL)  # what matters of it we say ourselves
@@ -116,8 +116,7 @@ class Events(Callback):
         if OUTCOME in found:
             self._end(trial, Outcome(**found[OUTCOME]))
         else:  # Tune has stopped it
-            seconds = self._seconds(trial.config["name"])
-            self._end(trial, Outcome("stopped", seconds, metrics=json.loads(found[METRICS])))
+            self._end(trial, Outcome("stopped", found[SECONDS], metrics=json.loads(found[METRICS])))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = f"given up after {RETRIES + 1} tries: {_why(trial)}"

@@ -252,11 +252,15 @@ def _registered(client: MlflowClient, run_id: str, batch: list[Record], folder: 
 
 
 def _status(client: MlflowClient, run_id: str, batch: list[Record], folder: Path) -> None:
+    from leap_dist.tracking.logged_model import give_up
+
     (record,) = batch
     if record["status"] == "RUNNING":
         client.update_run(run_id, status="RUNNING")
     else:
         client.set_terminated(run_id, record["status"], record["time"])
+    if record["status"] in ("FAILED", "KILLED"):
+        give_up(client, run_id)
 
 
 def _one(record: Record) -> int:

@@ -111,6 +111,18 @@ def complete(client: MlflowClient, run_id: str, tags: Mapping[str, str], step: i
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
 
 
+def give_up(client: MlflowClient, run_id: str) -> None:
+    """The run ends without a model: what it has begun is marked as failed. Resumed and finished, it is ready."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if (model := find_model(client, run_id)) and model.status == "PENDING":
+            client.finalize_logged_model(model.model_id, "FAILED")
+    except MlflowException as error:
+        if not is_unknown(error):
+            raise
+
+
 def store_files(client: MlflowClient, model: LoggedModel, files: Path) -> None:
     """Copy a Hugging Face folder to the store, as a model that MLflow loads and serves."""
     from leap_dist.tracking.model import saved

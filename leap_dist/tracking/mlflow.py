@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from leap_dist.config.sections import DataConfig, TrackingConfig, default_store
 from leap_dist.console import console
 from leap_dist.errors import UserError
-from leap_dist.run_folder import JOURNAL
+from leap_dist.run_folder import CERTIFICATE, JOURNAL
 from leap_dist.secrets import hide_in, hide_secrets, remember
 from leap_dist.tracking.delivery import MAX_BATCH, Delivery, Sender, check_paths
 from leap_dist.tracking.journal import Journal
@@ -246,6 +246,9 @@ def sync(folder: Path, uri: str | None) -> str:
         stack.callback(lambda: journal.close(remove=journal.run.get("status") == "FINISHED"))
         stack.enter_context(held_back())
         check_paths(folder, journal.waiting())
+        if (folder / CERTIFICATE).is_file() and journal.run.get("status") != "FINISHED":  # killed at its very end
+            journal.add("status", time=_now(), status="FINISHED")
+            journal.describe(status="FINISHED")
         stored, configured = journal.run.get("uri"), default_store()
         if uri is None and stored == without_credentials(configured):
             uri = configured

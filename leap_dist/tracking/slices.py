@@ -36,16 +36,20 @@ def slices(found: Sequence[Slice], metric: str, values: Sequence[float], densiti
         axes = figure.subplots(down, across, sharey=True, squeeze=False)
         for axis in axes.flat[len(ordered) :]:
             axis.set_visible(False)
+        low, high = min(densities), max(densities)
         for axis, item in zip(axes.flat, ordered, strict=False):
-            points = _draw_slice(axis, item, values, densities)
+            points = _draw_slice(axis, item, values, densities, (low, high))
         for row in axes:
             row[0].set_ylabel(printable(metric))
-        figure.colorbar(points, ax=list(axes.flat), label="density")
+        if low < high:
+            figure.colorbar(points, ax=list(axes.flat), label="density")
 
     return Picture((max(1.5 + 2.9 * across, 6.4), 3.0 * down + 0.3), draw)
 
 
-def _draw_slice(axis: Any, item: Slice, values: Sequence[float], densities: Sequence[float]) -> Any:
+def _draw_slice(
+    axis: Any, item: Slice, values: Sequence[float], densities: Sequence[float], span: tuple[float, float]
+) -> Any:
     numbers = [value for value in item.values if isinstance(value, int | float)]
     places: Sequence[float] = numbers
     if len(numbers) < len(item.values):  # texts: each has a place of its own
@@ -61,4 +65,4 @@ def _draw_slice(axis: Any, item: Slice, values: Sequence[float], densities: Sequ
     axis.grid(True)
     axis.set_axisbelow(True)
     style: Mapping[str, Any] = {"cmap": "viridis", "edgecolors": INK, "linewidths": 0.4, "s": 36}
-    return axis.scatter(places, values, c=densities, **style)
+    return axis.scatter(places, values, c=densities, vmin=span[0], vmax=span[1], **style)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from leap_dist.sweep.run import run_sweep
 
 JOB: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 8,
@@ -32,3 +37,10 @@ def sweep_file(folder: Path, job: dict[str, Any] | None = None, **content: Any) 
     file = folder / "sweep.json"
     file.write_text(json.dumps({"config": str(folder / "job.json")} | content))
     return file
+
+
+def run_without_ray(file: str, output: str) -> list[str]:
+    """How trials ended where Ray is not installed; called on a rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        return [result.outcome for result in run_sweep(Path(file), output, None, False, None)]

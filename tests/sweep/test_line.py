@@ -15,6 +15,7 @@ from leap_dist.errors import UserError
 from leap_dist.sweep.early_stop import Judge
 from leap_dist.sweep.ladder import ladder_of
 from leap_dist.sweep.line import Line
+from leap_dist.sweep.optuna_study import STUDY
 from leap_dist.sweep.rank import Outcome, Rank, Work
 from leap_dist.sweep.result import collect
 from leap_dist.sweep.space import corners, drawn
@@ -224,7 +225,28 @@ def test_optuna_hears_of_a_trial_that_ended_as_the_sweep_was_killed(tmp_path: Pa
     assert end is Line.end
     again = line_of(tmp_path, sweep)
     assert again.num_left == 0 and again.search is not None
-    assert [trial.state.name for trial in again.search._study.trials] == ["COMPLETE"] * 2
+    assert [trial.state.name for trial in again.search._study.trials][:2] == ["COMPLETE"] * 2
+
+
+def test_optuna_begins_with_every_target(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, **SEARCH | {"search": "optuna", "samples": 6}))
+    line = line_of(tmp_path, sweep)
+    run(line, done)
+    targets = [trial.config.leap.target for trial in line.trials]
+    assert targets[:4] == [0.5, 0.2, 0.5, 0.2] and len(targets) == 6
+
+
+def test_a_torn_last_line_of_optunas_file_is_dropped(tmp_path: Path) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, **SEARCH | {"search": "optuna", "samples": 4}))
+    run(line_of(tmp_path, sweep), done)
+    file = tmp_path / "out" / STUDY
+    content = file.read_bytes()
+    file.write_bytes(content[:-30])
+    again = line_of(tmp_path, sweep)
+    assert again.num_left == 0 and again.search is not None
+    assert [trial.state.name for trial in again.search._study.trials][:4] == ["COMPLETE"] * 4
+    assert file.read_bytes().startswith(content[: content[:-30].rfind(b"\n") + 1])
+    assert all(json.loads(row) for row in file.read_text().splitlines())
 
 
 def test_optuna_runs_no_settings_twice(tmp_path: Path) -> None:

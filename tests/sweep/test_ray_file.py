@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sys
 from dataclasses import replace
@@ -21,9 +22,11 @@ from leap_dist.sweep.results import mean_lines, table_lines, write
 from leap_dist.sweep.run import parse_budget, run_sweep
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import combinations, read_sweep, trials_of
+from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.pareto import pareto
 from tests.launch.scripts import load_script
-from tests.sweep.jobs import sweep_file
+from tests.ranks import RankPools
+from tests.sweep.jobs import JOB, run_without_ray, sweep_file
 from tests.tracking.folders import Page, export_card, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +71,23 @@ def test_cases_with_the_same_values_of_other_keys_get_names_of_their_own(tmp_pat
         ),
         ({"vary": {"leap.target": [0.5, 0.5]}}, r"vary: the same combination comes twice: {\"leap\.target\": 0\.5}"),
         ({"vary": {"leap.target": [0.5]}, "cases": [{"leap.target": 0.1}]}, r"cases: leap\.target stands in vary too"),
+        (
+            {"vary": {"leap": [{"target": 0.5}], "leap.target": [0.3]}},
+            r'vary: "leap\.target" is a part of "leap", which stands here too; leave one of them out',
+        ),
+        (
+            {"vary": {"train.seed": [1]}, "cases": [{"train": {"max_steps": 20}}]},
+            r'vary: "train\.seed" is a part of "train"',
+        ),
+        ({"vary": {"leap.target": [0.5]}, "samples": 5}, r"samples: got 5; an option of a search: set search, or rem"),
+        (
+            {"vary": {"train.max_steps": {"uniform": [10, 30]}}, "search": "random"},
+            r'vary\.train\.max_steps: got {"uniform": \[10, 30\]}; it takes integers: give a list of them',
+        ),
+        (
+            {"vary": {"train.seed": {"from": 1, "to": 4, "num": 3}}},
+            r'train\.seed: got 2\.5; allowed: an integer.*\n  in the trial {"train\.seed": 2\.5}',
+        ),
         ({"vary": {"leap.target": [0.5]}, "rank": 2}, r"rank: got 2, unknown key; .*did you mean ranks"),
         (
             {"vary": {"leap.target": [0.5]}, "resources": {"gpus": 0.5}},
@@ -121,7 +141,58 @@ def test_what_needs_ray_says_so_where_it_is_not_installed(
     file = sweep_file(tmp_path, vary={"leap.target": [0.5]}, **more)
     with pytest.raises(UserError, match=match):
         run_sweep(file, str(tmp_path / "out"), address, False, None)
-    assert not (tmp_path / "out" / "sweep.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_that_was_refused_leaves_nothing_that_the_next_one_would_learn_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: RankPools
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    search = {"search": "optuna", "samples": 4, "vary": {"leap.target": [0.5, 0.3]}, "early_stop": "asha"}
+    with pytest.raises(UserError, match="early_stop"):
+        run_sweep(sweep_file(tmp_path, **search), str(tmp_path / "out"), None, False, None)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "optuna.log").write_text("of another version's refused start\n")
+    lengths = {"search": "optuna", "samples": 2, "vary": {"train.max_steps": [12, 14]}}
+    file = sweep_file(tmp_path, **lengths)
+    assert ranks(1).run(run_without_ray, str(file), str(tmp_path / "out")) == [["done", "done"]]
+    told = [json.loads(row) for row in (tmp_path / "out" / "optuna.log").read_text().splitlines()]
+    assert [len(row["values"]) for row in told if row.get("values")] == [1, 1]
+
+
+def test_a_trial_that_was_killed_at_its_very_end_is_completed(
+    tmp_path: Path, empty_store: Path, ranks: RankPools
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
+    job = {"tracking": {"mlflow_uri": uri}, "train": {**JOB["train"], "max_steps": 10}}
+    file, folder, client = sweep_file(tmp_path, job, vary={"leap.target": [0.5]}), tmp_path / "out", MlflowClient(uri)
+    assert ranks(1).run(run_without_ray, str(file), str(folder)) == [["done"]]
+    experiment = client.get_experiment_by_name("leap")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`mlflow.runName` = '0.5'")
+    client.update_run(run.info.run_id, status="RUNNING")
+    journal = Journal(folder / "0.5")
+    about = {"experiment": "leap", "name": "0.5", "parent": None}
+    journal.describe(uri=uri, status="RUNNING", run_id=run.info.run_id, **about)
+    journal.add("tags", time=0, values={"late": "yes"})
+    journal.close(remove=False)
+    (folder / "0.5" / "report.html").unlink()
+    assert ranks(1).run(run_without_ray, str(file), str(folder)) == [["done"]]
+    found = client.get_run(run.info.run_id)
+    assert (found.info.status, found.data.tags["late"]) == ("FINISHED", "yes")
+    assert (folder / "0.5" / "report.html").is_file() and not (folder / "0.5" / "mlflow.jsonl").exists()
+
+
+def test_the_job_file_may_lie_beside_the_sweep_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sweeps").mkdir()
+    file = sweep_file(tmp_path, vary={"leap.target": [0.5]})
+    content = json.loads(file.read_text()) | {"config": "../job.json"}
+    (tmp_path / "sweeps" / "one.json").write_text(json.dumps(content))
+    monkeypatch.chdir("/")
+    assert len(trials_of(read_sweep(tmp_path / "sweeps" / "one.json"))) == 1
 
 
 @pytest.mark.parametrize("text", ["trials", "trials=0", "days=1", "hours=-1", "gpu_hours=many"])

@@ -22,7 +22,7 @@ from leap_dist.sweep.run import run_sweep
 from tests.launch.test_prune import run_in_rank
 from tests.ranks import RankPools
 from tests.sweep.conftest import NODE
-from tests.sweep.jobs import JOB, sweep_file
+from tests.sweep.jobs import JOB, run_without_ray, sweep_file
 
 pytestmark = pytest.mark.slow
 
@@ -159,13 +159,6 @@ def check_runs(folder: Path, num: int, num_done: int, num_stopped: int) -> None:
     assert parent.data.metrics == {"trials": float(num), "done": float(num_done)} and parent.info.status == "FINISHED"
     assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {parent.info.run_id}
     assert sorted(run.info.status for run in found.values()) == ["FINISHED"] * num_done + ["KILLED"] * num_stopped
-
-
-def run_without_ray(file: str, output: str) -> list[str]:
-    """How trials ended where Ray is not installed; called on a rank."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "ray", None)
-        return [result.outcome for result in run_sweep(Path(file), output, None, False, None)]
 
 
 def test_a_ladder_costs_its_walk_and_a_few_steps_a_rung_with_ray_and_without(

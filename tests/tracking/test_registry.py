@@ -72,6 +72,25 @@ def test_a_finished_run_has_a_model_with_its_metrics_and_a_version(runs: tuple[s
     assert version.source == model.artifact_location
 
 
+def test_the_model_of_a_run_that_breaks_is_marked_and_ready_once_it_has_finished(
+    tmp_path: Path, empty_store: Path
+) -> None:
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
+    tracking, client = TrackingConfig(mlflow_uri=uri, experiment="broken"), MlflowClient(uri)
+    with pytest.raises(RuntimeError), Tracker(tracking, {}, True) as tracker:
+        tracker.log(1, {"loss": 1.0})
+        tracker.checkpoint()
+        raise RuntimeError
+    experiment = client.get_experiment_by_name("broken")
+    assert experiment is not None
+    (model,) = client.search_logged_models([experiment.experiment_id])
+    assert str(model.status) == "FAILED"
+    with Tracker(tracking, {}, True, tracker.run_id) as again:
+        again.model(tmp_path, 2)
+    (model,) = client.search_logged_models([experiment.experiment_id])
+    assert str(model.status) == "READY"
+
+
 def test_the_best_run_gets_an_alias_that_no_other_loses_unasked(runs: tuple[str, Path]) -> None:
     uri, _ = runs
     small, large = rows_of(read_runs(uri, Selection()), "loss")

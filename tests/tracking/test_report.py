@@ -87,7 +87,7 @@ def test_folders_that_hold_no_run(tmp_path: Path) -> None:
     assert list(read_files(made).steps) == steps() and read_files(made).leap_ms == 3.0
     (made / "metrics.jsonl").write_text(whole + "oh no\n")
     with pytest.raises(
-        UserError, match=r"^.*/metrics\.jsonl:31: damaged: not JSON: line 1, column 1: .*; restore the file, or run"
+        UserError, match=r"^.*/metrics\.jsonl:31: damaged: not JSON: line 1, column 1: .*; restore the file, or remove"
     ):
         read_files(made)
     (made / "scores.json").write_text("[]")
