@@ -20,23 +20,29 @@ from leap_dist.tracking.slices import Slice, slices
 
 RESULTS, PICTURE, SEARCHED = "results.json", "results", "settings"
 FRONT = "*"
+MOST_SETTINGS = 3  # columns, with the target, beside which a terminal has room for all others
 
 
 def table_lines(results: Sequence[Result], metric: str, gpus: int) -> list[dict[str, str | float]]:
-    """The results as lines of a table; of the settings those that differ, and the target."""
+    """The results as lines of a table; of the settings those that differ, and the target.
+
+    Headers have spaces, at which they wrap. Beside many settings there is no room for weights and LEAP's time, which
+    results.json and the page have.
+    """
     shown = varying([result.settings for result in results]) | {TARGET}
+    many = len(shown) > MOST_SETTINGS
     hours = "GPU hours" if gpus else "CPU hours"
     alike = not gpus and all(math.isclose(3600 * (r.cost or 0.0), r.seconds or 0.0) for r in results)  # one CPU a trial
-    columns = {"parameters": "parameters", "latency": "latency ms", "leap_ms": "LEAP ms"}
+    columns = {"parameters": "parameters", "latency": "latency ms"} | ({} if many else {"leap_ms": "LEAP ms"})
     exported = {field: title for field, title in columns.items() if any(getattr(r, field) is not None for r in results)}
     return [
         {
             "front": FRONT if result.front else "",
-            **_cells(result.settings, shown),
+            **{key.replace("_", " "): value for key, value in _cells(result.settings, shown).items()},
             "density": _number(result.density),
             metric: _number(result.value),
             "Δ dense": _number(_difference(result)),
-            "weights": _number(result.weights),
+            **({} if many else {"weights": _number(result.weights)}),
             **{title: _number(getattr(result, field)) for field, title in exported.items()},
             "seconds": _number(result.seconds),
             **({} if alike else {hours: _number(result.cost)}),
@@ -133,5 +139,6 @@ def _points(results: Sequence[Result], searched: bool) -> list[Point]:
     for mean in means(results):
         task = str(mean.settings.get(TASK, "all trials"))
         line = "trials" if searched else ", ".join(map(str, _cells(mean.settings, shown).values())) or "pruned"
-        points.append(Point(task, line, mean.density, mean.value, mean.dense, mean.spread))
+        dense = None if searched else mean.dense  # each trial has another one
+        points.append(Point(task, line, mean.density, mean.value, dense, mean.spread))
     return points

@@ -350,6 +350,11 @@ def test_a_search_has_a_picture_of_its_settings(tmp_path: Path) -> None:
     assert {"settings.png", "settings.svg", "settings_dark.svg"} <= set(names)
     drawn = (tmp_path / "settings.svg").read_text("utf-8")
     assert drawn.index("leap.gates (75%)") < drawn.index("train.learning_rate (25%)")  # what matters most comes first
+    whole = (tmp_path / "results.svg").read_text("utf-8")
+    assert "trials" in whole and "dense model" not in whole  # one line for all, and none for each setting
+    more = [replace(r, settings=r.settings | {"a.b": n, "a.c": n}) for n, r in enumerate(results)]
+    table = table_lines(more, "accuracy", gpus=0)
+    assert "learning rate" in table[0] and "weights" not in table[0] and "CPU hours" not in table[0]
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "accuracy over each setting that was searched" in page and Page(page).count["figure"] == 2
     assert json.loads((tmp_path / "results.json").read_text())["importance"]["leap.gates"] == 0.75
