@@ -46,6 +46,26 @@ def test_onnx_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert 0 < float((found - expected).abs().max() / expected.abs().max()) < 0.3
 
 
+def test_torch_in_8_bits_loads_without_this_package(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = classifier("llama", hidden_size=128, intermediate_size=256, num_labels=2)
+    alive, masks = torch.arange(256) % 2 == 0, {}
+    for layer in range(2):
+        place = f"model.layers.{layer}.mlp."
+        masks |= {f"{place}{part}_proj.weight": alive[:, None].expand(256, 128).clone() for part in ("gate", "up")}
+        masks[f"{place}down_proj.weight"] = alive.expand(128, 256).clone()
+    run = read_run(make_run(tmp_path / "run", model, masks, "neuron"))
+    small, quantised = export_run(run, ["shrunk", "int8_torch"], tmp_path / "out", threads=1, latency=False)
+    assert quantised.bytes.after < 0.5 * small.bytes.after
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "int8_torch").eval()
+    assert loaded.config.intermediate_size == 128
+    ids = torch.arange(1, 13)[None]
+    with torch.inference_mode():
+        found, expected = loaded(ids).logits, model(ids).logits
+    assert 0 < float((found - expected).abs().max() / expected.abs().max()) < 0.1
+
+
 def test_data_that_is_gone(tmp_path: Path) -> None:
     model = classifier()
     run = read_run(make_run(tmp_path / "run", model, structure_masks(model), "head"))
