@@ -140,6 +140,9 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
         found = _override_value(value.strip())
     except Twice as error:
         return f'override: got "{shortened(text)}"; {error}'
+    if found is None and not _may_be_null(parts):
+        _remove(raw, parts)
+        return None
     place = raw
     for depth, part in enumerate(parts[:-1], start=1):
         place = place.setdefault(part, {})
@@ -148,6 +151,24 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
             return f'override: got "{shortened(text)}"; {above} holds {show(place)}, which has no keys'
     place[parts[-1]] = found
     return None
+
+
+def _remove(raw: dict[str, Any], parts: Sequence[str]) -> None:
+    """Take a key out, if it is there."""
+    place: Any = raw
+    for part in parts[:-1]:
+        place = place.get(part) if isinstance(place, dict) else None
+    if isinstance(place, dict):
+        place.pop(parts[-1], None)
+
+
+def _may_be_null(parts: Sequence[str]) -> bool:
+    """Whether null is a value of a key of ours; elsewhere, as in DeepSpeed's part, it removes the key."""
+    section = SECTIONS.get(parts[0])
+    if section is None or len(parts) == 1:
+        return False
+    field = section.model_fields.get(parts[1])
+    return len(parts) > 2 or field is None or type(None) in get_args(field.annotation)
 
 
 def _remember(text: str) -> None:

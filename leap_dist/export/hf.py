@@ -15,7 +15,7 @@ import torch
 
 from leap_dist.errors import UserError
 from leap_dist.files import staged
-from leap_dist.models.load import others_code, quiet_transformers, refuse_kernels
+from leap_dist.models.load import lacks_file, others_code, quiet_transformers, refuse_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,5 +100,5 @@ def load_exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    with others_code(f"{folder}: its tokenizer", RESTORE):
+    with others_code(f"{folder}: its tokenizer{lacks_file(folder)}", RESTORE):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -91,6 +91,8 @@ def export_run(
     for kind in ("onnx", "int8"):
         if kind in kinds:
             onnx.require_libraries(f"--to {kind}")
+    if set(kinds) != {"mask"}:
+        load_exported_tokenizer(run.model)  # it lies beside all others, and has to be whole
     if "int8_torch" in kinds:
         int8.require_torchao("--to int8_torch")
     if "semi_structured" in kinds:

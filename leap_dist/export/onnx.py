@@ -103,6 +103,9 @@ def onnx_difference(model: PreTrainedModel, path: Path, longest: int) -> float:
     for batch, length in ((1, 1), (1, longest), (3, (longest + 1) // 2), (5, 2)):
         inputs = model_inputs(model, batch, length)
         expected, found = torch_run(inputs), onnx_run(inputs)
+        if found.ndim == 3:  # an answer for each token; padding may lie where its sliding window sees nothing
+            real = inputs["attention_mask"] > 0
+            expected, found = expected[real], found[real]
         worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
     return worst
 

@@ -29,7 +29,6 @@ class TimeLeft:
         each = (time.monotonic() - self._started) / self._done if self._done else 0.0  # seconds, of a unit of work
         total = self._total + sum(work for work, trial, limit in self._optional if trial * each <= limit)
         share = min(self._done / total, 1.0)
-        left = each * (total - self._done) if share else None
-        about = "" if left is None else f", about {duration(left)} left"
+        about = f", about {duration(each * (total - self._done))} left" if 0 < share < 1 else ""
         text = f"{self.of}: {text}" if self.of else text
         print(f"{text} ({share:.0%} done{about})", file=sys.stderr, flush=True)

@@ -30,9 +30,9 @@ NPZ, SHAPE, META = "mask.npz", ".__shape__", "__meta__"
 SMALL = 2**20  # bytes of what is no mask: a shape, a header
 
 
-def load_masks(folder: Path) -> dict[str, Tensor]:
+def load_masks(folder: Path | str) -> dict[str, Tensor]:
     """Bool masks by tensor name, True = kept. UserError if the folder holds none, or not those it was written with."""
-    packed, shapes = _read_folder(folder)
+    packed, shapes = _read_folder(Path(folder))
     return {name: unpack(packed[name], 0, prod(shapes[name])).view(shapes[name]) for name in sorted(shapes)}
 
 

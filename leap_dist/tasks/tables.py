@@ -74,16 +74,17 @@ def load_hub(key: str, name: str, subset: str | None) -> DatasetDict:
     return splits
 
 
+HUB = "check its name and the network, or give local files in data.train and data.validation"
+FILES = "a file of this folder is damaged or cut off: restore it, or take it out"
+
+
 @contextmanager
-def _hub_errors(key: str, problem: str) -> Iterator[None]:
+def _hub_errors(key: str, problem: str, remedy: str = HUB) -> Iterator[None]:
     """Whatever `datasets` and the libraries below it say of the user's data, as one message."""
     try:
         yield
     except Exception as error:  # network, files, scripts, features, missing decoders: dozens of classes without a base
-        raise UserError(
-            f"{key}: {problem} ({own_words(error)}); check its name and the network, or give local files in data.train "
-            "and data.validation"
-        ) from error
+        raise UserError(f"{key}: {problem} ({own_words(error)}); {remedy}") from error
 
 
 def _check_split(splits: Mapping[str, Any], key: str, name: str) -> None:
@@ -107,7 +108,8 @@ def hub_stream(key: str, data: DataConfig, split: str) -> Any:
     from datasets import load_dataset
 
     assert data.dataset is not None
-    with _hub_errors("data.dataset", f'the dataset "{data.dataset}" could not be streamed'):
+    here = Path(data.dataset).is_dir()
+    with _hub_errors("data.dataset", f'the dataset "{data.dataset}" could not be streamed', FILES if here else HUB):
         splits = load_dataset(data.dataset, data.subset, streaming=True)
     _check_split(splits, key, split)
     return splits[split]
@@ -121,7 +123,7 @@ def guarded(key: str, rows: Iterable[dict[str, Any]], done: int = 0) -> Iterator
             done += 1
     except Exception as error:
         problem = f"the dataset cannot be read behind row {done} ({own_words(error)})"
-        raise UserError(f"{key}: {problem}; check the network and its files") from error
+        raise UserError(f"{key}: {problem}; check its files, and of the hub the network") from error
 
 
 def split_names(data: DataConfig) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -201,12 +203,17 @@ def cell(source: str, place: str, row: Mapping[str, Any], key: str, column: str)
     """The value of `column`, which must be there and not null."""
     if column not in row:
         known = list(row)
+        if not known or (kind_of(Path(source)) in ROWS_OF_THEIR_OWN and not place.endswith(" 1")):
+            raise UserError(f'{place}: no "{column}" in it; it has {", ".join(known) or "nothing"}')
         problem = f'got "{column}", which is not a column of {source}'
         hint = _other_delimiter(known) or nearest(column, known)
         raise UserError(f"{key}: {problem}; allowed: {', '.join(known)}{hint}")
     if row[column] is None:
         raise UserError(f'{place}: nothing in column "{column}"')
     return row[column]
+
+
+ROWS_OF_THEIR_OWN = (".json", ".jsonl")  # one may have other columns than the next
 
 
 def _other_delimiter(header: Sequence[str]) -> str:

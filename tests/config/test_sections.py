@@ -318,6 +318,17 @@ def test_overrides_are_json_or_plain_strings(tmp_path: Path) -> None:
     assert parsed.tracking.mlflow_uri is None
 
 
+def test_null_removes_what_it_is_no_value_of(tmp_path: Path) -> None:
+    file = write(tmp_path, json.dumps(job() | {"bf16": {"enabled": True}, "distill": {"alpha": 0.5}}))
+    parsed = load_job(file, ["bf16=null", "leap.gates=null", "distill.alpha=null"])
+    assert "bf16" not in parsed.deepspeed and parsed.leap.gates == (GateConfig(granularity="element"),)
+    assert parsed.distill is not None and parsed.distill.alpha == 0.9
+    assert load_job(file, ["distill=null"]).distill is None
+    assert load_job(write(tmp_path, json.dumps(job())), ["distill.alpha=null"]).distill is None  # nothing is made
+    with pytest.raises(UserError, match=r"leap\.target: missing"):
+        load_job(file, ["leap.target=null"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

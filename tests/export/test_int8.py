@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
@@ -46,6 +47,7 @@ def test_onnx_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert 0 < float((found - expected).abs().max() / expected.abs().max()) < 0.3
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs the int8 extra")
 def test_torch_in_8_bits_loads_without_this_package(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 

@@ -36,7 +36,7 @@ def export(tmp_path: Path, masks: Masks, granularity: str, zeros: dict[str, Any]
 
 
 def check(folder: Path, masks: Masks) -> None:
-    found = load_masks(folder)
+    found = load_masks(str(folder))
     assert list(found) == sorted(masks)
     for name, mask in masks.items():
         assert found[name].dtype == torch.bool and torch.equal(found[name], mask), name

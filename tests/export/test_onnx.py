@@ -78,6 +78,15 @@ def test_decoders_that_lost_layers_and_width(kind: str, gates: list[Any], tmp_pa
     assert onnx.save_onnx(model, tmp_path / "model.onnx", longest=16) <= onnx.TOLERANCE
 
 
+def test_padding_beyond_a_sliding_window_is_not_compared(tmp_path: Path) -> None:
+    """It sees nothing there, and each engine gives a number of its own."""
+    model = tiny("gemma3_text", "AutoModelForCausalLM", sliding_window=4, max_position_embeddings=64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert onnx.save_onnx(model, tmp_path / "model.onnx", longest=48) <= onnx.TOLERANCE
+
+
 def test_another_answer_is_refused(exported: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = exported
     with torch.no_grad():

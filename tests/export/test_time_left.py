@@ -20,3 +20,14 @@ def test_a_step_whose_trial_would_take_too_long_is_not_waited_for(
     progress.begin("comparing", 10.0)
     progress.begin("writing", 10.0)
     assert capsys.readouterr().err.splitlines() == ["shrunk: comparing (0% done)", f"shrunk: writing ({second})"]
+
+
+def test_more_work_than_was_counted_is_never_less_than_no_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = iter([0.0, 10.0])
+    monkeypatch.setattr(time_left.time, "monotonic", lambda: next(seconds))
+    progress = TimeLeft(5.0)
+    progress.begin("comparing", 10.0)
+    progress.begin("writing", 10.0)
+    assert capsys.readouterr().err.splitlines() == ["comparing (0% done)", "writing (100% done)"]

@@ -184,7 +184,7 @@ def test_what_is_no_conversation(rows: Any, speaker: Any, row: dict[str, Any], m
     [
         ([{"prompt": "a", "completion": ""}], {}, r'line 1, column "completion": an answer without text'),
         ([{"prompt": "a", "completion": None}], {}, r'line 1: nothing in column "completion"'),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], {}, r'data\.text: got "completion", which is not a'),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], {}, r'line 2: no "completion" in it; it has prompt'),
         (
             [{"text": "a", "messages": TURNS}],
             {},

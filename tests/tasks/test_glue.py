@@ -362,6 +362,21 @@ def test_a_file_that_cannot_be_read(files: Any, tokenizer: Any, content: bytes, 
         load_task(data, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"sentence": "a", "label": 1}\n{"sentence": "b"}',
+            r'train\.jsonl: line 2: no "label" in it; it has sentence$',
+        ),
+        ("{}", r'train\.jsonl: line 1: no "sentence" in it; it has nothing$'),
+    ],
+)
+def test_a_row_that_lacks_a_column_is_named(files: Any, tokenizer: Any, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_task(files(content, suffix=".jsonl"), tokenizer)
+
+
 def test_a_folder_as_a_file(files: Any, tokenizer: Any, tmp_path: Path) -> None:
     data = files(GOOD).model_copy(update={"train": (str(tmp_path),)})
     for task in ("glue/sst2", "lm", "squad"):
