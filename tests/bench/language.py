@@ -2,7 +2,7 @@
 
     python -m tests.bench.language --model GEMMA --out FOLDER [--gates element 2:4 head+neuron] [--steps 300]
 
-First the vocabulary is cut to the tokens of the texts below. Every cell trains the same steps of 2 x 256 tokens of
+First the vocabulary is cut to the tokens of WikiText-2 and SQuAD. Every cell trains the same steps of 2 x 256 tokens of
 WikiText-2's validation text and SQuAD's paragraphs in bf16, and is judged on 32,000 tokens of WikiText-2's raw test
 text and on QQP questions, by perplexity and bits a byte. Each is a run of launch/prune.py; a run that was stopped
 resumes, and what is done is not run again. What is there so far is printed and written after each cell.
@@ -34,8 +34,9 @@ def texts(out: Path) -> dict[str, list[str]]:
     articles = [a for f in sorted((DATA / "squad").glob("*.json")) for a in json.loads(f.read_text())["data"]]
     spoken.write_text("\n".join(p["context"] for article in articles for p in article["paragraphs"]))
     test.write_text((DATA / "wikitext2/wiki.test.raw.txt").read_text()[:TEST_CHARACTERS])
-    rows = (DATA / "qqp/dev.tsv").read_text().splitlines()[1:]
-    questions.write_text("\n".join(row.split("\t")[0] for row in rows[:QUESTIONS]))
+    head, *rows = (DATA / "qqp/dev.tsv").read_text().splitlines()
+    column = head.split("\t").index("question1")
+    questions.write_text("\n".join(row.split("\t")[column] for row in rows[:QUESTIONS]))
     train = [str(DATA / "wikitext2/valid.tokens.txt"), str(spoken)]
     return {"train": train, "test": [str(test)], "questions": [str(questions)]}
 
@@ -96,13 +97,7 @@ def main() -> None:
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     files = texts(out)
-    export(
-        arguments.model.resolve(),
-        out / "words",
-        ["hf"],
-        "--vocabulary",
-        *(file for part in files.values() for file in part),
-    )
+    export(arguments.model.resolve(), out / "words", ["hf"], "--vocabulary", *files["train"], *files["test"])
     file = RESULTS / "language.json"
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
     for kind in arguments.gates:
