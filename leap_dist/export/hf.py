@@ -100,5 +100,5 @@ def load_exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    with others_code(f"{folder}: its tokenizer{lacks_file(folder)}", RESTORE):
+    with others_code(f"{folder}: its tokenizer", lacks_file(folder) + RESTORE):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

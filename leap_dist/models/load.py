@@ -183,13 +183,13 @@ def _hub_errors(name: str, what: str, key: str = "model.name") -> Iterator[None]
     allowed = f"allowed: a local folder with {content}, or a hub id (needs network, or its cache)"
     _check_pointers(name, key)
     lacks = lacks_file(Path(name)) if what == "tokenizer" else ""
-    with others_code(f'{key}: got "{name}"; its {what}{lacks}', allowed):
+    with others_code(f'{key}: got "{name}"; its {what}', lacks + allowed):
         yield
 
 
 def lacks_file(folder: Path) -> str:
     """For a message on a tokenizer: what most have, and this folder has not. Some do without it."""
-    return ", which has no tokenizer.json," if folder.is_dir() and not (folder / "tokenizer.json").is_file() else ""
+    return "there is no tokenizer.json; " if folder.is_dir() and not (folder / "tokenizer.json").is_file() else ""
 
 
 def refuse_kernels(name: str | Path) -> None:

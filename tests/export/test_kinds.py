@@ -294,3 +294,13 @@ def test_a_batch_that_would_take_too_long(decoder_run: Run, tmp_path: Path, monk
     (card,) = export_run(decoder_run, ["shrunk"], tmp_path, threads=1)
     assert [time.batch for time in card.latency] == [1]
     assert "Latency at batch 32 is not measured: a call of each would take about " in card.page()
+
+
+def test_a_tokenizer_without_its_file_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    model = classifier()
+    run = read_run(make_run(tmp_path / "run", model, structure_masks(model), "head"))
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (run.model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"its tokenizer cannot be loaded: .*; there is no tokenizer\.json; rest"):
+        list(export_run(run, ["hf", "shrunk"], tmp_path / "out", threads=1, latency=False))
+    assert not (tmp_path / "out").exists()
