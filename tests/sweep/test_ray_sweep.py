@@ -77,9 +77,9 @@ def test_a_killed_rank_a_killed_driver_and_a_killed_node_lose_and_repeat_nothing
     tmp_path: Path, three_nodes: Cluster, ranks: RankPools
 ) -> None:
     job = {"zero_optimization": {"stage": 2}}
-    cases = [{"leap.target": 0.5, "train.max_steps": 10}, {"leap.target": 0.3, "train.max_steps": 160}]
+    cases = [{"leap.target": 0.5, "train.max_steps": 10}, {"leap.target": 0.3, "train.max_steps": 400}]
     file, out, told = sweep_file(tmp_path, job, cases=cases, ranks=2), tmp_path / "out", tmp_path / "driver.txt"
-    short, long = out / "0.5_10", out / "0.3_160"
+    short, long = out / "0.5_10", out / "0.3_400"
 
     driver = start(file, out, three_nodes.address)
     wait_until(lambda: last_step(long) > 0, driver, told)
@@ -87,17 +87,19 @@ def test_a_killed_rank_a_killed_driver_and_a_killed_node_lose_and_repeat_nothing
     os.kill(rank_processes(tmp_path)[0], signal.SIGKILL)
     step = last_step(long)
     wait_until(lambda: last_step(long) > step, driver, told)
-    assert re.search(r"0\.3_160: .* is gone.*; it resumes from its last checkpoint", told.read_text())
+    assert re.search(r"0\.3_400: .* is gone.*; it resumes from its last checkpoint", told.read_text())
+    orphans = set(rank_processes(tmp_path))
     driver.kill()
     driver.wait()
 
-    step = last_step(long)
     again = start(file, out, three_nodes.address)
+    wait_until(lambda: orphans.isdisjoint(rank_processes(tmp_path)), again, told)  # Ray ends them some seconds later
+    step = last_step(long)
     wait_until(lambda: last_step(long) > step, again, told)
     told.write_text("")
     kill_node(three_nodes, rank_processes(tmp_path))
     assert again.wait(timeout=180) == 0, told.read_text()
-    assert re.search(r"0\.3_160: .*; it resumes from its last checkpoint", told.read_text())
+    assert re.search(r"0\.3_400: .*; it resumes from its last checkpoint", told.read_text())
 
     assert (short / "certificate.json").stat().st_mtime_ns == finished
     for folder, settings in zip((short, long), cases, strict=True):
