@@ -102,20 +102,20 @@ class Rank:
         """
         from leap_dist.zero.ranks import peer_is_gone
 
-        self._began = began = time.monotonic()
+        self._began = time.monotonic()
         self._state, self._verdict = State(), True
         try:
             with _alone(work.output) if self._ranks.first else nullcontext():
                 self._run(work)
-            outcome = Outcome("done", time.monotonic() - began)
+            outcome = Outcome("done", time.monotonic() - self._began)
         except Stopped as stopped:
-            outcome = Outcome("stopped", time.monotonic() - began, metrics=stopped.metrics)
+            outcome = Outcome("stopped", time.monotonic() - self._began, metrics=stopped.metrics)
         except UserError as error:
-            outcome = Outcome("failed", time.monotonic() - began, str(error))
+            outcome = Outcome("failed", time.monotonic() - self._began, str(error))
         except Exception as error:
             if peer_is_gone(error):
                 raise ConnectionError("another rank is gone") from None
-            outcome = Outcome("failed", time.monotonic() - began, _last_words(error))
+            outcome = Outcome("failed", time.monotonic() - self._began, _last_words(error))
             with suppress(OSError):  # a full disk: the last words are in the outcome
                 _log(work.output).write_text(traceback.format_exc(), encoding="utf-8")
         gc.collect()

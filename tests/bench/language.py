@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.accuracy import DATA, RESULTS
-from tests.bench.smaller import export, prune
+from tests.bench.smaller import export, prune, to_train_on
 
 GATES: dict[str, tuple[list[str], float]] = {
     "element": (["element"], 0.5),
@@ -30,15 +30,12 @@ TEST_CHARACTERS, QUESTIONS = 142_000, 600  # about 32,000 tokens, and 30 blocks
 
 def texts(out: Path) -> dict[str, list[str]]:
     """Files to train on, and the two to be judged on."""
-    spoken, test, questions = out / "squad.txt", out / "test.txt", out / "questions.txt"
-    articles = [a for f in sorted((DATA / "squad").glob("*.json")) for a in json.loads(f.read_text())["data"]]
-    spoken.write_text("\n".join(p["context"] for article in articles for p in article["paragraphs"]))
+    test, questions = out / "test.txt", out / "questions.txt"
     test.write_text((DATA / "wikitext2/wiki.test.raw.txt").read_text()[:TEST_CHARACTERS])
     head, *rows = (DATA / "qqp/dev.tsv").read_text().splitlines()
     column = head.split("\t").index("question1")
     questions.write_text("\n".join(row.split("\t")[column] for row in rows[:QUESTIONS]))
-    train = [str(DATA / "wikitext2/valid.tokens.txt"), str(spoken)]
-    return {"train": train, "test": [str(test)], "questions": [str(questions)]}
+    return {"train": to_train_on(out), "test": [str(test)], "questions": [str(questions)]}
 
 
 def job_of(model: Path, files: dict[str, list[str]], steps: int, leap: dict[str, Any]) -> dict[str, Any]:

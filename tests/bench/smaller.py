@@ -96,13 +96,9 @@ def job_of(model: Path, files: dict[str, str], steps: int) -> dict[str, Any]:
 
 def gemma(out: Path, model: Path) -> dict[str, Any]:
     """Gemma 3 270M: the tokens of two texts alone, then neurons and width to 100 million parameters."""
-    spoken = out / "squad.txt"
-    if not spoken.is_file():
-        articles = [a for f in sorted((DATA / "squad").glob("*.json")) for a in json.loads(f.read_text())["data"]]
-        spoken.write_text("\n".join(p["context"] for article in articles for p in article["paragraphs"]))
+    train = to_train_on(out)
     held_out = out / "test.txt"
     held_out.write_text((DATA / "wikitext2/wiki.test.raw.txt").read_text()[:60_000])
-    train = [str(DATA / "wikitext2/valid.tokens.txt"), str(spoken)]
     words = export(model, out / "words", ["hf"], "--vocabulary", *train)
     job = {
         "train_micro_batch_size_per_gpu": 2,
@@ -125,6 +121,14 @@ def gemma(out: Path, model: Path) -> dict[str, Any]:
     certificate = prune(job, out / "small")
     export(out / "small", out / "export", ["shrunk", "gguf"])
     return {"job": settings(job), "metrics": certificate["metrics"], "cards": cards(out)}
+
+
+def to_train_on(out: Path) -> list[str]:
+    """WikiText-2's validation text and the paragraphs of SQuAD, which are put into a file below `out`."""
+    spoken = out / "squad.txt"
+    articles = [a for f in sorted((DATA / "squad").glob("*.json")) for a in json.loads(f.read_text())["data"]]
+    spoken.write_text("\n".join(p["context"] for article in articles for p in article["paragraphs"]))
+    return [str(DATA / "wikitext2/valid.tokens.txt"), str(spoken)]
 
 
 def settings(job: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from leap_dist.sweep.run import run_sweep
-
 JOB: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 8,
     "model": {
@@ -41,6 +39,8 @@ def sweep_file(folder: Path, job: dict[str, Any] | None = None, **content: Any) 
 
 def run_without_ray(file: str, output: str) -> list[str]:
     """How trials ended where Ray is not installed; called on a rank."""
+    from leap_dist.sweep.run import run_sweep  # here: who takes JOB alone needs none of it
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
         return [result.outcome for result in run_sweep(Path(file), output, None, False, None)]
