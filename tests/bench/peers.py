@@ -47,6 +47,7 @@ def run(file: Path, method: str, pull: float, rate: float) -> dict[str, Any]:
     total = train.max_steps or round((train.epochs or 1) * batches.steps_per_epoch)
     assert leap.target is not None
     schedule = Schedule(total, leap.dense_fraction, leap.settle_fraction, leap.target)
+    bf16 = bool(job.deepspeed.get("bf16", {}).get("enabled"))
     scale = linear_scale(total, train.warmup_fraction)
     found: dict[str, Any] = {"method": method, "dense": evaluate(model, task, train.eval_batch_size, ranks)}
     torch.manual_seed(train.seed + 1)
@@ -56,14 +57,15 @@ def run(file: Path, method: str, pull: float, rate: float) -> dict[str, Any]:
                 found["density before the cut"] = pruner.density()
                 pruner.settle(leap.target)
             (batch,) = batches.step(step)
-            loss = pruner.step(partial(_loss, batch), schedule.level(step), leap.target, scale(step))
+            loss = pruner.step(partial(_loss, batch, bf16), schedule.level(step), leap.target, scale(step))
             if (step + 1) % train.log_every == 0:
                 progress.update(step + 1, schedule.phase(step), {"loss": loss.item(), "density": pruner.density()})
     return found | {"pruned": evaluate(model, task, train.eval_batch_size, ranks), "density": pruner.density()}
 
 
-def _loss(batch: dict[str, torch.Tensor], forward: Callable[..., Any]) -> torch.Tensor:
-    loss: torch.Tensor = forward(**batch).loss
+def _loss(batch: dict[str, torch.Tensor], bf16: bool, forward: Callable[..., Any]) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss: torch.Tensor = forward(**batch).loss
     return loss
 
 
