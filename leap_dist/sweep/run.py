@@ -13,7 +13,7 @@ from leap_dist.config.json_file import read_json
 from leap_dist.console import console, summary_table
 from leap_dist.errors import UserError
 from leap_dist.files import is_free, warn_if_unwritten, write_text
-from leap_dist.run_folder import JOURNAL, REPORT
+from leap_dist.run_folder import JOURNAL
 from leap_dist.sweep.alone import check_alone, run_alone
 from leap_dist.sweep.cluster import check_room, connected, is_installed
 from leap_dist.sweep.ladder import ladder_of
@@ -24,8 +24,8 @@ from leap_dist.sweep.results import RESULTS, mean_lines, table_lines, write
 from leap_dist.sweep.space import corners
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, identity, job_of, read_sweep, trials_of
-from leap_dist.tracking.mlflow import Tracker, differing, sync
-from leap_dist.tracking.report import has_report, write_report
+from leap_dist.tracking.completion import complete, is_incomplete
+from leap_dist.tracking.mlflow import Tracker, differing
 
 SWEEP, LOCK = "sweep.json", ".lock"
 OURS = (LOCK, JOURNAL, STUDY)  # what a call that was cut off early may leave
@@ -88,19 +88,14 @@ def _runner(line: Line, address: str | None, stack: ExitStack) -> Callable[[Line
 
 
 def _complete(line: Line) -> None:
-    """What trials lack that were killed once they had their certificate: their page, and what MLflow has not taken."""
+    """What trials lack that were killed once they had their certificate."""
     for trial in line.trials:
         folder = line.folder / trial.name
-        if not line.is_done(trial.name):
-            continue
-        with warn_if_unwritten(folder / REPORT, line.board.tell):
-            if not has_report(folder):
-                write_report(folder)
-        if (folder / JOURNAL).is_file():
-            try:
-                line.board.tell(f"{trial.name}: {sync(folder, trial.config.tracking.mlflow_uri)}")
-            except UserError as error:
-                line.board.tell(f"{trial.name}: {error}")
+        try:
+            if is_incomplete(folder):
+                complete(folder, trial.config.tracking.mlflow_uri, line.board.tell)
+        except UserError as error:
+            line.board.tell(f"{trial.name}: {error}")
 
 
 def parse_budget(text: str) -> BudgetConfig:

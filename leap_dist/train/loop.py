@@ -27,7 +27,7 @@ from leap_dist.train.guards import BadSteps, Heartbeats, spoiled
 from leap_dist.train.job import Job, build_job
 from leap_dist.train.meter import Meter
 from leap_dist.train.one_shot import prepare_one_shot, show_inputs, start_heads
-from leap_dist.train.output import as_logged, check_output, complete_pages, prepared
+from leap_dist.train.output import as_logged, check_output, completed, prepared
 from leap_dist.train.progress import Progress
 from leap_dist.train.reorder import save_orders
 from leap_dist.train.saving import Saver, read_progress
@@ -47,7 +47,7 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     A folder that holds an unfinished run of this job is resumed; `resume` asks for one.
     Raises UserError, with nothing written, for what the user has to mend; Stopped and Interrupted if `watch` says so.
     """
-    if ranks.on_first(lambda: complete_pages(output, config, ranks.world_size)):
+    if ranks.on_first(lambda: completed(output, config, ranks.world_size)):
         return json.loads((output / CERTIFICATE).read_text("utf-8")) if ranks.first else {}
     resumes = ranks.on_first(lambda: check_output(output, resume, config, ranks.world_size))
     torch.manual_seed(config.train.seed)

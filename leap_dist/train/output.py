@@ -20,9 +20,9 @@ from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.console import console
 from leap_dist.errors import UserError
 from leap_dist.files import is_free
-from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, REPORT, RESOLVED, job_in, steps_in
+from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, RESOLVED, job_in, steps_in
 from leap_dist.secrets import hide_in
-from leap_dist.tracking.report import has_report, write_report
+from leap_dist.tracking.completion import complete, is_incomplete
 from leap_dist.train.batches import examples_per_step
 from leap_dist.train.folder_writer import FolderWriter, needed
 
@@ -201,16 +201,13 @@ def prepared(output: Path, settings: Mapping[str, Any], start: int) -> Iterator[
         shutil.rmtree(output / RANKS, ignore_errors=True)
 
 
-def complete_pages(output: Path, config: JobConfig, world_size: int) -> bool:
-    """Make what the finished run of this job in a folder lacks of pictures and page; False: there is nothing to make.
+def completed(output: Path, config: JobConfig, world_size: int) -> bool:
+    """Complete the finished run of this job in a folder, if it lacks something; False: there is nothing to do.
 
-    Raises UserError where they cannot be made.
+    Raises UserError where that is not possible.
     """
-    if not (output / CERTIFICATE).is_file() or not (output / RESOLVED).is_file() or has_report(output):
+    if not is_incomplete(output):
         return False
     check_same_job("--output", output, config, world_size)
-    with needed(output / REPORT, "make room, and start the same command again"):
-        write_report(output)
-    text = f"the run in {output} is finished; its pictures and {REPORT} were missing, and are there now"
-    console().print(text, markup=False, soft_wrap=True)
+    complete(output, config.tracking.mlflow_uri, lambda text: console().print(text, markup=False, soft_wrap=True))
     return True

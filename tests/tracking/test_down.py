@@ -19,10 +19,12 @@ from leap_dist.errors import UserError
 from leap_dist.run_folder import JOURNAL
 from leap_dist.secrets import remember_all
 from leap_dist.tracking import delivery
+from leap_dist.tracking.completion import complete, is_incomplete
 from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.mlflow import Tracker, parameters, sync
 from leap_dist.tracking.store import PARENT, begin, without_credentials
 from tests.test_errors import NASTY
+from tests.tracking.folders import run_folder
 from tests.tracking.stored import JOB, artifacts, history, read_run, wait_for
 
 pytestmark = pytest.mark.slow
@@ -106,6 +108,24 @@ def test_an_artifact_that_fails_does_not_hold_up_the_rest(
     (tmp_path / "nowhere").write_text("here")
     sync(tmp_path, None)
     assert artifacts(store, tracker.run_id) == ["nowhere"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_that_was_killed_at_its_very_end_is_completed(store: str, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    with Tracker(TrackingConfig(mlflow_uri=store), JOB, True, folder=tmp_path / "begun") as begun:
+        pass
+    journal = Journal(folder)
+    journal.describe(uri=store, run_id=begun.run_id, status="RUNNING", experiment="leap", name="run", parent=None)
+    journal.add("tags", time=0, values={"late": "yes"})
+    journal.close(remove=False)
+    told: list[str] = []
+    with pytest.raises(UserError, match="has not taken"):
+        complete(folder, "http://127.0.0.1:9", told.append)
+    assert "its pictures and report.html were missing, and are there now" in told[0] and is_incomplete(folder)
+    complete(folder, store, told.append)
+    assert "records of run" in told[1] and not is_incomplete(folder) and (folder / "report.html").is_file()
+    assert read_run(store, begun.run_id).data.tags["late"] == "yes"
 
 
 def test_sync_without_anything_to_send_is_the_users_error(tmp_path: Path) -> None:
