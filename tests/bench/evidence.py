@@ -14,7 +14,6 @@ tests/bench/results/evidence.json, which has what every certificate says, and ev
 """
 
 import argparse
-import fcntl
 import json
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ from typing import Any
 from leap_dist.tracking.pareto import Point, picture_of
 from leap_dist.tracking.plots import save_all
 from tests.bench.accuracy import DATA, RESULTS, ROOT, encoder
-from tests.bench.smaller import OFTEN, export, prune
+from tests.bench.smaller import OFTEN, claimed, export, prune
 
 GATES = {
     "element": ["element"],
@@ -151,21 +150,16 @@ def words_of(file: Path, columns: list[str]) -> str:
 
 def run(cell: Cell, steps: int, model: Path, out: Path) -> None:
     """Run a cell, unless another process has it or it is done."""
-    folder = out / cell.name
-    with folder.with_name(cell.name + ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        job = job_of(model, cell.task, steps, out)
-        job["train"]["seed"] = cell.seed
-        own = LINES.get(cell.line, {})
-        gates = {} if cell.line == "dense" else {"gates": GATES[cell.gates]}
-        job |= own | {"leap": {"target": cell.target, **gates, **own.get("leap", {})}}
-        if cell.line in PEERS:
-            run_peer(job, PEERS[cell.line], folder)
-        else:
-            prune(job, folder)
+    job = job_of(model, cell.task, steps, out)
+    job["train"]["seed"] = cell.seed
+    own = LINES.get(cell.line, {})
+    gates = {} if cell.line == "dense" else {"gates": GATES[cell.gates]}
+    job |= own | {"leap": {"target": cell.target, **gates, **own.get("leap", {})}}
+    with claimed(out / cell.name) as ours:
+        if ours and cell.line in PEERS:
+            run_peer(job, PEERS[cell.line], out / cell.name)
+        elif ours:
+            prune(job, out / cell.name)
 
 
 def run_peer(job: dict[str, Any], method: list[str], folder: Path) -> None:

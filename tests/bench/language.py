@@ -1,11 +1,13 @@
-"""Gemma 3 270M pruned in a few hundred steps: one shot, fixed masks that are trained around, LEAP, movement, dense.
+"""Gemma 3 270M pruned: one shot, fixed masks that are trained around, LEAP, its neighbours, dense.
 
-    python -m tests.bench.language --model GEMMA --out FOLDER [--gates element 2:4 head+neuron] [--steps 300]
+    python -m tests.bench.language --model GEMMA --out FOLDER [--gates element 2:4 head+neuron]
+    python -m tests.bench.language --out FOLDER --show
 
-First the vocabulary is cut to the tokens of WikiText-2 and SQuAD. Every cell trains the same steps of 2 x 256 tokens of
-WikiText-2's validation text and SQuAD's paragraphs in bf16, and is judged on 32,000 tokens of WikiText-2's raw test
-text and on QQP questions, by perplexity and bits a byte. Each is a run of launch/prune.py; a run that was stopped
-resumes, and what is done is not run again. What is there so far is printed and written after each cell.
+First the vocabulary is cut to the tokens of WikiText-2 and SQuAD. Every cell trains the same 300 steps of 2 x 256
+tokens of WikiText-2's validation text and SQuAD's paragraphs in bf16, "long" 2,000, and is judged on 32,000 tokens of
+WikiText-2's raw test text and on QQP questions, by perplexity and bits a byte. Each is a run of launch/prune.py; a run
+that was stopped resumes, and what is done is not run again. Several of these commands may share a folder: each takes
+the next cell that no other has. --show makes the file from what is there.
 
 Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results/language.json.
 """
@@ -13,18 +15,19 @@ Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.bench.accuracy import DATA, RESULTS
-from tests.bench.smaller import export, prune, to_train_on
+from tests.bench.smaller import claimed, export, prune, to_train_on
 
 GATES: dict[str, tuple[list[str], float]] = {
     "element": (["element"], 0.5),
     "2:4": (["2:4"], 0.5),
     "head+neuron": (["head", "neuron"], 0.75),
 }
-LENGTH = 256
+LENGTH, STEPS, LONG = 256, 300, 2000
 TEST_CHARACTERS, QUESTIONS = 142_000, 600  # about 32,000 tokens, and 30 blocks
 
 
@@ -53,33 +56,106 @@ def job_of(model: Path, files: dict[str, list[str]], steps: int, leap: dict[str,
     }
 
 
-def cells(kind: str, out: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(name, the model's folder below `out`, the "leap" section) of the cells of a kind of gates, in order."""
-    gates, target = GATES[kind]
-    base: dict[str, Any] = {"target": target, "gates": gates}
-    for start in ("magnitude", "activation"):
-        yield f"one shot, {start}", "words/hf", base | {"mode": "one_shot", "score_init": start}
-    fixed = f"{kind.replace(':', '_')}/one_shot_activation/model"
-    yield "fixed mask by activation", fixed, {"start": "zeros"}
-    yield "leap from activation", "words/hf", base | {"score_init": "activation"}
-    yield "leap from magnitude", "words/hf", base | {"score_init": "magnitude"}
-    yield "movement", "words/hf", base | {"rule": "movement"}
+@dataclass(frozen=True)
+class Cell:
+    """One run: its "leap" section beside target and gates; `fixed`: from the zeros of this one-shot cell."""
+
+    kind: str
+    name: str
+    leap: dict[str, Any]
+    fixed: str | None = None
+    steps: int = STEPS
+
+    def folder(self, out: Path) -> Path:
+        """Of the run."""
+        long = "" if self.steps == STEPS else "long_"
+        return out / self.kind.replace(":", "_") / (long + self.name.replace(",", "").replace(" ", "_"))
 
 
-def judged(folder: Path, certificate: dict[str, Any], files: dict[str, list[str]]) -> dict[str, Any]:
-    """Density, and the metrics on both texts: on the questions by a run that cuts nothing."""
-    job = job_of(folder / "model", files | {"test": files["questions"]}, 0, {"target": 1.0, "mode": "one_shot"})
-    other = prune(job, folder.with_name(folder.name + "_questions"))
-    metrics = {"test": certificate["metrics"]["pruned"], "questions": other["metrics"]["pruned"]}
-    return {"density": certificate["density"], **metrics}
+ONE_SHOT = [
+    ("one shot, magnitude", {"mode": "one_shot", "score_init": "magnitude"}),
+    ("one shot, activation", {"mode": "one_shot", "score_init": "activation"}),
+]
+TRAINED = [
+    ("leap from activation", {"score_init": "activation"}),
+    ("leap from magnitude", {"score_init": "magnitude"}),
+    ("movement", {"rule": "movement"}),
+]
+FROZEN = [
+    ("gumbel, frozen", {"rule": "gumbel", "score_init": "activation", "weights": "frozen"}),
+    ("leap, frozen", {"score_init": "activation", "weights": "frozen"}),
+]
 
 
-def show(found: dict[str, dict[str, Any]]) -> None:
+def cells(kinds: list[str]) -> Iterator[Cell]:
+    """All of these kinds of gates, each with its one-shot cells before those that start from their zeros."""
+    for kind in kinds:
+        yield from (Cell(kind, name, leap) for name, leap in ONE_SHOT)
+        yield Cell(kind, "fixed mask by activation", {"start": "zeros"}, "one shot, activation")
+        yield from (Cell(kind, name, leap) for name, leap in TRAINED)
+        if kind == kinds[0]:
+            yield Cell("dense", "as published", {"mode": "one_shot"})
+            yield Cell("dense", "trained as long", {})
+    if "2:4" in kinds:
+        ordered = {"score_init": "activation", "permute": "greedy"}
+        yield Cell("2:4", "one shot, activation, permuted", {"mode": "one_shot", **ordered})
+        yield Cell("2:4", "fixed mask, permuted", {"start": "zeros"}, "one shot, activation, permuted")
+        yield Cell("2:4", "leap from activation, permuted", ordered)
+    yield from (Cell(kind, name, leap) for kind in kinds if kind != "head+neuron" for name, leap in FROZEN)
+    if "element" in kinds:
+        yield Cell("element", "leap from activation", {"score_init": "activation"}, steps=LONG)
+        yield Cell("element", "fixed mask by activation", {"start": "zeros"}, "one shot, activation", LONG)
+
+
+def job(cell: Cell, out: Path, files: dict[str, list[str]]) -> dict[str, Any]:
+    """The job of a cell."""
+    gates, target = GATES.get(cell.kind, (None, 1.0))
+    leap = cell.leap if cell.fixed else {"target": target, **({"gates": gates} if gates else {}), **cell.leap}
+    model = Cell(cell.kind, cell.fixed, {}).folder(out) / "model" if cell.fixed else out / "words/hf"
+    return job_of(model, files, cell.steps, leap)
+
+
+def run(cell: Cell, out: Path, files: dict[str, list[str]]) -> None:
+    """Run a cell and judge it on the questions too, by a run that cuts nothing; unless another process has it."""
+    folder = cell.folder(out)
+    if cell.fixed:
+        with claimed(Cell(cell.kind, cell.fixed, {}).folder(out), wait=True):
+            pass
+    with claimed(folder) as ours:
+        if ours:
+            prune(job(cell, out, files), folder)
+            other = job_of(
+                folder / "model", files | {"test": files["questions"]}, 0, {"target": 1.0, "mode": "one_shot"}
+            )
+            prune(other, questions_of(folder))
+
+
+def questions_of(folder: Path) -> Path:
+    """The folder of the run that judges a cell's model on the questions."""
+    return folder.with_name(folder.name + "_questions")
+
+
+def result_of(cell: Cell, out: Path) -> dict[str, Any] | None:
+    """Density, settings and the metrics on both texts; None where it is not done."""
+    folder = cell.folder(out)
+    files = [one / "certificate.json" for one in (folder, questions_of(folder))]
+    if not all(file.is_file() for file in files):
+        return None
+    found, other = (json.loads(file.read_text()) for file in files)
+    metrics = {"test": found["metrics"]["pruned"], "questions": other["metrics"]["pruned"]}
+    shared = {key: found[key] for key in ("density", "masks_sha256", "versions")}
+    return {"steps": 0 if "mode" in cell.leap else cell.steps, "leap": cell.leap, **shared, **metrics}
+
+
+def write(out: Path) -> None:
     """Print and write what is there."""
-    for kind, rows in found.items():
-        for name, row in rows.items():
+    found: dict[str, dict[str, Any]] = {}
+    for cell in cells(list(GATES)):
+        row = result_of(cell, out)
+        if row is not None:
+            found.setdefault(cell.kind, {})[cell.folder(out).name] = row
             both = " ".join(f"{row[text]['perplexity']:8.2f}" for text in ("test", "questions"))
-            print(f"{kind:12} {name:26} {row['density']:.3f} {both}")
+            print(f"{cell.kind:12} {cell.name:32} {row['steps']:5} {row['density']:.3f} {both}")
     (RESULTS / "language.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -87,25 +163,19 @@ def main() -> None:
     """Run the cells of all gates that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True, help="the folder of Gemma 3 270M")
+    parser.add_argument("--model", type=Path, help="the folder of Gemma 3 270M")
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--show", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    files = texts(out)
-    export(arguments.model.resolve(), out / "words", ["hf"], "--vocabulary", *files["train"], *files["test"])
-    file = RESULTS / "language.json"
-    found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
-    for kind in arguments.gates:
-        for name, model, leap in cells(kind, out):
-            folder = out / kind.replace(":", "_") / name.replace(",", "").replace(" ", "_")
-            certificate = prune(job_of(out / model, files, arguments.steps, leap), folder)
-            found.setdefault(kind, {})[name] = judged(folder, certificate, files)
-            show(found)
-    dense = prune(job_of(out / "words/hf", files, arguments.steps, {"target": 1.0}), out / "dense")
-    found["dense"] = {"trained as long": judged(out / "dense", dense, files)}
-    show(found)
+    if not arguments.show:
+        out.mkdir(parents=True, exist_ok=True)
+        files = texts(out)
+        with claimed(out / "words", wait=True):
+            export(arguments.model.resolve(), out / "words", ["hf"], "--vocabulary", *files["train"], *files["test"])
+        for cell in cells(arguments.gates):
+            run(cell, out, files)
+    write(out)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ Writes tests/bench/results/smaller_MODEL.json: the job, metrics, and the cards o
 """
 
 import argparse
+import fcntl
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,19 @@ def export(source: Path | str, to: Path, kinds: list[str], *more: str) -> Path:
             to.with_suffix(".log"), "launch/export.py", str(source), "--to", ",".join(kinds), "--output", str(to), *more
         )
     return folder
+
+
+@contextmanager
+def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether a folder is this process's to fill in this block; False where another one has it. `wait` until it is."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def prune(job: dict[str, Any], folder: Path) -> dict[str, Any]:
