@@ -101,13 +101,15 @@ def cells(task: str) -> Iterator[Cell]:
     if task != "sst2":
         yield from (Cell(task, *at, line) for at in (THREE[0], THREE[2]) for line in RULES)
         return
-    yield from (Cell(task, *at, line) for at in THREE for line in RULES)
-    yield from (Cell(task, "element", 0.1, line) for line in PEERS)
+    yield from (Cell(task, "element", 0.1, line) for line in (*RULES, "leap, shared moments", *PEERS))
+    yield from (Cell(task, *at, line) for at in THREE[1:] for line in RULES)
     others = [("element", 0.05), ("element", 0.2), ("2:4", 0.5), ("head + neuron", 0.5), ("element", 0.5)]
     yield from (Cell(task, *at, line) for at in others for line in RULES)
     yield from (Cell(task, "element", target, line) for target in (0.05, 0.2, 0.5) for line in PEERS)
     yield from (Cell(task, *at, line, seed) for seed in SEEDS[1:] for at in THREE for line in RULES)
-    yield from (Cell(task, *at, line) for at in THREE for line in LINES if line not in (*RULES, "leap, fp32"))
+    for line in ("leap, taught", "movement, taught", "leap, paper's control"):
+        yield from (Cell(task, *at, line) for at in THREE)
+    yield from (Cell(task, "element", target, "leap, shared moments") for target in (0.5, 0.05))
     yield Cell(task, "element", 0.1, "leap, fp32")
 
 
