@@ -73,17 +73,19 @@ class Hosting:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one rank. gradients: at the step; state: fp32 masters and Adam's moments, those of the gates' own
-    values too; extra: LEAP's own state; selection: what a selection takes for its time, at most."""
+    values too; extra: LEAP's own state; selection: what a selection takes for its time, at most; copy: in host memory,
+    of what a checkpoint is written from while training continues, no part of the total."""
 
     weights: int
     gradients: int
     state: int
     extra: int = 0
     selection: int = 0
+    copy: int = 0
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Everything but the copy."""
         return self.weights + self.gradients + self.state + self.extra + self.selection
 
     def on_device(self, offloads: frozenset[str]) -> int:
@@ -125,19 +127,27 @@ def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting, config: Le
     gradients = 0 if one_shot else gradients
     if one_shot or config.frozen:
         state = 0 if hosting.stage == 0 else shard * FP32
+    saved = FP32 if config.frozen else 3 * FP32  # of a weight that no gate covers
     if plan is None or not plan.gates:
-        return Memory(weights, gradients, state)
+        return Memory(weights, gradients, state, copy=0 if one_shot else saved * shard)
     sizes = gate_sizes(plan).values()
     own = sum(sizes) if hosting.stage == 0 else sum(-(-size // hosting.ranks) for size in sizes)
-    extra = state_bytes(plan, config) * hosting.shard(groups[0])
+    gated = hosting.shard(groups[0])
+    extra = state_bytes(plan, config) * gated
     selection = _selection(groups[0], plan, hosting) if config.start is None else 0
-    return Memory(weights, gradients, state + (1 if one_shot else 3) * own * FP32, extra, selection)
+    copy = _bytes_of(state_keys(plan, config)) * gated + saved * (shard - gated) + 3 * FP32 * own
+    state += (1 if one_shot else 3) * own * FP32
+    return Memory(weights, gradients, state, extra, selection, 0 if one_shot else copy)
 
 
 def state_bytes(plan: GatePlan, config: LeapConfig) -> int:
     """Bytes that LEAP's state takes of each weight of the gated group, beside its fp32 master and Adam's moments."""
     dense = (EXP_AVG, EXP_AVG_SQ, LATENT) if config.mode == "one_shot" else (EXP_AVG, EXP_AVG_SQ)
-    keys = [key for key in state_keys(plan, config) if key not in dense]
+    return _bytes_of(key for key in state_keys(plan, config) if key not in dense)
+
+
+def _bytes_of(keys: Iterable[str]) -> int:
+    """Of these states, of one weight."""
     return sum(1 if key in (MASK, ELEMENT_MASK) else FP32 for key in keys)
 
 

@@ -54,6 +54,20 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
+class Passes:
+    """What the passes of a micro-batch hold beside the weights, in bytes; `said`: of what, and what is not counted."""
+
+    activations: int
+    logits: int
+    said: str
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.activations + self.logits
+
+
+@dataclass(frozen=True)
 class Forecast:
     """A job's model on the meta device, its gates and its hosting."""
 
@@ -61,6 +75,7 @@ class Forecast:
     model: PreTrainedModel
     plan: GatePlan
     hosting: Hosting
+    passes: Passes
     why_start: str = ""
 
     def at(self, ranks: int) -> Forecast:
@@ -82,7 +97,8 @@ class Forecast:
     def gpus(self, stage: int, dense: bool = False) -> int | None:
         """The fewest GPUs whose memory holds a rank each; None if no number does."""
         offloads = self.hosting.offloads
-        return fewest(lambda ranks: self.memory(ranks, stage, dense).on_device(offloads) <= GPU)
+        room = GPU - self.passes.total
+        return fewest(lambda ranks: self.memory(ranks, stage, dense).on_device(offloads) <= room)
 
 
 def forecast(config: JobConfig, ranks: int) -> Forecast:
@@ -102,7 +118,27 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
         load_parser(config.leap.syntax_model, config.data.task)
         gates_by_layer(model, plan, config.family)
     start = resolve_start(model, plan, config.leap)
-    return Forecast(config.model_copy(update={"leap": start.config}), model, plan, hosting, start.why)
+    config = config.model_copy(update={"leap": start.config})
+    return Forecast(config, model, plan, hosting, passes_of(config, model, hosting), start.why)
+
+
+def passes_of(config: JobConfig, model: PreTrainedModel, hosting: Hosting) -> Passes:
+    """What a micro-batch takes beside the weights: activations, and the logits of a language model."""
+    batch, length = config.deepspeed["train_micro_batch_size_per_gpu"], config.data.max_length
+    length = min(length, num_positions(model.config) or length)
+    what = f"a micro-batch of {batch} x {length} tokens"
+    if config.leap.mode == "one_shot":
+        return Passes(0, 0, f"not in these sums: what a layer takes for {what}, which passes without gradients")
+    width, words = hosting.width, 0
+    if problem_of(config.data.task) in ("causal_lm", "masked_lm"):
+        head = model.get_output_embeddings().weight
+        words = word_bytes(head.shape[0], head.shape[1], batch * length, width)
+    try:
+        held = activation_bytes(model, batch, length, torch.bfloat16 if width == 2 else FLOAT)
+    except Exception as error:  # code of any architecture, where tensors have no values
+        problem = f"the model cannot run without values ({own_words(error)[:80]})"
+        return Passes(0, words, f"not in these sums: activations, for {problem}; buffers of communication")
+    return Passes(held, words, f"activations are of {what}; not in these sums: buffers of communication")
 
 
 def _check_target(model: PreTrainedModel, plan: GatePlan, config: JobConfig) -> None:
@@ -195,9 +231,10 @@ def fit_line(job: Forecast) -> str:
     what, count, each = machine_memory()
     own, ranks = job.memory(job.hosting.ranks, job.hosting.stage), job.hosting.ranks
     if what == "memory":
-        verdict = "fits" if ranks * own.total <= each else "does not fit"
-        return f"this machine: {verdict}: {as_bytes(ranks * own.total)} for {_ranks(ranks)}, memory {as_bytes(each)}"
-    needed = own.on_device(job.hosting.offloads)
+        needed = ranks * (own.total + job.passes.total + own.copy)
+        verdict = "fits" if needed <= each else "does not fit"
+        return f"this machine: {verdict}: {as_bytes(needed)} for {_ranks(ranks)}, memory {as_bytes(each)}"
+    needed = own.on_device(job.hosting.offloads) + job.passes.total
     verdict = "fits" if needed <= each and ranks <= count else "does not fit"
     return (
         f"this machine: {verdict}: {as_bytes(needed)} a rank for {_ranks(ranks)}, {count} x {what} of {as_bytes(each)}"
@@ -211,24 +248,6 @@ def gpu_line(job: Forecast) -> str:
         f"stage {stage}: {_count(job.gpus(stage))}, dense {_count(job.gpus(stage, dense=True))}" for stage in stages
     ]
     return f"GPUs of {as_bytes(GPU)}, at {'; '.join(counts)}"
-
-
-def passes_line(job: Forecast) -> str:
-    """What a micro-batch takes beside the table: activations, and the logits of a language model."""
-    batch, length = job.config.deepspeed["train_micro_batch_size_per_gpu"], job.config.data.max_length
-    length = min(length, num_positions(job.model.config) or length)
-    width, words, what = job.hosting.width, 0, f"a micro-batch of {batch} x {length} tokens"
-    if job.one_shot:
-        return f"not in these sums: what a layer takes for {what}, which passes without gradients"
-    if problem_of(job.config.data.task) in ("causal_lm", "masked_lm"):
-        head = job.model.get_output_embeddings().weight
-        words = word_bytes(head.shape[0], head.shape[1], batch * length, width)
-    try:
-        held = activation_bytes(job.model, batch, length, torch.bfloat16 if width == 2 else FLOAT)
-    except Exception as error:  # code of any architecture, where tensors have no values
-        return f"activations are not counted: the model cannot run without values ({own_words(error)[:80]})"
-    logits = f", {as_bytes(words)} for the logits of a chunk and their gradients" if words else ""
-    return f"not in these sums: {what} takes {as_bytes(held)} of activations{logits}; buffers of communication"
 
 
 def _count(gpus: int | None) -> str:
@@ -251,7 +270,7 @@ def print_forecast(job: Forecast) -> None:
         summary_table(traffic_rows(job), title="a rank sends to collectives in a step")
     if job.why_start:
         console().print(describe_start(job.config.leap, job.why_start), markup=False, soft_wrap=True)
-    for line in (*advice(job), *state_lines(job), fit_line(job), gpu_line(job), passes_line(job)):
+    for line in (*advice(job), *state_lines(job), fit_line(job), gpu_line(job), job.passes.said):
         console().print(line, markup=False, soft_wrap=True)
 
 
@@ -275,10 +294,18 @@ def memory_rows(job: Forecast) -> list[Mapping[str, str | float]]:
         "gradients": (dense.gradients, plain.gradients),
         "optimizer state": (dense.state, plain.state),
         "LEAP's own": (0, leap.total - plain.total),
-        "total": (dense.total, leap.total),
     }
+    passes = job.passes
+    if passes.activations:
+        lines["activations"] = (passes.activations, passes.activations)
+    if passes.logits:
+        lines["logits of a chunk"] = (passes.logits, passes.logits)
+    lines["total"] = (dense.total + passes.total, leap.total + passes.total)
     if offloads:
-        lines["of it on the GPU"] = (dense.on_device(offloads), leap.on_device(offloads))
+        on_gpu = [one.on_device(offloads) + passes.total for one in (dense, leap)]
+        lines["of it on the GPU"] = (on_gpu[0], on_gpu[1])
+    if leap.copy:
+        lines["host memory for checkpoints"] = (dense.copy, leap.copy)
     return [{"": name, "dense": as_bytes(a), "LEAP": as_bytes(b)} for name, (a, b) in lines.items()]
 
 

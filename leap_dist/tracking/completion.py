@@ -18,7 +18,7 @@ def is_incomplete(folder: Path) -> bool:
 
 
 def complete(folder: Path, uri: str | None, tell: Callable[[str], None]) -> None:
-    """Make the page of a finished run, and send MLflow what waits; `tell` is told what was done.
+    """Make the page of a finished run, and send MLflow what waits; `tell` takes what was done, in words.
 
     uri: of MLflow, as the job says. Raises UserError for what cannot be done now.
     """

@@ -205,7 +205,7 @@ def test_gpus_are_the_fewest_that_hold_a_rank(tmp_path: Path, monkeypatch: pytes
     assert fewest(lambda ranks: ranks >= 37) == 37
     assert fewest(lambda ranks: False) is None
     job = job_of(tmp_path, 1, zero_optimization={"stage": 1})
-    monkeypatch.setattr(forecasts, "GPU", job.memory(5, 1).total)
+    monkeypatch.setattr(forecasts, "GPU", job.memory(5, 1).total + job.passes.total)
     assert job.gpus(1) == 5
     monkeypatch.setattr(forecasts, "GPU", 1000)
     assert gpu_line(job) == "GPUs of 1 kB, at stage 1: no number is enough, dense no number is enough; stage 3: no " + (
@@ -216,12 +216,23 @@ def test_gpus_are_the_fewest_that_hold_a_rank(tmp_path: Path, monkeypatch: pytes
 def test_offloaded_state_is_not_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     job = job_of(tmp_path, 2, zero_optimization=zero)
-    assert memory_rows(job)[-1][""] == "of it on the GPU"
-    needed = job.memory(2, 2).on_device(frozenset({"state"}))
+    assert [row[""] for row in memory_rows(job)][-2:] == ["of it on the GPU", "host memory for checkpoints"]
+    needed = job.memory(2, 2).on_device(frozenset({"state"})) + job.passes.total
     monkeypatch.setattr(forecasts, "machine_memory", lambda: ("GPU Z", 2, needed))
     assert fit_line(job).startswith("this machine: fits: ")
     monkeypatch.setattr(forecasts, "machine_memory", lambda: ("GPU Z", 1, needed))
     assert fit_line(job).startswith("this machine: does not fit: ")
+
+
+def test_a_machine_has_to_hold_passes_and_copies_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"task": "lm", "train": "a.txt", "validation": "b.txt", "max_length": 64}
+    job = job_of(tmp_path, 2, data=data, model={"from_config": LLAMA_70B | {"num_hidden_layers": 1}})
+    held, copied = job.memory(2, job.hosting.stage), job.memory(2, job.hosting.stage).copy
+    assert job.passes.activations > 0 and job.passes.logits > 0 and copied > 0
+    needed = 2 * (held.total + job.passes.total + copied)
+    for room, verdict in ((needed, "fits"), (needed - 1, "does not fit")):
+        monkeypatch.setattr(forecasts, "machine_memory", lambda room=room: ("memory", 1, room))
+        assert fit_line(job).startswith(f"this machine: {verdict}: ")
 
 
 def test_this_machines_memory_heeds_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,8 +55,11 @@ def config_of(stage: int, gates: str, **more: Any) -> dict[str, Any]:
     return {"train_micro_batch_size_per_gpu": BATCH, "zero_optimization": zero, "leap": leap, "train": {}, **more}
 
 
-def hold(stage: int, gates: str, frozen: bool = False, **more: Any) -> dict[str, Any]:
-    """What a rank of a real engine holds after its first steps, and the least that a step hands to collectives."""
+def hold(stage: int, gates: str, frozen: bool = False, folder: str | None = None, **more: Any) -> dict[str, Any]:
+    """What a rank of a real engine holds after its first steps, and the least that a step hands to collectives.
+
+    folder: where a checkpoint is written to see what is copied for it.
+    """
     import leap_dist
 
     model = load_model(MODEL, empty_task("builtin/clock")).eval()
@@ -68,6 +72,12 @@ def hold(stage: int, gates: str, frozen: bool = False, **more: Any) -> dict[str,
         seen.append(sent_by(engine))
     held = {"weights": sum(map(_held, engine.module.parameters())), "state": held_state(engine)}
     held["extra"] = int(engine.leap.measures()["leap_extra_bytes"])
+    if folder is not None:
+        checkpoints = leap_dist.Checkpoints(folder)
+        checkpoints.save(engine, {})
+        checkpoints.wait()
+        copies = {name: copy for name, copy in checkpoints._host.items() if not name.startswith("random/")}
+        held["copy"] = sum(copy.nbytes for copy in copies.values())
     engine.destroy()
     return held | {"sent": min(seen[SKIPPED:])}
 
@@ -86,7 +96,7 @@ def modelled(stage: int, gates: str, ranks: int, frozen: bool = False, **more: A
     leap = parse_leap(config["leap"])
     plan, hosting = make_plan(model, leap), Hosting.of(config, ranks)
     held, sent = memory(model, plan, hosting, leap), total(leap_traffic(plan, leap, hosting), "")
-    expected = {"weights": held.weights, "state": held.state + held.extra, "extra": held.extra}
+    expected = {"weights": held.weights, "state": held.state + held.extra, "extra": held.extra, "copy": held.copy}
     return expected | {"sent": (sent.collectives, sent.bytes)}
 
 
@@ -99,9 +109,13 @@ def modelled(stage: int, gates: str, ranks: int, frozen: bool = False, **more: A
         for stage in range(4)
     ],
 )
-def test_real_engines_hold_and_send_what_was_forecast(ranks: RankPools, gates: str, stage: int, world: int) -> None:
+def test_real_engines_hold_and_send_what_was_forecast(
+    ranks: RankPools, tmp_path: Path, gates: str, stage: int, world: int
+) -> None:
     expected = modelled(stage, gates, world)
-    for found in ranks(world).run(hold, stage, gates):
+    all_found = ranks(world).run(hold, stage, gates, False, str(tmp_path))
+    assert all_found[0]["copy"] == pytest.approx(expected["copy"], rel=0.01)  # under stage 0 the first rank's alone
+    for found in all_found:
         for key in ("state", "extra", "weights"):
             assert found[key] == pytest.approx(expected[key], rel=0.01)
         assert found["sent"] == expected["sent"]
