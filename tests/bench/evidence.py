@@ -91,8 +91,9 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its folder."""
-        parts = (self.gates, f"{self.target:g}", self.line, *([str(self.seed)] if self.seed != SEEDS[0] else []))
-        return "_".join("".join(c if c.isalnum() or c == "." else "" for c in part) for part in parts)
+        seed = [] if self.seed == SEEDS[0] else [str(self.seed)]
+        parts = (self.gates, f"{100 * self.target:g}", self.line, *seed)
+        return "_".join("".join(filter(str.isalnum, part)) for part in parts)
 
 
 def cells(task: str) -> Iterator[Cell]:
