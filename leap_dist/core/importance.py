@@ -9,16 +9,23 @@ from torch import Tensor
 
 from leap_dist.core.fragments import Fragment
 from leap_dist.core.gates import Cover
-from leap_dist.core.gating import LATENT, SCORE, Gating
+from leap_dist.core.gating import EXP_AVG_SQ, LATENT, SCORE, Gating
 from leap_dist.core.inputs import Axes
 from leap_dist.ops.slices import add_unit_sums_, expand_units
 
+GRADIENT = 0.25
+"""What the gradient's part is of the exponent that it shares with the input's norm; measured in docs/benchmarks.md."""
+
 
 class Norms(NamedTuple):
-    """||x_j|| of the inputs of gated matrices, fp32 of shape (features,), and where the matrices have them."""
+    """||x_j|| of the inputs of gated matrices, fp32 of shape (features,), and where the matrices have them.
+
+    gradients: whether the size of a weight's gradient counts too.
+    """
 
     values: Mapping[str, Tensor]
     axes: Mapping[str, Axes]
+    gradients: bool = False
 
 
 def write_importance_(
@@ -30,6 +37,9 @@ def write_importance_(
     given: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> None:
     """S_u = mean |W_ij|, or with norms mean |W_ij| ||x_j||, over the unit's prunable weights. Collective.
+
+    With gradients it is mean |W_ij| ||x_j||^3/4 g_ij^1/4, g the root of Adam's second moment of dL/dW: what the dense
+    phase shows of both sides of a weight. A constant in g does not matter, as scores are scaled then.
 
     scaled: divided by the mean over the gate. added: to the scores that are there, which have moved before they start.
     With norms, those of single weights are divided by the mean over their output row instead, as inputs say what a
@@ -84,7 +94,7 @@ def _put_(scores: Tensor, start: Tensor, added: bool) -> None:
 
 
 def _sizes(gating: Gating, norms: Norms | None, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, Tensor]]:
-    """|W|, or |W| ||x||, of the prunable weights of fragments: new tensors of shape (length,)."""
+    """|W|, |W| ||x||, or that with gradients, of the prunable weights of fragments: new tensors of shape (length,)."""
     for fragment in fragments:
         unseen = norms is not None and fragment.tensor not in norms.values
         if unseen or not gating.plan.counted(fragment.tensor):
@@ -93,6 +103,9 @@ def _sizes(gating: Gating, norms: Norms | None, fragments: Sequence[Fragment]) -
         if norms is not None:
             values = norms.values[fragment.tensor].to(sizes.device)
             inputs = norms.axes[fragment.tensor].inputs
+            if norms.gradients:
+                values = values ** (1.0 - GRADIENT)
+                sizes *= gating.state(fragment, EXP_AVG_SQ) ** (GRADIENT / 2)
             sizes *= expand_units(values, torch.empty_like(sizes), fragment.start, inputs)
         yield fragment, sizes
 

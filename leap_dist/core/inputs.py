@@ -100,7 +100,7 @@ def _nothing_seen(names: list[str], of: int) -> str:
     few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     what = "the inputs of any weight" if len(names) == of else f"the inputs of {few}"
     return (
-        f'leap.score_init: got "activation", but no forward pass in training mode has shown {what}; call '
+        f"leap.score_init: scores start by inputs, but no forward pass in training mode has shown {what}; call "
         "engine.train() before the first step, or leap_dist.calibrate(engine, batches), leave out in leap.exclude what "
         'no batch reaches, or set it to "magnitude"'
     )

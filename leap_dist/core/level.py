@@ -140,7 +140,7 @@ class Level:
             return
         if self._inputs is not None:
             self._inputs.pool()
-            norms = Norms(self._inputs.norms(), self._inputs.axes)
+            norms = Norms(self._inputs.norms(), self._inputs.axes, config.score_init == "gradient")
             self._inputs.listen(False)
         if config.score_init != "zero" or config.rule == "magnitude":
             scaled, added = config.mode == "train", norms is not None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from leap_dist.config.leap import LeapConfig
+from leap_dist.config.leap import BY_INPUTS, LeapConfig
 from leap_dist.core import thresholds as th
 from leap_dist.core.gates import Gate, GatePlan
 from leap_dist.core.phases import schedule_of
@@ -102,7 +102,7 @@ class Oracle:
         self.sigma = nn.Parameter(torch.full((len(plan.gates),), th.START * config.temperature))
         self.scores = [nn.Parameter(torch.zeros(gate.num_units)) for gate in plan.gates]
         self.squares: dict[str, Tensor] = {}  # of the inputs of linear layers, summed over all rows
-        self.waits = config.score_init == "activation" and config.rule != "magnitude"  # for the norms of inputs
+        self.waits = config.score_init in BY_INPUTS and config.rule != "magnitude"  # for the norms of inputs
         if (config.score_init != "zero" or config.rule == "magnitude") and not self.waits:
             self._scores_from_weights(scaled=True)
         self.masks = [torch.ones(gate.num_units, dtype=torch.bool) for gate in plan.gates]
@@ -333,7 +333,8 @@ class Oracle:
             hook.remove()
 
     def _scores_from_weights(self, scaled: bool) -> None:
-        """S_u = mean |W|, or mean |W_ij| ||x_j|| where inputs were seen, added to what is there.
+        """S_u = mean |W|, or mean |W_ij| ||x_j|| where inputs were seen, added to what is there; with gradients
+        mean |W_ij| ||x_j||^3/4 g_ij^1/4, g the root of Adam's second moment.
 
         Single weights of which inputs were seen are over the mean of their row, all else over that of the gate.
         """
@@ -345,7 +346,11 @@ class Oracle:
                     seen = tensor in self.squares or not self.squares
                     if cover.gate == index and self.plan.counted(tensor) and seen:
                         size = self.latent[tensor].detach().abs().double()
-                        size = size * self.squares[tensor].sqrt() if self.squares else size
+                        if self.squares and self.config.score_init == "gradient":
+                            moment = self.weight_optimizer.state[self.latent[tensor]]["exp_avg_sq"].double()
+                            size = size * self.squares[tensor] ** 0.375 * moment**0.125
+                        elif self.squares:
+                            size = size * self.squares[tensor].sqrt()
                         size = size / size.mean(1, keepdim=True) if by_row else size
                         sums.index_add_(0, unit_index(cover.slices).flatten(), size.flatten())
             mean = sums.sum() / gate.num_weights if scaled and not by_row else 1.0

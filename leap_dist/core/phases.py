@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from leap_dist.config.leap import LeapConfig
+from leap_dist.config.leap import BY_INPUTS, LeapConfig
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.thresholds import START
 
@@ -72,13 +72,13 @@ class Schedule:
 def budget(config: LeapConfig, num_scores: int) -> float:
     """How much of the automatic rates and of the descent a run has use for: 0 < trust <= 1.
 
-    Scores that start by activation order a language model's weights well; what few tokens say beside it is noise, and
+    Scores that start by inputs order a language model's weights well; what few tokens say beside it is noise, and
     the masks had better stay as they start. So the rates of scores and thresholds, and the length of the descent, are
     proportional to the tokens of the whole run a score, up to 1. Under rules of hand-made schedules, with other starts,
     and where the tokens are not known, it is 1. Measured in docs/benchmarks.md.
     """
     tokens = config.tokens_per_step
-    if config.rule != "leap" or config.score_init != "activation" or not isinstance(tokens, int):
+    if config.rule != "leap" or config.score_init not in BY_INPUTS or not isinstance(tokens, int):
         return 1.0
     return min(1.0, tokens * (config.total_steps or 0) / max(num_scores, 1) / ENOUGH)
 

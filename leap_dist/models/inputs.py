@@ -18,6 +18,12 @@ from leap_dist.models.families import is_conv1d
 from leap_dist.models.views import Owner, Owners, Shape
 from leap_dist.ops.slices import Slice
 
+STARTS = {
+    "magnitude": "|W| (magnitude)",
+    "activation": "|W| times the norm of its input (activation)",
+    "gradient": "|W| times the norm of its input and the size of its gradient (gradient)",
+}
+
 
 class Start(NamedTuple):
     """How scores start: the config with "auto" resolved, the axes of gated tensors where inputs count, and in words why
@@ -31,7 +37,7 @@ class Start(NamedTuple):
 def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start:
     """What `leap.score_init` comes to for a model.
 
-    Raises UserError where "activation" is asked for and no module shows the inputs of a gated tensor.
+    Raises UserError where inputs are asked for and no module shows those of a gated tensor.
     """
     config = beside_heads(config)
     if config.start is not None or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
@@ -49,12 +55,13 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
         if automatic:
             return _by_magnitude(config, f"no module shows the inputs of {few}")
         raise UserError(
-            f'leap.score_init: got "activation", but no linear layer or convolution shows the inputs of {few}; leave '
-            'it out in leap.exclude, or set leap.score_init to "magnitude"'
+            f'leap.score_init: got "{config.score_init}", but no linear layer or convolution shows the inputs of '
+            f'{few}; leave it out in leap.exclude, or set leap.score_init to "magnitude"'
         )
     why = "the model is a causal language model" if causal else "one shot has nothing else to go by"
-    why = why if automatic else ""
-    return Start(config.model_copy(update={"score_init": "activation"}), axes, why)
+    learns = config.mode == "train" and not config.frozen
+    start = config.score_init if not automatic else "gradient" if learns else "activation"
+    return Start(config.model_copy(update={"score_init": start}), axes, why if automatic else "")
 
 
 def _gains_in_one_shot(gate: GateConfig) -> bool:
@@ -85,8 +92,7 @@ def _by_magnitude(config: LeapConfig, why: str) -> Start:
 
 def describe_start(config: LeapConfig, why: str) -> str:
     """What "auto" came to, in a line."""
-    what = "|W| times the norm of its input (activation)" if config.score_init == "activation" else "|W| (magnitude)"
-    return f"scores start from {what}: {why}"
+    return f"scores start from {STARTS[config.score_init]}: {why}"
 
 
 def is_causal_lm(model: nn.Module) -> bool:

@@ -77,6 +77,7 @@ ONE_SHOT = [
     ("one shot, activation", {"mode": "one_shot", "score_init": "activation"}),
 ]
 TRAINED = [
+    ("leap", {}),
     ("leap from activation", {"score_init": "activation"}),
     ("leap from magnitude", {"score_init": "magnitude"}),
     ("movement", {"rule": "movement"}),
@@ -97,13 +98,13 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
             yield Cell("dense", "as published", {"mode": "one_shot"})
             yield Cell("dense", "trained as long", {})
     if "2:4" in kinds:
-        ordered = {"score_init": "activation", "permute": "greedy"}
+        ordered = {"permute": "greedy"}
         yield Cell("2:4", "one shot, activation, permuted", {"mode": "one_shot", **ordered})
         yield Cell("2:4", "fixed mask, permuted", {"start": "zeros"}, "one shot, activation, permuted")
-        yield Cell("2:4", "leap from activation, permuted", ordered)
+        yield Cell("2:4", "leap, permuted", ordered)
     yield from (Cell(kind, name, leap) for kind in kinds if kind != "head+neuron" for name, leap in FROZEN)
     if "element" in kinds:
-        yield Cell("element", "leap from activation", {"score_init": "activation"}, steps=LONG)
+        yield Cell("element", "leap", {}, steps=LONG)
         yield Cell("element", "fixed mask by activation", {"start": "zeros"}, "one shot, activation", LONG)
 
 

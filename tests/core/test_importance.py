@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from leap_dist.config.job_file import parse_leap
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
-from leap_dist.core.gating import SCORE
+from leap_dist.core.gating import EXP_AVG_SQ, SCORE
 from leap_dist.core.importance import Norms, write_importance_
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.models.inputs import resolve_start
@@ -48,6 +48,26 @@ def test_a_score_is_the_weight_times_the_norm_of_its_input_over_the_mean_of_its_
     rows = (1,) if expected.dim() == 2 else (2, 3)
     expected = expected / expected.mean(rows, keepdim=True)
     torch.testing.assert_close(seen(optimizer.state[weight][SCORE]), expected)
+
+
+@pytest.mark.parametrize("length", [35, 17])
+def test_a_gradient_has_a_quarter_of_the_exponent(length: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
+    weight: Tensor = model[0].weight  # type: ignore[assignment]
+    config = parse_leap({"target": 0.5, "total_steps": 10, "score_init": "gradient"})
+    plan = make_plan(model, config)
+    start = resolve_start(model, plan, config)
+    optimizer = LeapAdamW([{"params": [weight], GATED: True}], plan, start.config, axes=start.axes)
+    parts = [(0, length), (length, 35 - length)]
+    optimizer.bind([Fragment("0.weight", a, n, weight, a) for a, n in parts if n], Communicator())
+    moments = optimizer.state[weight][EXP_AVG_SQ].copy_(torch.rand(7, 5) * 1e-9)
+    norms = Norms({"0.weight": torch.rand(5)}, start.axes, gradients=True)
+    write_importance_(optimizer.gating, norms, scaled=True)
+    inputs, gradients = norms.values["0.weight"].double(), moments.double().sqrt()
+    expected = weight.detach().abs().double() * inputs**0.75 * gradients**0.25
+    expected = (expected / expected.mean(1, keepdim=True)).float()
+    torch.testing.assert_close(optimizer.state[weight][SCORE], expected)
 
 
 def _cuts(numel: int) -> list[tuple[int, int]]:

@@ -66,6 +66,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "magnitude": {"rule": "magnitude"},
     "zero-scores": {"score_init": "zero"},
     "activation": {"score_init": "activation", "dense_fraction": 0.1, "tokens_per_step": 1},
+    "gradient": {"score_init": "gradient", "dense_fraction": 0.1, "tokens_per_step": 1},
 }
 SHARED = {"score_moments": "shared"}
 GRID = [pytest.param(kind, {}, id=f"projected-{kind}") for kind in GATES]

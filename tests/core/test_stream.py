@@ -29,7 +29,7 @@ STEPS = 16
 CASES: list[tuple[str, str, list[str], str]] = [
     ("bert", "AutoModelForSequenceClassification", ["hidden", "head", "neuron"], "magnitude"),
     ("bert", "AutoModelForSequenceClassification", ["depth", "element"], "magnitude"),
-    ("llama", "AutoModelForCausalLM", ["hidden", "head", "neuron"], "activation"),
+    ("llama", "AutoModelForCausalLM", ["hidden", "head", "neuron"], "gradient"),
 ]
 
 
@@ -57,7 +57,7 @@ def test_equals_the_oracle(kind: str, head: str, gates: list[str], start: str) -
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         tokens = torch.randint(3, 64, (4, 10), generator=generator)
-        batch = {"input_ids": tokens, "labels": tokens if start == "activation" else tokens[:, 0] % 2}
+        batch = {"input_ids": tokens, "labels": tokens if start == "gradient" else tokens[:, 0] % 2}
         oracle.step(lambda forward, batch=batch: forward(**batch).loss)
         model.zero_grad()
         loss: Tensor = model(**batch).loss

@@ -153,9 +153,10 @@ def test_equals_the_oracle(
         {"rule": "magnitude"},
         {"score_init": "zero"},
         {"score_init": "activation"},
+        {"score_init": "gradient"},
         {"weights": "frozen"},
     ],
-    ids=["paper", "movement", "magnitude", "zero", "activation", "frozen"],
+    ids=["paper", "movement", "magnitude", "zero", "activation", "gradient", "frozen"],
 )
 @pytest.mark.parametrize("kind", ["element", "row"])
 def test_other_rules_equal_the_oracle_on_shards(
@@ -174,12 +175,13 @@ def test_shared_moments_equal_the_oracle_under_every_stage(
     assert compare(results, expected(kind, changes)) <= 1e-5
 
 
-@pytest.mark.parametrize(("stage", "kind"), [(0, "hybrid"), (1, "head+neuron"), (2, "2:4")])
-def test_scores_from_activations_equal_the_oracle_under_every_stage(
-    ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int, kind: str
+@pytest.mark.parametrize("start", ["activation", "gradient"])
+@pytest.mark.parametrize(("stage", "kind"), [(0, "hybrid"), (1, "head+neuron"), (2, "2:4"), (3, "element")])
+def test_scores_from_inputs_equal_the_oracle_under_every_stage(
+    ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int, kind: str, start: str
 ) -> None:
     # 0.15: at 0.1 a count of the hybrid stands at the edge of a whole number, and rounding on ranks decides
-    changes = {"score_init": "activation", "dense_fraction": 0.15, "tokens_per_step": 1}
+    changes = {"score_init": start, "dense_fraction": 0.15, "tokens_per_step": 1}
     results = ranks(2).run(final_weights, kind, stage, 3 if stage else 1, changes)
     assert compare(results, expected(kind, changes)) <= 1e-5
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from leap_dist.config.job_file import parse_leap
+from leap_dist.config.leap import BY_INPUTS
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.inputs import Inputs
 from leap_dist.errors import UserError
@@ -280,7 +281,10 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     ("make", "changes", "start", "why"),
     [
-        (llama, {}, "activation", "the model is a causal language model"),
+        (llama, {}, "gradient", "the model is a causal language model"),
+        (llama, {"weights": "frozen"}, "activation", "the model is a causal language model"),
+        (llama, {"mode": "one_shot"}, "activation", "the model is a causal language model"),
+        (bert, {"score_init": "gradient"}, "gradient", ""),
         (bert, {}, "magnitude", "the model is not a causal language model"),
         (bert, {"mode": "one_shot"}, "activation", "one shot has nothing else"),
         (bert, {"mode": "one_shot", "gates": ["block:4x4"]}, "magnitude", "the model is not a causal language model"),
@@ -298,7 +302,7 @@ def test_what_scores_start_from(make: Callable[[], nn.Module], changes: dict[str
     model, config = make(), parse_leap({"target": 0.5, **changes})
     found = resolve_start(model, make_plan(model, config), config)
     assert found.config.score_init == start and found.why.startswith(why) and bool(found.why) == bool(why)
-    assert bool(found.axes) == (start == "activation")
+    assert bool(found.axes) == (start in BY_INPUTS)
 
 
 def test_weights_whose_inputs_no_module_shows_are_named() -> None:

@@ -155,7 +155,7 @@ def test_what_is_done_in_the_wrong_order_is_refused(ranks: RankPools) -> None:
         starts = [
             "batches: there is none; allowed: at least one",
             "batches: rank 1 has none; allowed: at least one",
-            'leap.score_init: got "activation", but no forward pass in training mode has shown the',
+            "leap.score_init: scores start by inputs, but no forward pass in training mode has shown the",
             'engine: leap.mode is "one_shot", which takes no step that could be saved',
             'leap.mode: got "one_shot", which takes no step: call leap_dist.finalize',
             "engine: its scores have their start",
