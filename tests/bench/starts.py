@@ -1,0 +1,148 @@
+"""How much of a weight's score is its input and how much its gradient: Gemma 3 270M cut at once, in plain torch.
+
+    python -m tests.bench.starts --model FOLDER --out FOLDER
+
+The model is what tests.bench.language makes below its --out, words/hf: Gemma with the tokens of its texts. Inputs
+and gradients are those of 16 steps of 2 x 256 tokens of the training texts; scores are |W| ||x||^(1 - p) g^p, g the
+root of the mean square of a weight's gradient. Cut to 0.5 of the single weights of each matrix, over the mean of their
+row, to 2:4, and to 0.75 of the neurons of each layer; perplexity on 30 blocks of WikiText-2's raw test text and 20 of
+QQP questions. Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results/starts.json.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from tests.bench.accuracy import RESULTS
+from tests.bench.language import LENGTH, texts
+
+EXPONENTS = (0.0, 0.125, 0.25, 0.375, 0.5, 1.0)
+STEPS, BATCH = 16, 2
+Scores = Callable[[str], Tensor]
+
+
+def blocks_of(files: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """A text in blocks that begin with BOS."""
+    ids = [one for file in files for one in tokenizer(Path(file).read_text(), add_special_tokens=False)["input_ids"]]
+    rest = LENGTH - 1
+    return [[tokenizer.bos_token_id, *ids[at : at + rest]] for at in range(0, len(ids) - rest, rest)]
+
+
+def loss_of(model: nn.Module, block: list[int]) -> Tensor:
+    """Mean over a block."""
+    ids = torch.tensor([block])
+    return cross_entropy(model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:])
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, blocks: list[list[int]]) -> float:
+    """Over all blocks."""
+    return math.exp(sum(loss_of(model, block).item() for block in blocks) / len(blocks))
+
+
+class Cuts:
+    """A model, its matrices as they are, and what calibration saw of them."""
+
+    def __init__(self, model: nn.Module, batches: list[list[list[int]]]) -> None:
+        self.model = model
+        names = [name for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+        self.weights = {name: model.get_parameter(name).detach().clone() for name in names}
+        self.inputs = {name: torch.zeros(weight.shape[1]) for name, weight in self.weights.items()}
+        self.squares = {name: torch.zeros(weight.shape) for name, weight in self.weights.items()}
+        hooks = [
+            model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(self._seer(name))
+            for name in names
+        ]
+        for batch in batches:
+            model.zero_grad()
+            torch.stack([loss_of(model, block) for block in batch]).mean().backward()
+            for name, sums in self.squares.items():
+                grad = model.get_parameter(name).grad
+                assert grad is not None
+                sums += grad.float().square()
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+
+    def _seer(self, name: str) -> Callable[..., None]:
+        def see(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            rows = given[0].detach().float()
+            self.inputs[name] += rows.reshape(-1, rows.shape[-1]).square().sum(0)
+
+        return see
+
+    def scores(self, p: float) -> Scores:
+        """|W| ||x||^(1 - p) g^p by name."""
+        return lambda name: (
+            self.weights[name].float().abs() * self.inputs[name].sqrt() ** (1 - p) * self.squares[name].sqrt() ** p
+        )
+
+    def put(self, name: str, keep: Tensor) -> None:
+        """Mask a matrix."""
+        self.model.get_parameter(name).data = self.weights[name] * keep
+
+    def element(self, scores: Scores) -> None:
+        """Half of every matrix, over the mean of each row."""
+        for name in self.weights:
+            found = scores(name)
+            found = found / found.mean(1, keepdim=True)
+            self.put(name, found > found.flatten().kthvalue(found.numel() // 2).values)
+
+    def two_of_four(self, scores: Scores) -> None:
+        """The better two of every four neighbours in a row."""
+        for name in self.weights:
+            groups = scores(name).unflatten(1, (-1, 4))
+            keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(2, dim=2).indices, True)
+            self.put(name, keep.flatten(1))
+
+    def neurons(self, scores: Scores) -> None:
+        """Three quarters of every layer's neurons, by the sum of their scores."""
+        for up in [name for name in self.weights if name.endswith("up_proj.weight")]:
+            gate, down = up.replace("up_proj", "gate_proj"), up.replace("up_proj", "down_proj")
+            worth = scores(up).sum(1) + scores(gate).sum(1) + scores(down).sum(0)
+            keep = torch.zeros_like(worth, dtype=torch.bool)
+            keep[worth.topk(3 * len(worth) // 4).indices] = True
+            for name, mask in ((up, keep[:, None]), (gate, keep[:, None]), (down, keep[None])):
+                self.put(name, mask)
+
+    def restore(self) -> None:
+        """Every weight as it was."""
+        for name, weight in self.weights.items():
+            self.model.get_parameter(name).data = weight
+
+
+def main() -> None:
+    """Cut by every exponent, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="for texts")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    files = texts(arguments.out)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    train = blocks_of(files["train"], tokenizer)
+    random.Random(0).shuffle(train)
+    cuts = Cuts(model, [train[at : at + BATCH] for at in range(0, STEPS * BATCH, BATCH)])
+    judged = blocks_of(files["test"], tokenizer)[:30], blocks_of(files["questions"], tokenizer)[:20]
+    found: dict[str, Any] = {"dense": [perplexity(model, blocks) for blocks in judged]}
+    for cut in (cuts.element, cuts.two_of_four, cuts.neurons):
+        for p in EXPONENTS:
+            cut(cuts.scores(p))
+            found.setdefault(cut.__name__, {})[str(p)] = [perplexity(model, blocks) for blocks in judged]
+            cuts.restore()
+            print(cut.__name__, p, *(f"{value:.1f}" for value in found[cut.__name__][str(p)]), flush=True)
+            (RESULTS / "starts.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
