@@ -5,8 +5,11 @@
 The model is what tests.bench.language makes below its --out, words/hf: Gemma with the tokens of its texts. Inputs
 and gradients are those of 16 steps of 2 x 256 tokens of the training texts; scores are |W| ||x||^(1 - p) g^p, g the
 root of the mean square of a weight's gradient. Cut to 0.5 of the single weights of each matrix, over the mean of their
-row, to 2:4, and to 0.75 of the neurons of each layer; perplexity on 30 blocks of WikiText-2's raw test text and 20 of
-QQP questions. Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results/starts.json.
+row, to 2:4, and to 0.75 of each layer's neurons and heads: by the sum over all weights of a unit, by that over its
+output's weights alone, and by ||x_j|| of the output's inputs, which Minitron ranks by (arXiv 2407.14679); perplexity
+on 30 blocks of WikiText-2's raw test text and 20 of QQP questions.
+
+Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results/starts.json.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tests.bench.accuracy import RESULTS
 from tests.bench.language import LENGTH, texts
 
-EXPONENTS = (0.0, 0.125, 0.25, 0.375, 0.5, 1.0)
+EXPONENTS, OF_UNITS = (0.0, 0.125, 0.25, 0.5, 1.0), (0.0, 0.25, 0.5)
 STEPS, BATCH = 16, 2
 Scores = Callable[[str], Tensor]
 
@@ -104,15 +107,27 @@ class Cuts:
             keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(2, groups.topk(2, dim=2).indices, True)
             self.put(name, keep.flatten(1))
 
-    def neurons(self, scores: Scores) -> None:
-        """Three quarters of every layer's neurons, by the sum of their scores."""
-        for up in [name for name in self.weights if name.endswith("up_proj.weight")]:
-            gate, down = up.replace("up_proj", "gate_proj"), up.replace("up_proj", "down_proj")
-            worth = scores(up).sum(1) + scores(gate).sum(1) + scores(down).sum(0)
-            keep = torch.zeros_like(worth, dtype=torch.bool)
-            keep[worth.topk(3 * len(worth) // 4).indices] = True
-            for name, mask in ((up, keep[:, None]), (gate, keep[:, None]), (down, keep[None])):
-                self.put(name, mask)
+    def units(self, before: list[str], after: str, size: int, worth: Callable[[str, list[str]], Tensor]) -> None:
+        """Three quarters of every layer's units, of `size` outputs of the matrices `before` and inputs of `after`.
+
+        worth: of each input of `after`, from its name and those before it; summed over a unit.
+        """
+        for name in [name for name in self.weights if name.endswith(f"{after}.weight")]:
+            others = [name.replace(after, other) for other in before]
+            found = worth(name, others).unflatten(0, (-1, size)).sum(1)
+            keep = torch.zeros_like(found, dtype=torch.bool)
+            keep[found.topk(3 * len(found) // 4).indices] = True
+            keep = keep.repeat_interleave(size)
+            self.put(name, keep[None])
+            for other in others:
+                self.put(other, keep[:, None])
+
+    def structured(self, scores: Scores) -> dict[str, Callable[[str, list[str]], Tensor]]:
+        """Ways to say what a unit is worth, by name."""
+        return {
+            "all": lambda name, others: scores(name).sum(0) + sum(scores(other).sum(1) for other in others),
+            "output": lambda name, others: scores(name).sum(0),
+        }
 
     def restore(self) -> None:
         """Every weight as it was."""
@@ -135,13 +150,29 @@ def main() -> None:
     cuts = Cuts(model, [train[at : at + BATCH] for at in range(0, STEPS * BATCH, BATCH)])
     judged = blocks_of(files["test"], tokenizer)[:30], blocks_of(files["questions"], tokenizer)[:20]
     found: dict[str, Any] = {"dense": [perplexity(model, blocks) for blocks in judged]}
-    for cut in (cuts.element, cuts.two_of_four, cuts.neurons):
-        for p in EXPONENTS:
-            cut(cuts.scores(p))
-            found.setdefault(cut.__name__, {})[str(p)] = [perplexity(model, blocks) for blocks in judged]
-            cuts.restore()
-            print(cut.__name__, p, *(f"{value:.1f}" for value in found[cut.__name__][str(p)]), flush=True)
-            (RESULTS / "starts.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    def judge(cut: str, by: str) -> None:
+        values = found.setdefault(cut, {})[by] = [perplexity(model, blocks) for blocks in judged]
+        cuts.restore()
+        print(cut, by, *(f"{value:.1f}" for value in values), flush=True)
+        (RESULTS / "starts.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    units = {
+        "neurons": (["gate_proj", "up_proj"], "down_proj", 1),
+        "heads": (["q_proj"], "o_proj", model.config.head_dim),
+    }
+    for kind, (before, after, size) in units.items():
+        for p in OF_UNITS:
+            for way, worth in cuts.structured(cuts.scores(p)).items():
+                cuts.units(before, after, size, worth)
+                judge(kind, f"{way}, {p:g}")
+        cuts.units(before, after, size, lambda name, others: cuts.inputs[name])
+        judge(kind, "mean activation")
+    for p in EXPONENTS:
+        cuts.element(cuts.scores(p))
+        judge("element", f"{p:g}")
+        cuts.two_of_four(cuts.scores(p))
+        judge("2:4", f"{p:g}")
 
 
 if __name__ == "__main__":
