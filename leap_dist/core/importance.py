@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.fragments import Fragment
-from leap_dist.core.gates import Cover
+from leap_dist.core.gates import Cover, Gate
 from leap_dist.core.gating import EXP_AVG_SQ, LATENT, SCORE, Gating
 from leap_dist.core.inputs import Axes
-from leap_dist.ops.slices import add_unit_sums_, expand_units
+from leap_dist.ops.slices import Slice, add_unit_sums_, expand_units
 
 GRADIENT = 0.25
 """What the gradient's part is of the exponent that it shares with the input's norm; measured in docs/benchmarks.md."""
@@ -38,7 +38,8 @@ def write_importance_(
 ) -> None:
     """S_u = mean |W_ij|, or with norms mean |W_ij| ||x_j||, over the unit's prunable weights. Collective.
 
-    With gradients it is mean |W_ij| ||x_j||^3/4 g_ij^1/4, g the root of Adam's second moment of dL/dW: what the dense
+    Of heads and neurons only the weights of their outputs count then: what they add to the stream. With gradients it
+    is mean |W_ij| ||x_j||^3/4 g_ij^1/4 over all weights, g the root of Adam's second moment of dL/dW: what the dense
     phase shows of both sides of a weight. A constant in g does not matter, as scores are scaled then.
 
     scaled: divided by the mean over the gate. added: to the scores that are there, which have moved before they start.
@@ -52,7 +53,10 @@ def write_importance_(
     sums = torch.zeros(num_gates + plan.num_structured_units, dtype=torch.float64, device=gating.device)
     for fragment, sizes in _sizes(gating, norms, gating.weights):
         for cover in plan.covers[fragment.tensor]:
-            if not plan.gates[cover.gate].elementwise:
+            gate = plan.gates[cover.gate]
+            if norms and not norms.gradients and not has_a_say(gate, cover, norms.axes[fragment.tensor].inputs):
+                continue
+            if not gate.elementwise:
                 _add_sums_(sums[num_gates:][plan.units(cover.gate)], sizes, fragment, cover)
             if scaled:
                 sums[cover.gate] += sizes.sum(dtype=torch.float64)
@@ -67,6 +71,18 @@ def write_importance_(
             units[plan.units(index)] = given[index].to(units) / given[index].mean().item()
     for fragment in gating.own_scores:
         _put_(fragment.view(fragment.flat), units[fragment.start : fragment.start + fragment.length], added)
+
+
+def has_a_say(gate: Gate, cover: Cover, inputs: Slice) -> bool:
+    """Whether a tensor ranks the units of a gate by activation: of heads and neurons those do that take them as inputs,
+    for what goes into a unit says little of what it adds. inputs: the slice with a unit for each input feature.
+    """
+    if gate.granularity not in ("head", "neuron"):
+        return True
+    across = inputs.block_rows == inputs.rows  # inputs are columns
+    return all(
+        part.block_rows >= part.bounds[1] if across else part.block_cols >= part.bounds[3] for part in cover.slices
+    )
 
 
 def _write_elements_(gating: Gating, norms: Norms | None, means: list[float], added: bool) -> None:

@@ -333,8 +333,9 @@ class Oracle:
             hook.remove()
 
     def _scores_from_weights(self, scaled: bool) -> None:
-        """S_u = mean |W|, or mean |W_ij| ||x_j|| where inputs were seen, added to what is there; with gradients
-        mean |W_ij| ||x_j||^3/4 g_ij^1/4, g the root of Adam's second moment.
+        """S_u = mean |W|, or mean |W_ij| ||x_j|| where inputs were seen, added to what is there; of heads and neurons
+        over the matrices that take them as inputs; with gradients mean |W_ij| ||x_j||^3/4 g_ij^1/4 over all of them,
+        g the root of Adam's second moment.
 
         Single weights of which inputs were seen are over the mean of their row, all else over that of the gate.
         """
@@ -344,6 +345,9 @@ class Oracle:
             for tensor, covers in self.plan.covers.items():
                 for cover in covers:
                     seen = tensor in self.squares or not self.squares
+                    by_output = self.squares and self.config.score_init == "activation"
+                    if by_output and gate.granularity in ("head", "neuron"):
+                        seen = all(part.block_rows >= part.bounds[1] for part in cover.slices)  # cut by its columns
                     if cover.gate == index and self.plan.counted(tensor) and seen:
                         size = self.latent[tensor].detach().abs().double()
                         if self.squares and self.config.score_init == "gradient":

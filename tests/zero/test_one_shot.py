@@ -57,7 +57,7 @@ def under_every_stage(kind: str, **changes: Any) -> list[tuple[dict[str, Tensor]
 def reference(kind: str, kept: list[int], activation: bool = True) -> dict[str, Tensor]:
     """|W_ij| ||x_j|| in plain torch: the best of every gate, or of every m neighbours, by the mean over each unit.
 
-    Single weights are compared over the mean of their row.
+    Single weights are compared over the mean of their row; heads and neurons by their outputs' weights alone.
     """
     model, squares = net(kind), {}
 
@@ -76,6 +76,9 @@ def reference(kind: str, kept: list[int], activation: bool = True) -> dict[str, 
         sums = torch.zeros(gate.num_units, dtype=torch.float64)
         for name, covers in plan.covers.items():
             for cover in covers:
+                into = any(part.block_rows < part.bounds[1] for part in cover.slices)
+                if activation and into and gate.granularity in ("head", "neuron"):
+                    continue  # what goes into a unit
                 if cover.gate == index and plan.counted(name):
                     sizes = weights[name].detach().abs()
                     sizes = sizes * squares[name].sqrt().float() if activation else sizes
