@@ -507,6 +507,14 @@ def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> Non
         ({"score_moments": "shared", "gates": ["row", "2:4"]}, None),
         ({"score_moments": "shared", "weights": "frozen"}, "frozen weights have no moments"),
         ({"score_moments": "shared", "rule": "gumbel"}, 'under rule "gumbel" scores do not follow'),
+        ({"score_init": "gradient", "mode": "one_shot"}, 'leap.score_init: got "gradient", but one shot takes no step'),
+        (
+            {"score_init": "gradient", "weights": "frozen"},
+            'got "gradient", but frozen weights have no moments; allowed',
+        ),
+        ({"score_init": "gradient", "rule": "gumbel"}, 'got "gradient", but frozen weights have no moments; allowed'),
+        ({"score_init": "gradient", "rule": "gumbel", "weights": "trained"}, None),
+        ({"score_init": "gradient", "rule": "movement"}, None),
     ],
 )
 def test_settings_count_together(section: dict[str, Any], refused: str | None) -> None:
