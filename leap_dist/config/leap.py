@@ -214,7 +214,7 @@ class LeapConfig(Section):
         if one_shot and raw.get("score_init") == "zero":
             problem = 'got "zero", by which no weight is better than another; allowed in one shot: "activation", '
             found.append(("score_init", problem + '"magnitude" or "auto"'))
-        if raw.get("score_init") == "gradient" and (one_shot or is_frozen(raw.get("weights"), raw.get("rule"))):
+        if raw.get("score_init") == "gradient" and (one_shot or is_frozen(raw.get("weights", "auto"), raw.get("rule"))):
             why = "one shot takes no step" if one_shot else "frozen weights have no moments"
             found.append(("score_init", f'got "gradient", but {why}; allowed: "activation", "magnitude" or "auto"'))
         if raw.get("score_init") == "syntax" and "head" not in _granularities(gates):
