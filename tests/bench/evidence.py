@@ -41,6 +41,7 @@ LINES: dict[str, dict[str, Any]] = {
     "leap, taught": {"leap": {"rule": "leap"}, "distill": {"teacher": "self"}},
     "movement, taught": {"leap": {"rule": "movement"}, "distill": {"teacher": "self"}},
     "leap, paper's control": {"leap": {"rule": "leap", "control": "paper"}},
+    "leap, from gradients": {"leap": {"rule": "leap", "score_init": "gradient"}},
     "leap, shared moments": {"leap": {"rule": "leap", "score_moments": "shared"}},
     "leap, fp32": {"leap": {"rule": "leap"}, "bf16": {"enabled": False}},
 }
@@ -102,8 +103,9 @@ def cells(task: str) -> Iterator[Cell]:
     if task != "sst2":
         yield from (Cell(task, *at, line) for at in (THREE[0], THREE[2]) for line in RULES)
         return
-    yield from (Cell(task, "element", 0.1, line) for line in (*RULES, "leap, shared moments", *PEERS))
-    yield from (Cell(task, *at, line) for at in THREE[1:] for line in RULES)
+    first = ("leap", "movement", "leap, from gradients", "leap, shared moments", "magnitude", *PEERS)
+    yield from (Cell(task, "element", 0.1, line) for line in first)
+    yield from (Cell(task, *at, line) for at in THREE[1:] for line in (*RULES, "leap, from gradients"))
     others = [("element", 0.05), ("element", 0.2), ("2:4", 0.5), ("head + neuron", 0.5), ("element", 0.5)]
     yield from (Cell(task, *at, line) for at in others for line in RULES)
     yield from (Cell(task, "element", target, line) for target in (0.05, 0.2, 0.5) for line in PEERS)
