@@ -69,7 +69,7 @@ CASES = [
     ("row", 2, 1, {"rule": "magnitude"}),
     ("head+2:4", 3, 2, {}),
     ("hybrid", 3, 2, {"score_init": "activation"}),
-    ("element", 0, 2, {"score_init": "activation"}),
+    ("element", 0, 2, {"score_init": "gradient"}),
 ]
 
 

@@ -28,7 +28,7 @@ REST = {"granularity": "element", "exclude": r"re:blocks\.\d\.(qkv|out)\.weight"
         ("row", 40, {"weights": "trained"}),
         ("head+neuron", 40, {}),
         ("2:4", 100, {}),
-        ("2:4", 40, {"weights": "trained", "score_init": "activation"}),
+        ("2:4", 40, {"weights": "trained", "score_init": "gradient"}),
         ("2:4", 40, {"weights": "trained", "gates": [CHOICE, REST], "target": 0.3}),
     ],
 )

@@ -74,7 +74,7 @@ def resumed(folder: str, kind: str, stage: int, changes: dict[str, Any], more: d
         ("hybrid", 3, 2, {"control": "paper"}),
         ("element", 3, 1, {"rule": "magnitude"}),
         ("hybrid", 0, 2, {"score_init": "activation"}),
-        ("element", 3, 2, {"score_init": "activation"}),
+        ("element", 3, 2, {"score_init": "gradient"}),
         ("hybrid", 2, 2, {"score_moments": "shared"}),
     ],
 )
