@@ -92,6 +92,8 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its folder."""
+        if self.line == "start":
+            return "start/more"
         seed = [] if self.seed == SEEDS[0] else [str(self.seed)]
         parts = (self.gates, f"{100 * self.target:g}", self.line, *seed)
         return "_".join("".join(filter(str.isalnum, part)) for part in parts)
@@ -187,13 +189,14 @@ def result_of(cell: Cell, out: Path) -> dict[str, Any] | None:
     folder = out / cell.name
     if (folder / "peer.json").is_file():
         found = json.loads((folder / "peer.json").read_text())
-        return own | {"density": found["density"], "metrics": {key: found[key] for key in ("dense", "pruned")}}
+        return own | {"density": found["density"], "metrics": {"pruned": found["pruned"]}}
     if not (folder / "certificate.json").is_file():
         return None
     found = json.loads((folder / "certificate.json").read_text())
     ratios = {name: tensor["density"] for name, tensor in found["tensors"].items() if tensor["counted"]}
-    shared = {key: found[key] for key in ("density", "metrics", "masks_sha256", "versions")}
-    return own | shared | {"hours": hours(folder), "keep_ratios": ratios}
+    shared = {key: found[key] for key in ("density", "masks_sha256", "versions")}
+    metrics = {"pruned": found["metrics"]["pruned"]}  # the other model is that of the end of the dense phase
+    return own | shared | {"metrics": metrics, "hours": hours(folder), "keep_ratios": ratios}
 
 
 def hours(folder: Path) -> float:
@@ -223,7 +226,8 @@ def write(out: Path, tasks: list[str]) -> None:
     for task in tasks:
         if not (out / task).is_dir():
             continue
-        done = (result_of(cell, out / task) for cell in cells(task))
+        start = Cell(task, "element", 1.0, "start")
+        done = (result_of(cell, out / task) for cell in (start, *cells(task)))
         everything[task] = [row for row in done if row is not None]
         show(task, everything[task])
     file.write_text(json.dumps(everything, indent=1) + "\n")

@@ -64,22 +64,17 @@ def section(task: str, rows: list[dict[str, Any]]) -> str:
     """A task's tables: the methods beside each other, then what changes LEAP."""
     found = means(rows)
     own = {row["line"]: row for row in rows}
-    start = next(iter(rows))["metrics"]["dense"]
-    lines = [f"## {task}", "", f"The start: {start['accuracy']:.3f} · {start['loss']:.3f}."]
-    if "dense" in own:
-        dense = own["dense"]["metrics"]["pruned"]
-        lines[-1] += f" Trained as long without pruning: {dense['accuracy']:.3f} · {dense['loss']:.3f}."
-    lines += [
-        f" [Picture](../tests/bench/results/evidence_{task}.png).",
-        "",
-        f"| gate | density | {' | '.join(LINES)} |",
-    ]
+    names = {"start": "The start", "dense": "Trained as long without pruning"}
+    dense = {text: own[line]["metrics"]["pruned"] for line, text in names.items() if line in own}
+    said = [f"{text}: {one['accuracy']:.3f} · {one['loss']:.3f}." for text, one in dense.items()]
+    picture = f"[Picture](../tests/bench/results/evidence_{task}.png)."
+    lines = [f"## {task}", "", " ".join([*said, picture]), "", f"| gate | density | {' | '.join(LINES)} |"]
     lines.append("|" + "---|" * (len(LINES) + 2))
     for gates, target in sorted({key[:2] for key in found if key[2] in LINES}, key=lambda at: (at[0], -at[1])):
         row = [found.get((gates, target, line)) for line in LINES]
         best = max(cell[0] for cell in row if cell is not None)
         lines.append(f"| {gates} | {target:g} | {' | '.join(shown(cell, best) for cell in row)} |")
-    others = [(key, cell) for key, cell in found.items() if key[2] not in (*LINES, "dense")]
+    others = [(key, cell) for key, cell in found.items() if key[2] not in (*LINES, *names)]
     if others:
         lines += ["", "| gate | density | what is different | |", "|---|---|---|---|"]
         lines += [f"| {gates} | {target:g} | {line} | {shown(cell)} |" for (gates, target, line), cell in others]
