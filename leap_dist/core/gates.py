@@ -219,7 +219,6 @@ class GatePlan:
         starts = torch.tensor([0] + [self.gates[i].num_units for i in self.structured]).cumsum(0).tolist()
         self._unit_start = dict(zip(self.structured, starts, strict=False))
         self.num_structured_units: int = starts[-1]
-        self.num_scores: int = sum(gate.num_units for gate in self.gates)
         self.tied = self._tie()
 
     def _tie(self) -> tuple[tuple[int, ...], ...]:

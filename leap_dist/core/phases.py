@@ -11,7 +11,7 @@ from leap_dist.core.thresholds import START
 Phase = Literal["dense", "prune", "settle"]
 DESCENT = 0.85  # part of the prune phase in which the level comes down to the target
 EVEN = 0.25  # density from which on the thresholds of single weights move apart more slowly
-ENOUGH = 0.02  # tokens a score, of the whole run, from which on the automatic rates are whole
+ENOUGH = 0.02  # tokens a prunable weight, of the whole run, from which on the automatic rates are whole
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,22 @@ class Schedule:
         return self.trust * share * max(travel, temperature) / max(steps, 1.0)
 
 
-def budget(config: LeapConfig, num_scores: int) -> float:
+def budget(config: LeapConfig, num_weights: int) -> float:
     """How much of the automatic rates and of the descent a run has use for: 0 < trust <= 1.
 
     Scores that start by inputs order a language model's weights well; what few tokens say beside it is noise, and
     the masks had better stay as they start. So the rates of scores and thresholds, and the length of the descent, are
-    proportional to the tokens of the whole run a score, up to 1. Under rules of hand-made schedules, with other starts,
-    and where the tokens are not known, it is 1. Measured in docs/benchmarks.md.
+    proportional to the tokens of the whole run a prunable weight, up to 1, those of heads and neurons too: weights
+    have to recover from what their masks do. Under rules of hand-made schedules, with other starts, and where the
+    tokens are not known, it is 1. Measured in docs/benchmarks.md.
     """
     tokens = config.tokens_per_step
     if config.rule != "leap" or config.score_init not in BY_INPUTS or not isinstance(tokens, int):
         return 1.0
-    return min(1.0, tokens * (config.total_steps or 0) / max(num_scores, 1) / ENOUGH)
+    return min(1.0, tokens * (config.total_steps or 0) / max(num_weights, 1) / ENOUGH)
 
 
 def schedule_of(config: LeapConfig, plan: GatePlan, *, fixed: bool = False) -> Schedule:
     """The phases of a run; with fixed masks it settles from the first step, with frozen weights at the last."""
     fractions = (0.0, 1.0) if fixed else (config.dense_fraction, 0.0 if config.frozen else config.settle_fraction)
-    return Schedule(config.total_steps or 0, *fractions, config.target, budget(config, plan.num_scores))
+    return Schedule(config.total_steps or 0, *fractions, config.target, budget(config, plan.prunable))

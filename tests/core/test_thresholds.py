@@ -189,7 +189,7 @@ def test_a_pattern_comes_down_with_the_level() -> None:
 def test_the_rates_and_the_descent_follow_the_tokens_a_score(changes: dict[str, Any], trust: float) -> None:
     config = parse_leap({"target": 0.1, "total_steps": 20, "score_init": "activation", **changes})
     gates = plan("element", shapes=((800, 760),))
-    assert gates.num_scores == 608_000
+    assert gates.prunable == 608_000
     found, whole = schedule_of(config, gates), Schedule(20, 0.05, 0.2, 0.1)
     assert found.trust == pytest.approx(trust)
     for projected in (True, False):
@@ -199,6 +199,11 @@ def test_the_rates_and_the_descent_follow_the_tokens_a_score(changes: dict[str, 
     assert config.score_rate(True, found.trust) == pytest.approx(trust * 1e-2)
     levels = [found.level(step) for step in range(20)]
     assert levels.index(0.1) == math.ceil(1 + 0.85 * 15 * trust) - 1
+
+
+def test_units_are_counted_by_their_weights() -> None:
+    config = parse_leap({"target": 0.5, "total_steps": 20, "score_init": "activation", "tokens_per_step": 304})
+    assert [schedule_of(config, plan(kind, shapes=((800, 760),))).trust for kind in ("element", "row")] == [0.5, 0.5]
 
 
 def test_a_budget_is_for_learned_scores_that_start_by_activation() -> None:
