@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.core.fragments import Fragment
-from leap_dist.core.gates import Cover, Gate
+from leap_dist.core.gates import Cover, GatePlan
 from leap_dist.core.gating import EXP_AVG_SQ, LATENT, SCORE, Gating
 from leap_dist.core.inputs import Axes
 from leap_dist.ops.slices import Slice, add_unit_sums_, expand_units
@@ -51,12 +51,12 @@ def write_importance_(
     plan = gating.plan
     num_gates = len(plan.gates)
     sums = torch.zeros(num_gates + plan.num_structured_units, dtype=torch.float64, device=gating.device)
+    silent = without_a_say(plan, norms)
     for fragment, sizes in _sizes(gating, norms, gating.weights):
         for cover in plan.covers[fragment.tensor]:
-            gate = plan.gates[cover.gate]
-            if norms and not norms.gradients and not has_a_say(gate, cover, norms.axes[fragment.tensor].inputs):
+            if (fragment.tensor, cover.gate) in silent:
                 continue
-            if not gate.elementwise:
+            if not plan.gates[cover.gate].elementwise:
                 _add_sums_(sums[num_gates:][plan.units(cover.gate)], sizes, fragment, cover)
             if scaled:
                 sums[cover.gate] += sizes.sum(dtype=torch.float64)
@@ -73,15 +73,27 @@ def write_importance_(
         _put_(fragment.view(fragment.flat), units[fragment.start : fragment.start + fragment.length], added)
 
 
-def has_a_say(gate: Gate, cover: Cover, inputs: Slice) -> bool:
-    """Whether a tensor ranks the units of a gate by activation: of heads and neurons those do that take them as inputs,
-    for what goes into a unit says little of what it adds. inputs: the slice with a unit for each input feature.
+def without_a_say(plan: GatePlan, norms: Norms | None) -> set[tuple[str, int]]:
+    """(tensor, gate) where a tensor does not rank a gate's units. By activation heads and neurons are ranked by the
+    tensors that take them as inputs, as what goes into a unit says little of what it adds; by all where none counts.
     """
-    if gate.granularity not in ("head", "neuron"):
-        return True
-    across = inputs.block_rows == inputs.rows  # inputs are columns
+    if norms is None or norms.gradients:
+        return set()
+    outputs: set[tuple[str, int]] = set()
+    others: set[tuple[str, int]] = set()
+    for tensor, own in norms.axes.items():
+        for cover in plan.covers[tensor] if plan.counted(tensor) else ():
+            if plan.gates[cover.gate].granularity in ("head", "neuron"):
+                (outputs if _is_output(cover, own.inputs) else others).add((tensor, cover.gate))
+    ranked = {gate for _, gate in outputs}
+    return {(tensor, gate) for tensor, gate in others if gate in ranked}
+
+
+def _is_output(cover: Cover, inputs: Slice) -> bool:
+    """Whether a tensor takes the units as inputs. inputs: the slice with a unit for each input feature."""
+    columns = inputs.block_rows == inputs.rows
     return all(
-        part.block_rows >= part.bounds[1] if across else part.block_cols >= part.bounds[3] for part in cover.slices
+        part.block_rows >= part.bounds[1] if columns else part.block_cols >= part.bounds[3] for part in cover.slices
     )
 
 

@@ -10,11 +10,14 @@ from transformers.pytorch_utils import Conv1D
 from leap_dist.config.job_file import parse_leap
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
+from leap_dist.core.gates import Gate, GatePlan
 from leap_dist.core.gating import EXP_AVG_SQ, SCORE
 from leap_dist.core.importance import Norms, write_importance_
+from leap_dist.core.inputs import Axes
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.models.inputs import resolve_start
 from leap_dist.models.plan import make_plan
+from leap_dist.ops.slices import Slice
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 7), lambda w: w),
@@ -68,6 +71,28 @@ def test_a_gradient_has_a_quarter_of_the_exponent(length: int) -> None:
     expected = weight.detach().abs().double() * inputs**0.75 * gradients**0.25
     expected = (expected / expected.mean(1, keepdim=True)).float()
     torch.testing.assert_close(optimizer.state[weight][SCORE], expected)
+
+
+@pytest.mark.parametrize("excluded", [[], ["2.weight"]])
+def test_neurons_are_ranked_by_their_outputs_or_by_all_where_these_do_not_count(excluded: list[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2))
+    up, down = model[0].weight, model[2].weight
+    cuts = [Slice("0.weight", 7, 5, 1, 5), Slice("2.weight", 2, 7, 2, 1, counted=not excluded)]
+    plan = GatePlan([Gate("0", "neuron", tuple(cuts))])
+    axes = {"0.weight": Axes(Slice("0.weight", 7, 5, 7, 1), Slice("0.weight", 7, 5, 1, 5))}
+    if not excluded:
+        axes["2.weight"] = Axes(Slice("2.weight", 2, 7, 2, 1), Slice("2.weight", 2, 7, 1, 7))
+    config = parse_leap({"target": 0.5, "total_steps": 10, "score_init": "activation", "gates": ["neuron"]})
+    optimizer = LeapAdamW([{"params": [up, down], GATED: True}], plan, config, axes=axes)
+    parts = [Fragment("0.weight", 0, 35, up, 0), Fragment("2.weight", 0, 14, down, 0)]
+    optimizer.bind(parts, Communicator())
+    norms = {name: torch.rand(own.num_inputs) for name, own in axes.items()}
+    write_importance_(optimizer.gating, Norms(norms, axes), scaled=False)
+    by_output = (down.detach().abs() * norms["2.weight"]).sum(0) / 7 if not excluded else None
+    expected = by_output if by_output is not None else (up.detach().abs() * norms["0.weight"]).mean(1)
+    (scores,) = [f.view(f.flat) for f in optimizer.gating.own_scores]
+    torch.testing.assert_close(scores, expected)
 
 
 def _cuts(numel: int) -> list[tuple[int, int]]:
