@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,8 +76,12 @@ class Forecast:
     model: PreTrainedModel
     plan: GatePlan
     hosting: Hosting
-    passes: Passes
     why_start: str = ""
+
+    @cached_property
+    def passes(self) -> Passes:
+        """What a micro-batch takes beside the weights. A forward pass of the whole model, so only where it is asked."""
+        return passes_of(self.config, self.model, self.hosting)
 
     def at(self, ranks: int) -> Forecast:
         """The same on another number of ranks."""
@@ -118,8 +123,7 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
         load_parser(config.leap.syntax_model, config.data.task)
         gates_by_layer(model, plan, config.family)
     start = resolve_start(model, plan, config.leap)
-    config = config.model_copy(update={"leap": start.config})
-    return Forecast(config, model, plan, hosting, passes_of(config, model, hosting), start.why)
+    return Forecast(config.model_copy(update={"leap": start.config}), model, plan, hosting, start.why)
 
 
 def passes_of(config: JobConfig, model: PreTrainedModel, hosting: Hosting) -> Passes:

@@ -53,19 +53,24 @@ def test_a_score_is_the_weight_times_the_norm_of_its_input_over_the_mean_of_its_
     torch.testing.assert_close(seen(optimizer.state[weight][SCORE]), expected)
 
 
-@pytest.mark.parametrize("length", [35, 17])
-def test_a_gradient_has_a_quarter_of_the_exponent(length: int) -> None:
+def seven_by_five(start: str) -> tuple[LeapAdamW, Tensor]:
+    """An optimizer that is not bound yet, and its one matrix "0.weight"."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
     weight: Tensor = model[0].weight  # type: ignore[assignment]
-    config = parse_leap({"target": 0.5, "total_steps": 10, "score_init": "gradient"})
+    config = parse_leap({"target": 0.5, "total_steps": 10, "score_init": start})
     plan = make_plan(model, config)
-    start = resolve_start(model, plan, config)
-    optimizer = LeapAdamW([{"params": [weight], GATED: True}], plan, start.config, axes=start.axes)
+    found = resolve_start(model, plan, config)
+    return LeapAdamW([{"params": [weight], GATED: True}], plan, found.config, axes=found.axes), weight
+
+
+@pytest.mark.parametrize("length", [35, 17])
+def test_a_gradient_has_a_quarter_of_the_exponent(length: int) -> None:
+    optimizer, weight = seven_by_five("gradient")
     parts = [(0, length), (length, 35 - length)]
     optimizer.bind([Fragment("0.weight", a, n, weight, a) for a, n in parts if n], Communicator())
     moments = optimizer.state[weight][EXP_AVG_SQ].copy_(torch.rand(7, 5) * 1e-9)
-    norms = Norms({"0.weight": torch.rand(5)}, start.axes, gradients=True)
+    norms = Norms({"0.weight": torch.rand(5)}, optimizer.axes, gradients=True)
     write_importance_(optimizer.gating, norms, scaled=True)
     inputs, gradients = norms.values["0.weight"].double(), moments.double().sqrt()
     expected = weight.detach().abs().double() * inputs**0.75 * gradients**0.25
@@ -102,16 +107,10 @@ def _cuts(numel: int) -> list[tuple[int, int]]:
 
 
 def test_scores_that_have_moved_keep_their_movement() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
-    weight: Tensor = model[0].weight  # type: ignore[assignment]
-    config = parse_leap({"target": 0.5, "total_steps": 10, "score_init": "activation"})
-    plan = make_plan(model, config)
-    start = resolve_start(model, plan, config)
-    optimizer = LeapAdamW([{"params": [weight], GATED: True}], plan, start.config, axes=start.axes)
+    optimizer, weight = seven_by_five("activation")
     optimizer.bind([Fragment("0.weight", 0, 35, weight, 0)], Communicator())
     moved = optimizer.state[weight][SCORE].copy_(torch.randn(7, 5)).clone()
-    norms = Norms({"0.weight": torch.rand(5)}, start.axes)
+    norms = Norms({"0.weight": torch.rand(5)}, optimizer.axes)
     write_importance_(optimizer.gating, norms, scaled=True, added=True)
     sizes = weight.detach().abs() * norms.values["0.weight"]
     torch.testing.assert_close(optimizer.state[weight][SCORE], moved + sizes / sizes.mean(1, keepdim=True))
