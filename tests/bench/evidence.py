@@ -26,7 +26,7 @@ from leap_dist.tracking.pareto import Point, picture_of
 from leap_dist.tracking.plots import save_all
 from tests.bench.accuracy import DATA, RESULTS, ROOT, encoder
 from tests.bench.evidence_page import means, write_page
-from tests.bench.smaller import OFTEN, claimed, export, prune
+from tests.bench.smaller import OFTEN, claimed, export, prune, put
 
 GATES = {
     "element": ["element"],
@@ -121,9 +121,9 @@ def cells(task: str) -> Iterator[Cell]:
 def job_of(model: Path, task: str, steps: int, out: Path) -> dict[str, Any]:
     """A job of a task that keeps every weight."""
     source = SOURCES[task]
-    held_out = out / "held_out.tsv"
     lines = (DATA / source.held_out).read_text(encoding="utf-8-sig").splitlines()
-    held_out.write_text("\n".join(lines[: None if source.rows is None else source.rows + 1]) + "\n", encoding="utf-8")
+    rows = lines[: None if source.rows is None else source.rows + 1]
+    held_out = put(out / "held_out.tsv", "\n".join(rows) + "\n")
     files = {"train": str(DATA / source.train), "validation": str(held_out)}
     return {
         "train_micro_batch_size_per_gpu": 32,
@@ -140,8 +140,7 @@ def job_of(model: Path, task: str, steps: int, out: Path) -> dict[str, Any]:
 def start_of(task: str, out: Path) -> Path:
     """The trained encoder that all cells of a task start from; trained once."""
     source = SOURCES[task]
-    texts = out / "train.txt"
-    texts.write_text(words_of(DATA / source.train, source.columns["text"]), encoding="utf-8")
+    texts = put(out / "train.txt", words_of(DATA / source.train, source.columns["text"]))
     words = export(encoder(), out / "words", ["hf"], "--vocabulary", str(texts))
     prune(job_of(words, task, source.first, out), out / "start" / "first")
     prune(job_of(out / "start" / "first" / "model", task, source.more, out), out / "start" / "more")
@@ -175,10 +174,10 @@ def run_peer(job: dict[str, Any], method: list[str], folder: Path) -> None:
     if result.is_file():
         return
     folder.mkdir(exist_ok=True)
-    file = folder.with_suffix(folder.suffix + ".json")
+    file = folder.with_suffix(".json")
     file.write_text(json.dumps(job, indent=1))
     command = [sys.executable, "-m", "tests.bench.peers", str(file), *method]
-    with folder.with_suffix(folder.suffix + ".log").open("w") as log:
+    with folder.with_suffix(".log").open("w") as log:
         found = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, check=True, cwd=ROOT, text=True)
     result.write_text(found.stdout)
 
@@ -235,7 +234,7 @@ def write(out: Path, tasks: list[str]) -> None:
 
 
 def main() -> None:
-    """Run all cells that nobody runs, and write what is there after each."""
+    """Run all cells that no other process runs, then write what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=SOURCES, default=list(SOURCES))
@@ -245,7 +244,8 @@ def main() -> None:
     out = arguments.out.resolve()
     for task in [] if arguments.show else arguments.tasks:
         (out / task).mkdir(parents=True, exist_ok=True)
-        model = start_of(task, out / task)
+        with claimed(out / task / "start", wait=True):
+            model = start_of(task, out / task)
         for cell in cells(task):
             run(cell, arguments.steps, model, out / task)
     write(out, arguments.tasks)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.accuracy import DATA, RESULTS
-from tests.bench.smaller import claimed, export, prune, to_train_on
+from tests.bench.smaller import claimed, export, prune, put, to_train_on
 
 GATES: dict[str, tuple[list[str], float]] = {
     "element": (["element"], 0.5),
@@ -34,10 +34,10 @@ TEST_CHARACTERS, QUESTIONS = 142_000, 600  # about 32,000 tokens, and 30 blocks
 def texts(out: Path) -> dict[str, list[str]]:
     """Files to train on, and the two to be judged on."""
     test, questions = out / "test.txt", out / "questions.txt"
-    test.write_text((DATA / "wikitext2/wiki.test.raw.txt").read_text()[:TEST_CHARACTERS])
+    put(test, (DATA / "wikitext2/wiki.test.raw.txt").read_text()[:TEST_CHARACTERS])
     head, *rows = (DATA / "qqp/dev.tsv").read_text().splitlines()
     column = head.split("\t").index("question1")
-    questions.write_text("\n".join(row.split("\t")[column] for row in rows[:QUESTIONS]))
+    put(questions, "\n".join(row.split("\t")[column] for row in rows[:QUESTIONS]))
     return {"train": to_train_on(out), "test": [str(test)], "questions": [str(questions)]}
 
 
@@ -161,7 +161,7 @@ def write(out: Path) -> None:
 
 
 def main() -> None:
-    """Run the cells of all gates that were asked for."""
+    """Run the cells of the gates that were asked for, then write what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="the folder of Gemma 3 270M")

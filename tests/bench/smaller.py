@@ -56,6 +56,13 @@ def claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
             yield True
 
 
+def put(file: Path, text: str) -> Path:
+    """Write a file, unless it holds that text: runs of other processes may be reading it."""
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
+    return file
+
+
 def prune(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run a job until it is done; its certificate."""
     certificate = folder / "certificate.json"
@@ -143,7 +150,7 @@ def to_train_on(out: Path) -> list[str]:
     """WikiText-2's validation text and the paragraphs of SQuAD, which are put into a file below `out`."""
     spoken = out / "squad.txt"
     articles = [a for f in sorted((DATA / "squad").glob("*.json")) for a in json.loads(f.read_text())["data"]]
-    spoken.write_text("\n".join(p["context"] for article in articles for p in article["paragraphs"]))
+    put(spoken, "\n".join(p["context"] for article in articles for p in article["paragraphs"]))
     return [str(DATA / "wikitext2/valid.tokens.txt"), str(spoken)]
 
 
