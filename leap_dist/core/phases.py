@@ -12,6 +12,7 @@ Phase = Literal["dense", "prune", "settle"]
 DESCENT = 0.85  # part of the prune phase in which the level comes down to the target
 EVEN = 0.25  # density from which on the thresholds of single weights move apart more slowly
 ENOUGH = 0.02  # tokens a prunable weight, of the whole run, from which on the automatic rates are whole
+ENOUGH_UNITS = 0.15  # the same where units of many weights have scores: these lie closer together
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,24 @@ class Schedule:
         return self.trust * share * max(travel, temperature) / max(steps, 1.0)
 
 
-def budget(config: LeapConfig, num_weights: int) -> float:
+def budget(config: LeapConfig, plan: GatePlan) -> float:
     """How much of the automatic rates and of the descent a run has use for: 0 < trust <= 1.
 
     Scores that start by inputs order a language model's weights well; what few tokens say beside it is noise, and
     the masks had better stay as they start. So the rates of scores and thresholds, and the length of the descent, are
-    proportional to the tokens of the whole run a prunable weight, up to 1, those of heads and neurons too: weights
-    have to recover from what their masks do. Under rules of hand-made schedules, with other starts, and where the
+    proportional to the tokens of the whole run a prunable weight, up to 1. Of heads and neurons weights are counted
+    too, as these have to recover from what masks do; and a step of the same size moves more of them over the cut, as
+    means over many weights lie closer together. Under rules of hand-made schedules, with other starts, and where the
     tokens are not known, it is 1. Measured in docs/benchmarks.md.
     """
     tokens = config.tokens_per_step
     if config.rule != "leap" or config.score_init not in BY_INPUTS or not isinstance(tokens, int):
         return 1.0
-    return min(1.0, tokens * (config.total_steps or 0) / max(num_weights, 1) / ENOUGH)
+    enough = ENOUGH_UNITS if plan.structured else ENOUGH
+    return min(1.0, tokens * (config.total_steps or 0) / max(plan.prunable, 1) / enough)
 
 
 def schedule_of(config: LeapConfig, plan: GatePlan, *, fixed: bool = False) -> Schedule:
     """The phases of a run; with fixed masks it settles from the first step, with frozen weights at the last."""
     fractions = (0.0, 1.0) if fixed else (config.dense_fraction, 0.0 if config.frozen else config.settle_fraction)
-    return Schedule(config.total_steps or 0, *fractions, config.target, budget(config, plan.prunable))
+    return Schedule(config.total_steps or 0, *fractions, config.target, budget(config, plan))

@@ -201,9 +201,10 @@ def test_the_rates_and_the_descent_follow_the_tokens_a_score(changes: dict[str, 
     assert levels.index(0.1) == math.ceil(1 + 0.85 * 15 * trust) - 1
 
 
-def test_units_are_counted_by_their_weights() -> None:
+def test_units_are_counted_by_their_weights_and_need_more_of_them() -> None:
     config = parse_leap({"target": 0.5, "total_steps": 20, "score_init": "activation", "tokens_per_step": 304})
-    assert [schedule_of(config, plan(kind, shapes=((800, 760),))).trust for kind in ("element", "row")] == [0.5, 0.5]
+    trusts = {kind: schedule_of(config, plan(kind, shapes=((800, 760),))).trust for kind in ("element", "2:4", "row")}
+    assert trusts == {"element": 0.5, "2:4": 0.5, "row": pytest.approx(0.5 * 0.02 / 0.15)}
 
 
 def test_a_budget_is_for_learned_scores_that_start_by_activation() -> None:
