@@ -58,7 +58,8 @@ class RankPool:
         """Results of `function(*args)` by rank; `timeout` in seconds.
 
         An exception is raised again here with the ranks' tracebacks as notes. Unless every rank raised, the
-        ranks may be out of step afterwards, so the pool is ended. RankError tells of a dead or hanging rank.
+        ranks may be out of step afterwards, so the pool is ended. RankError tells of a dead or hanging rank;
+        what others raised, as a lost connection, is in its notes.
         """
         call = pickle.dumps((function, args))
         if not self._processes or not all(process.is_alive() for process in self._processes):
@@ -128,9 +129,7 @@ class RankPool:
                 try:
                     reply: Reply = pickle.loads(pipe.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    if raised:
-                        return replies
-                    raise self._death(rank) from None
+                    raise _noted(self._death(rank), replies) from None
                 replies[rank] = reply
                 if reply.error is not None and not raised:
                     raised = True
@@ -173,8 +172,13 @@ def _as_raised(failed: dict[int, Reply]) -> BaseException:
     """The first exception that arrived, with every failed rank's traceback as a note."""
     error = next(iter(failed.values())).error
     assert error is not None
-    for rank, reply in failed.items():
-        error.add_note(f"in rank {rank}:\n{reply.trace}")
+    return _noted(error, failed)
+
+
+def _noted(error: BaseException, replies: dict[int, Reply]) -> BaseException:
+    for rank, reply in replies.items():
+        if reply.error is not None:
+            error.add_note(f"in rank {rank}:\n{reply.trace}")
     return error
 
 

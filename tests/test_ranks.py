@@ -62,6 +62,16 @@ def die_on(rank: int) -> None:
     dist.barrier()
 
 
+def die_after_an_error(rank: int) -> None:
+    """Ranks whose connection is lost may say so before the death that is the cause is seen."""
+    import torch.distributed as dist
+
+    if dist.get_rank() != rank:
+        raise RuntimeError("connection reset by peer")
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def hang_on(rank: int) -> None:
     import torch.distributed as dist
 
@@ -119,6 +129,13 @@ def test_death_fails_at_once_and_the_pool_comes_back(ranks: RankPools) -> None:
         ranks(2).run(die_on, 0)
     assert time.monotonic() - started < 10
     assert not set(ranks(2).run(process_id)) & set(before)
+
+
+def test_a_death_is_the_cause_of_what_others_raise_before_it_is_seen(ranks: RankPools) -> None:
+    with pytest.raises(RankError, match="rank 0 of 2 died with exit code -9") as caught:
+        ranks(2).run(die_after_an_error, 0)
+    (note,) = caught.value.__notes__
+    assert note.startswith("in rank 1:") and "connection reset by peer" in note
 
 
 def test_hang_fails_at_the_timeout(ranks: RankPools) -> None:
