@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from leap_dist.cli import parsed
+from leap_dist.cli import check_threads, parsed
 from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
@@ -63,14 +63,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         from leap_dist.bench.latency import bench_latency
         from leap_dist.config.job_file import load_job
 
-        if arguments.threads < 1:
-            raise UserError(f"--threads: got {arguments.threads}; allowed: an integer >= 1")
+        check_threads(arguments.threads)
         return bench_latency(load_job(arguments.config, arguments.set), arguments.threads)
     from leap_dist.export import inference
     from leap_dist.run_folder import read_run
 
-    if wrong := [count for count in arguments.threads if count < 1]:
-        raise UserError(f"--threads: got {wrong[0]}; allowed: integers >= 1")
+    check_threads(*arguments.threads)
     return inference.bench_inference(read_run(arguments.run), arguments.threads)
 
 

@@ -8,7 +8,7 @@ Exit codes: 0 done; 2 a mistake in the command line, or no finished run in the f
 import argparse
 import sys
 
-from leap_dist.cli import parsed
+from leap_dist.cli import check_threads, parsed
 from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
@@ -60,8 +60,7 @@ def main() -> int:
 
         kinds = parse_kinds(",".join(arguments.to))
         threads = torch.get_num_threads() if arguments.threads is None else arguments.threads
-        if threads < 1:
-            raise UserError(f"--threads: got {threads}; allowed: an integer >= 1")
+        check_threads(threads)
         wanted = wanted_of(arguments.vocabulary, arguments.vocabulary_size, arguments.held_out)
         hub = Hub(arguments.push_to_hub, kinds) if arguments.push_to_hub is not None else None
         run = read_run_or_model(arguments.run)

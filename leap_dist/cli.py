@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from leap_dist.errors import show_fault
+from leap_dist.errors import UserError, show_fault
 from leap_dist.files import shipped
 
 
@@ -35,6 +35,13 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
         argcomplete.autocomplete(parser)
     return parser.parse_args()
+
+
+def check_threads(*counts: int) -> None:
+    """Raises UserError for a --threads that no machine has."""
+    for count in counts:
+        if count < 1:
+            raise UserError(f"--threads: got {count}; allowed: an integer >= 1")
 
 
 def _load(name: str) -> ModuleType:

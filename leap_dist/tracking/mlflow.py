@@ -256,14 +256,14 @@ def sync(folder: Path, uri: str | None) -> str:
             uri = stored if isinstance(stored, str) else ""
             stack.enter_context(without_own_credentials(uri))
         remember(uri)
-        with user_errors(uri, f"--sync: MLflow at {hide_secrets(uri)} cannot be reached", "name it with --uri"):
+        with user_errors(uri, f"MLflow at {hide_secrets(uri)} cannot be reached", "name it with --uri"):
             check_is_store(uri)
         delivery = Delivery(journal, uri)
         for _ in delivery.send():
             pass
         if left := len(journal.waiting()):
             raise UserError(
-                f"--sync: MLflow at {hide_secrets(uri)} has not taken {left} records: {delivery.problem}; "
+                f"MLflow at {hide_secrets(uri)} has not taken {left} records: {delivery.problem}; "
                 "try again when it does, or name another address with --uri"
             )
         return (

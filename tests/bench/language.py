@@ -58,7 +58,7 @@ def job_of(model: Path, files: dict[str, list[str]], steps: int, leap: dict[str,
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its "leap" section beside target and gates; `fixed`: from the zeros of this one-shot cell."""
+    """One run: its "leap" section beside target and gates; `fixed`: with the masks of this one-shot cell."""
 
     kind: str
     name: str
@@ -92,7 +92,7 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
     """All of these kinds of gates, each with its one-shot cells before those that start from their zeros."""
     for kind in kinds:
         yield from (Cell(kind, name, leap) for name, leap in ONE_SHOT)
-        yield Cell(kind, "fixed mask by activation", {"start": "zeros"}, "one shot, activation")
+        yield Cell(kind, "fixed mask by activation", {}, "one shot, activation")
         yield from (Cell(kind, name, leap) for name, leap in TRAINED)
         if kind == kinds[0]:
             yield Cell("dense", "as published", {"mode": "one_shot"})
@@ -100,20 +100,23 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
     if "2:4" in kinds:
         ordered = {"permute": "greedy"}
         yield Cell("2:4", "one shot, activation, permuted", {"mode": "one_shot", **ordered})
-        yield Cell("2:4", "fixed mask, permuted", {"start": "zeros"}, "one shot, activation, permuted")
+        yield Cell("2:4", "fixed mask, permuted", {}, "one shot, activation, permuted")
         yield Cell("2:4", "leap, permuted", ordered)
     yield from (Cell(kind, name, leap) for kind in kinds if kind != "head+neuron" for name, leap in FROZEN)
     if "element" in kinds:
         yield Cell("element", "leap", {}, steps=LONG)
-        yield Cell("element", "fixed mask by activation", {"start": "zeros"}, "one shot, activation", LONG)
+        yield Cell("element", "fixed mask by activation", {}, "one shot, activation", LONG)
 
 
 def job(cell: Cell, out: Path, files: dict[str, list[str]]) -> dict[str, Any]:
     """The job of a cell."""
     gates, target = GATES.get(cell.kind, (None, 1.0))
-    leap = cell.leap if cell.fixed else {"target": target, **({"gates": gates} if gates else {}), **cell.leap}
-    model = Cell(cell.kind, cell.fixed, {}).folder(out) / "model" if cell.fixed else out / "words/hf"
-    return job_of(model, files, cell.steps, leap)
+    leap = {"target": target, **({"gates": gates} if gates else {}), **cell.leap}
+    if cell.fixed is None:
+        return job_of(out / "words/hf", files, cell.steps, leap)
+    first = Cell(cell.kind, cell.fixed, {}).folder(out)  # a permuted model is in its run alone
+    masks = export(first, first.with_name(first.name + "_masks"), ["mask"])
+    return job_of(first / "model", files, cell.steps, {"start": str(masks)})
 
 
 def run(cell: Cell, out: Path, files: dict[str, list[str]]) -> None:
@@ -145,7 +148,8 @@ def result_of(cell: Cell, out: Path) -> dict[str, Any] | None:
     found, other = (json.loads(file.read_text()) for file in files)
     metrics = {"test": found["metrics"]["pruned"], "questions": other["metrics"]["pruned"]}
     shared = {key: found[key] for key in ("density", "masks_sha256", "versions")}
-    return {"steps": 0 if "mode" in cell.leap else cell.steps, "leap": cell.leap, **shared, **metrics}
+    leap = {"start": cell.fixed} if cell.fixed else cell.leap
+    return {"steps": 0 if "mode" in leap else cell.steps, "leap": leap, **shared, **metrics}
 
 
 def write(out: Path) -> None:

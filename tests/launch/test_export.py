@@ -129,4 +129,4 @@ def test_bench_as_json_and_as_a_table(
     assert "cores" in shown and "torch 2." in shown and "commit " in shown and "flops_ratio" in shown
     assert "without onnxruntime: onnx, onnxscript, onnxruntime not installed" in shown
     assert launch(monkeypatch, "bench", "inference", str(run), "--threads", "1", "0") == 2
-    assert capsys.readouterr().err == "error: --threads: got 0; allowed: integers >= 1\n"
+    assert capsys.readouterr().err == "error: --threads: got 0; allowed: an integer >= 1\n"

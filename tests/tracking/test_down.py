@@ -138,7 +138,7 @@ def test_sync_without_anything_to_send_is_the_users_error(tmp_path: Path) -> Non
     journal.close(remove=False)
     with pytest.raises(UserError, match=r"--uri: there is no database .*none.db"):
         sync(tmp_path, None)
-    with pytest.raises(UserError, match=r"--sync: MLflow at .* cannot be reached: .* not a .*; name it with --uri"):
+    with pytest.raises(UserError, match=r"^MLflow at .* cannot be reached: .* not a .*; name it with --uri"):
         sync(tmp_path, f"sqlite:///{__file__}")
 
 
@@ -222,7 +222,7 @@ def test_credentials_go_only_where_the_user_says(
     monkeypatch.setenv("HOME", str(home))
     foreign(tmp_path / "run", stranger)
     for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        with pytest.raises(UserError, match=rf"--sync: MLflow at {stranger} has not taken 1 records"):
+        with pytest.raises(UserError, match=rf"^MLflow at {stranger} has not taken 1 records"):
             sync(tmp_path / "run", None)
         monkeypatch.setenv(name, "of-this-user")
     assert Heard.requests and not any("uthorization" in request for request in Heard.requests)
