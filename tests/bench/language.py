@@ -1,6 +1,6 @@
 """Gemma 3 270M pruned: one shot, fixed masks that are trained around, LEAP, its neighbours, dense.
 
-    python -m tests.bench.language --model GEMMA --out FOLDER [--gates element 2:4 head+neuron]
+    python -m tests.bench.language --model GEMMA --out FOLDER [--gates element 2:4 head+neuron] [--cells NAME ...]
     python -m tests.bench.language --out FOLDER --show
 
 First the vocabulary is cut to the tokens of WikiText-2 and SQuAD. Every cell trains the same 300 steps of 2 x 256
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="the folder of Gemma 3 270M")
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
+    parser.add_argument("--cells", nargs="+", help="by name, as the table has them; default: all")
     parser.add_argument("--show", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
@@ -179,7 +180,8 @@ def main() -> None:
         with claimed(out / "words", wait=True):
             export(arguments.model.resolve(), out / "words", ["hf"], "--vocabulary", *files["train"], *files["test"])
         for cell in cells(arguments.gates):
-            run(cell, out, files)
+            if arguments.cells is None or cell.name in arguments.cells:
+                run(cell, out, files)
     write(out)
 
 
