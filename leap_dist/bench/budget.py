@@ -198,7 +198,7 @@ def leap_traffic(plan: GatePlan, config: LeapConfig, hosting: Hosting) -> list[T
     fragment, and one outside its bracket a second search: all are few, and most of them come in the first steps. Where
     kept weights do not follow from kept counts (hybrids) a step may select up to four times.
     """
-    if hosting.ranks == 1 or hosting.stage == 0 or not plan.gates:
+    if hosting.ranks == 1 or hosting.stage == 0 or not plan.gates or config.start or config.mode == "one_shot":
         return []
     gates, units = len(plan.gates), plan.num_structured_units
     if config.rule == "gumbel":  # a pass in which the mean is at the level at once; most steps take one or two

@@ -26,6 +26,7 @@ from leap_dist.bench.budget import (
     state_bytes,
     total,
 )
+from leap_dist.config.leap import LeapConfig
 from leap_dist.config.sections import JobConfig, ModelConfig
 from leap_dist.console import console, summary_table
 from leap_dist.core.closed_form import closed_form
@@ -33,13 +34,14 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.core.measure import check_reachable, fewest_units, most_units
 from leap_dist.errors import UserError, own_words
 from leap_dist.models.inputs import describe_start, resolve_start
-from leap_dist.models.load import auto_class, load_config, load_model
+from leap_dist.models.load import auto_class, check_positions, load_config, load_model
 from leap_dist.models.measure import measure_of
 from leap_dist.models.padding import num_positions
 from leap_dist.models.plan import start_plan
 from leap_dist.tasks import problem_of
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.glue import GLUE
+from leap_dist.train.batches import accumulation
 from leap_dist.train.syntax import gates_by_layer, load_parser
 from leap_dist.zero.refusals import check_engine_config
 
@@ -50,6 +52,7 @@ GPU = 80 * 10**9  # bytes of the GPU that the forecast counts in
 MOST_RANKS = 2**20
 MUCH = 0.01  # of the gradients' bytes: where those of units take more, coarser gates are advised
 TWO = ("0", "1")
+WORDS = ("causal_lm", "masked_lm")  # problems whose blocks of text have data.max_length tokens, all of them predicted
 FLOAT = torch.float32
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -89,10 +92,33 @@ class Forecast:
 
     def memory(self, ranks: int, stage: int, dense: bool = False) -> Memory:
         """Bytes on one rank, with other ranks or another stage; dense: of AdamW on all weights."""
-        hosting, leap = Hosting.of(self.config.deepspeed, ranks).at(stage), self.config.leap
-        if dense:
-            return memory(self.model, None, hosting, leap.model_copy(update={"weights": "trained"}))
-        return memory(self.model, self.plan, hosting, leap)
+        leap = self.config.leap.model_copy(update={"weights": "trained"}) if dense else self.config.leap
+        return self._with_teacher(
+            None if dense else self.plan, Hosting.of(self.config.deepspeed, ranks).at(stage), leap
+        )
+
+    @property
+    def plain(self) -> Memory:
+        """Bytes of AdamW as this job has it, on weights that may be frozen."""
+        return self._with_teacher(None, self.hosting, self.config.leap)
+
+    def _with_teacher(self, plan: GatePlan | None, hosting: Hosting, leap: LeapConfig) -> Memory:
+        """Its weights are frozen, in the model's precision, and under stage 3 sharded as these."""
+        found = memory(self.model, plan, hosting, leap)
+        parts = hosting.ranks if hosting.stage == 3 else 1
+        return replace(found, weights=found.weights + -(-self.teacher // parts) * hosting.width)
+
+    @cached_property
+    def teacher(self) -> int:
+        """Parameters of the teacher, 0 where there is none."""
+        distill = self.config.distill
+        if distill is None or self.one_shot:
+            return 0
+        own = self.config.model if distill.teacher == "self" else ModelConfig(name=distill.teacher)
+        try:
+            return sum(p.numel() for p in empty_model(own, self.config.data.task).parameters())
+        except UserError as error:
+            raise UserError(str(error).replace("model.name", "distill.teacher")) from error
 
     @property
     def one_shot(self) -> bool:
@@ -111,10 +137,13 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
     if ranks < 1:
         raise UserError(f"--plan: got {ranks}; allowed: a number of ranks >= 1")
     try:
+        accumulation(config.deepspeed, ranks)
         hosting = Hosting.of(config.deepspeed, ranks)
     except (TypeError, ValueError) as error:
         raise UserError(f"DeepSpeed's part of the config: a size or count is not a number: {error}") from error
     model = empty_model(config.model, config.data.task)
+    if problem_of(config.data.task) in WORDS:
+        check_positions(model.config, config.data.task, config.data.max_length)
     check_engine_config(config.resolved(), model, None, None, None, None, planned=True)
     plan, fixed = start_plan(model, config.leap, config.family)
     if fixed is None:
@@ -133,16 +162,20 @@ def passes_of(config: JobConfig, model: PreTrainedModel, hosting: Hosting) -> Pa
     what = f"a micro-batch of {batch} x {length} tokens"
     if config.leap.mode == "one_shot":
         return Passes(0, 0, f"not in these sums: what a layer takes for {what}, which passes without gradients")
-    width, words = hosting.width, 0
-    if problem_of(config.data.task) in ("causal_lm", "masked_lm"):
+    width, words, missing = hosting.width, 0, "buffers of communication"
+    if config.distill is not None:
+        missing += ", what the teacher's pass takes for its time"
+        if config.distill.attention_weight:
+            model.set_attn_implementation("eager")  # whose probabilities are compared
+    if problem_of(config.data.task) in WORDS:
         head = model.get_output_embeddings().weight
         words = word_bytes(head.shape[0], head.shape[1], batch * length, width)
     try:
         held = activation_bytes(model, batch, length, torch.bfloat16 if width == 2 else FLOAT)
     except Exception as error:  # code of any architecture, where tensors have no values
-        problem = f"the model cannot run without values ({own_words(error)[:80]})"
-        return Passes(0, words, f"not in these sums: activations, for {problem}; buffers of communication")
-    return Passes(held, words, f"activations are of {what}; not in these sums: buffers of communication")
+        problem = f"its code cannot run on tensors without values here ({own_words(error)[:80]})"
+        return Passes(0, words, f"not in these sums: activations, for {problem}; {missing}")
+    return Passes(held, words, f"activations are of {what}; not in these sums: {missing}")
 
 
 def _check_target(model: PreTrainedModel, plan: GatePlan, config: JobConfig) -> None:
@@ -292,9 +325,9 @@ def memory_rows(job: Forecast) -> list[Mapping[str, str | float]]:
     """Bytes by purpose, dense and with LEAP."""
     ranks, stage, offloads = job.hosting.ranks, job.hosting.stage, job.hosting.offloads
     dense, leap = job.memory(ranks, stage, dense=True), job.memory(ranks, stage)
-    plain = memory(job.model, None, job.hosting.at(stage), job.config.leap)  # of AdamW, as this job has it
+    plain = job.plain
     lines = {
-        "weights": (dense.weights, plain.weights),
+        "weights, the teacher's too" if job.teacher else "weights": (dense.weights, plain.weights),
         "gradients": (dense.gradients, plain.gradients),
         "optimizer state": (dense.state, plain.state),
         "LEAP's own": (0, leap.total - plain.total),

@@ -183,6 +183,12 @@ class LeapConfig(Section):
             return 1e-3
         return trust * (min(1e-2, 1e-3 / self.target) if elementwise else 1e-2)
 
+    @property
+    def budgeted(self) -> bool:
+        """Whether automatic rates and the descent follow from the tokens of the run; score_init is not "auto"."""
+        learned = self.rule == "leap" and self.start is None and self.mode == "train"
+        return learned and self.score_init in BY_INPUTS
+
     @field_serializer("gates")
     def _short_gates(self, gates: tuple[GateConfig, ...]) -> list[Any]:
         """Without options a gate is written as its granularity."""
@@ -210,6 +216,11 @@ class LeapConfig(Section):
         if raw.get("permute") is not None and not _patterned(gates):
             problem = "there is no n:m gate that the order of columns matters to; add one to leap.gates, or remove it"
             found.append(("permute", f"got {show(raw['permute'])}, but {problem}"))
+        if raw.get("rule") == "gumbel" and raw.get("target") == 1:
+            problem = (
+                "soft masks of density 1 have nothing to learn; allowed: less, or without rule to train all weights"
+            )
+            found.append(("target", f'got 1, but rule "gumbel" learns masks, and {problem}'))
         one_shot = raw.get("mode") == "one_shot"
         if one_shot and raw.get("score_init") == "zero":
             problem = 'got "zero", by which no weight is better than another; allowed in one shot: "activation", '
@@ -283,7 +294,7 @@ def _differs(key: str, value: Any) -> bool:
         )
     if key == "tokens_per_step" and value is None:
         return False  # asks for nothing
-    return bool(value != LeapConfig.model_fields[key].default)
+    return bool((tuple(value) if isinstance(value, list) else value) != LeapConfig.model_fields[key].default)
 
 
 def _unread(raw: Mapping[str, Any]) -> dict[str, str]:

@@ -8,15 +8,20 @@ from torch import Tensor
 
 from leap_dist.core.gates import Gate
 from leap_dist.core.gating import LATENT, MASK, Gating
+from leap_dist.errors import UserError
 from leap_dist.ops.slices import Slice
 
 Shape = tuple[int, ...]
 
 
 class Fixed(NamedTuple):
-    """masks: by tensor name, packed (np.packbits, 1 = kept); empty: where the weights are not zero."""
+    """masks: by tensor name, packed (np.packbits, 1 = kept); empty: where the weights are not zero.
+
+    permuted: they are of a model whose columns are in another order than before it was pruned.
+    """
 
     masks: Mapping[str, Tensor]
+    permuted: bool = False
 
 
 def mask_gates(masks: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> list[Gate]:
@@ -29,17 +34,28 @@ def _whole(name: str, shape: Shape) -> Slice:
 
 
 def put_masks_(gating: Gating, fixed: Fixed) -> list[int]:
-    """Make MASK what is fixed; returns the kept units of every gate. Collective."""
-    kept = torch.zeros(len(gating.plan.gates), dtype=torch.int64, device=gating.device)
+    """Make MASK what is fixed; returns the kept units of every gate. Collective.
+
+    Raises UserError for masks of a permuted model on another one, which has weights where they prune.
+    """
+    kept = torch.zeros(len(gating.plan.gates) + 1, dtype=torch.int64, device=gating.device)
     for fragment in gating.weights:
         mask = gating.state(fragment, MASK)
         if fixed.masks:
             mask.copy_(unpack(fixed.masks[fragment.tensor], fragment.start, fragment.length))
         else:
             torch.ne(gating.state(fragment, LATENT), 0, out=mask)
+        if fixed.permuted:
+            kept[-1] += torch.count_nonzero(gating.state(fragment, LATENT) * ~mask)
         for cover in gating.plan.covers[fragment.tensor]:
             kept[cover.gate] += torch.count_nonzero(mask)
-    found: list[int] = gating.communicator.sum_(kept).tolist()
+    *found, others = gating.communicator.sum_(kept).tolist()
+    if others:
+        raise UserError(
+            "leap.start: the masks are of a model whose columns leap.permute put in another order, and "
+            f"{others} of the weights that they prune are not zero in this one; allowed: as model.name the model/ of "
+            "the run that they are of, or an export of it"
+        )
     return found
 
 

@@ -102,7 +102,7 @@ class Gating:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of the state on this rank beyond dense AdamW's: latent weights, masks, scores and their moments."""
+        """Bytes of LEAP's own state on this rank: latent weights, masks, scores and their moments."""
         flats = {id(f.flat): f.flat for f in self.weights}
         own = [key for key in self.keys if key not in (EXP_AVG, EXP_AVG_SQ)]
         kept = [(flat, self._state[flat][key]) for flat in flats.values() for key in own]

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from leap_dist.config.leap import BY_INPUTS, LeapConfig
+from leap_dist.config.leap import LeapConfig
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.thresholds import START
 
@@ -30,8 +30,9 @@ class Schedule:
 
     @property
     def dense_end(self) -> int:
-        """First step of the prune phase."""
-        return round(self.total_steps * self.dense_fraction)
+        """First step of the prune phase: at least one step is dense, unless the fraction is 0."""
+        steps = self.total_steps * self.dense_fraction
+        return max(1, round(steps)) if steps else 0
 
     @property
     def settle_start(self) -> int:
@@ -81,7 +82,7 @@ def budget(config: LeapConfig, plan: GatePlan) -> float:
     tokens are not known, it is 1. Measured in docs/benchmarks.md.
     """
     tokens = config.tokens_per_step
-    if config.rule != "leap" or config.score_init not in BY_INPUTS or not isinstance(tokens, int):
+    if not config.budgeted or not isinstance(tokens, int):
         return 1.0
     enough = ENOUGH_UNITS if plan.structured else ENOUGH
     return min(1.0, tokens * (config.total_steps or 0) / max(plan.prunable, 1) / enough)

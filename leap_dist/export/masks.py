@@ -1,8 +1,8 @@
 """Masks alone, one bit a weight: what was pruned, checked against the certificate.
 
 masks.safetensors holds for every masked tensor the uint8 of np.packbits over its flat mask (1 = kept), masks.json the
-shapes and the certificate's masks_sha256. mask.npz holds the same as others publish masks: `<name>`, `<name>.__shape__`
-and, as JSON, `__meta__`.
+shapes, the certificate's masks_sha256, and whether the run put columns in another order. mask.npz holds the same as
+others publish masks: `<name>`, `<name>.__shape__` and, as JSON, `__meta__`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
-from leap_dist.models.mask_files import INDEX, META, NPZ, PACKED, SHAPE, load_masks
-from leap_dist.run_folder import ExportedWeights, Run
+from leap_dist.models.mask_files import INDEX, META, NPZ, PACKED, PERMUTED, SHAPE, load_masks
+from leap_dist.run_folder import PERMUTATION, ExportedWeights, Run
 from leap_dist.run_parts import TensorCount
 
 __all__ = ["load_masks", "masks_of", "save_masks"]
@@ -47,8 +47,11 @@ def save_masks(run: Run, folder: Path) -> int:
     shapes = {name: tensor.shape for name, tensor in run.certificate.tensors.items()}
     save_file(packed, folder / PACKED)
     index = {"masks_sha256": found, "shapes": shapes}
+    if (run.folder / PERMUTATION).is_file():
+        index[PERMUTED] = True
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    meta = {"format": "numpy.packbits", "kept": 1, "density": run.certificate.density, "masks_sha256": found}
+    own = {key: value for key, value in index.items() if key != "shapes"}
+    meta = {"format": "numpy.packbits", "kept": 1, "density": run.certificate.density, **own}
     arrays: dict[str, Any] = {name: mask.numpy() for name, mask in packed.items()}
     arrays |= {f"{name}{SHAPE}": np.array(shapes[name], dtype=np.int64) for name in packed}
     arrays[META] = np.array(json.dumps(meta))

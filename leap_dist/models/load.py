@@ -295,14 +295,20 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, key: str) -
 def _check_size(config: PreTrainedConfig, task: Task) -> None:
     """The model must have a row for every token id and a position for every token, and read as the task asks."""
     text = config.get_text_config()
-    hint = "; or set data.max_length to what the model has"
-    for key, size, needed, what in (
-        ("vocab_size", getattr(text, "vocab_size", None), highest_id(task), "token ids"),
-        ("max_position_embeddings", num_positions(config), task.max_length, f"tokens in its longest example{hint}"),
-    ):
-        if size is not None and needed is not None and size < needed:
-            raise UserError(f"model: {key} is {size}; allowed: at least {needed}, {task.name} has {needed} {what}")
+    _check_enough(task.name, "vocab_size", getattr(text, "vocab_size", None), highest_id(task), "token ids")
+    check_positions(config, task.name, task.max_length)
     _check_direction(config, task)
+
+
+def check_positions(config: PreTrainedConfig, task: str, longest: int | None) -> None:
+    """The model must have a position for every token of a task's longest example."""
+    what = "tokens in its longest example; or set data.max_length to what the model has"
+    _check_enough(task, "max_position_embeddings", num_positions(config), longest, what)
+
+
+def _check_enough(task: str, key: str, size: int | None, needed: int | None, what: str) -> None:
+    if size is not None and needed is not None and size < needed:
+        raise UserError(f"model: {key} is {size}; allowed: at least {needed}, {task} has {needed} {what}")
 
 
 def _check_direction(config: PreTrainedConfig, task: Task) -> None:

@@ -22,26 +22,30 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from leap_dist.config.json_file import read_json
-from leap_dist.core.fixed import Shape, unpack
+from leap_dist.core.fixed import Fixed, Shape, unpack
 from leap_dist.errors import UserError
 
 PACKED, INDEX = "masks.safetensors", "masks.json"
+PERMUTED = "permuted"  # of INDEX and META: whether the masks are of a model whose columns are in another order
 NPZ, SHAPE, META = "mask.npz", ".__shape__", "__meta__"
 SMALL = 2**20  # bytes of what is no mask: a shape, a header
 
 
 def load_masks(folder: Path | str) -> dict[str, Tensor]:
     """Bool masks by tensor name, True = kept. UserError if the folder holds none, or not those it was written with."""
-    packed, shapes = _read_folder(Path(folder))
+    packed, shapes, _ = _read_folder(Path(folder))
     return {name: unpack(packed[name], 0, prod(shapes[name])).view(shapes[name]) for name in sorted(shapes)}
 
 
-def read_masks(key: str, path: Path, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+def read_masks(key: str, path: Path, shapes: Mapping[str, Shape]) -> Fixed:
     """Packed masks by the names of a model's tensors, whose shapes are given; in name order.
 
     key: the setting that named `path`, for messages. Raises UserError if there are no masks, or those of another model.
     """
-    packed, said = _read_folder(path) if path.is_dir() else _read_npz(key, path, max(map(prod, shapes.values())))
+    if path.is_dir():
+        packed, said, permuted = _read_folder(path, f"{key}: ")
+    else:
+        packed, said, permuted = _read_npz(key, path, max(map(prod, shapes.values())))
     names = {name: _own_name(name, shapes) for name in packed}
     unknown = [name for name, own in names.items() if own is None]
     if unknown or not names:
@@ -62,7 +66,7 @@ def read_masks(key: str, path: Path, shapes: Mapping[str, Shape]) -> dict[str, T
         if own in found:
             raise UserError(f"{key}: {path} has two masks of {own}; keep one")
         found[own] = packed[name]
-    return dict(sorted(found.items()))
+    return Fixed(dict(sorted(found.items())), permuted)
 
 
 def _own_name(name: str, shapes: Mapping[str, Shape]) -> str | None:
@@ -71,8 +75,8 @@ def _own_name(name: str, shapes: Mapping[str, Shape]) -> str | None:
     return next((own for own in (name, base, f"{base}.weight") if own in shapes), None)
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """(packed masks, shapes) of a folder of ours."""
+def _read_folder(folder: Path, key: str = "") -> tuple[dict[str, Tensor], dict[str, list[int]], bool]:
+    """(packed masks, shapes, whether permuted) of a folder of ours."""
     try:
         index = read_json(folder / INDEX)
         if not (folder / PACKED).is_file():  # a pipe would be waited for
@@ -81,16 +85,17 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[int]]]
         shapes: dict[str, list[int]] = index["shapes"]
         for name, shape in shapes.items():
             _check_shape(packed[name], shape)
-        said = index["masks_sha256"]
+        said, permuted = index["masks_sha256"], index.get(PERMUTED, False) is not False
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder}: no masks can be read there: {error}; export them again, with --to mask") from error
+        what = "give the folder that launch/export.py RUN --to mask writes"
+        raise UserError(f"{key}{folder}: no masks can be read there: {error}; {what}") from error
     digest = hashlib.sha256()
     for name in sorted(shapes):
         digest.update(name.encode() + b"\0")
         digest.update(packed[name].numpy().data)
     if digest.hexdigest() != said:
-        raise UserError(f"{folder}: the masks are not those of {INDEX}; export them again, with --to mask")
-    return {name: packed[name] for name in sorted(shapes)}, shapes
+        raise UserError(f"{key}{folder}: the masks are not those of {INDEX}; export them again, with --to mask")
+    return {name: packed[name] for name in sorted(shapes)}, shapes, permuted
 
 
 def _check_shape(packed: Tensor, shape: Any) -> None:
@@ -101,8 +106,8 @@ def _check_shape(packed: Tensor, shape: Any) -> None:
         raise ValueError(f"{said}, {PACKED} holds {packed.numel()} bytes of {packed.dtype}")
 
 
-def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """(packed masks, the shapes that are said) of an npz; `largest`: elements of the model's largest tensor."""
+def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, list[int]], bool]:
+    """(packed masks, the shapes that are said, whether permuted); `largest`: elements of the model's largest tensor."""
     try:
         if not path.is_file():
             raise OSError("it is no file" if path.exists() else "there is nothing of this name")
@@ -112,12 +117,13 @@ def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], di
                     raise ValueError(f"{info.filename} has {info.file_size} bytes, more than any mask of the model")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name != META}
+            permuted = META in file.files and f'"{PERMUTED}": true' in str(file[META])
         shapes = {name.removesuffix(SHAPE): _sizes(a) for name, a in arrays.items() if name.endswith(SHAPE)}
         packed = {name: torch.from_numpy(a) for name, a in arrays.items() if not name.endswith(SHAPE)}
     except (OSError, ValueError, TypeError, EOFError, LookupError, zipfile.BadZipFile, NotImplementedError) as error:
-        allowed = '"zeros", a folder that --to mask wrote, or an .npz of packed masks'
+        allowed = '"zeros", a folder that launch/export.py RUN --to mask writes, or an .npz of packed masks'
         raise UserError(f"{key}: {path} cannot be read: {error}; allowed: {allowed}") from error
-    return packed, shapes
+    return packed, shapes, permuted
 
 
 def _sizes(array: Any) -> list[int]:

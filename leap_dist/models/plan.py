@@ -57,11 +57,11 @@ def start_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None
     if config.start in (None, "zeros"):
         return make_plan(model, config, family), Fixed({}) if config.start else None
     key, path, shapes = "leap.start", Path(str(config.start)), tensor_shapes(model)
-    masks = read_masks(key, path, shapes)
+    fixed = read_masks(key, path, shapes)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    if still := next((name for name in masks if name not in trained), None):
+    if still := next((name for name in fixed.masks if name not in trained), None):
         raise UserError(f"{key}: {path} has a mask of {still}, which is not trained; call requires_grad_(True) on it")
-    return GatePlan(mask_gates(masks, shapes)), Fixed(masks)
+    return GatePlan(mask_gates(fixed.masks, shapes)), fixed
 
 
 def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None = None) -> GatePlan:

@@ -113,12 +113,12 @@ class Stream:
         self._pieces: deque[tuple[Place, Sequence[Any]]] = deque()  # what rows gave that is not used up
         self._rows = self._read.read(self._next, self._seed)
 
-    def take(self, count: int, step: str) -> list[Example]:
-        """The next examples, of the step that messages name. Raises UserError where there are not so many in all."""
+    def take(self, count: int, purpose: str) -> list[Example]:
+        """The next examples, for what messages name. Raises UserError where there are not so many in all."""
         found: list[Example] = []
         while len(found) < count:
             while self._held < self._size:
-                self._fill(count, step)
+                self._fill(count, purpose)
             found.append(self._make(self._cut()))
         self._filled = True
         return found
@@ -138,7 +138,7 @@ class Stream:
         self._held -= self._size
         return parts
 
-    def _fill(self, count: int, step: str) -> None:
+    def _fill(self, count: int, purpose: str) -> None:
         """Read on, at most to the end of a pass."""
         rows = list(islice(self._rows, ROWS))
         found: list[str | Conversation] = []
@@ -153,18 +153,18 @@ class Stream:
                 self._pieces.append((place, piece))
                 self._held += len(piece)
         if not rows:
-            self._end(count, step)
+            self._end(count, purpose)
 
-    def _end(self, count: int, step: str) -> None:
+    def _end(self, count: int, purpose: str) -> None:
         """Behind the last row: a pass that fills no step is refused, else the next one begins."""
         of = f"data.train: {self.source}: ended behind row {self._read.num:,}"
         if not self._filled:
             what = "conversations" if self._kind is Conversation else f"blocks of {self._size} tokens"
             raise UserError(
-                f"{of}, before the first step was full, which takes {count} {what}; use smaller batches, a smaller "
+                f"{of}, before {purpose} was full, which takes {count} {what}; use fewer or smaller batches, a smaller "
                 "data.max_length, or more data"
             )
-        logger.warning("%s, in step %s: its rows are read again", of, step)
+        logger.warning("%s, in %s: its rows are read again", of, purpose)
         self._next = Place(self._next.epoch + 1)
         self._rows = self._read.read(self._next, self._seed)
 

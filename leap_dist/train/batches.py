@@ -24,8 +24,15 @@ def accumulation(deepspeed: Mapping[str, Any], world_size: int) -> int:
         value = deepspeed.get(key, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{key}: got {value!r}; allowed: an integer >= 1")
-    filled = deepspeed.get("train_batch_size", 1) // (deepspeed["train_micro_batch_size_per_gpu"] * world_size)
-    steps: int = deepspeed.get("gradient_accumulation_steps", max(1, filled))
+    together = deepspeed["train_micro_batch_size_per_gpu"] * world_size
+    batch = deepspeed.get("train_batch_size")
+    steps: int = deepspeed.get("gradient_accumulation_steps", max(1, (batch or 1) // together))
+    if batch not in (None, together * steps):
+        raise UserError(
+            f"train_batch_size: got {batch}; allowed: {together * steps}, as {world_size} ranks with "
+            f"train_micro_batch_size_per_gpu {together // world_size} take {together} examples at once, "
+            f"gradient_accumulation_steps {steps} times; or leave it out"
+        )
     return steps
 
 
@@ -127,7 +134,7 @@ class StreamBatches:
     def step(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of an optimizer step, on its device. Collective."""
         ranks, micro = self._ranks, self._micro_batch
-        examples = self._take(self._accumulation * ranks.world_size * micro, f"{step + 1} of {self._total}")
+        examples = self._take(self._accumulation * ranks.world_size * micro, f"step {step + 1} of {self._total}")
         starts = [(number * ranks.world_size + ranks.rank) * micro for number in range(self._accumulation)]
         return [
             batch_of(self._task, examples[start : start + micro], self._seed, (step, number, ranks.rank), ranks)
@@ -136,7 +143,7 @@ class StreamBatches:
 
     def examples(self, num: int) -> list[Example]:
         """The first `num` training examples, the same on every rank; the steps begin with them, too. Collective."""
-        examples = self._take(num, "0, the calibration")
+        examples = self._take(num, "the calibration before the first step")
         self._stream.begin(self._seed)
         return examples
 
@@ -147,8 +154,8 @@ class StreamBatches:
             part = examples[number * self._micro_batch : (number + 1) * self._micro_batch]
             yield batch_of(self._task, part, self._seed, (0, number, 0), self._ranks)
 
-    def _take(self, count: int, step: str) -> list[Example]:
-        return self._ranks.on_first(lambda: self._checked(self._stream.take(count, step)))
+    def _take(self, count: int, purpose: str) -> list[Example]:
+        return self._ranks.on_first(lambda: self._checked(self._stream.take(count, purpose)))
 
     def _checked(self, examples: list[Example]) -> list[Example]:
         """What is known of other data before the model is loaded: that it has a row for every token."""

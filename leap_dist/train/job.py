@@ -94,8 +94,10 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     orders = reorder(config, model, batches, ranks) if config.leap.permute else {}
     settings = config.model_copy(update={"leap": beside_heads(config.leap).model_copy(update={"permute": None})})
     engine, *_ = initialize(model=model, config=settings, lr_scheduler=scheduler)
-    own = {"permute": config.leap.permute} | ({"score_init": "syntax"} if syntax else {})
+    own: dict[str, Any] = {"permute": config.leap.permute} | ({"score_init": "syntax"} if syntax else {})
     heads = gates_by_layer(engine.module, engine.leap.plan, config.family) if syntax else []
+    if not engine.leap.config.budgeted:
+        own["tokens_per_step"] = None  # where they have no effect a file that names them is refused
     resolved = engine.leap.config.model_copy(update=own)
     config = config.model_copy(update={"leap": resolved})  # with what depends on the model
     distiller = _distiller(config, task, engine, teacher) if distills else None

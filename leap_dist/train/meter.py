@@ -33,7 +33,7 @@ class Meter:
         passed = time.perf_counter() - self._since
         tokens = self._ranks.mean(torch.tensor(float(self._tokens))).item() * self._ranks.world_size
         found = {"steps_per_second": (step - self._step) / passed, "tokens_per_second": tokens / passed}
-        found["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kB on Linux
+        found["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts KiB
         if self._ranks.device.type == "cuda":
             found["cuda_memory_mb"] = torch.cuda.max_memory_allocated(self._ranks.device) / 1e6
         self._step, self._tokens, self._since = step, 0, time.perf_counter()

@@ -17,11 +17,10 @@ from leap_dist.core.inputs import Inputs
 from leap_dist.models.inputs import resolve_start
 from leap_dist.models.permute import find_orders, permute_
 from leap_dist.models.plan import make_plan
+from leap_dist.run_folder import PERMUTATION
 from leap_dist.train.batches import Batches, StreamBatches
 from leap_dist.zero.listener import Listener
 from leap_dist.zero.ranks import Ranks
-
-PERMUTATION = "permutation.npz"  # in a run folder: by block, the places that its columns come from
 
 
 def reorder(config: JobConfig, model: nn.Module, batches: Batches | StreamBatches, ranks: Ranks) -> dict[str, Tensor]:
@@ -65,4 +64,7 @@ def save_orders(folder: Path, orders: Mapping[str, Tensor]) -> None:
     """Write them to a run folder, once: a run that is resumed has the weights of its checkpoint."""
     if orders and not (folder / PERMUTATION).exists():
         arrays: dict[str, Any] = {name: order.numpy() for name, order in orders.items()}
-        np.savez(folder / PERMUTATION, **arrays)
+        partial = folder / f".{PERMUTATION}.partial"
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+        partial.replace(folder / PERMUTATION)

@@ -80,4 +80,4 @@ def _cost_line(costs: list[dict[str, float]]) -> str:
     mean = {key: sum(cost[key] for cost in costs) / len(costs) for key in costs[0]}
     parts = ", ".join(f"{name.removeprefix('leap_ms_')} {mean[name]:.3g}" for name in TIMINGS)
     sent = f"{mean['leap_collectives']:.3g} collectives of {mean['leap_bytes_communicated'] / 1e3:.3g} kB"
-    return f"LEAP's step: ms {parts}; {sent}; {mean['leap_extra_bytes'] / 1e6:.3g} MB more state on a rank than AdamW"
+    return f"LEAP's step: ms {parts}; {sent}; {mean['leap_extra_bytes'] / 1e6:.3g} MB of state of its own on a rank"

@@ -514,6 +514,11 @@ def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> Non
         ),
         ({"score_init": "gradient", "rule": "gumbel"}, 'got "gradient", but frozen weights have no moments; allowed'),
         ({"score_init": "gradient", "rule": "gumbel", "weights": "trained"}, None),
+        (
+            {"target": 1, "rule": "gumbel"},
+            'leap.target: got 1, but rule "gumbel" learns masks, and soft masks of density',
+        ),
+        ({"target": 1.0, "rule": "leap"}, None),
         ({"score_init": "gradient", "rule": "movement"}, None),
     ],
 )

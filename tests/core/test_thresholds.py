@@ -201,6 +201,10 @@ def test_the_rates_and_the_descent_follow_the_tokens_a_score(changes: dict[str, 
     assert levels.index(0.1) == math.ceil(1 + 0.85 * 15 * trust) - 1
 
 
+def test_a_dense_phase_has_a_step_unless_there_is_none() -> None:
+    assert [Schedule(20, part, 0.2, 0.5).dense_end for part in (0.0, 0.01, 0.05, 0.1)] == [0, 1, 1, 2]
+
+
 def test_units_are_counted_by_their_weights_and_need_more_of_them() -> None:
     config = parse_leap({"target": 0.5, "total_steps": 20, "score_init": "activation", "tokens_per_step": 304})
     trusts = {kind: schedule_of(config, plan(kind, shapes=((800, 760),))).trust for kind in ("element", "2:4", "row")}

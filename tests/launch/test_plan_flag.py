@@ -105,6 +105,33 @@ def test_seventy_billion_parameters_take_seconds(plan: Plan, capsys: pytest.Capt
     assert (advised in shown) == (gates == "block:8x8")
 
 
+def test_a_teacher_and_what_is_compared_with_it_are_counted(tmp_path: Path) -> None:
+    alone = job_of(tmp_path, 2, zero_optimization={"stage": 2})
+    numel = sum(p.numel() for p in alone.model.parameters())
+    for stage, parts in ((2, 1), (3, 2)):
+        zero = {"zero_optimization": {"stage": stage}}
+        taught = job_of(tmp_path, 2, **zero, distill={"teacher": "self", "attention_weight": 0.0})
+        more = taught.memory(2, stage).total - job_of(tmp_path, 2, **zero).memory(2, stage).total
+        assert more == 4 * -(-numel // parts) and taught.passes.total == alone.passes.total
+    unfused = job_of(tmp_path, 2, distill={"teacher": "self"})
+    assert unfused.passes.activations > alone.passes.activations and "teacher's pass" in unfused.passes.said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_batch_size": 33}, r"train_batch_size: got 33; allowed: \d+, as 2 ranks with .* or leave it out"),
+        (
+            {"data": {"task": "lm", "max_length": 4096}},
+            r"max_position_embeddings is \d+; allowed: at least 4096, lm has",
+        ),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        job_of(tmp_path, 2, **changes)
+
+
 def test_a_folder_without_weights_will_do(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

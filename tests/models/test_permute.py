@@ -74,6 +74,44 @@ def test_a_job_keeps_its_orders_in_the_run_folder(ranks: RankPools, tmp_path: Pa
     assert json.loads((tmp_path / "greedy" / "config.json").read_text())["leap"]["permute"] == "greedy"
 
 
+def masks_of_a_permuted_run(folder: str) -> list[str]:
+    """What comes of its masks, as a folder and as an npz, on its own model and on one in the order of before."""
+    from leap_dist.export.masks import save_masks
+    from leap_dist.run_folder import read_run
+
+    base, said = Path(folder), []
+    leap = {"target": 0.5, "mode": "one_shot", "score_init": "magnitude", "gates": ["2:4"]}
+    run(base / "plain", 2, {"target": 1.0, "mode": "one_shot"})
+    run(base / "shot", 2, leap | {"permute": "greedy"}, model={"name": str(base / "plain" / "model")})
+    if torch.distributed.get_rank() == 0:
+        (base / "masks").mkdir()
+        save_masks(read_run(base / "shot"), base / "masks")
+    torch.distributed.barrier()
+    for start in (base / "masks", base / "masks" / "mask.npz"):
+        for model in ("shot", "plain"):
+            try:
+                found = run(
+                    base / f"{start.name}-{model}",
+                    2,
+                    {"start": str(start)},
+                    model={"name": str(base / model / "model")},
+                )
+                said.append(str(found["density"]))
+            except UserError as error:
+                said.append(str(error))
+    return said
+
+
+def test_masks_of_a_permuted_run_are_for_its_own_columns(ranks: RankPools, tmp_path: Path) -> None:
+    said = ranks(2).run(masks_of_a_permuted_run, str(tmp_path), timeout=300)
+    assert said[0] == said[1] and said[0][::2] == ["0.5", "0.5"]
+    for refused in said[0][1::2]:
+        assert refused.startswith(
+            "leap.start: the masks are of a model whose columns leap.permute put in another order"
+        )
+        assert "are not zero in this one; allowed: as model.name the model/ of the run that they are of" in refused
+
+
 @pytest.mark.parametrize(
     ("leap", "message"),
     [

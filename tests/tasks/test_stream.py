@@ -65,7 +65,7 @@ def numbered(count: int) -> list[dict[str, str]]:
 def take(task: Task, steps: int, per_step: int, seed: int = 3) -> list[list[int]]:
     assert task.stream is not None
     task.stream.begin(seed)
-    return [row["input_ids"] for step in range(steps) for row in task.stream.take(per_step, f"{step}")]
+    return [row["input_ids"] for step in range(steps) for row in task.stream.take(per_step, f"step {step}")]
 
 
 def test_every_row_comes_once_and_blocks_are_full(stream: Any, speaker: Any) -> None:  # noqa: F811
@@ -148,9 +148,9 @@ def test_files_beside_a_dataset(stream: Any, tmp_path: Path, speaker: Any) -> No
 
 def test_a_stream_that_ends_early_is_refused_or_repeated(stream: Any, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(
-        UserError, match=r"ended behind row 6, before the first step was full, which takes 90 blocks of 16"
+        UserError, match=r"ended behind row 6, before step 1 of 9 was full, which takes 90 blocks of 16"
     ):
-        stream(numbered(6)).stream.take(90, "1 of 9")
+        stream(numbered(6)).stream.take(90, "step 1 of 9")
     with caplog.at_level(logging.WARNING):
         take(stream(numbered(6)), 4, 2)
     assert "set train: ended behind row 6, in step 1: its rows are read again" in caplog.text

@@ -81,7 +81,7 @@ def test_a_streamed_job_resumes_exactly(
     first, second = ranks(2).run(runs, str(tmp_path), job, job | {"train_micro_batch_size_per_gpu": 10**5})
     assert first == second and first[0] == "" == first[2]
     assert first[1].startswith("stopped by SIGTERM after step ")
-    assert "set train: ended behind row 40, before the first step was full, which takes 200000 blocks of 64" in first[3]
+    assert "set train: ended behind row 40, before step 1 of 20 was full, which takes 200000 blocks of 64" in first[3]
     assert not (tmp_path / "short").exists()  # nothing is written of a job that cannot begin
     whole, broken = (json.loads((tmp_path / name / "certificate.json").read_text()) for name in ("whole", "broken"))
     assert whole == broken and whole["density"] == pytest.approx(0.5, abs=1e-3)

@@ -276,6 +276,8 @@ def test_leaps_traffic_does_not_grow_with_ranks_or_weights() -> None:
     sent = [leap_traffic(plan, leap, Hosting(2, ranks)) for ranks in (2, 1024)]
     assert sent[0] == sent[1]
     assert leap_traffic(plan, leap, Hosting(2, 1)) == leap_traffic(plan, leap, Hosting(0, 2)) == []
+    for still in ({"start": "zeros"}, {"mode": "one_shot"}):  # nothing is learned
+        assert leap_traffic(plan, leap.model_copy(update=still), Hosting(2, 2)) == []
     paper = leap.model_copy(update={"control": "paper"})
     more = total(leap_traffic(plan, paper, Hosting(2, 2)), "").collectives
     assert more == total(sent[0], "").collectives + 1

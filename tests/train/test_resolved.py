@@ -1,0 +1,81 @@
+"""The config.json of a run is a job: the same command resumes it, whatever was filled in of the model and the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from leap_dist.config.job_file import parse_job
+from leap_dist.train.output import check_same_job
+from tests.checkpoint.test_checkpoints import this_rank
+from tests.ranks import RankPools
+from tests.tasks.test_chats import speaker  # noqa: F401
+from tests.train.test_stream_job import MODEL
+
+ONE_SHOT = {"target": 0.5, "mode": "one_shot"}
+KINDS: dict[str, dict[str, Any]] = {
+    "leap": {"target": 0.5},
+    "two of four, permuted": {"target": 0.5, "gates": ["2:4"], "permute": "greedy"},
+    "heads and neurons": {"target": 0.5, "gates": ["head", "neuron"]},
+    "from magnitude": {"target": 0.5, "score_init": "magnitude"},
+    "from zero": {"target": 0.5, "score_init": "zero"},
+    "paper": {"target": 0.5, "control": "paper"},
+    "movement": {"target": 0.5, "rule": "movement"},
+    "magnitude": {"target": 0.5, "rule": "magnitude"},
+    "gumbel": {"target": 0.5, "rule": "gumbel"},
+    "gumbel, trained": {"target": 0.5, "rule": "gumbel", "weights": "trained"},
+    "frozen": {"target": 0.5, "weights": "frozen"},
+    "one shot": ONE_SHOT,
+    "fixed, from zeros": {"start": "zeros"},
+    "fixed, from a folder": {"start": "masks"},
+}
+
+
+def resolved_of(folder: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Run every kind, on one rank; the config.json of each as it is written."""
+    from leap_dist.export.masks import save_masks
+    from leap_dist.run_folder import read_run
+    from leap_dist.train.loop import run_job
+
+    base = Path(folder)
+    found: dict[str, Any] = {}
+    for kind, leap in KINDS.items():
+        own = job | {"leap": leap}
+        if leap.get("start") is not None:
+            own["model"] = {"name": str(base / "one shot" / "model")}
+        if leap.get("start") == "masks":
+            (base / "masks").mkdir()
+            save_masks(read_run(base / "one shot"), base / "masks")
+            own["leap"] = {"start": str(base / "masks")}
+        run_job(parse_job(own), base / kind, False, this_rank())
+        found[kind] = [own, json.loads((base / kind / "config.json").read_text())]
+    return found
+
+
+def test_every_kind_of_run_can_be_resumed_and_started_from_its_own_config(
+    ranks: RankPools,
+    tmp_path: Path,
+    speaker: Any,  # noqa: F811
+) -> None:
+    speaker.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("A model that is smaller answers sooner. " * 100)
+    data = {"task": "lm", "train": str(tmp_path / "text.txt"), "validation": str(tmp_path / "text.txt")}
+    job: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "model": {"from_config": MODEL},
+        "data": data | {"max_length": 32, "tokenizer": str(tmp_path / "tokenizer")},
+        "train": {"max_steps": 10, "learning_rate": 1e-3},
+        "tracking": {"mlflow_uri": None},
+    }
+    (found,) = ranks(1).run(resolved_of, str(tmp_path), job, timeout=300)
+    assert list(found) == list(KINDS)
+    for kind, (own, resolved) in found.items():
+        again = parse_job(resolved)
+        assert parse_job(again.resolved()) == again
+        for same in (own, resolved):
+            assert check_same_job("--output", tmp_path / kind, parse_job(same), 1) == []
+    tokens = {kind: resolved["leap"]["tokens_per_step"] for kind, (_, resolved) in found.items()}
+    budgeted = [kind for kind, number in tokens.items() if number is not None]
+    assert budgeted == ["leap", "two of four, permuted", "heads and neurons", "paper", "frozen"]
+    assert {tokens[kind] for kind in budgeted} == {4 * 32}
