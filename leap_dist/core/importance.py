@@ -40,7 +40,9 @@ def write_importance_(
 
     Of heads and neurons only the weights of their outputs count then: what they add to the stream. With gradients it
     is mean |W_ij| ||x_j||^3/4 g_ij^1/4 over all weights, g the root of Adam's second moment of dL/dW: what the dense
-    phase shows of both sides of a weight. A constant in g does not matter, as scores are scaled then.
+    phase shows of both sides of a weight. A constant in g does not matter, as scores are scaled then. Of heads and
+    neurons it is the root of the product of that and of what they give, ||x_j|| summed over their outputs' weights,
+    both over their means.
 
     scaled: divided by the mean over the gate. added: to the scores that are there, which have moved before they start.
     With norms, those of single weights are divided by the mean over their output row instead, as inputs say what a
@@ -50,43 +52,49 @@ def write_importance_(
     """
     plan = gating.plan
     num_gates = len(plan.gates)
-    sums = torch.zeros(num_gates + plan.num_structured_units, dtype=torch.float64, device=gating.device)
-    silent = without_a_say(plan, norms)
+    num_units = plan.num_structured_units
+    sums = torch.zeros(num_gates + 2 * num_units, dtype=torch.float64, device=gating.device)
+    units, flows = sums[num_gates : num_gates + num_units], sums[num_gates + num_units :]
+    outputs, silent = outputs_of(plan, norms)
     for fragment, sizes in _sizes(gating, norms, gating.weights):
         for cover in plan.covers[fragment.tensor]:
             if (fragment.tensor, cover.gate) in silent:
                 continue
             if not plan.gates[cover.gate].elementwise:
-                _add_sums_(sums[num_gates:][plan.units(cover.gate)], sizes, fragment, cover)
+                _add_sums_(units[plan.units(cover.gate)], sizes, fragment, cover)
             if scaled:
                 sums[cover.gate] += sizes.sum(dtype=torch.float64)
+            if norms and norms.gradients and (fragment.tensor, cover.gate) in outputs:
+                _add_sums_(flows[plan.units(cover.gate)], _inputs_of(norms, fragment, sizes), fragment, cover)
     gating.communicator.sum_(sums)
-    totals, units = sums[:num_gates].tolist(), sums[num_gates:]
+    totals = sums[:num_gates].tolist()
     means = [max(t / g.num_weights, 1e-30) if scaled else 1.0 for t, g in zip(totals, plan.gates, strict=True)]
     _write_elements_(gating, norms, means, added)
     for index in plan.structured:
         numbers = plan.gates[index].unit_sizes.to(units.device, non_blocking=True)
         units[plan.units(index)] /= numbers.double() * means[index]
+        if (flow := flows[plan.units(index)]).any():
+            units[plan.units(index)] = (units[plan.units(index)] * flow / flow.mean()).sqrt()
         if index in given:
             units[plan.units(index)] = given[index].to(units) / given[index].mean().item()
     for fragment in gating.own_scores:
         _put_(fragment.view(fragment.flat), units[fragment.start : fragment.start + fragment.length], added)
 
 
-def without_a_say(plan: GatePlan, norms: Norms | None) -> set[tuple[str, int]]:
-    """(tensor, gate) where a tensor does not rank a gate's units. By activation heads and neurons are ranked by the
-    tensors that take them as inputs, as what goes into a unit says little of what it adds; by all where none counts.
+def outputs_of(plan: GatePlan, norms: Norms | None) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+    """(tensor, gate) of the tensors that take a gate's heads or neurons as inputs, and of those that do not rank them.
+
+    By activation units are ranked by the first alone, as what goes into a unit says little of what it adds; by all
+    tensors where none of these counts, and with gradients.
     """
-    if norms is None or norms.gradients:
-        return set()
     outputs: set[tuple[str, int]] = set()
     others: set[tuple[str, int]] = set()
-    for tensor, own in norms.axes.items():
+    for tensor, own in norms.axes.items() if norms else ():
         for cover in plan.covers[tensor] if plan.counted(tensor) else ():
             if plan.gates[cover.gate].granularity in ("head", "neuron"):
                 (outputs if _is_output(cover, own.inputs) else others).add((tensor, cover.gate))
-    ranked = {gate for _, gate in outputs}
-    return {(tensor, gate) for tensor, gate in others if gate in ranked}
+    ranked = set() if norms and norms.gradients else {gate for _, gate in outputs}
+    return outputs, {(tensor, gate) for tensor, gate in others if gate in ranked}
 
 
 def _is_output(cover: Cover, inputs: Slice) -> bool:
@@ -129,13 +137,18 @@ def _sizes(gating: Gating, norms: Norms | None, fragments: Sequence[Fragment]) -
             continue
         sizes = gating.state(fragment, LATENT).abs()
         if norms is not None:
-            values = norms.values[fragment.tensor].to(sizes.device)
-            inputs = norms.axes[fragment.tensor].inputs
+            inputs = _inputs_of(norms, fragment, sizes)
             if norms.gradients:
-                values = values ** (1.0 - GRADIENT)
+                inputs = inputs ** (1.0 - GRADIENT)
                 sizes *= gating.state(fragment, EXP_AVG_SQ) ** (GRADIENT / 2)
-            sizes *= expand_units(values, torch.empty_like(sizes), fragment.start, inputs)
+            sizes *= inputs
         yield fragment, sizes
+
+
+def _inputs_of(norms: Norms, fragment: Fragment, like: Tensor) -> Tensor:
+    """||x_j|| of every weight of a fragment, as `like` is."""
+    values = norms.values[fragment.tensor].to(like.device)
+    return expand_units(values, torch.empty_like(like), fragment.start, norms.axes[fragment.tensor].inputs)
 
 
 def _row_means(gating: Gating, norms: Norms) -> dict[str, Tensor]:

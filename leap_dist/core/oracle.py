@@ -335,22 +335,28 @@ class Oracle:
     def _scores_from_weights(self, scaled: bool) -> None:
         """S_u = mean |W|, or mean |W_ij| ||x_j|| where inputs were seen, added to what is there; of heads and neurons
         over the matrices that take them as inputs; with gradients mean |W_ij| ||x_j||^3/4 g_ij^1/4 over all of them,
-        g the root of Adam's second moment.
+        g the root of Adam's second moment, and of heads and neurons the root of the product with the sum of ||x_j||
+        over the matrices that take them as inputs, both over their means.
 
         Single weights of which inputs were seen are over the mean of their row, all else over that of the gate.
         """
         for index, gate in enumerate(self.plan.gates):
             by_row = bool(self.squares) and gate.elementwise and not gate.pattern
-            sums = torch.zeros(gate.num_units, dtype=torch.float64)
+            sums, flows = torch.zeros(2, gate.num_units, dtype=torch.float64)
             for tensor, covers in self.plan.covers.items():
                 for cover in covers:
                     seen = tensor in self.squares or not self.squares
-                    by_output = self.squares and self.config.score_init == "activation"
-                    if by_output and gate.granularity in ("head", "neuron"):
-                        seen = all(part.block_rows >= part.bounds[1] for part in cover.slices)  # cut by its columns
+                    by_columns = all(part.block_rows >= part.bounds[1] for part in cover.slices)
+                    of_output = self.squares and gate.granularity in ("head", "neuron") and by_columns
+                    gradients = self.squares and self.config.score_init == "gradient"
+                    if self.squares and gate.granularity in ("head", "neuron") and not gradients:
+                        seen = by_columns
                     if cover.gate == index and self.plan.counted(tensor) and seen:
                         size = self.latent[tensor].detach().abs().double()
-                        if self.squares and self.config.score_init == "gradient":
+                        if of_output and gradients:
+                            flow = self.squares[tensor].sqrt().expand_as(size)
+                            flows.index_add_(0, unit_index(cover.slices).flatten(), flow.flatten())
+                        if gradients:
                             moment = self.weight_optimizer.state[self.latent[tensor]]["exp_avg_sq"].double()
                             size = size * self.squares[tensor] ** 0.375 * moment**0.125
                         elif self.squares:
@@ -358,7 +364,9 @@ class Oracle:
                         size = size / size.mean(1, keepdim=True) if by_row else size
                         sums.index_add_(0, unit_index(cover.slices).flatten(), size.flatten())
             mean = sums.sum() / gate.num_weights if scaled and not by_row else 1.0
-            self.scores[index].data.mul_(float(self.waits)).add_(sums / gate.unit_sizes / mean)
+            start = sums / gate.unit_sizes / mean
+            start = (start * flows / flows.mean()).sqrt() if flows.any() else start
+            self.scores[index].data.mul_(float(self.waits)).add_(start)
 
     def _count(self, keep: list[int]) -> int:
         units = [mask.float() for mask in self._best(keep)]

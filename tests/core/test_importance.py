@@ -99,6 +99,21 @@ def test_neurons_are_ranked_by_their_outputs_or_by_all_where_these_do_not_count(
     (scores,) = [f.view(f.flat) for f in optimizer.gating.own_scores]
     torch.testing.assert_close(scores, expected)
 
+    for weight in (up, down):
+        optimizer.state[weight][EXP_AVG_SQ].copy_(torch.rand(weight.shape) * 1e-9)
+    write_importance_(optimizer.gating, Norms(norms, axes, gradients=True), scaled=True)
+    sizes = [
+        weight.detach().abs() * norms[name] ** 0.75 * optimizer.state[weight][EXP_AVG_SQ] ** 0.125
+        for name, weight in (("0.weight", up), ("2.weight", down))
+        if name in norms
+    ]
+    expected = sizes[0].sum(1) + (sizes[1].sum(0) if not excluded else 0.0)
+    if not excluded:  # a root of both sides: what they are made of, and what they give
+        expected = (expected / expected.mean() * norms["2.weight"] / norms["2.weight"].mean()).sqrt()
+    else:
+        expected = expected / expected.mean()
+    torch.testing.assert_close(scores, expected)
+
 
 def _cuts(numel: int) -> list[tuple[int, int]]:
     """Fragments that begin and end within rows."""

@@ -122,8 +122,8 @@ def test_a_teacher_and_what_is_compared_with_it_are_counted(tmp_path: Path) -> N
     [
         ({"train_batch_size": 33}, r"train_batch_size: got 33; allowed: \d+, as 2 ranks with .* or leave it out"),
         (
-            {"data": {"task": "lm", "max_length": 4096}},
-            r"max_position_embeddings is \d+; allowed: at least 4096, lm has",
+            {"data": {"task": "mlm", "max_length": 4096}},
+            r"max_position_embeddings is \d+; allowed: at least 4096, mlm has",
         ),
     ],
 )
