@@ -213,7 +213,7 @@ class LeapConfig(Section):
                 found.append(("lambda_min", f"got {low}; allowed: at most lambda_max, which is {high}"))
             elif raw.get("rule") != "gumbel":  # on which neither has an effect, and that is said
                 found.append(("lambda_max", f"got {high}; allowed: at least lambda_min, which is {low} if not given"))
-        if raw.get("permute") is not None and not _patterned(gates):
+        if isinstance(raw.get("permute"), str) and raw.get("start") is None and not _patterned(gates):
             problem = "there is no n:m gate that the order of columns matters to; add one to leap.gates, or remove it"
             found.append(("permute", f"got {show(raw['permute'])}, but {problem}"))
         if raw.get("rule") == "gumbel" and raw.get("target") == 1:
@@ -227,7 +227,8 @@ class LeapConfig(Section):
             found.append(("score_init", problem + '"magnitude" or "auto"'))
         if raw.get("score_init") == "gradient" and (one_shot or is_frozen(raw.get("weights", "auto"), raw.get("rule"))):
             why = "one shot takes no step" if one_shot else "frozen weights have no moments"
-            found.append(("score_init", f'got "gradient", but {why}; allowed: "activation", "magnitude" or "auto"'))
+            allowed = '"activation", "magnitude"' + ("" if one_shot else ', "zero"')
+            found.append(("score_init", f'got "gradient", but {why}; allowed: {allowed} or "auto"'))
         if raw.get("score_init") == "syntax" and "head" not in _granularities(gates):
             problem = 'got "syntax", which is about attention heads, and no gate is of these; add "head" to leap.gates'
             found.append(("score_init", problem + ', or set it to "auto"'))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Mapping
+from difflib import get_close_matches
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], di
         packed = {name: torch.from_numpy(a) for name, a in arrays.items() if not name.endswith(SHAPE)}
     except (OSError, ValueError, TypeError, EOFError, LookupError, zipfile.BadZipFile, NotImplementedError) as error:
         allowed = '"zeros", a folder that launch/export.py RUN --to mask writes, or an .npz of packed masks'
-        raise UserError(f"{key}: {path} cannot be read: {error}; allowed: {allowed}") from error
+        hint = '; did you mean "zeros"?' if get_close_matches(str(path), ["zeros"]) else ""
+        raise UserError(f"{key}: {path} cannot be read: {error}; allowed: {allowed}{hint}") from error
     return packed, shapes, permuted
 
 

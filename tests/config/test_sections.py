@@ -515,6 +515,10 @@ def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> Non
         ({"score_init": "gradient", "rule": "gumbel"}, 'got "gradient", but frozen weights have no moments; allowed'),
         ({"score_init": "gradient", "rule": "gumbel", "weights": "trained"}, None),
         (
+            {"start": "masks", "permute": "greedy"},
+            'leap.permute: got "greedy", which has no effect here: the masks of leap.start are fixed',
+        ),
+        (
             {"target": 1, "rule": "gumbel"},
             'leap.target: got 1, but rule "gumbel" learns masks, and soft masks of density',
         ),

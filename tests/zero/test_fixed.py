@@ -187,8 +187,14 @@ def test_masks_of_another_model_are_refused(tmp_path: Path, arrays: dict[str, An
 def test_what_is_no_npz_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mask.npz"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r'cannot be read: .*; allowed: "zeros", a folder that --to mask wrote, or an'):
+    allowed = r'allowed: "zeros", a folder that launch/export\.py RUN --to mask writes, or an \.npz of packed masks$'
+    with pytest.raises(UserError, match=f"cannot be read: .*; {allowed}"):
         start_plan(Net(), parse_leap({"start": str(path)}), None)
+
+
+def test_a_word_near_zeros_is_guessed() -> None:
+    with pytest.raises(UserError, match=r'^leap\.start: zero cannot be read: .*; did you mean "zeros"\?$'):
+        start_plan(Net(), parse_leap({"start": "zero"}), None)
 
 
 def test_a_shape_that_is_another_is_refused(tmp_path: Path) -> None:
