@@ -39,7 +39,7 @@ def activation_bytes(model: PreTrainedModel, batch: int, length: int, dtype: tor
 
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _FusedAttention():
-        model.base_model(input_ids=ids)
+        model.base_model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 

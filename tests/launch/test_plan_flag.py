@@ -288,6 +288,30 @@ def test_one_shot_keeps_no_activations(plan: Plan, capsys: pytest.CaptureFixture
     assert "a micro-batch of 8 x 16 tokens, which passes without gradients" in capsys.readouterr().out
 
 
+def held_for_real(model: Any, **inputs: Any) -> int:
+    """Bytes that autograd keeps of a forward pass with values, the weights left out."""
+    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: held.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        model.base_model(**inputs)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in own)
+
+
+def test_an_encoder_decoder_is_counted_on_both_sides() -> None:
+    from transformers import T5Config, T5ForSequenceClassification
+
+    from leap_dist.bench.activations import activation_bytes
+
+    config = T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=2, d_kv=16, vocab_size=100)
+    with torch.device("meta"):
+        counted = activation_bytes(T5ForSequenceClassification(config), 2, 16, torch.float32)
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    real = held_for_real(T5ForSequenceClassification(config).train(), input_ids=ids, decoder_input_ids=ids)
+    assert counted == pytest.approx(real, rel=0.1)
+
+
 def test_activations_are_those_that_a_forward_pass_keeps(tmp_path: Path) -> None:
     from leap_dist.bench.activations import activation_bytes
 
@@ -296,14 +320,6 @@ def test_activations_are_those_that_a_forward_pass_keeps(tmp_path: Path) -> None
     counted = activation_bytes(empty_model(config, "lm"), 2, 32, torch.float32)
     longer = activation_bytes(empty_model(config, "lm"), 2, 64, torch.float32)
     assert longer == pytest.approx(2 * counted, rel=0.01)  # attention is fused
-    with torch.device("cpu"):
-        model = type(empty_model(config, "lm"))(empty_model(config, "lm").config).train()
-    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    held: dict[int, torch.Tensor] = {}
-    ids = torch.zeros(2, 32, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: held.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
-    ):
-        model.base_model(input_ids=ids)
-    real = sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in own)
+    model = type(empty_model(config, "lm"))(empty_model(config, "lm").config).train()
+    real = held_for_real(model, input_ids=torch.zeros(2, 32, dtype=torch.int64))
     assert counted == pytest.approx(real, rel=0.1)
