@@ -68,11 +68,27 @@ def test_a_step_has_the_same_examples_however_it_is_spread(layout: tuple[int, in
         ({"gradient_accumulation_steps": 3}, 2, 3),
         ({"train_batch_size": 48}, 2, 6),
         ({"train_batch_size": 48}, 4, 3),
-        ({"train_batch_size": 2}, 2, 1),
+        ({"train_batch_size": 24, "gradient_accumulation_steps": 3}, 2, 3),
     ],
 )
 def test_accumulation_is_given_or_fills_the_batch(given: dict[str, int], world: int, micro_batches: int) -> None:
     assert accumulation({"train_micro_batch_size_per_gpu": 4, **given}, world) == micro_batches
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ({"train_batch_size": 2}, 8),
+        ({"train_batch_size": 50}, 48),
+        ({"train_batch_size": 48, "gradient_accumulation_steps": 3}, 24),
+    ],
+)
+def test_a_batch_that_ranks_and_micro_batches_do_not_make_is_refused(given: dict[str, int], allowed: int) -> None:
+    """DeepSpeed would refuse it too, by an assertion, once the model is loaded."""
+    with pytest.raises(
+        UserError, match=rf"train_batch_size: got \d+; allowed: {allowed}, as 2 ranks with .*leave it out"
+    ):
+        accumulation({"train_micro_batch_size_per_gpu": 4, **given}, 2)
 
 
 def padding(order: np.ndarray, sizes: np.ndarray, batch: int) -> float:
