@@ -12,12 +12,9 @@ from the greedy one. Perplexity on 30 blocks of WikiText-2's raw test text and 2
 Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results/orders.json.
 """
 
-import argparse
 import json
-import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +22,10 @@ from rich.progress import track
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leap_dist.models.permute import greedy_order
 from tests.bench.accuracy import RESULTS
-from tests.bench.language import texts
-from tests.bench.starts import BATCH, Cuts, blocks_of, loss_of, perplexity
+from tests.bench.starts import Cuts, Setting, arguments_of, loss_of, perplexity
 
 SINKHORN, WIDTH, RATE, TOKENS = 5, 64, 0.02, 4
 Find = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -115,21 +110,11 @@ def cut(cuts: Cuts, seen: dict[str, Tensor], find: Find | None, heads: int) -> N
 
 def main() -> None:
     """Cut in every order, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="for texts")
-    parser.add_argument("--steps", type=int, default=100)
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, steps={"type": int, "default": 100})
     torch.manual_seed(0)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    files = texts(arguments.out)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    train = blocks_of(files["train"], tokenizer)
-    random.Random(0).shuffle(train)
-    cuts = Cuts(model, [train[at : at + BATCH] for at in range(0, 16 * BATCH, BATCH)])
-    seen = inputs_of(model, cuts, train[:TOKENS])
-    judged = blocks_of(files["test"], tokenizer)[:30], blocks_of(files["questions"], tokenizer)[:20]
+    setting = Setting(arguments.model, arguments.out)
+    model, cuts = setting.model, setting.cuts
+    seen = inputs_of(model, cuts, setting.train[:TOKENS])
     ways: dict[str, Find | None] = {
         "as published": None,
         "greedy": greedy,
@@ -141,7 +126,7 @@ def main() -> None:
         began = time.monotonic()
         cut(cuts, seen, find, model.config.num_attention_heads)
         seconds = time.monotonic() - began
-        values = [perplexity(model, blocks) for blocks in judged]
+        values = [perplexity(model, blocks) for blocks in setting.judged]
         cuts.restore()
         found[name] = {"perplexity": values, "seconds": round(seconds)}
         print(f"{name:20} {values[0]:8.1f} {values[1]:8.1f} {seconds:6.0f} s", flush=True)

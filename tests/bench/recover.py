@@ -10,9 +10,7 @@ and 30 of QQP questions, and the mean loss of the second half of the steps. A wa
 Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results/recover.json.
 """
 
-import argparse
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.bench.accuracy import RESULTS
-from tests.bench.language import texts
-from tests.bench.starts import BATCH, Cuts, blocks_of, perplexity
+from tests.bench.starts import BATCH, Cuts, Setting, arguments_of, perplexity
 from tests.bench.starts import STEPS as SHOWN
 
 KEPT, RATE, WARM = 0.645, 5e-5, 5
@@ -105,26 +102,16 @@ def recovered(
 
 def main() -> None:
     """Recover by every way, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="for texts")
-    parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--ways", nargs="+", help="by name; default: all")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    files = texts(arguments.out)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    train = blocks_of(files["train"], tokenizer)
-    random.Random(0).shuffle(train)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    cuts = Cuts(model, [train[at : at + BATCH] for at in range(0, SHOWN * BATCH, BATCH)])
-    judged = [blocks_of(files["test"], tokenizer)[:40], blocks_of(files["questions"], tokenizer)[:30]]
+    ways = {"nargs": "+", "help": "by name; default: all"}
+    arguments = arguments_of(__doc__, steps={"type": int, "default": 48}, ways=ways)
+    setting = Setting(arguments.model, arguments.out, (40, 30))
+    cuts, train = setting.cuts, setting.train[2 * SHOWN * BATCH :]
     file = RESULTS / "recover.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     for name, worth in ways_of(cuts).items():
         if name not in (arguments.ways or [name]) or found.get(name, {}).get("steps") == arguments.steps:
             continue
-        row = recovered(arguments.model, masks_of(cuts, worth), train[2 * SHOWN * BATCH :], judged, arguments.steps)
+        row = recovered(arguments.model, masks_of(cuts, worth), train, setting.judged, arguments.steps)
         found[name] = {"steps": arguments.steps, **row}
         print(name, *(f"{value:.2f}" for value in row["end"]), f"{row['loss']:.4f}", flush=True)
         file.write_text(json.dumps(found, indent=1) + "\n")

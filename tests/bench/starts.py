@@ -135,20 +135,36 @@ class Cuts:
             self.model.get_parameter(name).data = weight
 
 
-def main() -> None:
-    """Cut by every exponent, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Setting:
+    """The model, what calibration saw of it, blocks to train on in a mixed order, and two texts to be judged on."""
+
+    def __init__(self, folder: Path, out: Path, judged: tuple[int, int] = (30, 20)) -> None:
+        """out: for texts; judged: blocks of the raw test text and of QQP questions."""
+        out.mkdir(parents=True, exist_ok=True)
+        files, tokenizer = texts(out), AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self.train = blocks_of(files["train"], tokenizer)
+        random.Random(0).shuffle(self.train)
+        self.cuts = Cuts(self.model, [self.train[at : at + BATCH] for at in range(0, STEPS * BATCH, BATCH)])
+        names = ("test", "questions")
+        self.judged = [blocks_of(files[name], tokenizer)[:num] for name, num in zip(names, judged, strict=True)]
+
+
+def arguments_of(doc: str | None, **more: dict[str, Any]) -> argparse.Namespace:
+    """--model, --out and `more`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="for texts")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    files = texts(arguments.out)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    train = blocks_of(files["train"], tokenizer)
-    random.Random(0).shuffle(train)
-    cuts = Cuts(model, [train[at : at + BATCH] for at in range(0, STEPS * BATCH, BATCH)])
-    judged = blocks_of(files["test"], tokenizer)[:30], blocks_of(files["questions"], tokenizer)[:20]
+    for name, settings in more.items():
+        parser.add_argument(f"--{name}", **settings)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Cut by every exponent, print and write."""
+    arguments = arguments_of(__doc__)
+    setting = Setting(arguments.model, arguments.out)
+    model, cuts, judged = setting.model, setting.cuts, setting.judged
     found: dict[str, Any] = {"dense": [perplexity(model, blocks) for blocks in judged]}
 
     def judge(cut: str, by: str) -> None:
