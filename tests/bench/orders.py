@@ -99,13 +99,13 @@ def cut(cuts: Cuts, seen: dict[str, Tensor], find: Find | None, heads: int) -> N
     for name, weight in track(cuts.weights.items(), disable=not isinstance(find, Learned)):
         scores = cuts.scores(0.0)(name)
         if find is None or name not in seen:
-            cuts.put(name, kept(scores))
+            cuts.put(name, kept(scores).bool())
             continue
         shape = (heads if "o_proj" in name else 1, -1)
         order = find(weight.float().unflatten(1, shape), scores.unflatten(1, shape), seen[name].unflatten(1, shape))
         mask = torch.empty_like(scores).unflatten(1, shape)
         mask[..., order] = kept(scores.unflatten(1, shape)[..., order])
-        cuts.put(name, mask.flatten(1))
+        cuts.put(name, mask.flatten(1).bool())
 
 
 def main() -> None:
