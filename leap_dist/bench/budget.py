@@ -17,6 +17,7 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, state_keys
 from leap_dist.core.select import COUNTS, NUM_SUMS, most_bytes
 from leap_dist.ops.soft import SUMS
+from leap_dist.train.batches import micro_batches
 
 FP32, INT32, INT64 = 4, 4, 8  # bytes
 BUCKET = 5 * 10**8  # DeepSpeed's default for both bucket sizes, in elements
@@ -45,13 +46,12 @@ class Hosting:
         """As a job's DeepSpeed keys say."""
         zero = deepspeed.get("zero_optimization") or {}
         half = any((deepspeed.get(name) or {}).get("enabled") for name in ("bf16", "fp16"))
-        filled = deepspeed.get("train_batch_size", 1) // (deepspeed["train_micro_batch_size_per_gpu"] * ranks)
         places = {"weights": "offload_param", "state": "offload_optimizer"}
         return cls(
             stage=zero.get("stage", 0),
             ranks=ranks,
             width=2 if half else FP32,
-            accumulation=deepspeed.get("gradient_accumulation_steps", max(1, filled)),
+            accumulation=micro_batches(deepspeed, ranks),
             reduce_bucket=int(zero.get("reduce_bucket_size", BUCKET)),
             gather_bucket=int(zero.get("allgather_bucket_size", BUCKET)),
             persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),

@@ -52,10 +52,12 @@ def write_importance_(
     """
     plan = gating.plan
     num_gates = len(plan.gates)
-    num_units = plan.num_structured_units
-    sums = torch.zeros(num_gates + 2 * num_units, dtype=torch.float64, device=gating.device)
-    units, flows = sums[num_gates : num_gates + num_units], sums[num_gates + num_units :]
     outputs, silent = outputs_of(plan, norms)
+    flowing = {gate for _, gate in outputs} if norms and norms.gradients else set()
+    num_units = plan.num_structured_units
+    num_sums = num_gates + num_units * (2 if flowing else 1)
+    sums = torch.zeros(num_sums, dtype=torch.float64, device=gating.device)
+    units, flows = sums[num_gates : num_gates + num_units], sums[num_gates + num_units :]
     for fragment, sizes in _sizes(gating, norms, gating.weights):
         for cover in plan.covers[fragment.tensor]:
             if (fragment.tensor, cover.gate) in silent:
@@ -64,7 +66,7 @@ def write_importance_(
                 _add_sums_(units[plan.units(cover.gate)], sizes, fragment, cover)
             if scaled:
                 sums[cover.gate] += sizes.sum(dtype=torch.float64)
-            if norms and norms.gradients and (fragment.tensor, cover.gate) in outputs:
+            if norms and cover.gate in flowing and (fragment.tensor, cover.gate) in outputs:
                 _add_sums_(flows[plan.units(cover.gate)], _inputs_of(norms, fragment, sizes), fragment, cover)
     gating.communicator.sum_(sums)
     totals = sums[:num_gates].tolist()
@@ -73,7 +75,7 @@ def write_importance_(
     for index in plan.structured:
         numbers = plan.gates[index].unit_sizes.to(units.device, non_blocking=True)
         units[plan.units(index)] /= numbers.double() * means[index]
-        if (flow := flows[plan.units(index)]).any():
+        if index in flowing and (flow := flows[plan.units(index)]).any():
             units[plan.units(index)] = (units[plan.units(index)] * flow / flow.mean()).sqrt()
         if index in given:
             units[plan.units(index)] = given[index].to(units) / given[index].mean().item()

@@ -342,18 +342,18 @@ class Oracle:
         """
         for index, gate in enumerate(self.plan.gates):
             by_row = bool(self.squares) and gate.elementwise and not gate.pattern
+            gradients = bool(self.squares) and self.config.score_init == "gradient"
+            of_units = bool(self.squares) and gate.granularity in ("head", "neuron")
             sums, flows = torch.zeros(2, gate.num_units, dtype=torch.float64)
             for tensor, covers in self.plan.covers.items():
                 for cover in covers:
                     seen = tensor in self.squares or not self.squares
-                    by_columns = all(part.block_rows >= part.bounds[1] for part in cover.slices)
-                    of_output = self.squares and gate.granularity in ("head", "neuron") and by_columns
-                    gradients = self.squares and self.config.score_init == "gradient"
-                    if self.squares and gate.granularity in ("head", "neuron") and not gradients:
-                        seen = by_columns
+                    output = of_units and all(part.block_rows >= part.bounds[1] for part in cover.slices)
+                    if of_units and not gradients:
+                        seen = output
                     if cover.gate == index and self.plan.counted(tensor) and seen:
                         size = self.latent[tensor].detach().abs().double()
-                        if of_output and gradients:
+                        if output and gradients:
                             flow = self.squares[tensor].sqrt().expand_as(size)
                             flows.index_add_(0, unit_index(cover.slices).flatten(), flow.flatten())
                         if gradients:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
-from leap_dist.models.mask_files import INDEX, META, NPZ, PACKED, PERMUTED, SHAPE, load_masks
+from leap_dist.models.mask_files import INDEX, MARK, META, NPZ, PACKED, PERMUTED, SHAPE, load_masks
 from leap_dist.run_folder import PERMUTATION, ExportedWeights, Run
 from leap_dist.run_parts import TensorCount
 
@@ -46,15 +46,15 @@ def save_masks(run: Run, folder: Path) -> int:
         )
     shapes = {name: tensor.shape for name, tensor in run.certificate.tensors.items()}
     save_file(packed, folder / PACKED)
-    index = {"masks_sha256": found, "shapes": shapes}
-    if (run.folder / PERMUTATION).is_file():
-        index[PERMUTED] = True
+    permuted = (run.folder / PERMUTATION).is_file()
+    index = {"masks_sha256": found, "shapes": shapes, **({PERMUTED: True} if permuted else {})}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    own = {key: value for key, value in index.items() if key != "shapes"}
-    meta = {"format": "numpy.packbits", "kept": 1, "density": run.certificate.density, **own}
+    meta = {"format": "numpy.packbits", "kept": 1, "density": run.certificate.density, "masks_sha256": found}
     arrays: dict[str, Any] = {name: mask.numpy() for name, mask in packed.items()}
     arrays |= {f"{name}{SHAPE}": np.array(shapes[name], dtype=np.int64) for name in packed}
     arrays[META] = np.array(json.dumps(meta))
+    if permuted:
+        arrays[MARK] = np.array(True)
     np.savez(folder / NPZ, **arrays)
     return sum(map(prod, shapes.values()))
 

@@ -27,8 +27,9 @@ from leap_dist.core.fixed import Fixed, Shape, unpack
 from leap_dist.errors import UserError
 
 PACKED, INDEX = "masks.safetensors", "masks.json"
-PERMUTED = "permuted"  # of INDEX and META: whether the masks are of a model whose columns are in another order
+PERMUTED = "permuted"  # in INDEX: whether the masks are of a model whose columns are in another order
 NPZ, SHAPE, META = "mask.npz", ".__shape__", "__meta__"
+MARK = f"__{PERMUTED}__"  # in NPZ, where they are; META is not read, as anybody's may hold anything
 SMALL = 2**20  # bytes of what is no mask: a shape, a header
 
 
@@ -117,8 +118,8 @@ def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], di
                 if info.file_size > largest // 8 + SMALL:
                     raise ValueError(f"{info.filename} has {info.file_size} bytes, more than any mask of the model")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name != META}
-            permuted = META in file.files and f'"{PERMUTED}": true' in str(file[META])
+            arrays = {name: file[name] for name in file.files if name not in (META, MARK)}
+            permuted = MARK in file.files
         shapes = {name.removesuffix(SHAPE): _sizes(a) for name, a in arrays.items() if name.endswith(SHAPE)}
         packed = {name: torch.from_numpy(a) for name, a in arrays.items() if not name.endswith(SHAPE)}
     except (OSError, ValueError, TypeError, EOFError, LookupError, zipfile.BadZipFile, NotImplementedError) as error:

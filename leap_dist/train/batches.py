@@ -18,6 +18,13 @@ POOL = 50
 """Steps whose examples are sorted by length together: enough for little padding, few enough to stay shuffled."""
 
 
+def micro_batches(deepspeed: Mapping[str, Any], world_size: int) -> int:
+    """Of an optimizer step on a rank: as given, or as many as train_batch_size has room for."""
+    filled = deepspeed.get("train_batch_size", 1) // (deepspeed["train_micro_batch_size_per_gpu"] * world_size)
+    found: int = deepspeed.get("gradient_accumulation_steps", max(1, filled))
+    return found
+
+
 def accumulation(deepspeed: Mapping[str, Any], world_size: int) -> int:
     """Micro-batches in an optimizer step, as DeepSpeed takes them: as given, or what fills train_batch_size."""
     for key in ("gradient_accumulation_steps", "train_batch_size"):
@@ -25,8 +32,7 @@ def accumulation(deepspeed: Mapping[str, Any], world_size: int) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{key}: got {value!r}; allowed: an integer >= 1")
     together = deepspeed["train_micro_batch_size_per_gpu"] * world_size
-    batch = deepspeed.get("train_batch_size")
-    steps: int = deepspeed.get("gradient_accumulation_steps", max(1, (batch or 1) // together))
+    batch, steps = deepspeed.get("train_batch_size"), micro_batches(deepspeed, world_size)
     if batch not in (None, together * steps):
         raise UserError(
             f"train_batch_size: got {batch}; allowed: {together * steps}, as {world_size} ranks with "

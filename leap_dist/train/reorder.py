@@ -14,6 +14,7 @@ from leap_dist.config.sections import JobConfig
 from leap_dist.console import console
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.inputs import Inputs
+from leap_dist.files import replacing
 from leap_dist.models.inputs import resolve_start
 from leap_dist.models.permute import find_orders, permute_
 from leap_dist.models.plan import make_plan
@@ -64,7 +65,5 @@ def save_orders(folder: Path, orders: Mapping[str, Tensor]) -> None:
     """Write them to a run folder, once: a run that is resumed has the weights of its checkpoint."""
     if orders and not (folder / PERMUTATION).exists():
         arrays: dict[str, Any] = {name: order.numpy() for name, order in orders.items()}
-        partial = folder / f".{PERMUTATION}.partial"
-        with partial.open("wb") as file:
+        with replacing(folder / PERMUTATION) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
-        partial.replace(folder / PERMUTATION)

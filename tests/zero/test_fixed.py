@@ -192,6 +192,14 @@ def test_what_is_no_npz_is_refused(tmp_path: Path, content: bytes) -> None:
         start_plan(Net(), parse_leap({"start": str(path)}), None)
 
 
+def test_what_others_say_of_their_masks_is_not_read(tmp_path: Path) -> None:
+    about = np.array({"pickled": object}, dtype=object)
+    arrays: dict[str, Any] = {"one.weight": packed(7, 5), "__meta__": about}
+    np.savez(tmp_path / "mask.npz", **arrays)
+    plan, fixed = start_plan(Net(), parse_leap({"start": str(tmp_path / "mask.npz")}), None)
+    assert plan.prunable == 35 and fixed is not None and not fixed.permuted
+
+
 def test_a_word_near_zeros_is_guessed() -> None:
     with pytest.raises(UserError, match=r'^leap\.start: zero cannot be read: .*; did you mean "zeros"\?$'):
         start_plan(Net(), parse_leap({"start": "zero"}), None)
