@@ -29,6 +29,7 @@ METRICS, JOURNAL = "metrics.jsonl", "mlflow.jsonl"
 MODEL, CHECKPOINTS, RANKS = "model", "checkpoints", ".ranks"
 REPORT, PLOTS = "report.html", "plots"
 PERMUTATION = "permutation.npz"  # by block, the places that its columns come from
+HIDDEN = "masks.safetensors"  # packed masks of tensors in which kept weights are exactly zero; others' are their zeros
 EXPORTS, CARD = "export", "card.json"  # RUN/export/<kind>/card.json
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 RESTORE = "restore the file, or remove the folder of the run and run the job again"

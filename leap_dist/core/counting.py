@@ -16,6 +16,7 @@ class Counter:
 
     gates: one dict a gate; its "tensors" names the tensors whose weights it prunes. A masked tensor that no gate
     names (a bias that follows its row) is checked and hashed, but its elements are no prunable weights.
+    hidden: packed masks (np.packbits, 1 = kept) that the weights do not tell: a kept weight is exactly zero there.
     """
 
     def __init__(self, gates: list[dict[str, Any]]) -> None:
@@ -23,6 +24,7 @@ class Counter:
         self._counted = {name for gate in gates for name in gate["tensors"]}
         self._masks, self._weights = hashlib.sha256(), hashlib.sha256()
         self._tensors: dict[str, dict[str, Any]] = {}
+        self.hidden: dict[str, Tensor] = {}
 
     def add(self, name: str, weight: Tensor, mask: Tensor | None) -> None:
         """Count one tensor of the model; `mask` (bool, the weight's shape) is None where no gate covers it.
@@ -33,9 +35,12 @@ class Counter:
         self._weights.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if mask is None:
             return
+        packed = np.packbits(mask.reshape(-1).numpy())
         self._masks.update(name.encode() + b"\0")
-        self._masks.update(np.packbits(mask.reshape(-1).numpy()).data)
+        self._masks.update(packed.data)
         self._tensors[name] = _count_tensor(name, weight, mask) | {"counted": name in self._counted}
+        if self._tensors[name]["zeros_kept"]:
+            self.hidden[name] = torch.from_numpy(packed)
 
     def result(self) -> dict[str, Any]:
         """kept, prunable, density, gates (each with its own), tensors (shape, numel, kept, density, zeros_kept,

@@ -29,6 +29,7 @@ def count(
     masks: Iterable[tuple[str, torch.Tensor | None]],
     gates: list[dict[str, Any]],
     rank: int = 0,
+    hidden: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Counts and hashes of the weights exported to `folder`, on rank 0; {} on the others.
 
@@ -36,6 +37,7 @@ def count(
     other ranks than 0, which walk it to the end (it may run collectives).
     gates: one dict per gate; its "tensors" names the tensors whose weights it prunes. A masked tensor that no
     gate names (a bias that follows its row) is checked and hashed, but its elements are no prunable weights.
+    hidden: filled with the packed masks that the weights do not tell (`Counter.hidden`).
 
     Returns kept, prunable, density, gates (each with its kept, prunable, density), tensors (by name: shape,
     numel, kept, density, zeros_kept = kept but exactly zero, counted), masks_sha256 (in name order: name,
@@ -57,6 +59,8 @@ def count(
             waiting.remove(name)
         for plain in waiting:
             counter.add(plain, weights.read(plain), None)
+    if hidden is not None:
+        hidden |= counter.hidden
     return counter.result()
 
 
@@ -69,12 +73,14 @@ def build(
     seed: int,
     note: str | None = None,
     measure: Mapping[str, Any] | None = None,
+    permuted: bool = False,
 ) -> dict[str, Any]:
     """The certificate, JSON-able, from what `count` returned.
 
     unit: what the measure counts of the largest unit. measure: what the target is a share of, as `Measure.described`
     says; None: of the prunable weights. metrics: {"dense": {...}, "pruned": {...}}; a value that is no
-    finite number becomes null. note: why the density is not the target, where that is to be said.
+    finite number becomes null. note: why the density is not the target, where that is to be said. permuted: the
+    masks are of a model whose columns are in another order than before it was pruned.
     Raises RuntimeError if the density is further off than one unit (`check_exact`).
     The key sha256 is the digest of all others.
     """
@@ -94,6 +100,7 @@ def build(
         "seed": seed,
         "versions": versions(),
         **({"note": note} if note else {}),
+        **({"permuted": True} if permuted else {}),
     }
     return sealed(certificate)
 

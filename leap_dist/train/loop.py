@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from leap_dist.checkpoint.checkpoints import Checkpoints
 from leap_dist.checkpoint.folders import latest_checkpoint
@@ -18,8 +20,9 @@ from leap_dist.core.measure import amounts
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
+from leap_dist.files import replacing
 from leap_dist.models.inputs import describe_start
-from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, MODEL, RANKS, RESOLVED, SCORES
+from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, HIDDEN, MODEL, RANKS, RESOLVED, SCORES
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.folder_writer import FolderWriter, needed
@@ -217,11 +220,15 @@ def _finish(job: Job, output: Path, writer: FolderWriter | None) -> dict[str, An
     settle(engine)
     job.state.measured["pruned"] = evaluate(engine, job.task, job.config.train.eval_batch_size, ranks)
     _save(job, output / MODEL)
-    counts = cert.count(output / MODEL, gather_masks(engine), describe_gates(leap), ranks.rank)
+    hidden: dict[str, Tensor] = {}
+    counts = cert.count(output / MODEL, gather_masks(engine), describe_gates(leap), ranks.rank, hidden)
     gates = score_histograms(leap.gating, leap.kept_units)
     if writer is None:
         return {}
     writer.text(SCORES, json.dumps({"reach": REACH, "gates": gates}) + "\n")
+    if hidden:
+        with needed(output / HIDDEN, MAKE_ROOM), replacing(output / HIDDEN) as partial:
+            save_file(hidden, partial)
     described = leap.measure.described()
     certificate = cert.build(
         counts,
@@ -231,6 +238,7 @@ def _finish(job: Job, output: Path, writer: FolderWriter | None) -> dict[str, An
         metrics=job.state.measured,
         seed=job.config.train.seed,
         note=leap.level.note(amounts(counts, described.get("measure"))[0]),
+        permuted=bool(job.config.leap.permute or (leap.level.fixed and leap.level.fixed.permuted)),
     )
     with needed(output / CERTIFICATE, MAKE_ROOM):
         cert.write(output / CERTIFICATE, certificate)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
+from leap_dist.run_folder import HIDDEN
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -84,7 +86,10 @@ def make_run(folder: Path, model: Any, masks: Masks, granularity: str = "element
         for name, mask in masks.items()
         if mask.dim() > 1
     ]
-    counts = cert.count(folder / "model", sorted(masks.items()), gates)
+    hidden: Masks = {}
+    counts = cert.count(folder / "model", sorted(masks.items()), gates, hidden=hidden)
+    if hidden:
+        save_file(hidden, folder / HIDDEN)
     metrics = {"dense": {"accuracy": 0.9}, "pruned": {"accuracy": 0.8}}
     built = cert.build(counts, target=counts["density"], unit=1, metrics=metrics, seed=0)
     cert.write(folder / "certificate.json", built)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from leap_dist.errors import UserError
 from leap_dist.export.masks import load_masks, save_masks
-from leap_dist.run_folder import read_run
+from leap_dist.run_folder import HIDDEN, read_run
 from tests.export.runs import DOWN, QUERY, UP, Masks, classifier, element_masks, make_run, structure_masks
 
 BIAS = UP.removesuffix("weight") + "bias"
@@ -90,35 +90,50 @@ def test_a_size_that_is_no_multiple_of_eight(tmp_path: Path) -> None:
         ("head", {QUERY: (0, 5), DOWN: (0, 1)}),
     ],
 )
-def test_kept_zeros_are_filled_up_to_whole_units(tmp_path: Path, granularity: str, zeros: dict[str, Any]) -> None:
+def test_kept_zeros_of_units_hide_no_mask(tmp_path: Path, granularity: str, zeros: dict[str, Any]) -> None:
     masks = structure_masks(classifier())
     check(export(tmp_path, masks, granularity, zeros), masks)
 
 
-def test_kept_zeros_are_filled_up_to_whole_blocks(tmp_path: Path) -> None:
-    blocks = torch.tensor([[True, False, True, True, False], [False, True, False, True, True]])
-    mask = blocks.repeat_interleave(20, 0).repeat_interleave(7, 1)[:32, :32]
-    check(export(tmp_path, {QUERY: mask}, "block:20x7", {QUERY: (0, 0)}), {QUERY: mask})
-
-
-def test_a_matrix_that_is_kept_whole(tmp_path: Path) -> None:
-    masks = {QUERY: torch.ones(32, 32, dtype=torch.bool)}
-    check(export(tmp_path, masks, "element", {QUERY: (slice(0, 8),)}), masks)
-
-
-def test_what_the_weights_do_not_tell_is_refused(tmp_path: Path) -> None:
+def kept_zeros() -> tuple[Masks, dict[str, Any]]:
+    """Half of two matrices, and a weight that is kept and zero."""
     masks = element_masks(classifier())
     masks[QUERY][0, 0] = True
-    with pytest.raises(UserError, match=rf"{QUERY}: 1 of its \d+ kept weights are exactly zero.*export hf instead"):
-        export(tmp_path, masks, "element", {QUERY: (0, 0)})
+    return masks, {QUERY: (0, 0)}
 
 
-def test_a_fill_that_only_looks_right_is_refused(tmp_path: Path) -> None:
-    """The two weights left span a square of four, as many as are kept; but two others are kept."""
-    mask = torch.zeros(32, 32, dtype=torch.bool)
-    mask[[0, 1, 0, 2], [0, 1, 1, 2]] = True
-    with pytest.raises(UserError, match=r"the masks read from the weights have sha256 .*: kept weights .* export hf"):
-        export(tmp_path, {QUERY: mask}, "element", {QUERY: ([0, 2], [1, 2])})
+def test_kept_zeros_hide_no_single_weights(tmp_path: Path) -> None:
+    masks, zeros = kept_zeros()
+    check(export(tmp_path, masks, "element", zeros), masks)
+    assert list(load_file(tmp_path / "run" / HIDDEN)) == [QUERY]  # the weights tell the other one
+
+
+@pytest.mark.parametrize("damage", ["gone", "of another tensor", "other bits", "pruned is not zero", "no tensors"])
+def test_masks_that_the_run_does_not_tell_are_refused(tmp_path: Path, damage: str) -> None:
+    masks, zeros = kept_zeros()
+    export(tmp_path, masks, "element", zeros)
+    file = tmp_path / "run" / HIDDEN
+    packed = load_file(file)[QUERY].clone()
+    match damage:
+        case "gone":
+            file.unlink()
+        case "of another tensor":
+            save_file({QUERY: packed[:-1].clone()}, file)
+        case "other bits":  # as many as are kept, and all that are not zero
+            mask = masks[QUERY].clone()
+            other = (~mask).nonzero()[0]
+            mask[0, 0], mask[other[0], other[1]] = False, True
+            save_file({QUERY: torch.from_numpy(np.packbits(mask.flatten().numpy()))}, file)
+        case "pruned is not zero":
+            save_file({QUERY: torch.zeros_like(packed)}, file)
+        case "no tensors":
+            file.write_bytes(b"1234")
+    said = {"other bits": r"run: the masks have sha256 .* run the job again", "no tensors": "cannot be read"}
+    match_ = said.get(
+        damage, rf"{QUERY}: 1 of its \d+ kept weights are exactly zero.*does not have its mask; run the job"
+    )
+    with pytest.raises(UserError, match=match_):
+        save_masks(read_run(tmp_path / "run"), tmp_path / "mask")
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:

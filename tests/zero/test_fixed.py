@@ -83,6 +83,38 @@ def test_what_one_shot_made_is_trained_with_its_masks(ranks: RankPools, tmp_path
     assert parse_job(resolved).leap.target == shot["density"]
 
 
+def zeros_of_its_own(folder: str) -> list[dict[str, Any]]:
+    """2:4 in one shot of a model that holds zeros, as ones quantized before do; and what is trained with its masks."""
+    from safetensors.torch import load_file, save_file
+
+    from leap_dist.export.masks import save_masks
+    from leap_dist.run_folder import read_run
+
+    base = Path(folder)
+    run(base / "dense", 2, {"target": 1.0, "mode": "one_shot"})
+    model, file = {"name": str(base / "dense" / "model")}, base / "dense" / "model" / "model.safetensors"
+    if torch.distributed.get_rank() == 0:
+        weights = load_file(file)
+        for name, weight in weights.items():
+            weights[name] = torch.where(torch.rand_like(weight) < 0.6, 0.0, weight) if "query" in name else weight
+        save_file(weights, file, {"format": "pt"})
+    torch.distributed.barrier()
+    shot = run(base / "shot", 2, {**ONE_SHOT, "target": 0.5, "gates": ["2:4"]}, model=model)
+    if torch.distributed.get_rank() == 0:
+        (base / "masks").mkdir()
+        save_masks(read_run(base / "shot"), base / "masks")
+    torch.distributed.barrier()
+    start = {"start": str(base / "masks")}
+    return [shot, run(base / "trained", 2, start, model={"name": str(base / "shot" / "model")})]
+
+
+def test_zeros_of_a_model_do_not_hide_its_masks(ranks: RankPools, tmp_path: Path) -> None:
+    shot, trained = ranks(2).run(zeros_of_its_own, str(tmp_path), timeout=300)[0]
+    assert sum(tensor["zeros_kept"] for tensor in shot["tensors"].values()) > 10
+    assert trained["masks_sha256"] == shot["masks_sha256"] and trained["density"] == 0.5
+    assert sum(tensor["zeros_kept"] for tensor in trained["tensors"].values()) == 0  # kept ones are trained
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
