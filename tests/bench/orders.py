@@ -7,7 +7,8 @@ The model is what tests.bench.language makes below its --out, words/hf. Scores a
 that is there, in that of leap.permute "greedy", or in one that is learned as PermLLM does (arXiv 2510.10136): in
 blocks of 64 columns, 5 steps of Sinkhorn at a temperature from 1 to 0.1, hard in the forward pass with a straight-
 through gradient, for the cosine between dense and masked outputs on 4 x 256 tokens; from the order that is there, and
-from the greedy one. Perplexity on 30 blocks of WikiText-2's raw test text and 20 of QQP questions.
+from the greedy one. Perplexity on 30 blocks of WikiText-2's raw test text and 20 of QQP questions, and, as one cut's
+perplexity holds much chance, what is learned for: for each of these matrices the cosine on 4 x 256 other tokens.
 
 Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results/orders.json.
 """
@@ -28,6 +29,7 @@ from tests.bench.accuracy import RESULTS
 from tests.bench.starts import Cuts, Setting, arguments_of, loss_of, perplexity
 
 SINKHORN, WIDTH, RATE, TOKENS = 5, 64, 0.02, 4
+Seen = dict[str, Tensor]  # inputs of matrices, (tokens, columns)
 Find = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(weights, scores, inputs) of a matrix, columns as (outputs, heads, columns), (tokens, heads, columns) -> an order."""
 
@@ -94,18 +96,24 @@ class Learned:
         return found
 
 
-def cut(cuts: Cuts, seen: dict[str, Tensor], find: Find | None, heads: int) -> None:
-    """Every matrix to 2:4; those of `seen` in an order of their columns."""
+def cut(cuts: Cuts, seen: Seen, others: Seen, find: Find | None, heads: int) -> dict[str, float]:
+    """Every matrix to 2:4; those of `seen` in an order of their columns, with their cosines on other tokens."""
+    cosines = {}
     for name, weight in track(cuts.weights.items(), disable=not isinstance(find, Learned)):
         scores = cuts.scores(0.0)(name)
         if find is None or name not in seen:
-            cuts.put(name, kept(scores).bool())
-            continue
-        shape = (heads if "o_proj" in name else 1, -1)
-        order = find(weight.float().unflatten(1, shape), scores.unflatten(1, shape), seen[name].unflatten(1, shape))
-        mask = torch.empty_like(scores).unflatten(1, shape)
-        mask[..., order] = kept(scores.unflatten(1, shape)[..., order])
-        cuts.put(name, mask.flatten(1).bool())
+            mask = kept(scores)
+        else:
+            shape = (heads if "o_proj" in name else 1, -1)
+            order = find(weight.float().unflatten(1, shape), scores.unflatten(1, shape), seen[name].unflatten(1, shape))
+            mask = torch.empty_like(scores).unflatten(1, shape)
+            mask[..., order] = kept(scores.unflatten(1, shape)[..., order])
+            mask = mask.flatten(1)
+        if name in others:
+            dense, masked = (others[name] @ matrix.float().T for matrix in (weight, weight * mask))
+            cosines[name] = cosine_similarity(dense, masked, dim=1).mean().item()
+        cuts.put(name, mask.bool())
+    return cosines
 
 
 def main() -> None:
@@ -114,7 +122,7 @@ def main() -> None:
     torch.manual_seed(0)
     setting = Setting(arguments.model, arguments.out)
     model, cuts = setting.model, setting.cuts
-    seen = inputs_of(model, cuts, setting.train[:TOKENS])
+    seen, others = (inputs_of(model, cuts, setting.train[at : at + TOKENS]) for at in (0, TOKENS))
     ways: dict[str, Find | None] = {
         "as published": None,
         "greedy": greedy,
@@ -124,17 +132,18 @@ def main() -> None:
     found: dict[str, Any] = {"steps": arguments.steps}
     for name, find in ways.items():
         began = time.monotonic()
-        cut(cuts, seen, find, model.config.num_attention_heads)
+        cosines = cut(cuts, seen, others, find, model.config.num_attention_heads)
         seconds = time.monotonic() - began
         values = [perplexity(model, blocks) for blocks in setting.judged]
         cuts.restore()
-        found[name] = {"perplexity": values, "seconds": round(seconds)}
-        print(f"{name:20} {values[0]:8.1f} {values[1]:8.1f} {seconds:6.0f} s", flush=True)
+        mean = sum(cosines.values()) / len(cosines)
+        found[name] = {"perplexity": values, "seconds": round(seconds), "cosine": mean, "cosines": cosines}
+        print(f"{name:20} {values[0]:8.1f} {values[1]:8.1f} {mean:9.5f} {seconds:6.0f} s", flush=True)
     (RESULTS / "orders.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 @torch.no_grad()
-def inputs_of(model: Any, cuts: Cuts, blocks: list[list[int]]) -> dict[str, Tensor]:
+def inputs_of(model: Any, cuts: Cuts, blocks: list[list[int]]) -> Seen:
     """What the matrices whose columns are free are given, (tokens, columns), fp32."""
     found: dict[str, list[Tensor]] = {name: [] for name in cuts.weights if "o_proj" in name or "down_proj" in name}
     hooks = [
