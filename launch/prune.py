@@ -35,6 +35,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parsed(parser)
     if arguments.import_compression and (arguments.set or arguments.resume or arguments.plan is not None):
         parser.error("--import-compression can be combined with --output only")
+    if arguments.plan is not None and (arguments.output or arguments.resume):
+        parser.error("--plan starts no run: it can be combined with --config and --set only")
     return arguments
 
 

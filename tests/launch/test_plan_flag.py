@@ -92,6 +92,14 @@ def test_the_launcher_gives_the_number_of_ranks(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("more", [["--resume"], ["--output", "run"]])
+def test_it_starts_no_run_to_resume_or_write(plan: Plan, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        plan("--plan", "2", *more)
+    assert ended.value.code == 2
+    assert "--plan starts no run: it can be combined with --config and --set only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("gates", ["element", "block:8x8"])
 def test_seventy_billion_parameters_take_seconds(plan: Plan, capsys: pytest.CaptureFixture[str], gates: str) -> None:
     zero, half, leap = {"stage": 3}, {"enabled": True}, {"target": 0.3, "gates": [gates]}
