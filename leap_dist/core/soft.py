@@ -30,6 +30,7 @@ from leap_dist.ops.slices import expand_units
 from leap_dist.ops.soft import (
     SUMS,
     Curve,
+    at_once,
     noise_key,
     noise_keys,
     normal,
@@ -158,7 +159,7 @@ class Soft:
                     for f in gating.weights
                     if f.flat is part.flat and plan.gates[plan.covers[f.tensor][0].gate].elementwise
                 ],
-                ops.row_size(gating.device),
+                min(ops.row_size(gating.device), at_once(gating.device)),
             ).to(gating.device)
             for part in gating.parts
         }

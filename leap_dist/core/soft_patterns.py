@@ -12,8 +12,8 @@ from leap_dist.core.gating import LATENT, SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
 from leap_dist.core.masks import pattern_runs
 from leap_dist.core.parts import Part
 from leap_dist.core.pattern import PatternRun, ends_of, shared_slots
-from leap_dist.ops.reference import CPU_BLOCK, Adam, adamw_
-from leap_dist.ops.soft import Curve, choice_gradient, choose, patterns_of
+from leap_dist.ops.reference import Adam, adamw_
+from leap_dist.ops.soft import Curve, at_once, choice_gradient, choose, chosen_masks, patterns_of
 
 MOST = 100  # patterns of a group: 4:8 has 70, 8:16 would have 12,870
 
@@ -39,7 +39,7 @@ class SoftPatterns:
     def _blocks(self, run: PatternRun) -> list[tuple[slice, int, int]]:
         """The whole groups of a run: (place in the flat partition, gate, number of the first group), cut to blocks."""
         first, length = run.body
-        size = max(CPU_BLOCK // len(self._patterns[run.gate]), 1) * run.of
+        size = at_once(self._gating.device) // len(self._patterns[run.gate]) * run.of
         return [
             (
                 slice(run.offset + first + i, run.offset + first + min(i + size, length)),
@@ -73,12 +73,12 @@ class SoftPatterns:
         for gate, group in self._own:
             b = self._slots(gate, group)
             chosen, patterns = self._chosen(scores[b], gate, group, curve)
-            masks[b] = (chosen @ patterns).view(-1)
+            masks[b] = chosen_masks(chosen, patterns)
         for part in self._parts():
             latent, score = flat[part.flat]
             for b, gate, group in self._whole[part.flat]:
                 chosen, patterns = self._chosen(score[b], gate, group, curve)
-                part.hosted[b] = latent[b] * (chosen @ patterns).view(-1)
+                part.hosted[b] = latent[b] * chosen_masks(chosen, patterns)
             ends, slots = self._ends[part.flat]
             part.hosted[ends] = (latent[ends] * masks[slots]).to(part.hosted.dtype)
 
@@ -125,5 +125,5 @@ class SoftPatterns:
     def _gradient(self, score: Tensor, product: Tensor, gate: int, first: int, curve: Curve) -> tuple[Tensor, Tensor]:
         """(M, dL/dP), flat."""
         chosen, patterns = self._chosen(score, gate, first, curve)
-        gradient = choice_gradient(chosen, product.view(len(chosen), -1), patterns, curve)
-        return (chosen @ patterns).view(-1), gradient.view(-1)
+        gradient = choice_gradient(chosen, product.view(-1, patterns.shape[1]), patterns, curve)
+        return chosen_masks(chosen, patterns), gradient

@@ -22,7 +22,8 @@ from leap_dist.ops.reference import adamw_, run_table
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 WORD = 1 << 64
 BITS = 23  # of a uniform number, so that it, and one minus it, are exact in fp32
-MOST_AT_ONCE = 1 << 22  # elements: their counters take 8 bytes each
+MOST_AT_ONCE = 1 << 22  # numbers: their counters take 8 bytes each
+FEW_AT_ONCE = 1 << 15  # on a CPU, whose second-level cache then holds them from pass to pass
 SUMS = 4  # columns of what `write_soft_` returns
 
 
@@ -56,11 +57,17 @@ def noise_key(*numbers: int) -> int:
 
 def uniform(key: int, first: int, num: int, device: torch.device) -> Tensor:
     """Uniform numbers of the indices first .. first + num - 1, fp32 of shape (num,), inside (0, 1)."""
-    mixed = torch.arange(first, first + num, device=device).mul_(_signed(GOLDEN)).add_(_signed(key))
-    for shift, factor in ((30, FIRST), (27, SECOND), (31, 1)):
+    return _uniform(key, torch.arange(first, first + num, device=device))
+
+
+def _uniform(key: int, index: Tensor) -> Tensor:
+    """Those of indices, which are written over."""
+    mixed = index.mul_(_signed(GOLDEN)).add_(_signed(key))
+    for shift, factor in ((30, FIRST), (27, SECOND)):
         mixed ^= _shifted(mixed, shift)
         mixed *= _signed(factor)
-    return _shifted(mixed, 64 - BITS).float().mul_(2.0).add_(1.0).mul_(2.0 ** -(BITS + 1))
+    mixed ^= _shifted(mixed, 31)
+    return _shifted(mixed, 64 - BITS).float().mul_(2.0**-BITS).add_(2.0 ** -(BITS + 1))
 
 
 def logistic(key: int, first: int, num: int, device: torch.device) -> Tensor:
@@ -71,7 +78,11 @@ def logistic(key: int, first: int, num: int, device: torch.device) -> Tensor:
 
 def gumbel(key: int, first: int, num: int, device: torch.device) -> Tensor:
     """Gumbel noise: -log(-log(u)) of `uniform`."""
-    return uniform(key, first, num, device).log_().neg_().log_().neg_()
+    return _gumbel(key, torch.arange(first, first + num, device=device))
+
+
+def _gumbel(key: int, index: Tensor) -> Tensor:
+    return _uniform(key, index).log_().neg_().log_().neg_()
 
 
 def normal(key: int, first: int, num: int, device: torch.device) -> Tensor:
@@ -86,7 +97,12 @@ def _signed(word: int) -> int:
 
 def _shifted(words: Tensor, shift: int) -> Tensor:
     """To the right, zeros coming in."""
-    return (words >> shift) & ((1 << (64 - shift)) - 1)
+    return (words >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+
+
+def at_once(device: torch.device) -> int:
+    """Numbers to draw in one go."""
+    return FEW_AT_ONCE if device.type == "cpu" else MOST_AT_ONCE
 
 
 def noise_keys(key: int, num_gates: int, device: torch.device) -> Tensor:
@@ -109,7 +125,7 @@ def numbered_table(runs: Sequence[tuple[int, int, int, int]], size: int) -> Tens
     """Runs (offset, length, gate, first index) cut to rows of at most `size`, by gate; int64 of shape (rows, 4)."""
     rows = []
     for offset, length, gate, first in sorted(runs, key=lambda run: run[2]):
-        cut = run_table([(offset, length, gate, 0)], min(size, MOST_AT_ONCE)).tolist()
+        cut = run_table([(offset, length, gate, 0)], size).tolist()
         rows += [(place, num, gate, first + place - offset) for place, num, _, _ in cut]
     return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
 
@@ -174,13 +190,23 @@ def patterns_of(kept: int, of: int, device: torch.device) -> Tensor:
 
 
 def choose(score: Tensor, patterns: Tensor, gate: int, first: int, curve: Curve) -> Tensor:
-    """y of the groups first .. of gate number `gate`; score: (groups, m), y: (groups, patterns), rows of sum 1."""
-    noise = gumbel(noise_key(curve.key, gate), first * len(patterns), len(score) * len(patterns), score.device)
-    return noise.view(len(score), -1).addmm_(score, patterns.T, alpha=curve.choice).div_(curve.tau).softmax(1)
+    """y of the groups first .. of gate number `gate`; score: (groups, m), y: (patterns, groups), columns of sum 1.
+
+    A group's noise has the indices patterns * group .. in the order of the patterns. Groups come last, as sums over
+    rows of six numbers are slow.
+    """
+    groups = torch.arange(first, first + len(score), device=score.device).mul_(len(patterns))
+    noise = _gumbel(noise_key(curve.key, gate), groups + torch.arange(len(patterns), device=score.device)[:, None])
+    return noise.addmm_(patterns, score.T, alpha=curve.choice).div_(curve.tau).softmax(0)
+
+
+def chosen_masks(chosen: Tensor, patterns: Tensor) -> Tensor:
+    """M of groups by their y, flat."""
+    return (patterns.T @ chosen).T.reshape(-1)
 
 
 def choice_gradient(chosen: Tensor, product: Tensor, patterns: Tensor, curve: Curve) -> Tensor:
-    """dL/dP of groups, (groups, m), by y and the product G W of gradients and weights, (groups, m)."""
-    value = product @ patterns.T
-    value -= (chosen * value).sum(1, keepdim=True)
-    return (value.mul_(chosen) @ patterns).mul_(curve.choice / curve.tau)
+    """dL/dP of groups, flat, by y and the product G W of gradients and weights, (groups, m)."""
+    value = patterns @ product.T
+    value -= (chosen * value).sum(0)
+    return (patterns.T @ value.mul_(chosen)).mul_(curve.choice / curve.tau).T.reshape(-1)

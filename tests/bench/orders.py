@@ -1,14 +1,15 @@
 """Whether learned orders of columns beat greedy ones before a 2:4 mask: Gemma 3 270M cut at once, in plain torch.
 
-    python -m tests.bench.orders --model FOLDER --out FOLDER [--steps 100]
+    python -m tests.bench.orders --model FOLDER --out FOLDER [--steps 100] [--random 4]
 
 The model is what tests.bench.language makes below its --out, words/hf. Scores are |W| ||x||, all matrices are cut to
 2:4, and the inputs of every layer's attention output (alike in all heads) and FFN down projections come in the order
-that is there, in that of leap.permute "greedy", or in one that is learned as PermLLM does (arXiv 2510.10136): in
-blocks of 64 columns, 5 steps of Sinkhorn at a temperature from 1 to 0.1, hard in the forward pass with a straight-
-through gradient, for the cosine between dense and masked outputs on 4 x 256 tokens; from the order that is there, and
-from the greedy one. Perplexity on 30 blocks of WikiText-2's raw test text and 20 of QQP questions, and, as one cut's
-perplexity holds much chance, what is learned for: for each of these matrices the cosine on 4 x 256 other tokens.
+that is there, in random ones, in that of leap.permute "greedy" and ones near to it, or in one that is learned as
+PermLLM does (arXiv 2510.10136): in blocks of 64 columns, 5 steps of Sinkhorn at a temperature from 1 to 0.1, hard in
+the forward pass with a straight-through gradient, for the cosine between dense and masked outputs on 4 x 256 tokens;
+from the order that is there, and from the greedy one. Perplexity on 30 blocks of WikiText-2's raw test text and 20 of
+QQP questions, and, as one cut's perplexity holds much chance, what is learned for: each of these matrices' cosine on
+4 x 256 other tokens.
 
 Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results/orders.json.
 """
@@ -40,9 +41,19 @@ def kept(scores: Tensor) -> Tensor:
     return torch.zeros_like(groups).scatter_(-1, groups.topk(2).indices, 1.0).flatten(-2)
 
 
+def at_random(weight: Tensor, scores: Tensor, inputs: Tensor) -> Tensor:
+    """What chance does."""
+    return torch.randperm(weight.shape[-1])
+
+
 def greedy(weight: Tensor, scores: Tensor, inputs: Tensor) -> Tensor:
     """That of leap.permute."""
     return greedy_order(scores.transpose(0, 1).flatten(0, 1), 2, 4)
+
+
+def shaken(weight: Tensor, scores: Tensor, inputs: Tensor) -> Tensor:
+    """Another greedy order, nearly as good: that of scores which are a few percent off."""
+    return greedy(weight, scores * (1 + 0.03 * torch.randn_like(scores)), inputs)
 
 
 class Learned:
@@ -118,19 +129,23 @@ def cut(cuts: Cuts, seen: Seen, others: Seen, find: Find | None, heads: int) -> 
 
 def main() -> None:
     """Cut in every order, print and write."""
-    arguments = arguments_of(__doc__, steps={"type": int, "default": 100})
-    torch.manual_seed(0)
+    more: dict[str, Any] = {"steps": {"type": int, "default": 100}, "random": {"type": int, "default": 4}}
+    arguments = arguments_of(__doc__, **more)
     setting = Setting(arguments.model, arguments.out)
     model, cuts = setting.model, setting.cuts
     seen, others = (inputs_of(model, cuts, setting.train[at : at + TOKENS]) for at in (0, TOKENS))
     ways: dict[str, Find | None] = {
         "as published": None,
+        **{f"random {number}": at_random for number in range(arguments.random)},
         "greedy": greedy,
+        **{f"greedy, shaken {number}": shaken for number in range(arguments.random)},
         "learned": Learned(arguments.steps, None),
         "learned from greedy": Learned(arguments.steps, greedy),
     }
     found: dict[str, Any] = {"steps": arguments.steps}
-    for name, find in ways.items():
+    print(f"{'order':20} {'test':>8} {'questions':>9} {'cosine':>8} seconds")
+    for number, (name, find) in enumerate(ways.items()):
+        torch.manual_seed(number)
         began = time.monotonic()
         cosines = cut(cuts, seen, others, find, model.config.num_attention_heads)
         seconds = time.monotonic() - began
@@ -138,7 +153,7 @@ def main() -> None:
         cuts.restore()
         mean = sum(cosines.values()) / len(cosines)
         found[name] = {"perplexity": values, "seconds": round(seconds), "cosine": mean, "cosines": cosines}
-        print(f"{name:20} {values[0]:8.1f} {values[1]:8.1f} {mean:9.5f} {seconds:6.0f} s", flush=True)
+        print(f"{name:20} {values[0]:8.1f} {values[1]:9.1f} {mean:.6f} {seconds:7.0f}", flush=True)
     (RESULTS / "orders.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
