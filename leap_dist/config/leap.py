@@ -187,7 +187,7 @@ class LeapConfig(Section):
     def budgeted(self) -> bool:
         """Whether automatic rates and the descent follow from the tokens of the run; score_init is not "auto"."""
         learned = self.rule == "leap" and self.start is None and self.mode == "train"
-        return learned and self.score_init in BY_INPUTS
+        return learned and not self.frozen and self.score_init in BY_INPUTS
 
     @field_serializer("gates")
     def _short_gates(self, gates: tuple[GateConfig, ...]) -> list[Any]:
