@@ -340,6 +340,7 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
     start = given("score_init")
     blind = start in ("magnitude", "zero") or (start == "syntax" and set(gates) == {"head"})
     unseen = f'score_init "{start}" looks at no inputs' if blind else None
+    whole = "where weights are frozen the automatic rates are whole" if is_frozen(given("weights"), rule) else None
     shown = given("dense_fraction") and not steps and not given("permute")
     shown = "the dense phase shows the inputs" if shown else None
     follows = 'under control "projected" an automatic threshold_learning_rate follows it: give that a number'
@@ -347,7 +348,7 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "control": shared,
         "temperature": fixed or (follows if projected and given("threshold_learning_rate") == "auto" else None),
         "threshold_learning_rate": fixed,
-        "tokens_per_step": shared or soft or unseen,
+        "tokens_per_step": shared or soft or unseen or whole,
         "lambda_max": shared or no_penalty,
         "lambda_min": shared or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
         "score_init": scored,

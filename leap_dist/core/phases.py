@@ -78,8 +78,9 @@ def budget(config: LeapConfig, plan: GatePlan) -> float:
     the masks had better stay as they start. So the rates of scores and thresholds, and the length of the descent, are
     proportional to the tokens of the whole run a prunable weight, up to 1. Of heads and neurons weights are counted
     too, as these have to recover from what masks do; and a step of the same size moves more of them over the cut, as
-    means over many weights lie closer together. Under rules of hand-made schedules, with other starts, and where the
-    tokens are not known, it is 1. Measured in docs/benchmarks.md.
+    means over many weights lie closer together. Under rules of hand-made schedules, with other starts, where weights
+    are frozen and masks are all that can learn, and where the tokens are not known, it is 1. Measured in
+    docs/benchmarks.md.
     """
     tokens = config.tokens_per_step
     if not config.budgeted or not isinstance(tokens, int):

@@ -214,7 +214,7 @@ def test_units_are_counted_by_their_weights_and_need_more_of_them() -> None:
 def test_a_budget_is_for_learned_scores_that_start_by_activation() -> None:
     given = {"target": 0.1, "total_steps": 20}
     config = parse_leap({**given, "score_init": "activation", "tokens_per_step": 1})
-    for other in ({"score_init": "magnitude"}, {"rule": "movement"}):
+    for other in ({"score_init": "magnitude"}, {"rule": "movement"}, {"weights": "frozen"}):
         assert schedule_of(config.model_copy(update=other), plan("element")).trust == 1.0
         with pytest.raises(UserError, match=r"leap\.tokens_per_step: got 7, which has no effect here"):
             parse_leap({**given, **other, "tokens_per_step": 7})

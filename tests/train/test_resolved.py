@@ -77,5 +77,5 @@ def test_every_kind_of_run_can_be_resumed_and_started_from_its_own_config(
             assert check_same_job("--output", tmp_path / kind, parse_job(same), 1) == []
     tokens = {kind: resolved["leap"]["tokens_per_step"] for kind, (_, resolved) in found.items()}
     budgeted = [kind for kind, number in tokens.items() if number is not None]
-    assert budgeted == ["leap", "two of four, permuted", "heads and neurons", "paper", "frozen"]
+    assert budgeted == ["leap", "two of four, permuted", "heads and neurons", "paper"]
     assert {tokens[kind] for kind in budgeted} == {4 * 32}
