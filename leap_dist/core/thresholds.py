@@ -58,12 +58,15 @@ class Remaining:
         return keep
 
     def with_patterns(self, sigma: Tensor, temperature: float, level: float) -> Tensor:
-        """sigma, with the thresholds of n:m gates where they keep max(n, ceil(level m)) of every m weights."""
+        """sigma, with the thresholds of n:m gates where they keep of every m weights what is nearest to the level.
+
+        At least n. Rounded up, 2:4 would keep three of four until the level is the target, and have little time left.
+        """
         if not self._patterns:
             return sigma
         sigma = sigma.clone()
         for index, kept, of in self._patterns:
-            share = max(kept, math.ceil(level * of - 1e-9)) / of
+            share = max(kept, math.ceil(level * of - 0.5)) / of
             sigma[index] = temperature * (math.log(share / (1.0 - share)) if share < 1.0 else START)
         return sigma
 

@@ -171,7 +171,7 @@ def test_tied_gates_share_their_gradient_and_patterns_have_none() -> None:
 def test_a_pattern_comes_down_with_the_level() -> None:
     gates = GatePlan([matrix_gate("w", (4, 8), "2:4"), matrix_gate("v", (4, 4), "element")])
     remaining, sigma = th.Remaining(gates), torch.tensor([160.0, 160.0])
-    for level, kept in ((1.0, 32), (0.8, 32), (0.75, 24), (0.51, 24), (0.5, 16), (0.1, 16)):
+    for level, kept in ((1.0, 32), (0.88, 32), (0.8, 24), (0.63, 24), (0.62, 16), (0.51, 16), (0.1, 16)):
         patterned = remaining.with_patterns(sigma, T, level)
         assert remaining.keep_counts(th.keep_ratio(patterned, T))[0] == kept
         assert patterned[1] == sigma[1] and remaining.shifted(patterned, 5.0)[0] == patterned[0]
