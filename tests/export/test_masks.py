@@ -95,6 +95,17 @@ def test_kept_zeros_of_units_hide_no_mask(tmp_path: Path, granularity: str, zero
     check(export(tmp_path, masks, granularity, zeros), masks)
 
 
+def test_kept_zeros_of_blocks_hide_no_mask(tmp_path: Path) -> None:
+    blocks = torch.tensor([[True, False, True, True, False], [False, True, False, True, True]])
+    mask = blocks.repeat_interleave(20, 0).repeat_interleave(7, 1)[:32, :32]
+    check(export(tmp_path, {QUERY: mask}, "block:20x7", {QUERY: (0, 0)}), {QUERY: mask})
+
+
+def test_a_matrix_that_is_kept_whole(tmp_path: Path) -> None:
+    masks = {QUERY: torch.ones(32, 32, dtype=torch.bool)}
+    check(export(tmp_path, masks, "element", {QUERY: (slice(0, 8),)}), masks)
+
+
 def kept_zeros() -> tuple[Masks, dict[str, Any]]:
     """Half of two matrices, and a weight that is kept and zero."""
     masks = element_masks(classifier())
