@@ -252,7 +252,7 @@ class Level:
         self._use(self.remaining.keep_counts(k))
         if self.config.control == "paper" and not (self.plan.linear and self.measure.name == "weights"):
             share = self._amount(self.kept_units) / self.remaining.total
-            self.calibration = th.calibrate(share, self.remaining.ratio(k).item())
+            self.calibration = th.calibrate(share, self.remaining.ratio(self.remaining.made(k)).item())
 
     def _hold_soft(self, soft: Soft, step: int) -> None:
         if not soft.on:

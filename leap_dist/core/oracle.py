@@ -407,5 +407,5 @@ class Oracle:
             keep = self.remaining.keep_counts(k)
             if config.control == "paper" and not self.plan.linear:
                 density = self._count(keep) / self.plan.prunable
-                self.calibration = th.calibrate(density, self.remaining.ratio(k).item())
+                self.calibration = th.calibrate(density, self.remaining.ratio(self.remaining.made(k)).item())
         self.masks = self._best(keep)

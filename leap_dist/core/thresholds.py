@@ -49,7 +49,7 @@ class Remaining:
         self._patterns = [(i, *gate.pattern) for i, gate in enumerate(plan.gates) if gate.pattern]
 
     def keep_counts(self, k: Tensor) -> list[int]:
-        """ceil(k n) for every gate, up to its next multiple and within what it allows; of n:m gates what k says."""
+        """ceil(k n) for every gate, up to its next multiple and within what it allows; for n:m the nearest to k."""
         counts = torch.ceil(k * self._num_units).long()
         counts = (counts + self._multiple - 1) // self._multiple * self._multiple
         keep: list[int] = counts.maximum(self._lowest).minimum(self._num_units).tolist()
@@ -58,17 +58,23 @@ class Remaining:
         return keep
 
     def with_patterns(self, sigma: Tensor, temperature: float, level: float) -> Tensor:
-        """sigma, with the thresholds of n:m gates where they keep of every m weights what is nearest to the level.
-
-        At least n. Rounded up, 2:4 would keep three of four until the level is the target, and have little time left.
-        """
-        if not self._patterns:
-            return sigma
-        sigma = sigma.clone()
+        """sigma, with the thresholds of n:m gates where they keep `level`, and at least n of m."""
+        sigma = sigma.clone() if self._patterns else sigma
         for index, kept, of in self._patterns:
-            share = max(kept, math.ceil(level * of - 0.5)) / of
+            share = max(kept / of, level)
             sigma[index] = temperature * (math.log(share / (1.0 - share)) if share < 1.0 else START)
         return sigma
+
+    def made(self, k: Tensor) -> Tensor:
+        """k, of n:m gates as `keep_counts` makes it: whole counts of m, where k falls with the level.
+
+        Rounded to the nearest: upwards 2:4 would keep three of four until the level is the target, and have little
+        time left.
+        """
+        k = k.clone() if self._patterns else k
+        for index, _, of in self._patterns:
+            k[index] = round(k[index].item() * of) / of
+        return k
 
     def share_gradient(self, grad: Tensor) -> Tensor:
         """dL/dsigma, (G,): tied gates have the sum of theirs, gates with a pattern none."""
@@ -189,7 +195,9 @@ def project_level(
 
     R is a model of the density, exact for one gate a tensor with equal units; hybrids and edge blocks need a
     correction, density = calibration * R, which moves little from step to step. It is measured on real masks
-    (`count`: kept counts -> kept weights) and refined until the density agrees to a thousandth of the level.
+    (`count`: kept counts -> kept weights) and refined until the density agrees to a thousandth of the level. What an
+    n:m gate keeps too much or too little until it comes to its next count is not made up for by the others: they would
+    come down and go up again.
 
     Returns the shifted sigma, in sigma's dtype, and the calibration to start from at the next step.
     """
@@ -198,9 +206,10 @@ def project_level(
         shifted = remaining.shifted(sigma, delta).to(sigma.dtype)
         ratio = keep_ratio(shifted, temperature)
         density = count(remaining.keep_counts(ratio)) / remaining.total
-        if abs(density - level) <= 1e-3 * level:
+        made = remaining.ratio(remaining.made(ratio)).item()
+        if abs(density - level * made / remaining.ratio(ratio).item()) <= 1e-3 * level:
             break
-        calibration = calibrate(density, remaining.ratio(ratio).item())
+        calibration = calibrate(density, made)
     return shifted, calibration
 
 

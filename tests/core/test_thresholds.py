@@ -177,6 +177,20 @@ def test_a_pattern_comes_down_with_the_level() -> None:
         assert patterned[1] == sigma[1] and remaining.shifted(patterned, 5.0)[0] == patterned[0]
 
 
+def test_what_stands_beside_a_pattern_comes_down_with_the_level_and_never_goes_up_again() -> None:
+    gates = GatePlan([matrix_gate("w", (40, 80), "2:4"), matrix_gate("v", (40, 60), "element")])
+    remaining, sigma, calibration = th.Remaining(gates), torch.tensor([160.0, 160.0]), 1.0
+    before = 2400
+    for level in (1.0 - 0.01 * step for step in range(51)):
+        at = remaining.with_patterns(sigma, T, level)
+        shifted, calibration = th.project_level(remaining, at, T, level, calibration, closed_count(gates))
+        _, kept = remaining.keep_counts(th.keep_ratio(shifted, T))
+        assert kept <= before and abs(kept - level * 2400) <= 5
+        before = kept
+    _, keep = th.project_exact(remaining, remaining.with_patterns(sigma, T, 0.0), T, 0.6, closed_count(gates))
+    assert keep == [1600, 1760]  # 0.6 of 5,600, where 2:4 is half of its own
+
+
 @pytest.mark.parametrize(
     ("changes", "trust"),
     [
