@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 class Fixed(NamedTuple):
     """masks: by tensor name, packed (np.packbits, 1 = kept); empty: where the weights are not zero.
 
-    permuted: they are of a model whose columns are in another order than before it was pruned.
+    permuted: they are of, or are for, a model whose columns leap.permute put in another order.
     """
 
     masks: Mapping[str, Tensor]
@@ -36,7 +36,7 @@ def _whole(name: str, shape: Shape) -> Slice:
 def put_masks_(gating: Gating, fixed: Fixed) -> list[int]:
     """Make MASK what is fixed; returns the kept units of every gate. Collective.
 
-    Raises UserError for masks of a permuted model on another one, which has weights where they prune.
+    Raises UserError for masks of one order of columns on a model of another, which has weights where they prune.
     """
     kept = torch.zeros(len(gating.plan.gates) + 1, dtype=torch.int64, device=gating.device)
     for fragment in gating.weights:
@@ -52,9 +52,9 @@ def put_masks_(gating: Gating, fixed: Fixed) -> list[int]:
     *found, others = gating.communicator.sum_(kept).tolist()
     if others:
         raise UserError(
-            "leap.start: the masks are of a model whose columns leap.permute put in another order, and "
-            f"{others} of the weights that they prune are not zero in this one; allowed: as model.name the model/ of "
-            "the run that they are of, or an export of it"
+            "leap.start: leap.permute put the columns of this model, or of the one that the masks are of, in another "
+            f"order, and {others} of the weights that they prune are not zero in this one; allowed: as model.name the "
+            "model/ of the run that they are of, or an export of it"
         )
     return found
 

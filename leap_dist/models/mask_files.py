@@ -3,12 +3,13 @@
 masks.safetensors holds for every masked tensor the uint8 of np.packbits over its flat mask (1 = kept), masks.json the
 shapes and the certificate's masks_sha256. An npz holds the same bytes by tensor name, some files also
 `<name>.__shape__` and a `__meta__`; MaskLLM's names end in ".mask". Files may come from anywhere: nothing in them is
-executed, and sizes are checked before anything is read.
+executed, and sizes are checked before anything is read. Where our digest is in them, it is checked.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -29,7 +30,7 @@ from leap_dist.errors import UserError
 PACKED, INDEX = "masks.safetensors", "masks.json"
 PERMUTED = "permuted"  # in INDEX: whether the masks are of a model whose columns are in another order
 NPZ, SHAPE, META = "mask.npz", ".__shape__", "__meta__"
-MARK = f"__{PERMUTED}__"  # in NPZ, where they are; META is not read, as anybody's may hold anything
+MARK = f"__{PERMUTED}__"  # in NPZ, where they are
 SMALL = 2**20  # bytes of what is no mask: a shape, a header
 
 
@@ -62,7 +63,7 @@ def read_masks(key: str, path: Path, shapes: Mapping[str, Shape]) -> Fixed:
         if name in said and tuple(said[name]) != shape:
             raise UserError(f"{key}: {path} has a mask of shape {tuple(said[name])} for {own}, which is {shape}")
         if packed[name].dtype != torch.uint8 or packed[name].shape != (-(-prod(shape) // 8),):
-            bits = f"{packed[name].numel()} bytes of {packed[name].dtype} for {own}"
+            bits = f"{packed[name].nbytes} bytes ({packed[name].numel()} of {packed[name].dtype}) for {own}"
             asked = f"{-(-prod(shape) // 8)} of torch.uint8"
             raise UserError(f"{key}: {path} has {bits}, whose {prod(shape)} weights take {asked}")
         if own in found:
@@ -91,13 +92,18 @@ def _read_folder(folder: Path, key: str = "") -> tuple[dict[str, Tensor], dict[s
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         what = "give the folder that launch/export.py RUN --to mask writes"
         raise UserError(f"{key}{folder}: no masks can be read there: {error}; {what}") from error
-    digest = hashlib.sha256()
-    for name in sorted(shapes):
-        digest.update(name.encode() + b"\0")
-        digest.update(packed[name].numpy().data)
-    if digest.hexdigest() != said:
+    if _digest({name: packed[name] for name in shapes}) != said:
         raise UserError(f"{key}{folder}: the masks are not those of {INDEX}; export them again, with --to mask")
     return {name: packed[name] for name in sorted(shapes)}, shapes, permuted
+
+
+def _digest(packed: Mapping[str, Tensor]) -> str:
+    """As a certificate's masks_sha256."""
+    digest = hashlib.sha256()
+    for name in sorted(packed):
+        digest.update(name.encode() + b"\0")
+        digest.update(packed[name].contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _check_shape(packed: Tensor, shape: Any) -> None:
@@ -120,8 +126,11 @@ def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], di
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name not in (META, MARK)}
             permuted = MARK in file.files
+            said = _said(file)
         shapes = {name.removesuffix(SHAPE): _sizes(a) for name, a in arrays.items() if name.endswith(SHAPE)}
         packed = {name: torch.from_numpy(a) for name, a in arrays.items() if not name.endswith(SHAPE)}
+        if said is not None and said != _digest(packed):
+            raise ValueError(f"its masks are not those of its {META}, whose masks_sha256 is another; export them again")
     except (OSError, ValueError, TypeError, EOFError, LookupError, zipfile.BadZipFile, NotImplementedError) as error:
         allowed = '"zeros", a folder that launch/export.py RUN --to mask writes, or an .npz of packed masks'
         hint = '; did you mean "zeros"?' if get_close_matches(str(path), ["zeros"]) else ""
@@ -129,5 +138,16 @@ def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], di
     return packed, shapes, permuted
 
 
+def _said(file: Any) -> str | None:
+    """masks_sha256 in the `__meta__` of an npz of ours; None in anybody else's, which may hold anything."""
+    try:
+        return str(json.loads(str(file[META]))["masks_sha256"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def _sizes(array: Any) -> list[int]:
-    return [int(size) for size in np.asarray(array).reshape(-1)[:16]]
+    sizes = np.asarray(array).reshape(-1)[:16]
+    if not np.issubdtype(sizes.dtype, np.integer):
+        raise ValueError(f"a shape ({SHAPE}) is {sizes.dtype}, not whole numbers")
+    return [int(size) for size in sizes]

@@ -18,6 +18,7 @@ from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_blocks
 from leap_dist.models.structures import Block
 
+MARK = "leap_permuted"  # in the config of a model whose columns are in another order: it goes wherever the model goes
 ROUNDS = 300  # of swaps between pairs of groups
 ROWS = 256  # of a matrix that the search looks at
 Scores = Callable[[str], Tensor]  # a tensor's name -> what its weights are worth, of its shape
@@ -45,9 +46,14 @@ def find_orders(model: nn.Module, plan: GatePlan, scores: Scores, family: Family
     return found
 
 
+def is_permuted(model: nn.Module) -> bool:
+    """Whether its columns, or those of the model that it was made from, were put in another order."""
+    return bool(getattr(getattr(model, "config", None), MARK, False))
+
+
 @torch.no_grad()
 def permute_(model: nn.Module, orders: Mapping[str, Tensor], family: FamilyConfig | None) -> None:
-    """Put the columns of blocks in other orders, and what makes their inputs alike."""
+    """Put the columns of blocks in other orders, and what makes their inputs alike; marks the model's config."""
     parameters = dict(model.named_parameters())
     for block, tensor, columns in _free(model, family):
         order = orders.get(block.structure.name)
@@ -58,6 +64,8 @@ def permute_(model: nn.Module, orders: Mapping[str, Tensor], family: FamilyConfi
         for name, axis, places in _makers(block, len(columns), columns.shape[-1]):
             moved = torch.stack([unit[own] for unit, own in zip(places, order, strict=True)])
             _move_(parameters[name], axis, places, moved)
+    if orders and hasattr(model, "config"):
+        setattr(model.config, MARK, True)
 
 
 def _move_(parameter: Tensor, axis: int, places: Tensor, sources: Tensor) -> None:

@@ -17,6 +17,7 @@ from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_structures, find_sublayers, tensor_shapes
 from leap_dist.models.families import computed_weights, family_of, prunable_matrices
 from leap_dist.models.mask_files import read_masks
+from leap_dist.models.permute import is_permuted
 from leap_dist.models.stacks import find_stacks
 from leap_dist.models.stream import find_stream, stream_of
 from leap_dist.models.structures import Structure, UnitRun
@@ -54,14 +55,15 @@ def start_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None
     A file of masks has gates of single weights on the tensors that it names. Raises UserError for a choice that does
     not fit the model, and for masks that are not its own.
     """
+    permuted = is_permuted(model)
     if config.start in (None, "zeros"):
-        return make_plan(model, config, family), Fixed({}) if config.start else None
+        return make_plan(model, config, family), Fixed({}, permuted) if config.start else None
     key, path, shapes = "leap.start", Path(str(config.start)), tensor_shapes(model)
     fixed = read_masks(key, path, shapes)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if still := next((name for name in fixed.masks if name not in trained), None):
         raise UserError(f"{key}: {path} has a mask of {still}, which is not trained; call requires_grad_(True) on it")
-    return GatePlan(mask_gates(fixed.masks, shapes)), fixed
+    return GatePlan(mask_gates(fixed.masks, shapes)), fixed._replace(permuted=fixed.permuted or permuted)
 
 
 def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None = None) -> GatePlan:

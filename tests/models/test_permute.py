@@ -83,15 +83,17 @@ def masks_of_a_permuted_run(folder: str) -> list[str]:
     leap = {"target": 0.5, "mode": "one_shot", "score_init": "magnitude", "gates": ["2:4"]}
     run(base / "plain", 2, {"target": 1.0, "mode": "one_shot"})
     run(base / "shot", 2, leap | {"permute": "greedy"}, model={"name": str(base / "plain" / "model")})
-    for name in ("shot", "trained"):
-        if name == "trained":  # with the masks of the other, which its own are
-            run(base / name, 2, {"start": str(base / "shot-masks")}, model={"name": str(base / "shot" / "model")})
+    run(base / "unmoved", 2, leap, model={"name": str(base / "plain" / "model")})
+    for name, start in (("shot", ""), ("trained", str(base / "shot-masks")), ("zeros", "zeros"), ("unmoved", "")):
+        if start:  # with the masks of the first, which its own are
+            run(base / name, 2, {"start": start}, model={"name": str(base / "shot" / "model")})
         if torch.distributed.get_rank() == 0:
             (base / f"{name}-masks").mkdir()
             save_masks(read_run(base / name), base / f"{name}-masks")
         torch.distributed.barrier()
-    for start in (base / "shot-masks", base / "shot-masks" / "mask.npz", base / "trained-masks"):
-        for model in ("shot", "plain"):
+    starts = [base / f"{name}-masks" for name in ("shot", "trained", "zeros", "unmoved")]
+    for start in (starts[0] / "mask.npz", *starts):
+        for model in ("plain", "shot") if start is starts[-1] else ("shot", "plain"):
             try:
                 found = run(
                     base / f"{start.parent.name}-{start.name}-{model}",
@@ -107,11 +109,9 @@ def masks_of_a_permuted_run(folder: str) -> list[str]:
 
 def test_masks_of_a_permuted_run_are_for_its_own_columns(ranks: RankPools, tmp_path: Path) -> None:
     said = ranks(2).run(masks_of_a_permuted_run, str(tmp_path), timeout=300)
-    assert said[0] == said[1] and said[0][::2] == ["0.5", "0.5", "0.5"]
+    assert said[0] == said[1] and said[0][::2] == ["0.5"] * 5
     for refused in said[0][1::2]:
-        assert refused.startswith(
-            "leap.start: the masks are of a model whose columns leap.permute put in another order"
-        )
+        assert refused.startswith("leap.start: leap.permute put the columns of this model, or of the one that the")
         assert "are not zero in this one; allowed: as model.name the model/ of the run that they are of" in refused
 
 

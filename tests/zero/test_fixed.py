@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +205,19 @@ def packed(*shape: int) -> np.ndarray:
     [
         ({}, "has no masks; the model's tensors are called one.weight, one.bias, two.weight and so on"),
         ({"other__weight": packed(7, 7)}, r"has masks of other\.weight, which the model does not have; its tensors"),
-        ({"two__weight": packed(9, 9)}, r"has 11 bytes of torch\.uint8 for two\.weight, whose 49 weights take 7"),
-        ({"two__weight": np.ones(7)}, r"has 7 bytes of torch\.float64 for two\.weight"),
+        (
+            {"two__weight": packed(9, 9)},
+            r"has 11 bytes \(11 of torch\.uint8\) for two\.weight, whose 49 weights take 7",
+        ),
+        (
+            {"two__weight": np.ones(7)},
+            r"has 56 bytes \(7 of torch\.float64\) for two\.weight, whose 49 weights take 7 of torch\.uint8",
+        ),
         ({"two__weight": np.ones(7, dtype=object)}, "cannot be read: Object arrays cannot be loaded"),
+        (
+            {"two__weight": packed(7, 7), "two__weight.__shape__": np.array(["7", "7"])},
+            r"a shape \(.*\) is <U1, not whole",
+        ),
         ({"two__weight": np.ones(5_000_000, dtype=np.uint8)}, "more than any mask of the model"),
     ],
 )
@@ -230,6 +242,22 @@ def test_what_others_say_of_their_masks_is_not_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "mask.npz", **arrays)
     plan, fixed = start_plan(Net(), parse_leap({"start": str(tmp_path / "mask.npz")}), None)
     assert plan.prunable == 35 and fixed is not None and not fixed.permuted
+
+
+def test_a_file_of_ours_that_was_changed_is_refused(tmp_path: Path) -> None:
+    """Our digest is that of the certificate; a `__meta__` without one is anybody's."""
+    mask = packed(7, 5)
+    digest = hashlib.sha256(b"one.weight\0" + mask.tobytes()).hexdigest()
+    for said, given, fits in (
+        ({"masks_sha256": digest}, mask, True),
+        ({"masks_sha256": digest}, mask ^ 255, False),
+        ({"density": 0.5}, mask ^ 255, True),
+        ("no JSON", mask ^ 255, True),
+    ):
+        meta = np.array(said if isinstance(said, str) else json.dumps(said))
+        np.savez(tmp_path / "mask.npz", **{"one.weight": given, "__meta__": meta})
+        with nullcontext() if fits else pytest.raises(UserError, match="its masks are not those of its __meta__"):
+            start_plan(Net(), parse_leap({"start": str(tmp_path / "mask.npz")}), None)
 
 
 def test_a_word_near_zeros_is_guessed() -> None:
