@@ -54,10 +54,11 @@ def check_soft(plan: GatePlan, config: LeapConfig) -> None:
         return
     several = next((tensor for tensor in plan.covers if plan.hybrid(tensor)), None)
     if several is not None:
-        raise UserError(
-            f'leap.rule: got "gumbel", which takes one gate a tensor, but {several} has several; give one granularity, '
-            'or use rule "leap"'
-        )
+        kinds = dict.fromkeys(plan.gates[cover.gate].granularity for cover in plan.covers[several])
+        what = f"{several} has several ({', '.join(kinds)}); give one granularity"
+        if len(kinds) == 1:
+            what = f'"{next(iter(kinds))}" prunes {several} by rows and by columns; give another granularity'
+        raise UserError(f'leap.rule: got "gumbel", which takes one gate a tensor, but {what}, or use rule "leap"')
     for gate in plan.gates:
         if gate.pattern and math.comb(gate.pattern[1], gate.pattern[0]) > MOST:
             raise UserError(

@@ -23,11 +23,14 @@ SHOWN = 3
 """How many names a message lists."""
 
 
-def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any], head_may_be_new: bool = True) -> None:
+def check_loaded(
+    name: str, model: PreTrainedModel, report: Mapping[str, Any], causal: bool = False, frozen: bool = False
+) -> None:
     """Raises UserError for tensors below the head that transformers had to make anew, or found no place for.
 
-    report: what `from_pretrained(..., output_loading_info=True)` gives beside the model. A new head, where it may be
-    one, and the head for another task that the files hold, are reported in one line each.
+    report: what `from_pretrained(..., output_loading_info=True)` gives beside the model. A new head, and the head for
+    another task that the files hold, are reported in one line each. For causal language models, and where weights are
+    frozen, so that the head would stay random, a new one is refused.
     """
     buffers = {key for key, _ in model.named_buffers()}
     missing = {key for key in report["missing_keys"] if not (key in buffers and key.endswith(CONSTANTS))}
@@ -55,10 +58,15 @@ def check_loaded(name: str, model: PreTrainedModel, report: Mapping[str, Any], h
         numbers = "are NaN or infinite; allowed: a model without them; use an earlier checkpoint"
         raise UserError(f'model.name: got "{name}"; values of {_listed(broken, {})} {numbers}')
     new = (missing | shapes.keys()) & {key for key, _ in model.named_parameters()}
-    if new and not head_may_be_new:
+    if new and causal:
         raise UserError(
             f'model.name: got "{name}"; its files have no head that says the next token: {_listed(new, {})} would be '
             "random; allowed: a folder saved with its head (the class that ends in ForCausalLM), or another data.task"
+        )
+    if new and frozen:
+        raise UserError(
+            f'model.name: got "{name}"; its files have no head that fits the task, and with frozen weights '
+            f'{_listed(new, {})} would stay random; allowed: a model trained on the task, or leap.weights "trained"'
         )
     if new and not _is_rank_above_0():
         logger.warning("%s: the head is new, its files have none that fits the task: %s", name, _listed(new, {}))

@@ -50,17 +50,18 @@ def load_tokenizer(model: ModelConfig, other: str | None = None) -> PreTrainedTo
     return tokenizer
 
 
-def load_model(model: ModelConfig, task: Task) -> PreTrainedModel:
+def load_model(model: ModelConfig, task: Task, frozen: bool = False) -> PreTrainedModel:
     """A model in fp32 on the CPU, with the head for `task`'s problem and its labels.
 
-    Weights that no file holds (the head; everything, for `from_config`) come from torch's global generator.
+    Weights that no file holds (the head; everything, for `from_config`) come from torch's global generator; where
+    weights are frozen a folder without the head is refused.
     """
     labels = _labels(task)
     if model.from_config is not None:
         loaded = _random_model({**model.from_config, **labels}, task)
     else:
         assert model.name is not None
-        loaded = _pretrained_model(model.name, labels, task)
+        loaded = _pretrained_model(model.name, labels, task, frozen)
     agree_on_padding(loaded, task)
     return loaded
 
@@ -133,7 +134,7 @@ def _config_from(settings: dict[str, Any]) -> PreTrainedConfig:
 # ---------------------------------------------------------------------------------------------- pretrained
 
 
-def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrainedModel:
+def _pretrained_model(name: str, labels: dict[str, Any], task: Task, frozen: bool) -> PreTrainedModel:
     """A model with weights from a folder or the hub; a head for another number of labels is made anew."""
     from transformers import AutoConfig
 
@@ -156,7 +157,7 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task) -> PreTrain
             ignore_mismatched_sizes=True,  # looked at below: only the head may differ
             output_loading_info=True,
         )
-    check_loaded(name, model, report, head_may_be_new=task.problem != "causal_lm")
+    check_loaded(name, model, report, causal=task.problem == "causal_lm", frozen=frozen)
     return model
 
 

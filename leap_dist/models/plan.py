@@ -126,7 +126,17 @@ class _Maker:
                 f"{key}: {entry.granularity!r} matches no tensor of the model: it has no trainable linear weight "
                 "that is not excluded; name tensors in leap.include"
             )
-        return [self._matrix(name, entry.granularity) for name in chosen]
+        gates, misfits = [], []
+        for name in chosen:
+            try:
+                gates.append(self._matrix(name, entry.granularity))
+            except UserError as error:
+                misfits.append(str(error))
+        if misfits:
+            others = f"; so it is with {len(misfits) - 1} more of {len(chosen)} tensors" if len(misfits) > 1 else ""
+            none = "; none fits: choose another granularity" if len(chosen) == len(misfits) > 1 else ""
+            raise UserError(f"{misfits[0]}{none or others}")
+        return gates
 
     def _matrix(self, name: str, granularity: str) -> Gate:
         view = self.owners.view(name, self.shapes[name], granularity)

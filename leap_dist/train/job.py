@@ -84,7 +84,7 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     lengths = {"total_steps": total or None, "tokens_per_step": _tokens_per_step(config, task, ranks)}
     config = config.model_copy(update={"leap": config.leap.model_copy(update=lengths)})
     torch.manual_seed(config.train.seed)
-    model = load_model(config.model, task)
+    model = load_model(config.model, task, config.leap.frozen)
     if isinstance(batches, StreamBatches):
         batches.check(model.config.get_text_config().vocab_size)
     distills = config.distill is not None and not one_shot

@@ -43,7 +43,10 @@ def reorder(config: JobConfig, model: nn.Module, batches: Batches | StreamBatche
     orders = ranks.on_first(lambda: find_orders(model, plan, worth, config.family))
     permute_(model, orders, config.family)
     if ranks.first:
-        console().print(f"leap.permute: the columns of {len(orders)} blocks are in another order", markup=False)
+        patterned = sum(1 for covers in plan.covers.values() if any(plan.gates[c.gate].pattern for c in covers))
+        stay = "; inputs from the residual stream, and of experts, stay as they are" if len(orders) < patterned else ""
+        moved = f"the columns of {len(orders)} of {patterned} n:m tensors are in another order"
+        console().print(f"leap.permute: {moved}{stay}", markup=False)
     return orders
 
 

@@ -96,7 +96,7 @@ def test_the_best_scores_of_the_whole_model_stay() -> None:
             {"gates": [CHOICE | {"granularity": "8:12"}], "target": 0.6},
             r'leap\.rule: got "gumbel", .* of a group; 8:12 has 495; allowed: at most 100, such as 2:4 or 4:8',
         ),
-        ("hybrid", {}, r'leap\.rule: got "gumbel", which takes one gate a tensor, but .*weight has several; .*'),
+        ("hybrid", {}, r'leap\.rule: got "gumbel", which takes one gate a tensor, but .* has several \(.*, .*\); .*'),
         ("row", {"control": "paper"}, r'leap\.control: got "paper"; rule "gumbel" .* row is in leap\.gates; .*'),
         ("element", {"lambda_max": 50.0}, r'leap\.lambda_max: got 50\.0, .*: rule "gumbel" learns no thresholds; .*'),
         ("element", {"control": "held"}, r'leap\.control: got "held"; allowed: "projected" or "paper"'),

@@ -51,11 +51,11 @@ def edit(folder: Path, change: Callable[[State], State]) -> None:
     save_file({key: value.clone() for key, value in change(load_file(file)).items()}, file, metadata={"format": "pt"})
 
 
-def load(folder: Path, problem: Problem = "single_label_classification") -> Any:
+def load(folder: Path, problem: Problem = "single_label_classification", frozen: bool = False) -> Any:
     task = make_task(3, problem)
     if problem != "single_label_classification":
         task = dataclasses.replace(task, label_names=())
-    return load_model(ModelConfig(name=str(folder)), task)
+    return load_model(ModelConfig(name=str(folder)), task, frozen)
 
 
 def without(part: str) -> Callable[[State], State]:
@@ -118,6 +118,14 @@ def test_experts_of_another_number(tmp_path: Path) -> None:
     folder = save(AutoModelForCausalLM, settings, tmp_path / "model", num_local_experts=3)
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.experts\.down_proj \(\(4, .*\), not \(3, .*of another shape"):
         load(folder, "causal_lm")
+
+
+def test_with_frozen_weights_a_head_is_not_made_anew(tmp_path: Path) -> None:
+    folder = save(AutoModel, BERT, tmp_path / "model")
+    load(folder)
+    with pytest.raises(UserError, match=r"with frozen weights classifier\.bias, classifier\.weight would stay random"):
+        load(folder, frozen=True)
+    load(save(AutoModelForSequenceClassification, BERT | {"num_labels": 3}, tmp_path / "trained"), frozen=True)
 
 
 @pytest.mark.parametrize("cls", [AutoModel, AutoModelForSequenceClassification])

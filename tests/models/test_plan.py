@@ -178,6 +178,27 @@ def test_a_block_larger_than_a_matrix_is_refused(bert: nn.Module) -> None:
         plan(bert, gates=["block:16x24"])
 
 
+@pytest.mark.parametrize(
+    ("pattern", "match"),
+    [
+        ("3:16", r"down\.weight, which has rows of 24, no multiple of 16; name .*; so it is with 1 more of 4 tensors$"),
+        ("3:5", r"up\.weight, which has rows of 16, no multiple of 5; .* in leap\.exclude; none fits: choose another"),
+    ],
+)
+def test_what_does_not_fit_says_how_many_more_do_not(pattern: str, match: str) -> None:
+    layers = {f"{name}{i}": nn.Linear(*sizes) for i in "12" for name, sizes in (("up", (16, 24)), ("down", (24, 16)))}
+    model = nn.ModuleDict({name.replace("1", ""): layer for name, layer in layers.items()})
+    with pytest.raises(UserError, match=match):
+        plan(model, gates=[pattern], include=["re:.*weight"])
+
+
+def test_soft_masks_have_no_hidden_gate(bert: nn.Module) -> None:
+    with pytest.raises(
+        UserError, match=r'^leap\.rule: got "gumbel", .*, but "hidden" prunes .* by rows and by'
+    ):
+        plan(bert, gates=["hidden"], rule="gumbel")
+
+
 def test_a_vector_is_no_matrix(bert: nn.Module) -> None:
     with pytest.raises(
         UserError, match=r"^leap\.gates: 'element' needs matrices, but classifier\.bias has shape \(2,\)"
