@@ -379,18 +379,27 @@ def best_of_(table: Tensor, scores: Tensor, kept: Tensor, mask: Tensor) -> Tenso
     of its m. Ties go to the lowest index. Returns of every row whether its scores hold NaN, bool of shape (rows,).
     """
     broken = torch.zeros(len(table), dtype=torch.bool, device=scores.device)
+    pairs: dict[tuple[int, int], list[Tensor]] = {}  # of rows of one length and m, of which there are few
     for row, (offset, length, gate, of) in enumerate(table.tolist()):
-        groups = scores[offset : offset + length].view(-1, of)
-        mask[offset : offset + length] = (_ranks(groups) < kept[gate]).flatten()
-        broken[row] = groups.isnan().any()
+        run = scores[offset : offset + length]
+        if (length, of) not in pairs:
+            pairs[length, of] = _pairs(length, of, run.device)
+        torch.lt(_ranks(run, pairs[length, of]), kept[gate], out=mask[offset : offset + length])
+        broken[row] = not run.sum().isfinite() and run.isnan().any()  # a sum is ten times as fast
     return broken
 
 
-def _ranks(groups: Tensor) -> Tensor:
-    """How many of its row go before an element, int16 of the shape (groups, m): m comparisons, and no sort."""
-    rank = torch.zeros_like(groups, dtype=torch.int16)
-    for i in range(groups.shape[1]):
-        one = groups[:, i : i + 1]
-        rank[:, :i] += one > groups[:, :i]
-        rank[:, i + 1 :] += one >= groups[:, i + 1 :]
+def _pairs(length: int, of: int, device: torch.device) -> list[Tensor]:
+    """For each distance from 1 to m - 1: 1 where an element and the one that far behind it are of one group, uint8."""
+    place = torch.arange(of, device=device).repeat(length // of)
+    return [(place[:-far] < of - far).view(torch.uint8) for far in range(1, of)]
+
+
+def _ranks(run: Tensor, pairs: list[Tensor]) -> Tensor:
+    """How many of its group go before an element, of run's shape: comparisons of neighbours in memory, and no sort."""
+    rank = torch.zeros_like(run, dtype=torch.uint8 if len(pairs) < 255 else torch.int16)
+    for far, inside in enumerate(pairs, start=1):
+        later = (run[far:] > run[:-far]).view(torch.uint8).bitwise_and_(inside)
+        rank[:-far] += later
+        rank[far:] += later.bitwise_xor_(inside)
     return rank
