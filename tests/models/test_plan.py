@@ -193,9 +193,7 @@ def test_what_does_not_fit_says_how_many_more_do_not(pattern: str, match: str) -
 
 
 def test_soft_masks_have_no_hidden_gate(bert: nn.Module) -> None:
-    with pytest.raises(
-        UserError, match=r'^leap\.rule: got "gumbel", .*, but "hidden" prunes .* by rows and by'
-    ):
+    with pytest.raises(UserError, match=r'^leap\.rule: got "gumbel", .*, but "hidden" prunes .* by rows and by'):
         plan(bert, gates=["hidden"], rule="gumbel")
 
 
