@@ -1,6 +1,6 @@
 """What pruning costs a trained encoder: MiniLM on SST-2, QQP and MRPC, 2,000 steps of 32 a cell, beside its rivals.
 
-    python -m tests.bench.evidence --out FOLDER [--tasks sst2 qqp mrpc] [--lines LINE ...] [--steps 2000]
+    python -m tests.bench.evidence --out FOLDER [--tasks sst2 qqp mrpc] [--gates GATES ...] [--lines LINE ...]
     python -m tests.bench.evidence --out FOLDER --show
 
 The vocabulary is cut to the task's, the encoder fine-tuned in two runs until it no longer gains; every cell starts
@@ -245,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
     parser.add_argument("--lines", nargs="+", help="by name, as the table has them; default: all")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--show", action="store_true", help="run nothing")
@@ -255,7 +256,7 @@ def main() -> None:
         with claimed(out / task / "start", wait=True):
             model = start_of(task, out / task)
         for cell in cells(task):
-            if arguments.lines is None or cell.line in arguments.lines:
+            if cell.gates in arguments.gates and (arguments.lines is None or cell.line in arguments.lines):
                 run(cell, arguments.steps, model, out / task)
     write(out, arguments.tasks)
 
