@@ -37,6 +37,7 @@ RULES: dict[str, dict[str, Any]] = {
     "movement": {"rule": "movement"},
     "gumbel": {"rule": "gumbel"},
     "gumbel, trained": {"rule": "gumbel", "weights": "trained"},
+    "leap, 2:4": {"gates": ["2:4"], "target": 0.5},
     "leap, heads and neurons": {"gates": ["head", "neuron"]},
     "gumbel, heads and neurons": {"rule": "gumbel", "gates": ["head", "neuron"]},
 }
