@@ -37,7 +37,7 @@ from leap_dist.models.inputs import describe_start, resolve_start
 from leap_dist.models.load import auto_class, check_positions, load_config, load_model
 from leap_dist.models.measure import measure_of
 from leap_dist.models.padding import num_positions
-from leap_dist.models.plan import start_plan
+from leap_dist.models.plan import prior_of, start_plan
 from leap_dist.tasks import problem_of
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.glue import GLUE
@@ -146,6 +146,7 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
         check_positions(model.config, config.data.task, config.data.max_length)
     check_engine_config(config.resolved(), model, None, None, None, None, planned=True)
     plan, fixed = start_plan(model, config.leap, config.family)
+    prior_of(model, plan, config.leap)
     if fixed is None:
         _check_target(model, plan, config)
     if config.leap.score_init == "syntax":

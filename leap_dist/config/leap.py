@@ -118,6 +118,11 @@ class LeapConfig(Section):
     )
     """Masks that are fixed from the first step, and the weights that are left train: "zeros", those that the model has;
     a folder that `launch/export.py --to mask` wrote; or the packed masks that others publish as .npz."""
+    prior_mask: str | None = Field(
+        default=None, min_length=1, description="a folder of masks, an .npz file of masks, or null"
+    )
+    """The masks that rule "gumbel" starts from, in place of those that score_init makes: of all tensors that have a
+    gate, which are of single weights or n:m. Files are as for `start`."""
     permute: Literal["greedy"] | None = Field(default=None, description='"greedy" or null')
     """Before an n:m mask: "greedy" puts the columns of attention's output and the FFN's down projections, with what
     makes their inputs, in an order in which the pattern keeps more of the scores. launch/prune.py only."""
@@ -154,7 +159,7 @@ class LeapConfig(Section):
     follow the tokens of the run a prunable weight; "auto": as launch/prune.py counts them; null, or "auto" in loops of
     your own: they do not."""
 
-    _home = field_validator("start", "latency_table", "syntax_model")(with_home)
+    _home = field_validator("start", "prior_mask", "latency_table", "syntax_model")(with_home)
 
     @property
     def masks_by(self) -> str:
@@ -216,6 +221,9 @@ class LeapConfig(Section):
         if isinstance(raw.get("permute"), str) and raw.get("start") is None and not _patterned(gates):
             problem = "there is no n:m gate that the order of columns matters to; add one to leap.gates, or remove it"
             found.append(("permute", f"got {show(raw['permute'])}, but {problem}"))
+        if raw.get("permute") and raw.get("prior_mask"):
+            problem = "leap.prior_mask is for the columns as they are: remove one of the two"
+            found.append(("permute", f"got {show(raw['permute'])}; {problem}"))
         if raw.get("rule") == "gumbel" and raw.get("target") == 1:
             problem = (
                 "soft masks of density 1 have nothing to learn; allowed: less, or without rule to train all weights"
@@ -277,7 +285,7 @@ OF_STEPS = (
         "lambda_max",
         "lambda_min",
     ),
-    *("dense_fraction", "settle_fraction", "total_steps", "tokens_per_step"),
+    *("prior_mask", "dense_fraction", "settle_fraction", "total_steps", "tokens_per_step"),
 )
 """Settings that say how masks move from step to step."""
 OF_LATENCY = ("latency_table", "latency_batch", "latency_length")
@@ -340,6 +348,7 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
     start = given("score_init")
     blind = start in ("magnitude", "zero") or (start == "syntax" and set(gates) == {"head"})
     unseen = f'score_init "{start}" looks at no inputs' if blind else None
+    prior = "scores start from leap.prior_mask" if given("prior_mask") else None
     whole = "where weights are frozen the automatic rates are whole" if is_frozen(given("weights"), rule) else None
     shown = given("dense_fraction") and not steps and not given("permute")
     shown = "the dense phase shows the inputs" if shown else None
@@ -351,9 +360,10 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "tokens_per_step": shared or soft or unseen or whole,
         "lambda_max": shared or no_penalty,
         "lambda_min": shared or no_penalty or ('lambda_max is "auto"' if given("lambda_max") == "auto" else None),
-        "score_init": scored,
+        "score_init": scored or prior,
+        "prior_mask": None if rule == "gumbel" else f'rule "{rule}" has no soft masks',
         "syntax_model": None if start == "syntax" else f'score_init is "{start}"',
-        "calibration_batches": scored or unseen or shown,
+        "calibration_batches": scored or prior or unseen or shown,
         "score_learning_rate": scored,
         "score_moments": _not_shared(given, gates),
         "settle_fraction": "frozen weights leave nothing to train once the masks are final: the last step settles"

@@ -17,11 +17,13 @@ Shape = tuple[int, ...]
 class Fixed(NamedTuple):
     """masks: by tensor name, packed (np.packbits, 1 = kept); empty: where the weights are not zero.
 
-    permuted: they are of, or are for, a model whose columns leap.permute put in another order.
+    permuted: they are of, or are for, a model whose columns leap.permute put in another order. key: the setting that
+    named them.
     """
 
     masks: Mapping[str, Tensor]
     permuted: bool = False
+    key: str = "leap.start"
 
 
 def mask_gates(masks: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> list[Gate]:
@@ -52,7 +54,7 @@ def put_masks_(gating: Gating, fixed: Fixed) -> list[int]:
     *found, others = gating.communicator.sum_(kept).tolist()
     if others:
         raise UserError(
-            "leap.start: leap.permute put the columns of this model, or of the one that the masks are of, in another "
+            f"{fixed.key}: leap.permute put the columns of this model, or of the one that the masks are of, in another "
             f"order, and {others} of the weights that they prune are not zero in this one; allowed: as model.name the "
             "model/ of the run that they are of, or an export of it"
         )

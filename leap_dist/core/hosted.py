@@ -37,9 +37,9 @@ class HostedOptimizer(torch.optim.Optimizer):
     Its key `no_decay` names gated tensors without weight decay. As in torch, parameters may be (name, parameter) pairs:
     `hosted` has them by name, also when the host has put shards in their place. `bind` must be called before the first
     step. axes: of gated tensors, where scores start from what the weights are multiplied with (core/inputs.py); who has
-    the model reports that to `inputs`. fixed: masks for all steps, in place of those that are learned. measure: what
-    the target is a share of, where that is not the prunable weights; config.target is then its `share`. seed: of the
-    noise of rule "gumbel".
+    the model reports that to `inputs`. fixed: masks for all steps, in place of those that are learned. prior: masks
+    that rule "gumbel" starts from. measure: what the target is a share of, where that is not the prunable weights;
+    config.target is then its `share`. seed: of the noise of rule "gumbel".
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class HostedOptimizer(torch.optim.Optimizer):
         weight_decay: float = WEIGHT_DECAY,
         axes: Mapping[str, Axes] = MappingProxyType({}),
         fixed: Fixed | None = None,
+        prior: Fixed | None = None,
         measure: Measure | None = None,
         seed: int = 0,
     ) -> None:
@@ -72,7 +73,7 @@ class HostedOptimizer(torch.optim.Optimizer):
         self.num_steps = 0
         self.num_left_out = 0
         self.check_gradient = False  # whether step() looks if the gradient is finite; under ZeRO DeepSpeed has
-        self.level = Level(plan, config, self.schedule, fixed, measure)
+        self.level = Level(plan, config, self.schedule, fixed, measure, prior)
         self.axes = axes
         self.why_start = ""  # why "auto" came to what scores start from, in words
         self.inputs: Inputs | None = None

@@ -44,8 +44,10 @@ class Level:
         schedule: Schedule,
         fixed: Fixed | None = None,
         measure: Measure | None = None,
+        prior: Fixed | None = None,
     ) -> None:
         """config.target and schedule: the share of what gates cover that stays, as the measure counts."""
+        self._prior = prior
         self.plan, self.config, self.schedule, self.fixed = plan, config, schedule, fixed
         self.measure = measure or Measure(target=config.target)
         self._asked = config.target
@@ -148,8 +150,11 @@ class Level:
         self.started = True
 
     def _start_soft(self, soft: Soft) -> None:
-        """Scores of rule "gumbel" from the masks that those at the start make. Collective."""
-        self._masks.make(self.remaining.keep_counts(soft.first_shares()))
+        """Scores of rule "gumbel" from the masks that are given, or that those at the start make. Collective."""
+        if self._prior is not None:
+            put_masks_(self._gating, self._prior)
+        else:
+            self._masks.make(self.remaining.keep_counts(soft.first_shares()))
         soft.start_()
         self._masks.make([gate.num_units for gate in self.plan.gates])
         self._scores_moved()

@@ -93,6 +93,7 @@ class Oracle:
         no_decay: Iterable[str] = (),
         max_norm: float = 0.0,
         seed: int = 0,
+        prior: Sequence[Tensor] = (),
     ) -> None:
         assert config.total_steps is not None
         self.model, self.plan, self.config, self.lr, self.max_norm = model, plan, config, lr, max_norm
@@ -107,7 +108,7 @@ class Oracle:
             self._scores_from_weights(scaled=True)
         self.masks = [torch.ones(gate.num_units, dtype=torch.bool) for gate in plan.gates]
         self.num_steps, self.calibration, self.settled = 0, 1.0, False
-        self.seed = seed
+        self.seed, self.prior = seed, prior  # prior: by gate, the mask that rule "gumbel" starts from
         self._rest = rest_of(plan, config.target)
         self.curve: Curve | None = None  # of the soft masks of rule "gumbel", where they are in place
         decayed = [p for name, p in self.latent.items() if name not in set(no_decay)]
@@ -281,7 +282,7 @@ class Oracle:
         if self.curve is None:
             rest = self._rest.level(self.config.target)
             shares = torch.tensor([p[0] / p[1] if (p := gate.pattern) else rest for gate in self.plan.gates])
-            kept = self._best(self.remaining.keep_counts(shares))
+            kept = self.prior or self._best(self.remaining.keep_counts(shares))
             for index, scores in enumerate(self.scores):
                 by_mask = None if self.config.score_init == "zero" else kept[index]
                 scores.copy_(first_scores(by_mask, *self._numbered(index), self.seed, scores))

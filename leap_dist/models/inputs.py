@@ -40,7 +40,8 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
     Raises UserError where inputs are asked for and no module shows those of a gated tensor.
     """
     config = beside_heads(config)
-    if config.start is not None or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
+    given = config.start is not None or config.prior_mask is not None
+    if given or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
         return Start(config, {}, "")
     automatic, causal = config.score_init == "auto", is_causal_lm(model)
     if automatic and not causal and (config.mode == "train" or not all(map(_gains_in_one_shot, config.gates))):

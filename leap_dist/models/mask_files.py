@@ -69,7 +69,7 @@ def read_masks(key: str, path: Path, shapes: Mapping[str, Shape]) -> Fixed:
         if own in found:
             raise UserError(f"{key}: {path} has two masks of {own}; keep one")
         found[own] = packed[name]
-    return Fixed(dict(sorted(found.items())), permuted)
+    return Fixed(dict(sorted(found.items())), permuted, key)
 
 
 def _own_name(name: str, shapes: Mapping[str, Shape]) -> str | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from leap_dist.config.family import FamilyConfig
 from leap_dist.config.leap import GateConfig, LeapConfig
-from leap_dist.core.fixed import Fixed, mask_gates
+from leap_dist.core.fixed import Fixed, mask_gates, unpack
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.core.soft import check_soft
 from leap_dist.errors import UserError
@@ -64,6 +64,30 @@ def start_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None
     if still := next((name for name in fixed.masks if name not in trained), None):
         raise UserError(f"{key}: {path} has a mask of {still}, which is not trained; call requires_grad_(True) on it")
     return GatePlan(mask_gates(fixed.masks, shapes)), fixed._replace(permuted=fixed.permuted or permuted)
+
+
+def prior_of(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Fixed | None:
+    """The masks that `leap.prior_mask` says, if it says any, of all that has a gate.
+
+    Raises UserError for gates that are not of single weights, and for masks that are not those of the plan's tensors.
+    """
+    if config.prior_mask is None:
+        return None
+    key, path = "leap.prior_mask", Path(config.prior_mask)
+    coarse = next((gate.granularity for gate in plan.gates if not gate.elementwise), None)
+    if coarse is not None:
+        raise UserError(f'{key}: a mask says which single weights stay, and "{coarse}" is in leap.gates; remove one')
+    prior = read_masks(key, path, tensor_shapes(model))
+    odd = sorted(prior.masks.keys() ^ plan.covers.keys())
+    if odd:
+        what = "a mask in it, but no gate" if odd[0] in prior.masks else "a gate, but no mask in it"
+        raise UserError(f"{key}: {path}: {odd[0]} has {what}; change leap.include or leap.exclude")
+    kept = sum(int(unpack(mask, 0, plan.numel(name)).sum()) for name, mask in prior.masks.items())
+    if kept in (0, plan.prunable):
+        raise UserError(
+            f"{key}: {path} keeps {'every weight' if kept else 'no weight'}; allowed: one that keeps a part"
+        )
+    return prior._replace(permuted=prior.permuted or is_permuted(model))
 
 
 def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None = None) -> GatePlan:

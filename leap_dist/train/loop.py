@@ -267,7 +267,8 @@ def _dense_reference(config: JobConfig, ranks: Ranks, watch: Watch) -> dict[str,
     """The metrics of a run of the same length and seed in which nothing is pruned."""
     if ranks.first:
         console().print("dense reference: a run of the same length without pruning", markup=False)
-    trained = {"target": 1.0, "start": None, "weights": "trained", "rule": "leap", "permute": None}
+    plain = dict.fromkeys(("start", "prior_mask", "permute"))
+    trained = {"target": 1.0, "weights": "trained", "rule": "leap", **plain}
     dense = config.model_copy(update={"leap": config.leap.model_copy(update=trained)})
     job = build_job(dense, ranks, Watch(asked=watch.asked))
     train(job, Tracker(config.tracking, {}, enabled=False), output=None, checkpoints=None)

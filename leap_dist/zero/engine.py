@@ -23,7 +23,7 @@ from leap_dist.errors import UserError
 from leap_dist.models.inputs import resolve_start
 from leap_dist.models.kept import compute_among_kept
 from leap_dist.models.measure import measure_of
-from leap_dist.models.plan import start_plan
+from leap_dist.models.plan import prior_of, start_plan
 from leap_dist.zero.agreement import agreement, engine_settings, optimizer_settings, same_outcome, same_settings
 from leap_dist.zero.binding import (
     everyone,
@@ -344,12 +344,14 @@ def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parame
             'that is known here; set it to "auto", "activation" or "magnitude"'
         )
     plan, fixed = start_plan(model, leap, family)
+    prior = prior_of(model, plan, leap)
     defaults = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     groups = parameter_groups(model, plan, optimizer, model_parameters, defaults)
     start = resolve_start(model, plan, leap)
     measure = None if fixed else measure_of(model, plan, leap, family)
     config = start.config.model_copy(update={"target": measure.share(plan)}) if measure else start.config
-    base = LeapAdamW(groups, plan, config, axes=start.axes, fixed=fixed, measure=measure, seed=train.seed)
+    masks: dict[str, Any] = {"fixed": fixed, "prior": prior}
+    base = LeapAdamW(groups, plan, config, axes=start.axes, measure=measure, seed=train.seed, **masks)
     base.why_start = start.why
     release(model)
     _HOOKS[model] = [*compute_among_kept(model, {gate.granularity for gate in plan.gates}, plan.covers, family)]

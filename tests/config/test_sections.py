@@ -64,7 +64,7 @@ def test_defaults_of_leap_are_pinned() -> None:
         "target", "gates", "rule", "control", "temperature", "score_init", "syntax_model", "score_learning_rate",
         "threshold_learning_rate", "lambda_max", "lambda_min", "dense_fraction", "settle_fraction",
         "include", "exclude", "total_steps", "tokens_per_step", "mode", "start", "calibration_batches", "measure",
-        "weights", "permute", "latency_table", "latency_batch", "latency_length", "score_moments",
+        "weights", "permute", "prior_mask", "latency_table", "latency_batch", "latency_length", "score_moments",
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from leap_dist.config.leap import LeapConfig
 from leap_dist.core.communicator import Communicator
+from leap_dist.core.fixed import Fixed
 from leap_dist.core.fragments import whole
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import LATENT, MASK, SCORE
@@ -24,7 +25,7 @@ from tests.peers.nets import GATES, LR, WEIGHT_DECAY, batches, leap, loss_of, ne
 STEPS = 40
 
 
-def build(model: nn.Module, config: LeapConfig, kind: str = "element") -> LeapAdamW:
+def build(model: nn.Module, config: LeapConfig, kind: str = "element", prior: Fixed | None = None) -> LeapAdamW:
     """The optimizer over whole tensors."""
     plan = plan_of(kind, model, config)
     start = resolve_start(model, plan, config)
@@ -33,7 +34,8 @@ def build(model: nn.Module, config: LeapConfig, kind: str = "element") -> LeapAd
     rest = [p for name, p in named.items() if name not in plan.covers]
     no_decay = frozenset(biases(plan))
     groups = [{"params": gated, GATED: True, "no_decay": no_decay}, {"params": rest}]
-    optimizer = LeapAdamW(groups, plan, start.config, lr=LR, weight_decay=WEIGHT_DECAY, axes=start.axes)
+    own: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY, "axes": start.axes, "prior": prior}
+    optimizer = LeapAdamW(groups, plan, start.config, **own)
     optimizer.bind(whole(named.items()), Communicator())
     if optimizer.inputs is not None:
         Listener(model, optimizer.inputs, on=True)
