@@ -12,6 +12,7 @@ from leap_dist.errors import UserError
 from leap_dist.ops.slices import Slice
 
 Shape = tuple[int, ...]
+START = "leap.start"
 
 
 class Fixed(NamedTuple):
@@ -23,7 +24,7 @@ class Fixed(NamedTuple):
 
     masks: Mapping[str, Tensor]
     permuted: bool = False
-    key: str = "leap.start"
+    key: str = START
 
 
 def mask_gates(masks: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> list[Gate]:

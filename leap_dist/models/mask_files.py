@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from leap_dist.config.json_file import read_json
-from leap_dist.core.fixed import Fixed, Shape, unpack
+from leap_dist.core.fixed import START, Fixed, Shape, unpack
 from leap_dist.errors import UserError
 
 PACKED, INDEX = "masks.safetensors", "masks.json"
@@ -132,8 +132,9 @@ def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], di
         if said is not None and said != _digest(packed):
             raise ValueError(f"its masks are not those of its {META}, whose masks_sha256 is another; export them again")
     except (OSError, ValueError, TypeError, EOFError, LookupError, zipfile.BadZipFile, NotImplementedError) as error:
-        allowed = '"zeros", a folder that launch/export.py RUN --to mask writes, or an .npz of packed masks'
-        hint = '; did you mean "zeros"?' if get_close_matches(str(path), ["zeros"]) else ""
+        zeros = '"zeros", ' if key == START else ""
+        allowed = f"{zeros}a folder that launch/export.py RUN --to mask writes, or an .npz of packed masks"
+        hint = '; did you mean "zeros"?' if zeros and get_close_matches(str(path), ["zeros"]) else ""
         raise UserError(f"{key}: {path} cannot be read: {error}; allowed: {allowed}{hint}") from error
     return packed, shapes, permuted
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from leap_dist.config.family import FamilyConfig
 from leap_dist.config.leap import GateConfig, LeapConfig
-from leap_dist.core.fixed import Fixed, mask_gates, unpack
+from leap_dist.core.fixed import START, Fixed, mask_gates, unpack
 from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.core.soft import check_soft
 from leap_dist.errors import UserError
@@ -58,7 +58,7 @@ def start_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None
     permuted = is_permuted(model)
     if config.start in (None, "zeros"):
         return make_plan(model, config, family), Fixed({}, permuted) if config.start else None
-    key, path, shapes = "leap.start", Path(str(config.start)), tensor_shapes(model)
+    key, path, shapes = START, Path(str(config.start)), tensor_shapes(model)
     fixed = read_masks(key, path, shapes)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if still := next((name for name in fixed.masks if name not in trained), None):

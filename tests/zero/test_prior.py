@@ -128,3 +128,9 @@ def test_masks_that_do_not_fit_are_refused(
 def test_settings_that_do_not_go_with_them(section: dict[str, Any], match: str) -> None:
     with pytest.raises(UserError, match=match):
         parse_leap({"target": 0.5, "prior_mask": "m.npz", **section})
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    config = parse_leap({"target": 0.5, "rule": "gumbel", "prior_mask": str(tmp_path / "zeros")})
+    with pytest.raises(UserError, match=r"^leap\.prior_mask: .* cannot be read: .*; allowed: a folder that .* masks$"):
+        prior_of(Net(), make_plan(Net(), config), config)
