@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "one shot": ONE_SHOT,
     "fixed, from zeros": {"start": "zeros"},
     "fixed, from a folder": {"start": "masks"},
+    "gumbel, from a folder": {"target": 0.5, "rule": "gumbel", "prior_mask": "masks"},
 }
 
 
@@ -48,6 +49,8 @@ def resolved_of(folder: str, job: dict[str, Any]) -> dict[str, Any]:
             (base / "masks").mkdir()
             save_masks(read_run(base / "one shot"), base / "masks")
             own["leap"] = {"start": str(base / "masks")}
+        if "prior_mask" in leap:
+            own["leap"] = leap | {"prior_mask": str(base / "masks")}
         run_job(parse_job(own), base / kind, False, this_rank())
         found[kind] = [own, json.loads((base / kind / "config.json").read_text())]
     return found
