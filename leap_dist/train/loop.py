@@ -133,6 +133,7 @@ def train(
     meter = Meter(ranks, state.start)
     asked = rungs(job.phases.dense_end, job.phases.settle_start, job.total_steps)
     bad = BadSteps(job.engine, config.max_bad_steps, state.left_out)
+    job.engine.train()  # with dropout, from the first step and after a resume: models from files come without
     if state.start == 0:
         start_heads(job)
     if state.start == job.phases.dense_end == 0:
