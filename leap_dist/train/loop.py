@@ -13,8 +13,10 @@ from torch import Tensor
 
 from leap_dist.checkpoint.checkpoints import Checkpoints
 from leap_dist.checkpoint.folders import latest_checkpoint
+from leap_dist.config.leap import LeapConfig
 from leap_dist.config.sections import JobConfig
 from leap_dist.console import console
+from leap_dist.core.gates import pattern_of
 from leap_dist.core.histograms import REACH, score_histograms
 from leap_dist.core.measure import amounts
 from leap_dist.errors import UserError
@@ -269,7 +271,9 @@ def _dense_reference(config: JobConfig, ranks: Ranks, watch: Watch) -> dict[str,
     if ranks.first:
         console().print("dense reference: a run of the same length without pruning", markup=False)
     plain = dict.fromkeys(("start", "prior_mask", "permute"))
-    trained = {"target": 1.0, "weights": "trained", "rule": "leap", **plain}
+    gates = tuple(gate for gate in config.leap.gates if pattern_of(gate.granularity) is None)  # n of m is never all
+    whole = gates or LeapConfig.model_fields["gates"].default
+    trained = {"target": 1.0, "weights": "trained", "rule": "leap", "gates": whole, **plain}
     dense = config.model_copy(update={"leap": config.leap.model_copy(update=trained)})
     job = build_job(dense, ranks, Watch(asked=watch.asked))
     train(job, Tracker(config.tracking, {}, enabled=False), output=None, checkpoints=None)

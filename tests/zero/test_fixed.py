@@ -310,3 +310,14 @@ def test_masks_stay_in_place_on_shards() -> None:
         for length in (0, 1, 7, 8, 77 - start):
             length = min(length, 77 - start)
             assert torch.equal(unpack(bits, start, length), mask[start : start + length])
+
+
+def beside_a_dense_run(folder: str) -> dict[str, Any]:
+    train = JOB["train"] | {"dense_reference": True}
+    return run(Path(folder) / "run", 2, {"target": 0.5, "gates": ["2:4"]}, train=train)
+
+
+def test_an_n_of_m_run_has_a_dense_one_beside_it(ranks: RankPools, tmp_path: Path) -> None:
+    """Whose gates cannot be the pattern's, which never keeps all."""
+    found = ranks(1).run(beside_a_dense_run, str(tmp_path), timeout=300)[0]
+    assert set(found["metrics"]) == {"dense", "dense_reference", "pruned"} and found["density"] == 0.5
