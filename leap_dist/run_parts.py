@@ -66,7 +66,7 @@ class Certificate(Part):
     weights_sha256: Sha256
     seed: int
     versions: dict[str, str | None]
-    permuted: bool = False
+    permuted: bool | str = False
 
 
 class Job(Part):

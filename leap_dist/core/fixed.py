@@ -13,17 +13,18 @@ from leap_dist.ops.slices import Slice
 
 Shape = tuple[int, ...]
 START = "leap.start"
+ALLOWED = "allowed: as model.name the model/ of the run that they are of, or an export of it"
 
 
 class Fixed(NamedTuple):
     """masks: by tensor name, packed (np.packbits, 1 = kept); empty: where the weights are not zero.
 
-    permuted: they are of, or are for, a model whose columns leap.permute put in another order. key: the setting that
-    named them.
+    order: the name of the order that leap.permute put the columns in that they are for; "": as they were; None: in one
+    that has no name, of an older version. key: the setting that named them.
     """
 
     masks: Mapping[str, Tensor]
-    permuted: bool = False
+    order: str | None = ""
     key: str = START
 
 
@@ -39,7 +40,7 @@ def _whole(name: str, shape: Shape) -> Slice:
 def put_masks_(gating: Gating, fixed: Fixed) -> list[int]:
     """Make MASK what is fixed; returns the kept units of every gate. Collective.
 
-    Raises UserError for masks of one order of columns on a model of another, which has weights where they prune.
+    Raises UserError for masks of an order without a name on a model that has weights where they prune.
     """
     kept = torch.zeros(len(gating.plan.gates) + 1, dtype=torch.int64, device=gating.device)
     for fragment in gating.weights:
@@ -48,16 +49,15 @@ def put_masks_(gating: Gating, fixed: Fixed) -> list[int]:
             mask.copy_(unpack(fixed.masks[fragment.tensor], fragment.start, fragment.length))
         else:
             torch.ne(gating.state(fragment, LATENT), 0, out=mask)
-        if fixed.permuted:
+        if fixed.order is None:
             kept[-1] += torch.count_nonzero(gating.state(fragment, LATENT) * ~mask)
         for cover in gating.plan.covers[fragment.tensor]:
             kept[cover.gate] += torch.count_nonzero(mask)
     *found, others = gating.communicator.sum_(kept).tolist()
     if others:
         raise UserError(
-            f"{fixed.key}: leap.permute put the columns of this model, or of the one that the masks are of, in another "
-            f"order, and {others} of the weights that they prune are not zero in this one; allowed: as model.name the "
-            "model/ of the run that they are of, or an export of it"
+            f"{fixed.key}: leap.permute put the columns of the model that the masks are of in another order, and "
+            f"{others} of the weights that they prune are not zero in this one; {ALLOWED}"
         )
     return found
 

@@ -73,14 +73,14 @@ def build(
     seed: int,
     note: str | None = None,
     measure: Mapping[str, Any] | None = None,
-    permuted: bool = False,
+    permuted: bool | str = False,
 ) -> dict[str, Any]:
     """The certificate, JSON-able, from what `count` returned.
 
     unit: what the measure counts of the largest unit. measure: what the target is a share of, as `Measure.described`
     says; None: of the prunable weights. metrics: {"dense": {...}, "pruned": {...}}; a value that is no
     finite number becomes null. note: why the density is not the target, where that is to be said. permuted: the
-    masks are of a model whose columns are in another order than before it was pruned.
+    name of the order that leap.permute put the model's columns in (models/permute.py), or True where it has none.
     Raises RuntimeError if the density is further off than one unit (`check_exact`).
     The key sha256 is the digest of all others.
     """
@@ -100,7 +100,7 @@ def build(
         "seed": seed,
         "versions": versions(),
         **({"note": note} if note else {}),
-        **({"permuted": True} if permuted else {}),
+        **({"permuted": permuted} if permuted else {}),
     }
     return sealed(certificate)
 

@@ -1,7 +1,7 @@
 """Masks alone, one bit a weight: what was pruned, checked against the certificate.
 
 masks.safetensors holds for every masked tensor the uint8 of np.packbits over its flat mask (1 = kept), masks.json the
-shapes, the certificate's masks_sha256, and whether the run put columns in another order. mask.npz holds the same as
+shapes, the certificate's masks_sha256, and the order of columns that leap.permute made. mask.npz holds the same as
 others publish masks: `<name>`, `<name>.__shape__` and, as JSON, `__meta__`.
 """
 
@@ -47,14 +47,14 @@ def save_masks(run: Run, folder: Path) -> int:
     shapes = {name: tensor.shape for name, tensor in run.certificate.tensors.items()}
     save_file(packed, folder / PACKED)
     permuted = run.certificate.permuted
-    index = {"masks_sha256": found, "shapes": shapes, **({PERMUTED: True} if permuted else {})}
+    index = {"masks_sha256": found, "shapes": shapes, **({PERMUTED: permuted} if permuted else {})}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     meta = {"format": "numpy.packbits", "kept": 1, "density": run.certificate.density, "masks_sha256": found}
     arrays: dict[str, Any] = {name: mask.numpy() for name, mask in packed.items()}
     arrays |= {f"{name}{SHAPE}": np.array(shapes[name], dtype=np.int64) for name in packed}
     arrays[META] = np.array(json.dumps(meta))
     if permuted:
-        arrays[MARK] = np.array(True)
+        arrays[MARK] = np.array(permuted)
     np.savez(folder / NPZ, **arrays)
     return sum(map(prod, shapes.values()))
 

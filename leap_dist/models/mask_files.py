@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from leap_dist.config.json_file import read_json
-from leap_dist.core.fixed import START, Fixed, Shape, unpack
+from leap_dist.core.fixed import ALLOWED, START, Fixed, Shape, unpack
 from leap_dist.errors import UserError
 
 PACKED, INDEX = "masks.safetensors", "masks.json"
-PERMUTED = "permuted"  # in INDEX: whether the masks are of a model whose columns are in another order
+PERMUTED = "permuted"  # in INDEX: the name of the order that leap.permute put the model's columns in
 NPZ, SHAPE, META = "mask.npz", ".__shape__", "__meta__"
 MARK = f"__{PERMUTED}__"  # in NPZ, where they are
 SMALL = 2**20  # bytes of what is no mask: a shape, a header
@@ -40,15 +40,16 @@ def load_masks(folder: Path | str) -> dict[str, Tensor]:
     return {name: unpack(packed[name], 0, prod(shapes[name])).view(shapes[name]) for name in sorted(shapes)}
 
 
-def read_masks(key: str, path: Path, shapes: Mapping[str, Shape]) -> Fixed:
+def read_masks(key: str, path: Path, shapes: Mapping[str, Shape], model_order: str) -> Fixed:
     """Packed masks by the names of a model's tensors, whose shapes are given; in name order.
 
-    key: the setting that named `path`, for messages. Raises UserError if there are no masks, or those of another model.
+    key: the setting that named `path`, for messages. model_order: the name of the order of the model's columns. Raises
+    UserError if there are no masks, or those of another model, or for columns in another order.
     """
     if path.is_dir():
-        packed, said, permuted = _read_folder(path, f"{key}: ")
+        packed, said, order = _read_folder(path, f"{key}: ")
     else:
-        packed, said, permuted = _read_npz(key, path, max(map(prod, shapes.values())))
+        packed, said, order = _read_npz(key, path, max(map(prod, shapes.values())))
     names = {name: _own_name(name, shapes) for name in packed}
     unknown = [name for name, own in names.items() if own is None]
     if unknown or not names:
@@ -69,7 +70,12 @@ def read_masks(key: str, path: Path, shapes: Mapping[str, Shape]) -> Fixed:
         if own in found:
             raise UserError(f"{key}: {path} has two masks of {own}; keep one")
         found[own] = packed[name]
-    return Fixed(dict(sorted(found.items())), permuted, key)
+    if order not in (None, model_order):
+        raise UserError(
+            f"{key}: {path}: the masks are for columns in another order than those of this model, by "
+            f"leap.permute; {ALLOWED}"
+        )
+    return Fixed(dict(sorted(found.items())), order, key)
 
 
 def _own_name(name: str, shapes: Mapping[str, Shape]) -> str | None:
@@ -78,8 +84,8 @@ def _own_name(name: str, shapes: Mapping[str, Shape]) -> str | None:
     return next((own for own in (name, base, f"{base}.weight") if own in shapes), None)
 
 
-def _read_folder(folder: Path, key: str = "") -> tuple[dict[str, Tensor], dict[str, list[int]], bool]:
-    """(packed masks, shapes, whether permuted) of a folder of ours."""
+def _read_folder(folder: Path, key: str = "") -> tuple[dict[str, Tensor], dict[str, list[int]], str | None]:
+    """(packed masks, shapes, order of columns) of a folder of ours."""
     try:
         index = read_json(folder / INDEX)
         if not (folder / PACKED).is_file():  # a pipe would be waited for
@@ -88,13 +94,13 @@ def _read_folder(folder: Path, key: str = "") -> tuple[dict[str, Tensor], dict[s
         shapes: dict[str, list[int]] = index["shapes"]
         for name, shape in shapes.items():
             _check_shape(packed[name], shape)
-        said, permuted = index["masks_sha256"], index.get(PERMUTED, False) is not False
+        said, order = index["masks_sha256"], _order(index.get(PERMUTED, ""))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         what = "give the folder that launch/export.py RUN --to mask writes"
         raise UserError(f"{key}{folder}: no masks can be read there: {error}; {what}") from error
     if _digest({name: packed[name] for name in shapes}) != said:
         raise UserError(f"{key}{folder}: the masks are not those of {INDEX}; export them again, with --to mask")
-    return {name: packed[name] for name in sorted(shapes)}, shapes, permuted
+    return {name: packed[name] for name in sorted(shapes)}, shapes, order
 
 
 def _digest(packed: Mapping[str, Tensor]) -> str:
@@ -114,8 +120,8 @@ def _check_shape(packed: Tensor, shape: Any) -> None:
         raise ValueError(f"{said}, {PACKED} holds {packed.numel()} bytes of {packed.dtype}")
 
 
-def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, list[int]], bool]:
-    """(packed masks, the shapes that are said, whether permuted); `largest`: elements of the model's largest tensor."""
+def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], dict[str, list[int]], str | None]:
+    """(packed masks, the shapes that are said, order of columns); `largest`: elements of the model's largest tensor."""
     try:
         if not path.is_file():
             raise OSError("it is no file" if path.exists() else "there is nothing of this name")
@@ -125,7 +131,7 @@ def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], di
                     raise ValueError(f"{info.filename} has {info.file_size} bytes, more than any mask of the model")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name not in (META, MARK)}
-            permuted = MARK in file.files
+            order = _order(file[MARK].item()) if MARK in file.files else ""
             said = _said(file)
         shapes = {name.removesuffix(SHAPE): _sizes(a) for name, a in arrays.items() if name.endswith(SHAPE)}
         packed = {name: torch.from_numpy(a) for name, a in arrays.items() if not name.endswith(SHAPE)}
@@ -136,7 +142,12 @@ def _read_npz(key: str, path: Path, largest: int) -> tuple[dict[str, Tensor], di
         allowed = f"{zeros}a folder that launch/export.py RUN --to mask writes, or an .npz of packed masks"
         hint = '; did you mean "zeros"?' if zeros and get_close_matches(str(path), ["zeros"]) else ""
         raise UserError(f"{key}: {path} cannot be read: {error}; allowed: {allowed}{hint}") from error
-    return packed, shapes, permuted
+    return packed, shapes, order
+
+
+def _order(said: Any) -> str | None:
+    """The name of an order of columns in a file; None of older ones, which say that there is one."""
+    return said if isinstance(said, str) else None
 
 
 def _said(file: Any) -> str | None:

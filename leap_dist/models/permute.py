@@ -7,6 +7,7 @@ heads of a group; those of the FFN's down projection with the rows of up and gat
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -18,7 +19,7 @@ from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_blocks
 from leap_dist.models.structures import Block
 
-MARK = "leap_permuted"  # in the config of a model whose columns are in another order: it goes wherever the model goes
+MARK = "leap_permuted"  # in the config of a model whose columns are in another order, which it names; it goes along
 ROUNDS = 300  # of swaps between pairs of groups
 ROWS = 256  # of a matrix that the search looks at
 Scores = Callable[[str], Tensor]  # a tensor's name -> what its weights are worth, of its shape
@@ -46,9 +47,9 @@ def find_orders(model: nn.Module, plan: GatePlan, scores: Scores, family: Family
     return found
 
 
-def is_permuted(model: nn.Module) -> bool:
-    """Whether its columns, or those of the model that it was made from, were put in another order."""
-    return bool(getattr(getattr(model, "config", None), MARK, False))
+def order_of(model: nn.Module) -> str:
+    """The name of the order that its columns were put in, here or in the model that it was made from; "": as it was."""
+    return str(getattr(getattr(model, "config", None), MARK, ""))
 
 
 @torch.no_grad()
@@ -65,7 +66,10 @@ def permute_(model: nn.Module, orders: Mapping[str, Tensor], family: FamilyConfi
             moved = torch.stack([unit[own] for unit, own in zip(places, order, strict=True)])
             _move_(parameters[name], axis, places, moved)
     if orders and hasattr(model, "config"):
-        setattr(model.config, MARK, True)
+        digest = hashlib.sha256(order_of(model).encode())
+        for name in sorted(orders):
+            digest.update(name.encode() + b"\0" + orders[name].cpu().numpy().tobytes())
+        setattr(model.config, MARK, digest.hexdigest()[:16])
 
 
 def _move_(parameter: Tensor, axis: int, places: Tensor, sources: Tensor) -> None:

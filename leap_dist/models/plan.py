@@ -17,7 +17,7 @@ from leap_dist.errors import UserError
 from leap_dist.models.blocks import find_structures, find_sublayers, tensor_shapes
 from leap_dist.models.families import computed_weights, family_of, prunable_matrices
 from leap_dist.models.mask_files import read_masks
-from leap_dist.models.permute import is_permuted
+from leap_dist.models.permute import order_of
 from leap_dist.models.stacks import find_stacks
 from leap_dist.models.stream import find_stream, stream_of
 from leap_dist.models.structures import Structure, UnitRun
@@ -55,15 +55,14 @@ def start_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None
     A file of masks has gates of single weights on the tensors that it names. Raises UserError for a choice that does
     not fit the model, and for masks that are not its own.
     """
-    permuted = is_permuted(model)
     if config.start in (None, "zeros"):
-        return make_plan(model, config, family), Fixed({}, permuted) if config.start else None
+        return make_plan(model, config, family), Fixed({}, order_of(model)) if config.start else None
     key, path, shapes = START, Path(str(config.start)), tensor_shapes(model)
-    fixed = read_masks(key, path, shapes)
+    fixed = read_masks(key, path, shapes, order_of(model))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if still := next((name for name in fixed.masks if name not in trained), None):
         raise UserError(f"{key}: {path} has a mask of {still}, which is not trained; call requires_grad_(True) on it")
-    return GatePlan(mask_gates(fixed.masks, shapes)), fixed._replace(permuted=fixed.permuted or permuted)
+    return GatePlan(mask_gates(fixed.masks, shapes)), fixed
 
 
 def prior_of(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Fixed | None:
@@ -77,7 +76,7 @@ def prior_of(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Fixed | No
     coarse = next((gate.granularity for gate in plan.gates if not gate.elementwise), None)
     if coarse is not None:
         raise UserError(f'{key}: a mask says which single weights stay, and "{coarse}" is in leap.gates; remove one')
-    prior = read_masks(key, path, tensor_shapes(model))
+    prior = read_masks(key, path, tensor_shapes(model), order_of(model))
     odd = sorted(prior.masks.keys() ^ plan.covers.keys())
     if odd:
         what = "a mask in it, but no gate" if odd[0] in prior.masks else "a gate, but no mask in it"
@@ -87,7 +86,7 @@ def prior_of(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Fixed | No
         raise UserError(
             f"{key}: {path} keeps {'every weight' if kept else 'no weight'}; allowed: one that keeps a part"
         )
-    return prior._replace(permuted=prior.permuted or is_permuted(model))
+    return prior
 
 
 def make_plan(model: nn.Module, config: LeapConfig, family: FamilyConfig | None = None) -> GatePlan:

@@ -24,7 +24,7 @@ from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
 from leap_dist.files import replacing
 from leap_dist.models.inputs import describe_start
-from leap_dist.models.permute import is_permuted
+from leap_dist.models.permute import order_of
 from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, HIDDEN, MODEL, RANKS, RESOLVED, SCORES
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.train.evaluate import evaluate
@@ -242,7 +242,7 @@ def _finish(job: Job, output: Path, writer: FolderWriter | None) -> dict[str, An
         metrics=job.state.measured,
         seed=job.config.train.seed,
         note=leap.level.note(amounts(counts, described.get("measure"))[0]),
-        permuted=is_permuted(engine.module) or bool(leap.level.fixed and leap.level.fixed.permuted),
+        permuted=order_of(engine.module) or bool(leap.level.fixed and leap.level.fixed.order is None),
     )
     with needed(output / CERTIFICATE, MAKE_ROOM):
         cert.write(output / CERTIFICATE, certificate)

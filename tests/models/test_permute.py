@@ -74,6 +74,9 @@ def test_a_job_keeps_its_orders_in_the_run_folder(ranks: RankPools, tmp_path: Pa
     assert json.loads((tmp_path / "greedy" / "config.json").read_text())["leap"]["permute"] == "greedy"
 
 
+MASKS_OF = ("shot", "trained", "zeros", "later", "unmoved")
+
+
 def masks_of_a_permuted_run(folder: str) -> list[str]:
     """What comes of its masks, as a folder and as an npz, on its own model and on one in the order of before."""
     from leap_dist.export.masks import save_masks
@@ -84,14 +87,17 @@ def masks_of_a_permuted_run(folder: str) -> list[str]:
     run(base / "plain", 2, {"target": 1.0, "mode": "one_shot"})
     run(base / "shot", 2, leap | {"permute": "greedy"}, model={"name": str(base / "plain" / "model")})
     run(base / "unmoved", 2, leap, model={"name": str(base / "plain" / "model")})
-    for name, start in (("shot", ""), ("trained", str(base / "shot-masks")), ("zeros", "zeros"), ("unmoved", "")):
+    later = {"target": 0.3, "mode": "one_shot", "score_init": "magnitude"}
+    run(base / "later", 2, later, model={"name": str(base / "shot" / "model")})
+    begun = {"trained": str(base / "shot-masks"), "zeros": "zeros"}
+    for name, start in ((name, begun.get(name, "")) for name in MASKS_OF):
         if start:  # with the masks of the first, which its own are
             run(base / name, 2, {"start": start}, model={"name": str(base / "shot" / "model")})
         if torch.distributed.get_rank() == 0:
             (base / f"{name}-masks").mkdir()
             save_masks(read_run(base / name), base / f"{name}-masks")
         torch.distributed.barrier()
-    starts = [base / f"{name}-masks" for name in ("shot", "trained", "zeros", "unmoved")]
+    starts = [base / f"{name}-masks" for name in MASKS_OF]
     for start in (starts[0] / "mask.npz", *starts):
         for model in ("plain", "shot") if start is starts[-1] else ("shot", "plain"):
             try:
@@ -109,10 +115,37 @@ def masks_of_a_permuted_run(folder: str) -> list[str]:
 
 def test_masks_of_a_permuted_run_are_for_its_own_columns(ranks: RankPools, tmp_path: Path) -> None:
     said = ranks(2).run(masks_of_a_permuted_run, str(tmp_path), timeout=300)
-    assert said[0] == said[1] and said[0][::2] == ["0.5"] * 5
+    kept = [round(float(density), 2) for density in said[0][::2]]
+    assert said[0] == said[1] and kept == [0.5, 0.5, 0.5, 0.5, 0.3, 0.5]
     for refused in said[0][1::2]:
-        assert refused.startswith("leap.start: leap.permute put the columns of this model, or of the one that the")
-        assert "are not zero in this one; allowed: as model.name the model/ of the run that they are of" in refused
+        assert refused.startswith("leap.start: ") and "for columns in another order than those of this model" in refused
+        assert refused.endswith("allowed: as model.name the model/ of the run that they are of, or an export of it")
+
+
+def of_an_older_version(folder: str) -> list[str]:
+    """Masks that say that their columns moved, and not where to: they are held to the zeros of the model."""
+    from leap_dist.export.masks import save_masks
+    from leap_dist.run_folder import read_run
+
+    base, said = Path(folder), []
+    run(base / "shot", 2, {"target": 0.5, "mode": "one_shot", "score_init": "magnitude", "gates": ["2:4"]})
+    run(base / "dense", 2, {"target": 1.0, "mode": "one_shot"})
+    (base / "masks").mkdir()
+    save_masks(read_run(base / "shot"), base / "masks")
+    with np.load(base / "masks" / "mask.npz", allow_pickle=False) as file:
+        np.savez(base / "moved.npz", **dict(file), __permuted__=np.array(True))
+    for model in ("shot", "dense"):
+        try:
+            own = {"name": str(base / model / "model")}
+            said.append(str(run(base / f"of-{model}", 2, {"start": str(base / "moved.npz")}, model=own)["density"]))
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_masks_that_do_not_name_their_order_are_held_to_the_models_zeros(ranks: RankPools, tmp_path: Path) -> None:
+    right, wrong = ranks(1).run(of_an_older_version, str(tmp_path), timeout=300)[0]
+    assert right == "0.5" and "of the weights that they prune are not zero in this one; allowed: as model.name" in wrong
 
 
 @pytest.mark.parametrize(
