@@ -350,8 +350,7 @@ def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parame
     start = resolve_start(model, plan, leap)
     measure = None if fixed else measure_of(model, plan, leap, family)
     config = start.config.model_copy(update={"target": measure.share(plan)}) if measure else start.config
-    masks: dict[str, Any] = {"fixed": fixed, "prior": prior}
-    base = LeapAdamW(groups, plan, config, axes=start.axes, measure=measure, seed=train.seed, **masks)
+    base = LeapAdamW(groups, plan, config, axes=start.axes, fixed=fixed, prior=prior, measure=measure, seed=train.seed)
     base.why_start = start.why
     release(model)
     _HOOKS[model] = [*compute_among_kept(model, {gate.granularity for gate in plan.gates}, plan.covers, family)]

@@ -62,7 +62,7 @@ def chain(folder: str, stage: int) -> list[Any]:
     found: list[Any] = []
     for name, section in (("prior", soft | {"prior_mask": str(base / "masks" / "mask.npz")}), ("own", soft)):
         certificate = run(base / name, stage, section, model=model)
-        if torch.distributed.get_rank() == 0 and not (base / f"{name}-masks").exists():
+        if torch.distributed.get_rank() == 0:
             (base / f"{name}-masks").mkdir()
             save_masks(read_run(base / name), base / f"{name}-masks")
         torch.distributed.barrier()
