@@ -3,6 +3,7 @@
 initialize is host, deepspeed.initialize and attach; the two ends are for whoever builds the engine in another way.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from leap_dist.zero.groups import parameter_groups
 from leap_dist.zero.listener import Listener
 from leap_dist.zero.ranks import Ranks, errors_only, join_ranks, several
 from leap_dist.zero.refusals import check_engine_config, check_hosting, check_masters, refusals_of_deepspeed
+
+logger = logging.getLogger(__name__)
 
 ALL_IN_ONE = 10**15  # a ZeRO-3 sub-group that is never full: one step sees all of a gate
 
@@ -159,6 +162,7 @@ def attach(engine: Any) -> None:
     engine.leap = base
     _check_sub_group(engine, base)
     same_settings(Ranks.here(), engine_settings(engine))
+    _report_slow_bf16(engine)
     if base.bound:
         raise UserError(
             "engine: the optimizer of leap_dist.host that it steps with has an engine already; one run needs one: call "
@@ -175,6 +179,13 @@ def attach(engine: Any) -> None:
     for group, peak in zip(base.param_groups, getattr(engine.lr_scheduler, "max_lrs", ()), strict=False):
         group["max_lr"] = peak  # of a scheduler that sets rates, whatever the group started with
     _count_skipped(engine, base)
+
+
+def _report_slow_bf16(engine: Any) -> None:
+    """Say that a CPU without instructions for bf16 is slow at it: torch takes a product's numbers one by one there."""
+    slow = engine.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if slow and engine.bfloat16_enabled() and Ranks.here().rank == 0:
+        logger.warning("bf16.enabled: this CPU has no instructions for bf16, and is some 8 times faster in fp32")
 
 
 def _count_skipped(engine: Any, base: LeapAdamW) -> None:

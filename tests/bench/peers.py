@@ -29,11 +29,13 @@ from leap_dist.train.evaluate import evaluate
 from leap_dist.train.job import linear_scale
 from leap_dist.train.progress import Progress
 from leap_dist.zero.ranks import Ranks
+from tests.bench.bf16 import install
 from tests.peers.pruners import Platon, SoftMovement
 
 
 def run(file: Path, method: str, pull: float, rate: float) -> dict[str, Any]:
     """The whole job on one process."""
+    install()
     job = load_job(file)
     ranks, train, leap = Ranks(0, 1, torch.device("cpu")), job.train, job.leap
     tokenizer = load_tokenizer(job.model, job.data.tokenizer) if needs_tokenizer(job.data.task) else None

@@ -70,7 +70,8 @@ def prune(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         file = folder.with_suffix(".json")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(job, indent=1))
-        command(folder.with_suffix(".log"), "launch/prune.py", "--config", str(file), "--output", str(folder))
+        run = ("-m", "tests.bench.bf16", "launch/prune.py", "--config", str(file), "--output", str(folder))
+        command(folder.with_suffix(".log"), *run)
     found: dict[str, Any] = json.loads(certificate.read_text())
     return found
 

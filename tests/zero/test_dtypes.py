@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging.handlers
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -71,6 +73,29 @@ def test_a_file_in_low_precision_runs_exactly(ranks: RankPools, dtype: str, sect
 
 def test_a_model_built_sharded_in_bf16_runs_exactly(ranks: RankPools) -> None:
     check(ranks(2).run(run, "init", "bf16", 3), "torch.bfloat16")
+
+
+def said_of_bf16(section: str | None, has_it: bool) -> list[str]:
+    """What is logged of a run's dtype, on a CPU that has or has not instructions for bf16."""
+    said = logging.handlers.BufferingHandler(100)
+    logger = logging.getLogger("leap_dist.zero.engine")
+    logger.addHandler(said)
+    with patch.object(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_it):
+        run("bfloat16", section, 1)
+    logger.removeHandler(said)
+    return [record.getMessage() for record in said.buffer]
+
+
+@pytest.mark.parametrize(("section", "has_it"), [("bf16", False), ("bf16", True), (None, False)])
+def test_a_cpu_that_is_slow_in_bf16_is_reported_once(ranks: RankPools, section: str | None, has_it: bool) -> None:
+    first, other = ranks(2).run(said_of_bf16, section, has_it)
+    assert (
+        first
+        == (["bf16.enabled: this CPU has no instructions for bf16, and is some 8 times faster in fp32"])[
+            : section is not None and not has_it
+        ]
+    )
+    assert other == []
 
 
 def train_in_bf16(folder: str, stage: int) -> dict[str, Any]:
