@@ -17,13 +17,14 @@ import torch
 # aten::linear and matmul come down to these on the CPU; attention is one kernel there, forward and backward
 PRODUCTS = (
     "mm",
+    "mm.out",
     "addmm",
+    "addmm_",
     "bmm",
     "baddbmm",
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward",
 )
-
 KEPT: list[torch.library.Library] = []  # what it registers goes when it goes
 
 
@@ -39,7 +40,10 @@ def product_in_fp32(name: str) -> Callable[..., Any]:
     def product(keys: Any, *args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(one, torch.Tensor) and one.dtype == torch.bfloat16 for one in args):
             return kernel.call_boxed(keys, *args, **kwargs)
+        into = args[0] if name.endswith("_") else kwargs.get("out")
         found = kernel.call_boxed(keys, *map(exact, args), **{key: exact(value) for key, value in kwargs.items()})
+        if into is not None:
+            return into.copy_(found)
         if isinstance(found, torch.Tensor):
             return found.bfloat16()
         out, *rest = found  # attention's output, and its sums, which are in fp32 always; or all the gradients

@@ -22,8 +22,10 @@ def products(dtype: torch.dtype) -> list[torch.Tensor]:
     attention = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     batches = torch.baddbmm(q[0], k[0], v[0, :, :8]) + q[1] @ k[1, :, :8]
     out = [linear, plain, attention, batches]
+    into = torch.mm(x.detach(), w.detach().t(), out=torch.empty(5, 3, dtype=dtype))
+    added = into.clone().addmm_(x.detach(), w.detach().t())
     grads = torch.autograd.grad([one.sum() for one in out], [x, w, b, q, k, v])
-    return [one.detach() for one in (*out, *grads)]
+    return [one.detach() for one in (*out, *grads, into, added)]
 
 
 def measure() -> tuple[list[str], list[float], bool]:
