@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from leap_dist.config.leap import BY_INPUTS, LeapConfig
 from leap_dist.config.sections import FEWEST_STEPS, JobConfig, ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.models.inputs import beside_heads
@@ -94,10 +95,15 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     orders = reorder(config, model, batches, ranks) if config.leap.permute else {}
     settings = config.model_copy(update={"leap": beside_heads(config.leap).model_copy(update={"permute": None})})
     engine, *_ = initialize(model=model, config=settings, lr_scheduler=scheduler)
-    own: dict[str, Any] = {"permute": config.leap.permute} | ({"score_init": "syntax"} if syntax else {})
+    asked = engine.leap.level.measure.target  # of what leap.measure counts; the level's own is that of the gates
+    own: dict[str, Any] = {"permute": config.leap.permute, "target": asked} | (
+        {"score_init": "syntax"} if syntax else {}
+    )
     heads = gates_by_layer(engine.module, engine.leap.plan, config.family) if syntax else []
-    if not engine.leap.config.budgeted:
-        own["tokens_per_step"] = None  # where they have no effect a file that names them is refused
+    if not engine.leap.config.budgeted:  # where they have no effect a file that names them is refused
+        own["tokens_per_step"] = None
+    if not {engine.leap.config.score_init, own.get("score_init")} & {*BY_INPUTS, "syntax"}:
+        own["calibration_batches"] = LeapConfig.model_fields["calibration_batches"].default
     resolved = engine.leap.config.model_copy(update=own)
     config = config.model_copy(update={"leap": resolved})  # with what depends on the model
     distiller = _distiller(config, task, engine, teacher) if distills else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from leap_dist.config.job_file import parse_job
+from leap_dist.config.leap import BY_INPUTS
 from leap_dist.config.section import show
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.console import console
@@ -115,9 +116,11 @@ def _check_same_job(
     if BATCH not in old:  # a folder that a sweep has made
         new.pop(BATCH)
     new["leap.total_steps"] = old["leap.total_steps"]  # filled in when the data are there; from what is compared here
-    for key in ("leap.score_init", "leap.tokens_per_step"):
-        if new[key] == "auto":  # filled in when the model and the data are there
-            new[key] = old.get(key, "auto")
+    filled = {"leap.score_init", "leap.tokens_per_step"}  # when the model and the data are there, where they are "auto"
+    blind = new["leap.score_init"] == "auto" and old["leap.score_init"] not in BY_INPUTS
+    for key in ("leap.score_init", "leap.tokens_per_step", "leap.calibration_batches"):
+        if (key in filled and new[key] == "auto") or blind:  # what has no effect on such a start is as by default
+            new[key] = old[key]
     if new["leap.start"] is not None:  # and the density that its masks keep
         new.setdefault("leap.target", old.get("leap.target"))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

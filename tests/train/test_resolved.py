@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.config.job_file import parse_job
+from leap_dist.config.json_file import read_json
 from leap_dist.train.output import check_same_job
 from tests.checkpoint.test_checkpoints import this_rank
 from tests.ranks import RankPools
@@ -30,18 +31,25 @@ KINDS: dict[str, dict[str, Any]] = {
     "fixed, from zeros": {"start": "zeros"},
     "fixed, from a folder": {"start": "masks"},
     "gumbel, from a folder": {"target": 0.5, "rule": "gumbel", "prior_mask": "masks"},
+    "of all parameters": {"target": 0.9, "gates": ["neuron"], "measure": "parameters"},
+    "of FLOPs": {"target": 0.9, "gates": ["neuron"], "measure": "flops"},
+}
+OF_ENCODERS: dict[str, dict[str, Any]] = {
+    "batches that none look at": {"target": 0.5, "dense_fraction": 0, "calibration_batches": 8},
+    "tokens that count nothing": {"target": 0.5, "tokens_per_step": 4096},
+    "one shot by rows": ONE_SHOT | {"gates": ["row"], "calibration_batches": 8},
 }
 
 
-def resolved_of(folder: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run every kind, on one rank; the config.json of each as it is written."""
+def resolved_of(folder: str, job: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Run these kinds, on one rank; the config.json of each as it is written."""
     from leap_dist.export.masks import save_masks
     from leap_dist.run_folder import read_run
     from leap_dist.train.loop import run_job
 
     base = Path(folder)
     found: dict[str, Any] = {}
-    for kind, leap in KINDS.items():
+    for kind, leap in kinds.items():
         own = job | {"leap": leap}
         if leap.get("start") is not None:
             own["model"] = {"name": str(base / "one shot" / "model")}
@@ -54,6 +62,15 @@ def resolved_of(folder: str, job: dict[str, Any]) -> dict[str, Any]:
         run_job(parse_job(own), base / kind, False, this_rank())
         found[kind] = [own, json.loads((base / kind / "config.json").read_text())]
     return found
+
+
+def check(found: dict[str, Any], folder: Path) -> None:
+    """The same job, and the one that its config.json is, resume each run."""
+    for kind, (own, resolved) in found.items():
+        again = parse_job(resolved)
+        assert parse_job(again.resolved()) == again
+        for same in (own, resolved):
+            assert check_same_job("--output", folder / kind, parse_job(same), 1) == []
 
 
 def test_every_kind_of_run_can_be_resumed_and_started_from_its_own_config(
@@ -71,14 +88,19 @@ def test_every_kind_of_run_can_be_resumed_and_started_from_its_own_config(
         "train": {"max_steps": 10, "learning_rate": 1e-3},
         "tracking": {"mlflow_uri": None},
     }
-    (found,) = ranks(1).run(resolved_of, str(tmp_path), job, timeout=300)
+    (found,) = ranks(1).run(resolved_of, str(tmp_path), job, KINDS, timeout=300)
     assert list(found) == list(KINDS)
-    for kind, (own, resolved) in found.items():
-        again = parse_job(resolved)
-        assert parse_job(again.resolved()) == again
-        for same in (own, resolved):
-            assert check_same_job("--output", tmp_path / kind, parse_job(same), 1) == []
+    check(found, tmp_path)
     tokens = {kind: resolved["leap"]["tokens_per_step"] for kind, (_, resolved) in found.items()}
     budgeted = [kind for kind, number in tokens.items() if number is not None]
-    assert budgeted == ["leap", "two of four, permuted", "heads and neurons", "paper"]
+    measured = ["of all parameters", "of FLOPs"]
+    assert budgeted == ["leap", "two of four, permuted", "heads and neurons", "paper", *measured]
     assert {tokens[kind] for kind in budgeted} == {4 * 32}
+    assert {found[kind][1]["leap"]["target"] for kind in measured} == {0.9}
+
+
+def test_what_has_no_effect_on_an_encoder_is_no_change(ranks: RankPools, tmp_path: Path) -> None:
+    job = read_json(Path("configs/ds_leap.json"))
+    job |= {"train": {"max_steps": 10, "learning_rate": 1e-3}, "tracking": {"mlflow_uri": None}}
+    (found,) = ranks(1).run(resolved_of, str(tmp_path), job, OF_ENCODERS, timeout=300)
+    check(found, tmp_path)
