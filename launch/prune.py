@@ -62,12 +62,17 @@ def main() -> int:
         from leap_dist.zero.ranks import leave
 
         try:
-            code = run_process(config, arguments.output or Path("outputs", Path(source).stem), arguments.resume)
+            code = run_process(config, arguments.output or default_output(source), arguments.resume)
         except UserError as error:
             code = complain(error, first)
         leave(code)
     except UserError as error:
         return complain(error, first)
+
+
+def default_output(source: str) -> Path:
+    """outputs/ and the name of the config, which may have dots and may lack its .json."""
+    return Path("outputs", Path(source).name.removesuffix(".json"))
 
 
 def complain(error: UserError, first: bool) -> int:

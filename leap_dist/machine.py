@@ -62,10 +62,18 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that this package runs from; None outside of a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit that this package runs from; None where git does not track it, as in another project's .venv."""
+    if not _git("ls-files", Path(__file__).name):
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _git(*command: str) -> str | None:
+    """What git prints in the folder of this package; None where it fails or prints nothing."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -47,9 +47,13 @@ class BadSteps:
         before, self._left_out = self._left_out, self._engine.leap.num_left_out
         if self._left_out == before:
             self.in_a_row = 0
-        elif not (self._engine.fp16_enabled() and bool(torch.isfinite(loss))):
+        elif not self._engine.fp16_enabled() or self._is_spoiled_anywhere(loss):
             self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         return self.in_a_row >= self._limit
+
+    def _is_spoiled_anywhere(self, loss: Tensor) -> bool:
+        """Whether the loss of a rank is not finite. Collective: all ranks leave the same steps out."""
+        return bool(Ranks.here().largest((~torch.isfinite(loss)).float().reshape(1)))
 
     def message(self, done: int, checkpoint: Path | None) -> str:
         """What a user has to know of a run that ends here; `checkpoint`: the last one, which is of before."""

@@ -123,6 +123,11 @@ def _total_steps(config: JobConfig, batches: Batches | StreamBatches) -> int:
             f"train.epochs: got {config.train.epochs}; {total} optimizer steps are too few for three phases; allowed: "
             f"at least {FEWEST_STEPS}"
         )
+    if config.leap.total_steps not in (None, total):
+        raise UserError(
+            f"leap.total_steps: got {config.leap.total_steps}; train.epochs: {config.train.epochs} is {total} steps of "
+            "these data; allowed: that number, or null"
+        )
     return total
 
 

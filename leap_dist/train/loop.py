@@ -27,6 +27,7 @@ from leap_dist.models.inputs import describe_start
 from leap_dist.models.permute import order_of
 from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, HIDDEN, MODEL, RANKS, RESOLVED, SCORES
 from leap_dist.tracking.mlflow import Tracker
+from leap_dist.tracking.records import record_end
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.folder_writer import FolderWriter, needed
 from leap_dist.train.guards import BadSteps, Heartbeats, spoiled
@@ -38,7 +39,7 @@ from leap_dist.train.progress import Progress
 from leap_dist.train.reorder import save_orders
 from leap_dist.train.saving import Saver, read_progress
 from leap_dist.train.signals import Interrupted
-from leap_dist.train.summary import ending, model_tags, prefixed, print_summary, tags_of
+from leap_dist.train.summary import leap_ms, print_summary, tags_of
 from leap_dist.train.watch import NOTHING, Stopped, Watch, rungs
 from leap_dist.zero.engine import describe_gates, destroy, gather_masks, gather_weights, settle
 from leap_dist.zero.ranks import Ranks, torch_linear_put_back
@@ -109,12 +110,8 @@ def _run(job: Job, output: Path, resumes: bool) -> dict[str, Any]:
             tracker.finish("KILLED")
             raise
         if ranks.first:
-            tracker.log(job.total_steps, prefixed(state.measured) | ending(job, certificate))
-            tracker.checkpoint()
-            tracker.artifact(output / CERTIFICATE)
-            tracker.artifact(output / RESOLVED)
-            tracker.table("gates.json", certificate["gates"])
-            tracker.model(output / MODEL, job.total_steps, model_tags(certificate))
+            record_end(tracker, output, job.total_steps, state.measured, certificate, leap_ms(job))
+            shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
             print_summary(job, certificate, output)
             for path in writer.page() if writer else ():
                 tracker.artifact(path)
@@ -246,7 +243,6 @@ def _finish(job: Job, output: Path, writer: FolderWriter | None) -> dict[str, An
     )
     with needed(output / CERTIFICATE, MAKE_ROOM):
         cert.write(output / CERTIFICATE, certificate)
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     return certificate
 
 

@@ -16,10 +16,6 @@ from leap_dist.machine import machine
 from leap_dist.train.job import Job
 
 
-def prefixed(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {f"{name}_{metric}": value for name, values in measured.items() for metric, value in values.items()}
-
-
 def tags_of(job: Job, output: Path) -> dict[str, str]:
     """What distinguishes runs in MLflow, beside their parameters. The first rank's."""
     here, device = machine(), job.ranks.device
@@ -37,21 +33,10 @@ def tags_of(job: Job, output: Path) -> dict[str, str]:
     return {f"leap.{name}": str(value) for name, value in found.items()}
 
 
-def ending(job: Job, certificate: Mapping[str, Any]) -> dict[str, float]:
-    """What a finished run is compared by, beside its metrics: what is left, and what LEAP took of a pruning step."""
-    left = {
-        "pruned_density": certificate["density"],
-        "kept_weights": certificate["kept"],
-        "prunable_weights": certificate["prunable"],
-    }
-    if job.state.costs:
-        left["leap_ms"] = sum(cost[name] for cost in job.state.costs for name in TIMINGS) / len(job.state.costs)
-    return left
-
-
-def model_tags(certificate: Mapping[str, Any]) -> dict[str, str]:
-    """What a model is known by in MLflow's registry."""
-    return {f"leap.{key}": str(certificate[key]) for key in ("target", "density", "masks_sha256")}
+def leap_ms(job: Job) -> float | None:
+    """What LEAP took of a pruning step, the mean over those that were logged; None where none was."""
+    costs = job.state.costs
+    return sum(cost[name] for cost in costs for name in TIMINGS) / len(costs) if costs else None
 
 
 def print_summary(job: Job, certificate: Mapping[str, Any], output: Path) -> None:

@@ -208,6 +208,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"train_batch_size": 0}, "train_batch_size: got 0; allowed: an integer >= 1"),
         ({"zero_optimization": {"stge": 2}}, "DeepSpeedZeroConfig.stge: got 2; DeepSpeed says: Extra inputs are not "),
         ({"train": {"epochs": 0.001}}, "train.epochs: got 0.001; 5 optimizer steps are too few for three phases; "),
+        (
+            {"train": {"epochs": 0.01}, "leap": {"target": 0.3, "total_steps": 20}},
+            "leap.total_steps: got 20; train.epochs: 0.01 is 52 steps of these data; allowed: that number, or null",
+        ),
     ],
 )
 def test_a_mistake_beside_the_job_file_is_one_message(
@@ -400,3 +404,8 @@ def test_one_shot_that_was_killed_starts_anew(ranks: RankPools, tmp_path: Path) 
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert ranks(1).run(run_in_rank, job, str(folder)) == [""]
     assert json.loads((folder / "certificate.json").read_text("utf-8")) == whole
+
+
+@pytest.mark.parametrize("name", ["llama3.2_1b", "llama3.2_1b.json", "some/where/llama3.2_1b.json"])
+def test_a_run_without_an_output_has_the_name_of_its_config(name: str) -> None:
+    assert load_script("prune").default_output(name) == Path("outputs/llama3.2_1b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,25 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(
     assert all(other == found[0] for other in found)
     assert (found[0]["total"], found[0]["too many"], found[0]["steps"]) == (3, [31], TOTAL)
     assert found[0]["density"] < 0.9  # the schedule went on
+
+
+def bad_fp16_steps() -> list[bool]:
+    """Four steps that fp16 left out; of the last two the loss was finite on no rank, or on the first one alone."""
+    from leap_dist.train.guards import BadSteps
+
+    first = this_rank().rank == 0
+    leap = SimpleNamespace(num_left_out=0)  # DeepSpeed has no fp16 on a CPU; what it left out is the same on all ranks
+    bad = BadSteps(SimpleNamespace(leap=leap, fp16_enabled=lambda: True), 2)
+    asked = []
+    for own in (1.0, 1.0, float("nan"), 1.0 if first else float("inf")):
+        leap.num_left_out += 1
+        asked.append(bad.after(torch.tensor(own)))
+    assert bad.total == 2
+    return asked
+
+
+def test_ranks_count_a_loss_alike_that_is_finite_on_one_of_them_under_fp16(ranks: RankPools) -> None:
+    assert ranks(2).run(bad_fp16_steps) == [[False, False, False, True]] * 2
 
 
 def test_memory_that_is_short_is_told_from_other_faults() -> None:
