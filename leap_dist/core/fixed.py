@@ -37,28 +37,36 @@ def _whole(name: str, shape: Shape) -> Slice:
     return Slice(name, shape[0], torch.Size(shape[1:]).numel(), 1, 1, counted=len(shape) > 1)
 
 
-def put_masks_(gating: Gating, fixed: Fixed) -> list[int]:
-    """Make MASK what is fixed; returns the kept units of every gate. Collective.
+def check_order(gating: Gating, fixed: Fixed) -> None:
+    """Raise UserError for masks of an order without a name on a model that has weights where they prune. Collective.
 
-    Raises UserError for masks of an order without a name on a model that has weights where they prune.
+    For a model as it was loaded: weights that were trained are not zero any more.
     """
-    kept = torch.zeros(len(gating.plan.gates) + 1, dtype=torch.int64, device=gating.device)
+    if fixed.order is not None:
+        return
+    others = torch.zeros(1, dtype=torch.int64, device=gating.device)
+    for fragment in gating.weights:
+        mask = unpack(fixed.masks[fragment.tensor], fragment.start, fragment.length)
+        others += torch.count_nonzero(gating.state(fragment, LATENT) * ~mask.to(gating.device))
+    if number := int(gating.communicator.sum_(others)):
+        raise UserError(
+            f"{fixed.key}: leap.permute put the columns of the model that the masks are of in another order, and "
+            f"{number} of the weights that they prune are not zero in this one; {ALLOWED}"
+        )
+
+
+def put_masks_(gating: Gating, fixed: Fixed) -> list[int]:
+    """Make MASK what is fixed; returns the kept units of every gate. Collective."""
+    kept = torch.zeros(len(gating.plan.gates), dtype=torch.int64, device=gating.device)
     for fragment in gating.weights:
         mask = gating.state(fragment, MASK)
         if fixed.masks:
             mask.copy_(unpack(fixed.masks[fragment.tensor], fragment.start, fragment.length))
         else:
             torch.ne(gating.state(fragment, LATENT), 0, out=mask)
-        if fixed.order is None:
-            kept[-1] += torch.count_nonzero(gating.state(fragment, LATENT) * ~mask)
         for cover in gating.plan.covers[fragment.tensor]:
             kept[cover.gate] += torch.count_nonzero(mask)
-    *found, others = gating.communicator.sum_(kept).tolist()
-    if others:
-        raise UserError(
-            f"{fixed.key}: leap.permute put the columns of the model that the masks are of in another order, and "
-            f"{others} of the weights that they prune are not zero in this one; {ALLOWED}"
-        )
+    found: list[int] = gating.communicator.sum_(kept).tolist()
     return found
 
 

@@ -12,7 +12,7 @@ from leap_dist.config.leap import LeapConfig
 from leap_dist.core import thresholds as th
 from leap_dist.core.closed_form import closed_form
 from leap_dist.core.counting import SLACK
-from leap_dist.core.fixed import Fixed, put_masks_
+from leap_dist.core.fixed import Fixed, check_order, put_masks_
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import Gating
 from leap_dist.core.importance import Norms, write_importance_
@@ -77,6 +77,8 @@ class Level:
         self.soft = Soft(gating, self.config, self.schedule, seed) if self.config.rule == "gumbel" else None
         if not self.plan.gates:
             return
+        for given in filter(None, (self.fixed, self._prior)):
+            check_order(gating, given)
         if self.fixed is not None:
             self._fix(self.fixed)
             return
@@ -134,8 +136,8 @@ class Level:
         """Give the scores their start, once. Collective.
 
         Where that waits for inputs it is added to what the scores have moved: as long as nothing is masked no gradient
-        depends on them, so it is as if they had started there. Where nothing is learned from it, it stays |W| or
-        |W| ||x|| to the bit.
+        depends on them, so it is as if they had started there. In one shot, where only their order counts, |W| is not
+        divided by its mean.
         """
         config, norms = self.config, None
         if self.started:
@@ -278,7 +280,7 @@ class Level:
             sigma, keep = th.project_exact(self.remaining, sigma, temperature, target, self._amount)
             self._gating.write_thresholds(sigma)
             self._use(keep)
-        self.settled = True
+        self.settled, self.regulariser = True, {}
 
     def _thresholds(self) -> Tensor:
         sigma = self._gating.gather_thresholds()
@@ -347,6 +349,8 @@ class Level:
         if self._made is not None and self.fixed is None:
             self._masks.make(self._made)
             self._masks.note_flips()
+        elif self._made is None:
+            self._gating.unit_mask.fill_(True)
 
     def take_plain_state(self, saved: Mapping[str, Any]) -> None:
         """Continue from `plain_state()`, after scores and masks were put in place. Local."""

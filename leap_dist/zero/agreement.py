@@ -16,7 +16,7 @@ from leap_dist.zero.ranks import Ranks
 def agreement(engine: Any, ranks: Ranks) -> None:
     """Raise RuntimeError, on every rank, if kept counts, thresholds or schedule differ between ranks. Collective.
 
-    Masks are sharded, but every rank chooses them from these. 56 bytes a rank are gathered.
+    Masks are sharded, but every rank chooses them from these. 48 bytes a rank are gathered.
     """
     values = _values(engine)
     found = torch.stack(ranks.gather(torch.tensor([_digest(value) for value in values.values()])))

@@ -20,9 +20,9 @@ def calibrate(engine: Any, batches: Iterable[Any], notify: Callable[[int, int], 
     """Measure ||x_j||, the norms of what gated layers are given, for leap.score_init "activation"; before any mask.
 
     batches: what the engine is called with, of this rank: dicts by keyword, tuples and lists by position, or tensors.
-    leap.calibration_batches of them are used, over all ranks together. The passes run in evaluation mode, without
-    gradients, and change no weight. `notify` is called after each with how many of this rank's are done, of how many.
-    Returns how many counted, over all ranks.
+    leap.calibration_batches of them are used over all ranks together, rounded up to as many on each. The passes run
+    in evaluation mode, without gradients, and change no weight. `notify` is called after each with how many of this
+    rank's are done, of how many. Returns how many counted, over all ranks.
 
     Raises UserError, on every rank, where scores start from something else or have started, and where no rank has a
     batch. Collective.

@@ -108,10 +108,11 @@ class Listener:
         mask = self._mask_of(x)
         if mask is None or x.dim() < 2:
             return x
-        if x.shape[:2] != mask.shape and (x.dim() > 2 or len(x) != mask.numel()):
+        whole = x.dim() > 2 and x.shape[:2] == mask.shape  # of two axes the second is features, whatever its length
+        if not whole and (x.dim() > 2 or len(x) != mask.numel()):
             return x
         kept = mask.to(x.device) != 0
-        kept = kept if x.shape[:2] == mask.shape else kept.flatten()
+        kept = kept if whole else kept.flatten()
         return torch.where(kept.view(*kept.shape, *[1] * (x.dim() - kept.dim())), x, 0.0)
 
     def _mask_of(self, x: Tensor) -> Tensor | None:

@@ -50,6 +50,15 @@ def test_a_target_that_is_met_needs_no_words(kind: str) -> None:
     assert pruned(kind).level.note() is None
 
 
+def test_a_settled_run_has_no_regulariser() -> None:
+    model = net("element")
+    optimizer = build(model, leap("element", STEPS, control="paper"), "element")
+    train(model, optimizer, STEPS // 2)
+    assert set(optimizer.level.regulariser) == {"lambda", "loss_reg"}
+    train(model, optimizer, STEPS - STEPS // 2)
+    assert optimizer.settled and optimizer.level.regulariser == {}
+
+
 def broken(optimizer: LeapAdamW, place: str, value: float) -> None:
     """Put a value into the scores of the gate where all others are worse."""
     for fragment in optimizer.gating.weights + optimizer.gating.own_scores + optimizer.gating.own_thresholds:

@@ -228,3 +228,12 @@ def test_total_steps_are_needed() -> None:
     config = leap("element", 100).model_copy(update={"total_steps": None})
     with pytest.raises(UserError, match=r"leap\.total_steps: missing"):
         LeapAdamW([{"params": []}], GatePlan([]), config)
+
+
+def test_scores_from_gradients_need_a_step() -> None:
+    """Without one all of them were 0, and the first weights of every matrix stayed."""
+    model = net()
+    optimizer = build(model, leap("element", STEPS, score_init="gradient"))
+    model(next(iter(batches(1)))[0])
+    with pytest.raises(UserError, match=r"^leap\.score_init: scores start from gradients, and there was no step; "):
+        optimizer.settle()

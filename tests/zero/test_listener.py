@@ -103,6 +103,16 @@ def test_padding_is_left_out(make: Callable[[], nn.Module], positional: bool) ->
     same(squares(inputs), expected, MASK)
 
 
+def test_features_are_no_tokens_where_there_are_as_many() -> None:
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    inputs = listening(model, include=["pooler.dense.weight"])
+    mask = torch.ones(2, 8)  # the pooler is given (2, 8 features)
+    mask[:, 5:] = 0
+    expected = seen_by(model, lambda: model(torch.arange(16).view(2, 8), attention_mask=mask))
+    same(squares(inputs), expected)
+
+
 def test_an_encoder_and_a_decoder_have_masks_of_their_own() -> None:
     torch.manual_seed(0)
     config = T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, dropout_rate=0.0)

@@ -15,7 +15,7 @@ from leap_dist.core.fixed import Fixed
 from leap_dist.core.oracle import Oracle
 from leap_dist.errors import UserError
 from leap_dist.models.plan import make_plan, prior_of
-from tests.core.test_optimizer import build, step_both
+from tests.core.test_optimizer import build, step_both, train
 from tests.peers.nets import LR, WEIGHT_DECAY, batches, leap, net, relative_error
 from tests.ranks import RankPools
 from tests.zero.test_fixed import run
@@ -42,6 +42,24 @@ def test_equals_the_oracle(kind: str, weights: str) -> None:
     expected = oracle.masked_weights()
     for name, parameter in model.named_parameters():
         assert relative_error(parameter, expected[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("weights", ["frozen", "trained"])
+def test_masks_without_the_name_of_their_order_are_judged_before_the_first_step(weights: str) -> None:
+    config, drawn = leap("element", 40, rule="gumbel", weights=weights), torch.Generator().manual_seed(3)
+    model, plan = net(), build(net(), config).plan
+    masks = {name: torch.rand(plan.numel(name), generator=drawn) < 0.3 for name in plan.covers}
+    given = Fixed({n: torch.from_numpy(np.packbits(m.numpy())) for n, m in masks.items()}, None, "leap.prior_mask")
+    with pytest.raises(
+        UserError, match=r"^leap\.prior_mask: leap\.permute put .* that they prune are not zero"
+    ):
+        build(model, config, prior=given)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask.view_as(model.get_parameter(name)))
+    optimizer = build(model, config, prior=given)
+    train(model, optimizer, 40)
+    assert optimizer.settled
 
 
 def chain(folder: str, stage: int) -> list[Any]:
