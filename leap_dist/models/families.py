@@ -7,6 +7,7 @@ as in the paper; body.py tells them apart by structure.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,7 @@ def prunable_matrices(model: nn.Module, family: FamilyConfig | None = None) -> l
         names = names[:-1]
     family = family or family_of(model)
     fused = tuple(f".{tensor}" for block in family.experts for tensor in block.tensors) if family else ()
-    chosen = {f"{name}.weight" for name in names}
+    chosen = {f"{name}.weight" for name in names} | {n for n in fused_experts(model) if n.startswith(layers)}
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return [name for name in every if name in chosen or name.endswith(fused)]
 
@@ -51,6 +52,18 @@ def computed_weights(model: nn.Module) -> dict[str, str]:
             makers = [type(maker).__name__ for maker in (*parametrized, *module._forward_pre_hooks.values())]
             found[name] = ", ".join(makers) or "something else"
     return found
+
+
+def fused_experts(model: nn.Module) -> Iterator[str]:
+    """Names of the weights that hold all experts of a block, a matrix each.
+
+    transformers gives them no layers of their own, in some sixty architectures; it calls their modules ...Experts.
+    """
+    for path, module in model.named_modules():
+        if "Experts" in type(module).__name__:
+            for name, p in module.named_parameters(recurse=False):
+                if len(getattr(p, "ds_shape", p.shape)) == 3:
+                    yield f"{path}.{name}".removeprefix(".")
 
 
 def is_conv1d(module: nn.Module) -> bool:

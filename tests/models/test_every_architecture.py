@@ -42,6 +42,11 @@ ASKED: dict[str, dict[str, Any]] = {
 """What a config has to be given before transformers builds the model."""
 ROUTERS = {"longcat_flash": ".mlp.router.", "zaya": ".mlp.gate."}
 """Where a router has several layers, or more outputs than experts."""
+EXPERTS = tuple(
+    [f"experts.{name}_proj" for name in ("gate_up", "gate", "up", "down")]
+    + [f".{name}_linear.weight" for name in ("input", "output")]  # of JetMoe
+)
+"""How the fused weights of experts end."""
 BY_TASK = {("reformer", "masked word"): {"is_decoder": False}}
 
 
@@ -113,5 +118,6 @@ def test_what_is_pruned_by_default(kind: str) -> None:
             for name, module in model.named_modules()
             if id(module) in inside and not is_router(kind, name, module, counts)
         }
-        received = {name for name in prunable_matrices(model) if model.get_parameter(name).dim() == 2}
+        expected |= {n for n, p in model.named_parameters() if p.dim() == 3 and n.endswith(EXPERTS)}
+        received = set(prunable_matrices(model))
         assert received == expected, (type(model).__name__, received ^ expected)

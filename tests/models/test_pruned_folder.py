@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from leap_dist.errors import UserError
-from leap_dist.models.pruned_folder import load_pruned, save_shrunk
+from leap_dist.models.blocks import find_structures
+from leap_dist.models.pruned_folder import as_stock, load_pruned, save_pruned, save_shrunk
 from leap_dist.models.pruned_json import PrunedJson, describe_file
-from tests.models.tiny import mask_some_, save_masked, tiny
+from tests.models.tiny import mask_some_, mask_units_, save_masked, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,28 @@ def test_an_older_export_is_replaced_and_a_foreign_folder_is_not(tmp_path: Path)
         UserError, match=r"other: exists and holds no pruned model; remove it, or choose another folder"
     ):
         save_masked(model, tmp_path / "other")
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_settings_of_generation_stay(stock: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = {"eos_token_id": [2, 7], "temperature": 0.5, "do_sample": True, "max_new_tokens": 9}
+    model = tiny("llama", "AutoModelForCausalLM")
+    model.generation_config.update(**settings)
+    for number, structure in enumerate(find_structures(model)):
+        if structure.kind == "neuron" and (stock or number == 1):
+            mask_units_(model, structure, range(4))
+    manifest, _ = save_masked(model, tmp_path / "small")
+    assert manifest.stock == stock
+    pruned = load_pruned(tmp_path / "small")
+    save_pruned(pruned, tmp_path / "again", like=tmp_path / "small")
+    found = [pruned, load_pruned(tmp_path / "again")]
+    if stock:
+        whole = {structure.name: range(structure.num_units) for structure in find_structures(model)}
+        found += [as_stock(model, whole), AutoModelForCausalLM.from_pretrained(tmp_path / "small")]
+    for each in found:
+        assert settings.items() <= each.generation_config.to_dict().items()
 
 
 def test_units_that_are_not_those_of_the_model_are_refused(tmp_path: Path) -> None:
