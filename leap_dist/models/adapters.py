@@ -61,6 +61,8 @@ def _problem(layer: Any) -> str | None:
 
     if type(layer) is not lora.Linear or not isinstance(layer.get_base_layer().weight, nn.Parameter):
         return f"its adapter is {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__}"
+    if any(layer.lora_bias.values()):  # merged, it is added where a removed unit's bias is zero
+        return "its adapter has a bias of its own (lora_bias)"
     if layer.merged:
         return "its adapter is merged already"
     others = [variant for variant in layer.lora_variant.values() if type(variant).__name__ != "MaskedLora"]

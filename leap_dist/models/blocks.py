@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from operator import attrgetter
 
 import torch
 from torch import nn
 
 from leap_dist.config.family import AttentionFamily, ExpertsFamily, FamilyConfig, FfnFamily
+from leap_dist.config.section import nearest
 from leap_dist.errors import UserError
 from leap_dist.models.families import family_of
 from leap_dist.models.layer import Layer, layer_paths
@@ -58,6 +60,8 @@ def find_blocks(model: nn.Module, family: FamilyConfig | None = None) -> list[Bl
         Layer(path, index, modules, shapes, strict=family is not None)
         for index, path in enumerate(layer_paths(modules, table.layers, strict=family is not None))
     ]
+    if family is not None:
+        _check_names(model, family, layers[0])
     blocks: list[Block] = []
     sections: dict[str, tuple[BlockFamily, ...]] = {key: getattr(table, key) for key in ("attention", "ffn", "experts")}
     for section, entries in sections.items():
@@ -69,6 +73,21 @@ def find_blocks(model: nn.Module, family: FamilyConfig | None = None) -> list[Bl
             blocks += [block for layer in found for block in _blocks(layer, key, entry)]
     order = {name: place for place, name in enumerate(shapes)}
     return sorted(blocks, key=lambda block: min(order[part.tensor] for part in block.structure.parts))
+
+
+def _check_names(model: nn.Module, family: FamilyConfig, layer: Layer) -> None:
+    """Raise UserError for names that are read only once a model is made smaller: after the whole run."""
+    keys = {f"family.hidden[{number}]": name for number, name in enumerate(family.hidden)}
+    keys["family.epsilon"] = family.epsilon or ""
+    keys |= {f"family.experts[{i}].config_top_k": own.config_top_k or "" for i, own in enumerate(family.experts)}
+    config = getattr(model, "config", None)
+    known = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    for key, name in keys.items():
+        if name and known and not hasattr(config, name):
+            raise UserError(f'{key}: got "{name}"; the config of the model has no such key{nearest(name, known)}')
+    if isinstance(family.adds, str):
+        paths = layer_paths(layer.modules, family.whole or family.layers, True, "whole" if family.whole else "layers")
+        replace(layer, path=paths[0]).attribute("family.adds", family.adds)
 
 
 def _blocks(layer: Layer, key: str, entry: BlockFamily) -> Iterator[Block]:
@@ -152,6 +171,8 @@ def _keeps_zero(layer: Layer, key: str, activation: str | None) -> bool:
 
 
 def _experts(layer: Layer, key: str, entry: ExpertsFamily) -> Block:
+    for path in entry.top_k:
+        layer.attribute(f"{key}.top_k", path)
     router = f"{layer.full(entry.router)}.weight"
     units = layer.shapes[router][0]
     parts = (

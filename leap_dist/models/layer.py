@@ -97,8 +97,8 @@ class Layer:
         return value
 
 
-def layer_paths(names: Iterable[str], patterns: Sequence[str], strict: bool) -> list[str]:
-    """The module paths that the patterns give, in the model's order."""
+def layer_paths(names: Iterable[str], patterns: Sequence[str], strict: bool, key: str = "layers") -> list[str]:
+    """The module paths that the patterns of a key of the table give, in the model's order."""
     names = [name for name in names if name]
     found: set[str] = set()
     for pattern in patterns:
@@ -107,9 +107,7 @@ def layer_paths(names: Iterable[str], patterns: Sequence[str], strict: bool) -> 
         if strict and not matched:
             near = nearest(pattern, names)
             examples = ", ".join(names[-3:])
-            raise UserError(
-                f"family.layers: {pattern!r} matches no whole module path; paths look like {examples}{near}"
-            )
+            raise UserError(f"family.{key}: {pattern!r} matches no whole module path; paths look like {examples}{near}")
         found |= matched
     return [name for name in names if name in found]
 

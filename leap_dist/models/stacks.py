@@ -54,7 +54,8 @@ def find_stacks(model: nn.Module, family: FamilyConfig | None = None) -> list[St
     counted, shapes, owners = set(prunable_matrices(model, family)), tensor_shapes(model), Owners(model)
     needed = {block.layer for block in find_blocks(model, family) if is_anchored(block, modules)}
     found = []
-    for name, layers in _lists(layer_paths(modules, table.whole or table.layers, strict=family is not None)):
+    key, patterns = ("whole", table.whole) if table.whole else ("layers", table.layers)
+    for name, layers in _lists(layer_paths(modules, patterns, family is not None, key)):
         tensors = [{t: t in counted for t in shapes if t.startswith(f"{layer}.")} for layer in layers]
         beside = f"{name.rpartition('.')[0]}.{table.after_first}".removeprefix(".")
         units = [

@@ -38,10 +38,11 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with at least one answer; `place`: where the row stands."""
+    """Messages with at least one answer; `place`: where the row stands; `tools`: functions that may be called."""
 
     place: str
     messages: tuple[Message, ...]
+    tools: tuple[Any, ...] = ()
 
 
 def read_messages(value: Any, place: str, column: str) -> tuple[Message, ...]:
@@ -73,7 +74,7 @@ def _message(value: Any, where: str) -> Message:
 def conversation(row: Mapping[str, Any], place: str, columns: Sequence[str]) -> Conversation:
     """One column: messages. Two: the prompt and the answer, each text or messages; three: an input behind the prompt.
 
-    What follows the last answer is left out: nothing is learned from it.
+    What follows the last answer is left out: nothing is learned from it. A column "tools" beside goes to the template.
     """
     if len(columns) == 1:
         messages = read_messages(row.get(columns[0]), place, columns[0])
@@ -86,11 +87,19 @@ def conversation(row: Mapping[str, Any], place: str, columns: Sequence[str]) -> 
     if not last:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"{place}: no answer, the messages are of {roles}; allowed: at least one of {ANSWERS}")
-    return Conversation(place, messages[:last])
+    return Conversation(place, messages[:last], _tools(row.get("tools"), place))
+
+
+def _tools(value: Any, place: str) -> tuple[Any, ...]:
+    if value is not None and not isinstance(value, list):
+        raise UserError(f'{place}, column "tools": got {str(value)[:40]}; allowed: a list of functions, or nothing')
+    return tuple(value or ())
 
 
 def _part(value: Any, column: str, place: str, role: str, added: str = "") -> tuple[Message, ...]:
     if isinstance(value, list):
+        if added:
+            raise UserError(f'{place}, column "{column}": messages, which an input cannot follow; allowed there: text')
         return read_messages(value, place, column)
     text = cell_text(value, place, column)
     if role == ANSWERS and not text.strip():
@@ -133,7 +142,11 @@ class ChatEncoder:
         """(ids, whether each is an answer's), by the template itself."""
         with _others_template(row):
             encoded: Any = self._tokenizer.apply_chat_template(
-                list(row.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                list(row.messages),
+                tools=list(row.tools) or None,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
             )
         return np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"]) == 1
 
@@ -171,9 +184,12 @@ class ChatEncoder:
         """The text of the first `num` messages, "" of none; with the prompt for an answer."""
         if not num:
             return ""
-        messages = list(row.messages[:num])
+        messages, tools = list(row.messages[:num]), list(row.tools) or None
         with _others_template(row):
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+            text = self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+        return str(text)
 
     def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """(ids, whether each begins in a span)."""
@@ -219,7 +235,7 @@ def chat_table(
         columns = {key: [example[key] for example in examples] for key in ("input_ids", "attention_mask", "labels")}
         return flat(columns) | {"cut": np.array([encoder.cut, encoder.lost])}
 
-    parts = ("chats", longest, encoder.template, *(row.messages for row in rows))
+    parts = ("chats", longest, encoder.template, *((row.messages, row.tools) for row in rows))
     arrays = dict(cached(tokenizer, parts, make))
     cut, lost = arrays.pop("cut").tolist()
     table = TokenTable(arrays)

@@ -31,9 +31,8 @@ CHATS = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "input", "output"),
-    ("instruction", "output"),
 )
-"""Columns of conversations, the first that are there: messages, or a prompt, sometimes with an input, and an answer."""
+"""Columns of conversations, the first that are there: messages, or a prompt and an answer; a row may lack an input."""
 
 
 @dataclass
@@ -111,7 +110,7 @@ def columns_of(data: DataConfig, row: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns that are read: data.text, or by their names. Raises UserError where it is not clear which."""
     if data.text is not None:
         return data.text
-    chats = next((columns for columns in CHATS if row.keys() >= set(columns)), None)
+    chats = next((columns for columns in CHATS if row.keys() >= {columns[0], columns[-1]}), None)
     if chats is None:
         return TEXT
     if TEXT[0] in row:

@@ -191,6 +191,17 @@ def test_an_adapter_that_cannot_be_held_is_refused(targets: Any, settings: Any, 
     )
 
 
+def test_an_adapter_with_a_bias_of_its_own_is_refused() -> None:
+    """It would be added to the zero bias of a unit that was removed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 40}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48, attention_bias=True))
+    cut_(model)
+    with pytest.raises(UserError, match=r"its adapter has a bias of its own \(lora_bias\): merged, they would be lost"):
+        leap_dist.hold_zeros(adapted(model, ["q_proj"], lora_bias=True))
+
+
 def test_what_is_merged_or_has_no_adapter_is_refused() -> None:
     model = language_model()
     cut_(model)

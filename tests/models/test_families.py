@@ -190,6 +190,16 @@ def changed(section: str, **fields: Any) -> dict[str, Any]:
             NEOX | {"experts": {"module": "mlp", "router": "mlp.dense_h_to_4h", "tensors": "mlp.dense_h_to_4h.weigh"}},
             r"^family\.experts\[0\]\.tensors: got .* no such tensor; did you mean mlp\.dense_h_to_4h\.weight",
         ),
+        (
+            NEOX | {"hidden": ["hiden_size"]},
+            r'^family\.hidden\[0\]: got "hiden_size"; the config .* no such key; did you mean hidden_size\?$',
+        ),
+        (NEOX | {"epsilon": "eps"}, r'^family\.epsilon: got "eps"; the config of the model has no such key'),
+        (NEOX | {"adds": "norm_frist"}, r'^family\.adds: got "norm_frist"; layers\.0 has no such attribute'),
+        (
+            NEOX | {"whole": "re:layer", "adds": "use_parallel_residual"},
+            r"^family\.whole: 're:layer' matches no whole module path",
+        ),
     ],
 )
 def test_wrong_names_are_refused(section: dict[str, Any], match: str) -> None:

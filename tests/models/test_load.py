@@ -384,6 +384,16 @@ def test_numbers_that_are_no_weights(change: Any, message: str, folder: Path) ->
         load_model(ModelConfig(name=str(folder)), make_task())
 
 
+def test_masks_in_bytes_that_older_versions_saved_are_no_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+    tensors["encoder.layer.0.attn.bias"] = mask
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(ModelConfig(name=str(folder)), make_task())
+
+
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8", "of a later version"])
 def test_a_quantised_model(method: str, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())

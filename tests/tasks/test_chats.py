@@ -142,6 +142,27 @@ def test_an_input_follows_its_instruction(rows: Any, speaker: Any) -> None:
     assert "<|user|>\nAdd.\n\n1 2<|end|>" in speaker.decode(example["input_ids"])
 
 
+def test_a_row_may_have_an_input_where_the_first_has_none(rows: Any, speaker: Any) -> None:
+    speaker.chat_template = TEMPLATES["plain"]
+    bare = {"instruction": "Where is Rome?", "output": "In Italy."}
+    task = load_task(rows([bare, {"instruction": "Add.", "input": "1 2", "output": "3"}]), speaker)
+    texts = [speaker.decode(example["input_ids"]) for example in task.train]
+    assert any("<|user|>\nAdd.\n\n1 2<|end|>" in text for text in texts) and len(texts) == 2
+    with pytest.raises(UserError, match=r'column "instruction": messages, which an input cannot follow'):
+        load_task(rows([bare, {"instruction": TURNS[:2], "input": "1 2", "output": "3"}]), speaker)
+
+
+def test_tools_go_to_the_template(rows: Any, speaker: Any) -> None:
+    speaker.chat_template = "{% for tool in tools or [] %}[{{ tool['name'] }}]{% endfor %}" + TEMPLATES["plain"]
+    task = load_task(
+        rows([{"messages": TURNS, "tools": [{"name": "map"}]}, {"messages": TURNS, "tools": None}]), speaker
+    )
+    starts = {speaker.decode(example["input_ids"])[:5] for example in task.train}
+    assert "[map]" in starts and len(starts) == 2
+    with pytest.raises(UserError, match=r'column "tools": got map; allowed: a list of functions, or nothing'):
+        load_task(rows([{"messages": TURNS, "tools": "map"}]), speaker)
+
+
 def test_long_conversations_are_cut_and_counted(rows: Any, speaker: Any, caplog: pytest.LogCaptureFixture) -> None:
     speaker.chat_template = TEMPLATES["plain"]
     late = [{"role": "user", "content": "x" * 200}, TURNS[2]]
