@@ -3,7 +3,8 @@
 The walk is an ordinary run to the lowest target. Its level comes down step by step, so it passes every higher target;
 one step before it does, it leaves a snapshot. A rung is a job that resumes from there as if it had been interrupted:
 its schedule says that the prune phase ends with the next step, exactly at its own target, and that as many steps
-follow to settle as in the walk. n targets cost one run and n - 1 settle phases.
+follow to settle as in the walk. n targets cost one run and n - 1 settle phases. Where the walk passes a target in its
+very first steps, as it may without a dense phase, there is nothing to branch off from: that rung starts by itself.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def _walk(sweep: SweepConfig, lowest: Settings, higher: list[Settings], name: di
     rungs = []
     for settings in higher:
         start = rung_start(schedule, settings[TARGET])
-        snapshots[start - 1] = f"{SNAPSHOTS}/{walk}/{start - 1}"
+        if start > 1:
+            snapshots[start - 1] = f"{SNAPSHOTS}/{walk}/{start - 1}"
         rung = job_of(sweep, {**settings, **_rung_settings(schedule, start)})
-        rungs.append(Trial(name[json.dumps(settings)], settings, rung, branch=snapshots[start - 1]))
+        rungs.append(Trial(name[json.dumps(settings)], settings, rung, branch=snapshots.get(start - 1)))
     return [*rungs, Trial(walk, lowest, config, snapshots)]
 
 

@@ -145,6 +145,12 @@ class Line:
         if all(self.is_done(trial.name) for trial in self.trials):
             shutil.rmtree(self.folder / SNAPSHOTS, ignore_errors=True)
 
+    def publish(self) -> None:
+        """Copy what the place of the results lacks of finished trials: it was not reached, or a call was cut off."""
+        with warn_if_unwritten(Path("the copy of finished trials"), self.board.tell):
+            for name in self.storage.lacking(trial.name for trial in self.trials if self.is_done(trial.name)):
+                self.storage.publish(name)
+
     def judge(self, name: str, verdict: Mapping[str, Any]) -> None:
         """Write down what early stopping has decided on a trial."""
         self._write(JUDGED, name, verdict)

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leap_dist.config.sections import JobConfig
+from leap_dist.console import console
 from leap_dist.errors import UserError
+from leap_dist.secrets import hide_secrets, remember_all
 from leap_dist.train.watch import Stopped, Watch
 
 LOCKS = ".locks"  # folder of the sweep
@@ -104,6 +106,7 @@ class Rank:
 
         self._began = time.monotonic()
         self._state, self._verdict = State(), True
+        remember_all(work.config.model_dump())  # what it holds may be quoted by an error, and stays in this process
         try:
             with _alone(work.output) if self._ranks.first else nullcontext():
                 self._run(work)
@@ -117,7 +120,7 @@ class Rank:
                 raise ConnectionError("another rank is gone") from None
             outcome = Outcome("failed", time.monotonic() - self._began, _last_words(error))
             with suppress(OSError):  # a full disk: the last words are in the outcome
-                _log(work.output).write_text(traceback.format_exc(), encoding="utf-8")
+                _log(work.output).write_text(hide_secrets(traceback.format_exc()), encoding="utf-8")
         gc.collect()
         return outcome
 
@@ -162,6 +165,7 @@ def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
 
     _log(work.output).unlink(missing_ok=True)
     if (work.output / CERTIFICATE).is_file():
+        _complete(work)
         return "finished"
     if latest_checkpoint(work.output / CHECKPOINTS) is not None:
         return "resume"
@@ -170,6 +174,20 @@ def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
         return "new"
     branch_off(work.branch, work.output, work.config)
     return "resume"
+
+
+def _complete(work: Work) -> None:
+    """What a try lacks that was killed once it had its certificate. What cannot be done now the next call does."""
+    from leap_dist.tracking.completion import complete, is_incomplete
+
+    def tell(text: str) -> None:
+        console().print(text, markup=False, soft_wrap=True)
+
+    try:
+        if is_incomplete(work.output):
+            complete(work.output, work.config.tracking.mlflow_uri, tell)
+    except UserError as error:
+        tell(f"{work.output.name}: {error}")
 
 
 @contextmanager
@@ -186,7 +204,8 @@ def _alone(output: Path) -> Iterator[None]:
 
 
 def _last_words(error: Exception) -> str:
-    text: list[Any] = str(error).strip().splitlines()
+    """The first line of an error, without secrets: they are hidden before it is cut, which would leave a part."""
+    text: list[Any] = hide_secrets(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no more words'}"[:300]
 
 

@@ -61,6 +61,7 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
             with line.board:
                 _complete(line)
                 run(line, tracker.run_id)
+                line.publish()
             line.flush()
             results = collect(sweep, line.trials, line.ended, storage.folder, metric)
             num_done = sum(result.outcome == "done" for result in results)

@@ -108,7 +108,9 @@ def complete(client: MlflowClient, run_id: str, tags: Mapping[str, str], step: i
     if files is not None:
         store_files(client, model, files)
     client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    outputs = client.get_run(run_id).outputs
+    if outputs is None or all(output.model_id != model.model_id for output in outputs.model_outputs):
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
 
 
 def give_up(client: MlflowClient, run_id: str) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +22,7 @@ from leap_dist.secrets import hide_in, hide_secrets, remember
 from leap_dist.tracking.delivery import MAX_BATCH, Delivery, Sender, check_paths
 from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.logged_model import check_has_models
+from leap_dist.tracking.records import Recorder, now, record_end_of
 from leap_dist.tracking.store import (
     begin,
     check_is_store,
@@ -43,12 +43,11 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 SYNC = "python launch/compare.py --sync"
-SYSTEM = "system/"  # how measures of the machine begin
 MAX_KEY = 250  # characters that MLflow takes in a parameter's name
 MAX_VALUE = 500  # characters of a parameter's value that every MLflow server since 1.0 takes
 
 
-class Tracker:
+class Tracker(Recorder):
     """An MLflow run as a context manager; without `enabled`, or with a null URI, it does nothing.
 
     config: the resolved job, logged as parameters with dotted keys. run_id: a run to resume (a resumed
@@ -69,17 +68,14 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
+        super().__init__(None, folder, tracking)
         self._config = config
         self._uri = tracking.mlflow_uri if enabled else None
         remember(self._uri or "")
         name = tracking.run_name or (folder.resolve().name if folder else None)
-        self._keeps = tracking.log_model, tracking.register
-        self._last: dict[str, Any] = {}  # what `log` has recorded last
         self._about = hide_in({"experiment": tracking.experiment, "name": name, "parent": tracking.parent_run})
         self._run_id = run_id
         self._tags = tags or {}
-        self._folder = folder
-        self._journal: Journal | None = None
         self._sender: Sender | None = None  # None: nothing is recorded
         self._system = System()
         self._held = contextlib.ExitStack()
@@ -107,41 +103,8 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record measures of an optimizer step, and from time to time those of the machine."""
-        if self._sender is None or self._journal is None:
-            return
-        self._last = {}
-        if values := self._journal.new_metrics(step, {**metrics, **self._system.sample()}):
-            self._last = {"step": step, "values": values, "time": _now()}
-            self._add("metrics", **self._last)
-
-    def checkpoint(self) -> None:
-        """The run has saved its model: what was logged last is recorded as measures of the model, too."""
-        if values := {key: value for key, value in self._last.get("values", {}).items() if not key.startswith(SYSTEM)}:
-            self._add("linked", **{**self._last, "values": values})
-        self._last = {}
-
-    def artifact(self, path: Path) -> None:
-        """Store a file, or a folder with all that is in it under the folder's name. It is read when it is sent."""
-        self._add("artifact", path=self._relative(path))
-
-    def model(self, folder: Path, step: int = 0, tags: Mapping[str, str] | None = None) -> None:
-        """Record the model of a finished run, with tags; its step is that of its last metrics.
-
-        If the settings ask for it, its Hugging Face folder is stored, which `mlflow.pyfunc.load_model` then loads, and
-        a version of a registered model is made of it.
-        """
-        stored, name = self._keeps
-        files = {"path": self._relative(folder)} if stored or name else {}
-        self._add("model", step=step, tags=dict(tags or {}), **files)
-        if name:
-            self._add("registered", name=name)
-
-    def table(self, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Store rows as a table that MLflow shows, lists in them as text; file: a name that ends in .json."""
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        cells = [[row.get(name) for name in columns] for row in rows]
-        shown = [[", ".join(map(str, cell)) if isinstance(cell, list) else cell for cell in row] for row in cells]
-        self._add("table", file=file, columns=columns, rows=shown)
+        if self._sender is not None:
+            super().log(step, {**metrics, **self._system.sample()})
 
     def datasets(self, data: DataConfig, task: Task) -> None:
         """Record what the run is trained and judged on."""
@@ -211,27 +174,18 @@ class Tracker:
             self._add("tags", values=dict(self._tags))
 
     def _add(self, kind: str, **content: Any) -> None:
-        if self._sender is not None and self._journal is not None:
-            shown = {key: value if key == "path" else hide_in(value) for key, value in content.items()}
-            self._journal.add(kind, **{"time": _now(), **shown})
-
-    def _relative(self, path: Path) -> str:
-        """A path as a journal has it: one in the journal's folder moves with it."""
-        whole, folder = path.resolve(), self._folder.resolve() if self._folder else None
-        return str(whole.relative_to(folder) if folder and whole.is_relative_to(folder) else whole)
+        if self._sender is not None:
+            super()._add(kind, **content)
 
     def _tell(self, what: str) -> None:
         """A line on the console."""
         console().print(f"MLflow at {hide_secrets(str(self._uri))} {what}", markup=False, soft_wrap=True)
 
 
-def _now() -> int:
-    """Milliseconds, as MLflow counts."""
-    return int(time.time() * 1000)
-
-
 def sync(folder: Path, uri: str | None) -> str:
-    """Send what a run that has ended could not; a line that says what was sent.
+    """Send what a run that has ended could not, and what one recorded last that was killed at its very end.
+
+    Returns a line that says what was sent.
 
     uri: another address than the run's, or the same. Credentials go only to an address that is given here or
     configured: anybody may have made the folder. Raises UserError, with nothing sent, for a record of a file outside
@@ -245,9 +199,12 @@ def sync(folder: Path, uri: str | None) -> str:
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: journal.close(remove=journal.run.get("status") == "FINISHED"))
         stack.enter_context(held_back())
+        was_killed = (folder / CERTIFICATE).is_file() and journal.run.get("status") != "FINISHED"  # at its very end
+        if was_killed:
+            record_end_of(folder, journal)
         check_paths(folder, journal.waiting())
-        if (folder / CERTIFICATE).is_file() and journal.run.get("status") != "FINISHED":  # killed at its very end
-            journal.add("status", time=_now(), status="FINISHED")
+        if was_killed:
+            journal.add("status", time=now(), status="FINISHED")
             journal.describe(status="FINISHED")
         stored, configured = journal.run.get("uri"), default_store()
         if uri is None and stored == without_credentials(configured):

@@ -25,7 +25,7 @@ from leap_dist.export.hf import save_model
 from leap_dist.files import replacing
 from leap_dist.models.inputs import describe_start
 from leap_dist.models.permute import order_of
-from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, HIDDEN, MODEL, RANKS, RESOLVED, SCORES
+from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, HIDDEN, MODEL, RANKS, SCORES
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.tracking.records import record_end
 from leap_dist.train.evaluate import evaluate

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from leap_dist.errors import UserError
 from leap_dist.sweep.early_stop import Judge
@@ -21,6 +22,7 @@ from leap_dist.sweep.result import collect
 from leap_dist.sweep.space import corners, drawn
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import SweepConfig, identity, read_sweep, trials_of
+from leap_dist.zero.ranks import Ranks
 from tests.disks import fill, free
 from tests.sweep.jobs import JOB, sweep_file
 
@@ -350,3 +352,31 @@ def test_a_rank_tells_how_far_it_is_and_needs_the_folder(tmp_path: Path, monkeyp
     assert (rank.state().step, rank.state().total) == (5, 10)
     with pytest.raises(ValueError, match=r"has no folder .*nowhere: a sweep needs one that all nodes share"):
         rank.join(tmp_path / "nowhere")
+
+
+class Faulty(Rank):
+    """A rank whose trial fails as libraries do that quote what they were given."""
+
+    def _run(self, work: Work) -> None:
+        given = work.config.deepspeed["comet"]["api_key"]
+        raise RuntimeError(f"cannot reach https://me:hunter2secret@host/x?token=abcdefgh with {given}{' or' * 99}")
+
+
+def test_what_a_failed_trial_leaves_holds_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "DO_NOT_TRACK", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "1")
+    job: dict[str, Any] = {"comet": {"enabled": False, "api_key": "key-of-comet-zq"}}
+    sweep = read_sweep(sweep_file(tmp_path, job, vary={"leap.target": [0.5]}))
+    line = line_of(tmp_path, sweep)
+    monkeypatch.setattr("leap_dist.secrets._remembered", {})  # as in a process of Ray's, which has read no job file
+    rank = Faulty(1.0, 0)
+    rank._ranks = Ranks(0, 1, torch.device("cpu"))
+    run(line, rank.run)
+    said = "RuntimeError: cannot reach https://***@host/x?token=*** with ***"
+    assert line.ended["0.5"].error.startswith(said) and len(line.ended["0.5"].error) == 300
+    left = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert {name for name, text in left.items() if said in text} == {"0.5.log", "trials.jsonl"}
+    whole = capsys.readouterr().out + "".join(left.values())
+    assert not any(secret in whole for secret in ("hunter2secret", "abcdefgh", "comet-zq"))

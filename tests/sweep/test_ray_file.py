@@ -20,7 +20,6 @@ from leap_dist.sweep.rank import Outcome
 from leap_dist.sweep.result import Result, collect, means, metric_of
 from leap_dist.sweep.results import mean_lines, table_lines, write
 from leap_dist.sweep.run import parse_budget, run_sweep
-from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import combinations, read_sweep, trials_of
 from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.pareto import pareto
@@ -247,19 +246,6 @@ def test_the_launcher_reports_a_file_that_is_missing(
     assert "none.json: cannot be read" in capsys.readouterr().err
 
 
-def test_finished_runs_are_copied_to_a_uri(tmp_path: Path) -> None:
-    storage = Storage((tmp_path / "far").as_uri(), tmp_path / "near")
-    (tmp_path / "near" / "0.5" / "model").mkdir(parents=True)
-    (tmp_path / "near" / "0.5" / "model" / "x").write_text("weights")
-    (tmp_path / "near" / "results.json").write_text("{}")
-    for name in ("0.5", "0.5", "results.json"):
-        storage.publish(name)
-    copied = sorted(str(path.relative_to(tmp_path / "far")) for path in (tmp_path / "far").rglob("*"))
-    assert copied == ["0.5", "0.5/model", "0.5/model/x", "results.json"]
-    with pytest.raises(UserError, match=r'^--output: got "nosuch://x", which cannot be written to'):
-        Storage("nosuch://x", tmp_path)
-
-
 # ------------------------------------------------------------------------------ ladders, verdicts, results
 
 
@@ -276,6 +262,17 @@ def test_rungs_settle_exactly_where_the_walk_passes_their_target(tmp_path: Path)
         assert schedule.level(start) <= target < schedule.level(start - 1)
         assert (own.dense_end, own.settle_start, total - start) == (schedule.dense_end, start, 8)
         assert walk.snapshots[start - 1] == rung.branch
+
+
+def test_rungs_that_the_walk_passes_at_once_are_runs_of_their_own(tmp_path: Path, ranks: RankPools) -> None:
+    job: dict[str, Any] = {"leap": {"target": 0.5, "dense_fraction": 0.0}, "train": {**JOB["train"], "max_steps": 60}}
+    file = sweep_file(tmp_path, job, mode="ladder", vary={"leap.target": [0.1, 0.9, 1.0, 0.5]})
+    *rungs, walk = ladder_of(read_sweep(file))
+    assert [rung.branch is None for rung in rungs] == [True, True, False] and 0 not in walk.snapshots
+    assert ranks(1).run(run_without_ray, str(file), str(tmp_path / "out")) == [["done"] * 4]
+    for name in ("1.0", "0.9", "0.5", "0.1"):
+        certificate = json.loads((tmp_path / "out" / name / "certificate.json").read_text())
+        assert abs(certificate["kept"] - float(name) * certificate["prunable"]) <= 1
 
 
 def test_the_front_is_what_no_other_beats() -> None:
