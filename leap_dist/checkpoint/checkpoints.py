@@ -17,12 +17,16 @@ from torch import Tensor
 
 from leap_dist.checkpoint import elastic, folders
 from leap_dist.checkpoint.engine_state import (
+    buffer_key,
+    buffer_table,
     engine_state,
     fragment_states,
     gate_table,
+    persistent_buffers,
     random_states,
     restore_engine,
     restore_random,
+    section_of,
     tensor_table,
     written_by,
 )
@@ -49,8 +53,8 @@ class Checkpoints:
         checkpoints.wait()
 
     They are read at any number of ranks and any ZeRO stage. `folder` is on a file system that all ranks share; `ranks`
-    are this process's if not given. Every method is collective. One save is written at a time; its host memory is
-    kept for the next one. Raises UserError for a folder or a number to keep that cannot be.
+    are this process's if not given, as they are at the first call. Every method is collective. One save is written at a
+    time; its host memory is kept for the next one. Raises UserError for a folder or a number to keep that cannot be.
     """
 
     def __init__(self, folder: str | Path, ranks: Ranks | None = None, keep: int = 2) -> None:
@@ -60,11 +64,16 @@ class Checkpoints:
             )
         if not is_int(keep) or keep < 1:
             raise UserError(f"keep: got {keep!r}; allowed: an integer >= 1")
-        self._folder, self._ranks, self._keep = Path(folder).expanduser(), ranks or Ranks.here(), keep
+        self._folder, self._given, self._keep = Path(folder).expanduser(), ranks, keep
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._final: Path | None = None  # the checkpoint that is being written
         self._error: Exception | None = None  # of the thread, or of the start of the save
+
+    @functools.cached_property
+    def _ranks(self) -> Ranks:
+        """Looked up when they are first needed: this may be made before `initialize` joins them."""
+        return self._given or Ranks.here()
 
     def save(self, engine: Any, progress: Mapping[str, Any], score: float | None = None) -> None:
         """Begin to write `step-<n>`; `progress` is JSON-able, of a score higher is better.
@@ -77,7 +86,8 @@ class Checkpoints:
         agreement(engine, self._ranks)
         rank, fragments = self._ranks.rank, written_by(engine, self._ranks.rank)
         tensors = {f"{f.tensor}/{key}": view for f in fragments for key, view in fragment_states(engine, f)}
-        tensors = self._copied(tensors | random_states())
+        buffers = {buffer_key(name): buffer for name, buffer in persistent_buffers(engine).items()}
+        tensors = self._copied(tensors | buffers | random_states())
         runs = {f.tensor: (f.start, f.length) for f in fragments}
         self._final = self._folder / f"step-{engine.leap.num_steps:08d}"
         write = functools.partial(folders.write_part, self._final, rank, tensors, runs)
@@ -95,8 +105,9 @@ class Checkpoints:
         """Put the newest intact checkpoint into an engine built from the same model and gates; returns its `progress`.
 
         None if there is no checkpoint. A damaged one is skipped with a line of warning. Random states are taken
-        over if the number of ranks is the same. Raises UserError if none is intact, or if it is of another model, of
-        other gates or of another version.
+        over if the number of ranks is the same; of buffers, such as running means, each rank's own then, and the first
+        rank's at another number. Raises UserError if none is intact, or if it is of another model, of other gates, of
+        another leap section or of another version.
         """
         _check_engine(engine)
         names = self._ranks.on_first(lambda: [path.name for path in checkpoints_in(self._folder)])
@@ -124,12 +135,13 @@ class Checkpoints:
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies in host memory, the same at every save."""
         for name, tensor in tensors.items():
-            if name not in self._host:
+            copy = self._host.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):  # buffers may change theirs
                 self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._host[name].copy_(tensor, non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.current_stream().synchronize()
-        return self._host
+        return {name: self._host[name] for name in tensors}
 
     def _manifest(self, engine: Any, progress: Mapping[str, Any], score: float | None) -> Callable[..., Manifest]:
         """The manifest, but for the files."""
@@ -138,6 +150,8 @@ class Checkpoints:
             world_size=self._ranks.world_size,
             gates=gate_table(engine),
             tensors=tensor_table(engine),
+            buffers=buffer_table(engine),
+            section=section_of(engine),
             engine=engine_state(engine),
             progress=copy.deepcopy(dict(progress)),  # the caller continues
             score=score,
@@ -169,6 +183,8 @@ class Checkpoints:
 
     def _finish(self) -> CheckpointError | None:
         """Wait for the thread; what went wrong on any rank, the first rank's word first, on every rank."""
+        if self._final is None:  # nothing was begun, on any rank
+            return None
         if self._thread is not None:
             self._thread.join()
         error, self._error, self._thread = self._error, None, None
@@ -176,9 +192,8 @@ class Checkpoints:
         found = [said for said in self._ranks.gather_objects(words) if said is not None]
         if not found:
             return None
-        if self._final is not None:  # the last of the others has ended; no rank returns before it is gone
-            partial = folders.partial_of(self._final)
-            self._ranks.on_first(functools.partial(shutil.rmtree, partial, ignore_errors=True))
+        partial = folders.partial_of(self._final)  # the last of the others has ended; no rank returns before it is gone
+        self._ranks.on_first(functools.partial(shutil.rmtree, partial, ignore_errors=True))
         failure = CheckpointError(found[0])
         failure.__cause__ = error
         return failure

@@ -4,7 +4,7 @@ Everything is checked here, before anything of the engine changes.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from leap_dist.checkpoint.engine_state import fragment_states, gate_table, random_states, scheduler_state, tensor_table
+from leap_dist.checkpoint.engine_state import (
+    buffer_key,
+    buffer_table,
+    fragment_states,
+    gate_table,
+    persistent_buffers,
+    random_states,
+    scheduler_state,
+    section_of,
+    tensor_table,
+)
 from leap_dist.checkpoint.folders import step_of
 from leap_dist.checkpoint.manifest import MANIFEST, Damaged, EngineState, Manifest, check_file, file_name, read_manifest
+from leap_dist.config.leap import LeapConfig
 from leap_dist.core.fragments import Fragment
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.thresholds import CALIBRATIONS
 from leap_dist.errors import UserError
 from leap_dist.zero.binding import all_fragments
 from leap_dist.zero.ranks import Ranks
+
+OF_SCHEDULE = "target", "total_steps", "dense_fraction", "settle_fraction"
+"""Settings that say when a run settles, and at what."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +50,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Restoring:
-    """A checkpoint that can be read: pieces by file, and this rank's random states if the ranks are as many."""
+    """A checkpoint that can be read: pieces by file, (buffer, its value), and this rank's random states if the ranks
+    are as many."""
 
     manifest: Manifest
     pieces: Mapping[Path, list[Piece]]
+    buffers: Sequence[tuple[Tensor, Tensor]]
     random: Mapping[str, Tensor]
 
     def fill(self) -> None:
@@ -48,6 +64,8 @@ class Restoring:
             with safe_open(path, framework="pt") as file:
                 for piece in pieces:
                     piece.target.copy_(file.get_slice(piece.key)[piece.first : piece.last])
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
 
 
 def plan_restoring(checkpoint: Path, engine: Any, ranks: Ranks) -> Restoring:
@@ -63,10 +81,12 @@ def plan_restoring(checkpoint: Path, engine: Any, ranks: Ranks) -> Restoring:
                 pieces.setdefault(checkpoint / name, []).append(piece)
     own = checkpoint / file_name(ranks.rank)
     same_ranks = manifest.world_size == ranks.world_size
-    for path in pieces.keys() | ({own} if same_ranks else set()):
+    buffers = own if same_ranks else checkpoint / file_name(0)
+    for path in pieces.keys() | ({own} if same_ranks else set()) | ({buffers} if manifest.buffers else set()):
         check_file(path, manifest.files[path.name])
         _check_pieces(path, manifest, pieces.get(path, []))
-    return Restoring(manifest, pieces, _random_of(own) if same_ranks else {})
+    found = _buffers_of(buffers, engine) if manifest.buffers else []
+    return Restoring(manifest, pieces, found, _random_of(own) if same_ranks else {})
 
 
 def runs_under(
@@ -100,6 +120,8 @@ def _check_fits(checkpoint: Path, manifest: Manifest, engine: Any) -> None:
     leap, saved = engine.leap, manifest.engine
     differing = _first_difference(manifest.tensors, tensor_table(engine), "tensor")
     differing = differing or _first_difference(_numbered(manifest.gates), _numbered(gate_table(engine)), "gate")
+    if manifest.buffers is not None:
+        differing = differing or _first_difference(manifest.buffers, buffer_table(engine), "buffer")
     if not differing and len(saved.lr) != len(leap.param_groups):
         differing = f"it has {len(saved.lr)} parameter groups, this run {len(leap.param_groups)}"
     if not differing and not _alike(saved.scheduler, scheduler_state(engine)):
@@ -109,11 +131,35 @@ def _check_fits(checkpoint: Path, manifest: Manifest, engine: Any) -> None:
             f"--resume: {checkpoint} is of another model, or of other gates: {differing}; restore the config, or "
             "start a new run"
         )
+    if others := _other_settings(manifest, engine):
+        raise UserError(
+            f"--resume: {checkpoint} is of another leap section: {'; '.join(others)}; restore the config, or start a "
+            "new run"
+        )
     counts = zip(saved.leap.kept_units, leap.plan.gates, strict=False)
     if len(saved.leap.kept_units) != len(leap.plan.gates) or any(kept > gate.num_units for kept, gate in counts):
         raise Damaged("it keeps more units than there are")
     if problem := _wrong_values(step_of(checkpoint), saved, leap.plan):
         raise Damaged(f"{MANIFEST} was changed: {problem}")
+
+
+def _other_settings(manifest: Manifest, engine: Any) -> list[str]:
+    """The settings that a checkpoint was written with and this run does not have, in words.
+
+    One that an older version did not know had its default. A run that settles with the next step uses nothing of
+    the schedule before it: it may branch off from another, as the rungs of a ladder do.
+    """
+    if manifest.section is None:
+        return []
+    state, now = manifest.engine.leap, section_of(engine)
+    before = LeapConfig.model_construct().model_dump(mode="json") | manifest.section
+    branches_off = not state.settled and engine.leap.schedule.phase(state.num_steps + 1) == "settle"
+    free = OF_SCHEDULE if branches_off else ()
+    return [
+        f"leap.{key} was {before[key]!r} and is {value!r}"
+        for key, value in now.items()
+        if key not in free and before[key] != value
+    ]
 
 
 def _wrong_values(step: int, saved: EngineState, plan: GatePlan) -> str:
@@ -177,6 +223,22 @@ def _check_pieces(path: Path, manifest: Manifest, pieces: list[Piece]) -> None:
                     raise Damaged(f"{path.name}: {key!r} has another size or dtype than its manifest says")
     except SafetensorError as error:
         raise Damaged(f"{path.name} cannot be read: {error}") from error
+
+
+def _buffers_of(path: Path, engine: Any) -> list[tuple[Tensor, Tensor]]:
+    """The model's buffers whose values in a file are others, with these, on the CPU."""
+    found = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name, buffer in persistent_buffers(engine).items():
+                value = file.get_tensor(buffer_key(name)).to(buffer.dtype)
+                if value.shape != buffer.shape:
+                    raise Damaged(f"{path.name}: buffer {name!r} has another size than its manifest says")
+                if not torch.equal(value, buffer.cpu()):
+                    found.append((buffer, value))
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise Damaged(f"{path.name}: its buffers cannot be read: {error}") from error
+    return found
 
 
 def _random_of(path: Path) -> dict[str, Tensor]:

@@ -68,6 +68,37 @@ def gate_table(engine: Any) -> tuple[tuple[str, int], ...]:
     return tuple((f"{gate.granularity} {gate.name}", gate.num_units) for gate in engine.leap.plan.gates)
 
 
+def persistent_buffers(engine: Any) -> dict[str, Tensor]:
+    """The buffers that the model's state_dict has, such as running means, by name. Every rank has its own."""
+    model = getattr(engine.module, "_orig_mod", engine.module)  # where it was compiled
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach()
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def buffer_key(name: str) -> str:
+    """A buffer's name in a file."""
+    return f"{name}/buffer"
+
+
+def buffer_table(engine: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every buffer that is stored."""
+    return {name: tuple(buffer.shape) for name, buffer in persistent_buffers(engine).items()}
+
+
+def section_of(engine: Any) -> dict[str, Any]:
+    """The settings of the leap section that a run continues by, JSON-able.
+
+    Inputs are measured before the first step, and tokens count where rates follow from them.
+    """
+    config = engine.leap.config
+    settings: dict[str, Any] = config.model_dump(mode="json", exclude={"calibration_batches"})
+    return settings if config.budgeted else settings | {"tokens_per_step": None}
+
+
 def fragment_states(engine: Any, fragment: Fragment) -> Iterator[tuple[str, Tensor]]:
     """(key, view of shape (length,)) of every state of a fragment that is stored."""
     for key in stored_keys(engine.leap, fragment.tensor):

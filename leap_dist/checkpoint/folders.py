@@ -32,7 +32,24 @@ from leap_dist.checkpoint.manifest import (
 )
 from leap_dist.errors import UserError
 
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bool: "BOOL", torch.uint8: "U8"}  # in safetensors
+DTYPES = {  # in safetensors
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 PATIENCE = 900.0  # seconds that the first rank waits for the files of the others; less than a collective may take
 POLL = 0.05  # seconds between two looks
 ACTIONS = {
@@ -119,7 +136,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     head = len(text).to_bytes(8, "little") + text
-    contents = [memoryview(head), *(tensor.view(torch.uint8).numpy().data for _, tensor in ordered)]
+    contents = [memoryview(head), *(tensor.view(-1).view(torch.uint8).numpy().data for _, tensor in ordered)]
     with path.open("xb") as file:
         for data in contents:
             for first in range(0, len(data), CHUNK):

@@ -80,12 +80,15 @@ class EngineState(ManifestPart):
 
 
 class Manifest(ManifestPart):
-    """The contents of manifest.json. gates: (name, number of units); score: of the model, higher is better."""
+    """The contents of manifest.json. gates: (name, number of units); score: of the model, higher is better; buffers:
+    their shapes; section: the settings of `leap`. Those of older versions have neither of the last two."""
 
     format: Literal[2] = FORMAT
     world_size: Annotated[int, Field(ge=1, le=10**6)]
     gates: tuple[tuple[str, Count], ...]
     tensors: dict[str, TensorEntry]
+    buffers: dict[str, tuple[Count, ...]] | None = None
+    section: dict[str, JsonValue] | None = None
     files: dict[str, FileEntry]
     engine: EngineState
     progress: dict[str, JsonValue]

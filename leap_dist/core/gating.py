@@ -3,7 +3,7 @@
 update.py moves it by a gradient, masks.py makes masks from kept counts, magnitude.py scores from weights.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,13 +40,19 @@ def state_keys(plan: GatePlan, config: LeapConfig) -> tuple[str, ...]:
 
 
 def make_states(
-    plan: GatePlan, fragments: Sequence[Fragment], states: State, keys: Sequence[str], in_place: bool = False
+    plan: GatePlan,
+    fragments: Sequence[Fragment],
+    flats: Iterable[Tensor],
+    states: State,
+    keys: Sequence[str],
+    in_place: bool = False,
 ) -> None:
-    """Make what is missing of the state of the fragments' flat buffers, each tensor of the buffer's shape; `keys` are
-    those of gated ones. in_place: W has no place beside W * M, as no step is taken and no weight can come back."""
+    """Make what is missing of the state of flat buffers, each tensor of the buffer's shape; `keys` are those of gated
+    ones. flats: those that the fragments lie in, and others, which hold nothing but padding here and are stepped too.
+    in_place: W has no place beside W * M, as no step is taken and no weight can come back."""
     plain = [key for key in (EXP_AVG, EXP_AVG_SQ) if key in keys]
     gated = {f.flat for f in fragments if f.tensor in plan.covers}
-    for flat in dict.fromkeys(fragment.flat for fragment in fragments):
+    for flat in dict.fromkeys([*(fragment.flat for fragment in fragments), *flats]):
         for key in keys if flat in gated else plain:
             if key not in states[flat]:
                 states[flat][key] = flat.detach() if in_place and key == LATENT else _initial(key, flat)

@@ -101,7 +101,7 @@ class HostedOptimizer(torch.optim.Optimizer):
         trains = self.config.mode == "train"
         moments = (EXP_AVG, EXP_AVG_SQ) if trains else ()
         keys = state_keys(self.plan, self.config)
-        make_states(self.plan, fragments, self.state, keys, in_place=not trains)
+        make_states(self.plan, fragments, copies, self.state, keys, in_place=not trains)
         no_decay = {name for group in self.param_groups if group[GATED] for name in group["no_decay"]}
         self.communicator = communicator
         if fragments:
@@ -197,6 +197,7 @@ class HostedOptimizer(torch.optim.Optimizer):
             self._early = flats, state_dict
         else:
             host_state.restore(self, flats, state_dict)
+            self._loaded.forget()
             self._started = True
 
     # Our own checkpoints: tensors are the optimizer's state, the rest is this
@@ -211,4 +212,5 @@ class HostedOptimizer(torch.optim.Optimizer):
         self.num_steps, self._started = saved["num_steps"], True
         for state in self.state.values():
             state["step"] = self.num_steps
+        self._loaded.forget()
         self.level.load_plain_state(saved)

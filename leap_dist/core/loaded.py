@@ -52,6 +52,10 @@ class Loaded:
         """The hosted weights are as the last step left them: with soft masks W * M is not to be made again."""
         self._seen = {flat: flat.detach().view(-1)[places] for flat, places in self._masked.items()}
 
+    def forget(self) -> None:
+        """A checkpoint was loaded: what the last step left holds no longer."""
+        self._seen = {}
+
     def check(self, flat: Tensor, soft: bool = False) -> None:
         """Raise UserError if the weights of a flat buffer are not those of the last step, as far as is looked at.
 

@@ -131,8 +131,16 @@ class LeapAdamW(HostedOptimizer):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Make the density exact and freeze the masks, now; does nothing where that is done."""
+        """Make the density exact and freeze the masks, now; does nothing where that is done.
+
+        Raises UserError where scores are to start from gradients and no step has shown any.
+        """
         if not self.settled:
+            if not self.level.started and self.num_steps == 0 and self.config.score_init == "gradient":
+                raise UserError(
+                    "leap.score_init: scores start from gradients, and there was no step; allowed before the first "
+                    'one: "activation" or "magnitude", or leap.mode "one_shot"'
+                )
             if not self._started:
                 self._take_over()
             self.level.settle()

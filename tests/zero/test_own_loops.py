@@ -100,3 +100,59 @@ def replaced(stage: int) -> list[str]:
 def test_a_gated_layer_that_was_replaced_is_named(ranks: RankPools) -> None:
     fine, message = ranks(1).run(replaced, 0)[0]
     assert fine == "" and message.startswith("model: second.bias is not the parameter that was pruned: it was replaced")
+
+
+class Scaled(nn.Module):
+    """Two gated layers, and a group of one number, of which the second rank holds nothing but padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(8, 12, bias=False), nn.Linear(12, 3, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x))) * self.scale
+
+
+def scaled_engine(stage: int) -> Any:
+    leap = {"target": 0.4, "total_steps": STEPS, "include": ["first.weight", "second.weight"]}
+    train = {"learning_rate": 0.01, "weight_decay": 0.1}
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}, "train": train, "leap": leap}
+    return leap_dist.initialize(model=Scaled(), config=config)[0]
+
+
+def scaled(folder: str) -> dict[int, tuple[dict[str, Tensor], bool]]:
+    """By stage: the weights in the end, and whether runs from both kinds of checkpoints end with the same bits."""
+    found = {}
+    for stage in range(4):
+        engine, checkpoints = scaled_engine(stage), leap_dist.Checkpoints(f"{folder}/ours-{stage}")
+        take(engine, 0, 5)
+        checkpoints.save(engine, {"step": 5})
+        checkpoints.wait()
+        engine.save_checkpoint(f"{folder}/host-{stage}", tag="middle")
+        take(engine, 5, STEPS)
+        whole, weights = leap_dist.finalize(engine), dict(gather_weights(engine))
+        ends = []
+        for ours in (True, False):
+            engine.destroy()
+            engine = scaled_engine(stage)
+            if ours:
+                assert checkpoints.load(engine) == {"step": 5}
+            else:
+                engine.load_checkpoint(f"{folder}/host-{stage}", tag="middle")
+            take(engine, 5, STEPS)
+            ends.append(leap_dist.finalize(engine))
+        engine.destroy()
+        found[stage] = weights, ends == [whole] * 2
+    return found
+
+
+def test_a_group_that_a_rank_holds_only_padding_of_is_trained(ranks: RankPools, tmp_path: Path) -> None:
+    for found in ranks(2).run(scaled, str(tmp_path)):
+        expected, _ = found[0]
+        assert abs(expected["scale"].item() - 1.0) > 0.02
+        for stage, (weights, alike) in found.items():
+            assert alike, stage
+            for name, weight in weights.items():
+                torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6, msg=f"{name}, stage {stage}")
