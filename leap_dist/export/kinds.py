@@ -24,7 +24,7 @@ from leap_dist.export.latency import LONGEST, Runner, torch_runner, torch_thread
 from leap_dist.export.masks import save_masks
 from leap_dist.export.metric import Judged, judge, with_types
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
-from leap_dist.export.shrunk import SHRUNK_TOLERANCE, Models, compared_sizes, largest_difference
+from leap_dist.export.shrunk import SHRUNK_TOLERANCE, Models, compared_sizes
 from leap_dist.export.speed import BATCHES, block_notes, latencies, latency_work
 from leap_dist.export.time_left import TimeLeft
 from leap_dist.export.vocabulary import TEXT, Vocabulary, Wanted, cut_vocabulary
@@ -173,7 +173,7 @@ def _hf(models: Models, folder: Path, threads: int) -> Exported:
     shutil.copytree(models.folder, folder, ignore=_not_the_model)
     renamed = _rename_as_on_hub(folder) if models.cut or not models.run.plain else False
     model = load_exported(folder)
-    found = largest_difference(models.masked, model, models.say)
+    found = models.difference_of(model)
     nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
     of = "model" if models.cut else "run"
     same = f"the {of}'s weights" + (" by the names of checkpoints on the hub" if renamed else ", byte for byte")
@@ -306,7 +306,7 @@ def _int8_torch(models: Models, folder: Path, threads: int) -> Exported:
     models.save_shrunk(folder)
     (folder / PRUNED_JSON).unlink()  # load_pruned reads no weights in 8 bits
     model = int8.save_int8_torch(folder)
-    found = largest_difference(models.masked, model, models.say)
+    found = models.difference_of(model)
     notes = [
         "For AutoModel where torchao is installed; the linear layers' weights in 8 bits, a scale for each row; "
         "embeddings and head as they were.",

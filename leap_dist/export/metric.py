@@ -70,9 +70,8 @@ def _task_of(models: Models) -> Task | str:
         return "no run says by which task"
     try:
         data = DataConfig.model_validate(models.run.job["data"])
-        if data.validation is not None:  # what was trained on is not read
-            data = data.model_copy(update={"train": data.validation, "dataset": None, "streaming": False})
-        return load_task(data, load_exported_tokenizer(models.folder))
+        classes = [name for _, name in sorted((models.masked.config.id2label or {}).items())]
+        return load_task(data, load_exported_tokenizer(models.folder), classes)
     except (UserError, ValueError, OSError) as error:
         return f"the run's data cannot be read: {' '.join(str(error).split())}"
 

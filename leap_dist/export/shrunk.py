@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,6 +92,13 @@ class Models:
         self._check(load_pruned(folder))
         return manifest.stock
 
+    def difference_of(self, model: PreTrainedModel) -> float:
+        """The largest difference of its logits from the masked model's. RuntimeError if it is no number."""
+        found = largest_difference(self.masked, model, self.say)
+        if not found < float("inf"):
+            raise RuntimeError(f"{self.run.model}: its logits are no numbers (NaN, inf); it was not exported")
+        return found
+
     def _check(self, shrunk: PreTrainedModel) -> None:
         self.difference = largest_difference(self.masked, shrunk, self.say)
         if not self.difference <= SHRUNK_TOLERANCE:
@@ -102,12 +110,12 @@ class Models:
 
 def largest_difference(masked: PreTrainedModel, other: PreTrainedModel, say: Say = silent) -> float:
     """Largest difference of logits, relative to the largest logit, over random inputs of several sizes."""
-    sizes, worst = compared_sizes(masked), 0.0
+    sizes, values = compared_sizes(masked), []
     for number, (batch, length) in enumerate(sizes, start=1):
         say(f"comparing logits with the masked model's, {number} of {len(sizes)}", 2 * batch * length)
         inputs = example_inputs(masked, batch, length) | _some_logits(masked, batch, length)
-        worst = max(worst, logit_difference(masked, other, inputs))
-    return worst
+        values.append(logit_difference(masked, other, inputs))
+    return float(np.max(values))  # max() would lose NaN
 
 
 def compared_sizes(model: PreTrainedModel) -> list[tuple[int, int]]:

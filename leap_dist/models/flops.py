@@ -64,7 +64,9 @@ def plain_implementations(model: PreTrainedModel, attention: str = "eager", expe
 
 def max_length(model: PreTrainedModel) -> int:
     """Tokens that the model has positions for; without a limit, LENGTH."""
-    limit: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit < 1:  # XLNet says -1
+        return LENGTH
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return limit - module.padding_idx - 1  # RoBERTa counts positions from behind its padding index

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 
 def save_as_on_hub(model: PreTrainedModel, folder: Path) -> None:
-    """Weights and config of a model that its config describes, by the names of the hub."""
+    """Weights, config and generation settings of a model that its config describes, by the names of the hub."""
     bare = _bare(model)
+    if model.can_generate():
+        bare.generation_config = model.generation_config
     bare.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     bare.tie_weights()
     with quiet_transformers():

@@ -60,6 +60,8 @@ def stock_model(model: PreTrainedModel, parts: Parts, kept: Kept) -> PreTrainedM
         return None  # a number that depends on the layer's place, or on a size
     built.load_state_dict(state, assign=True)
     built.tie_weights()
+    if model.can_generate():
+        built.generation_config = model.generation_config
     return built
 
 

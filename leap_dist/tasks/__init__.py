@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from leap_dist.config.sections import DataConfig
+from leap_dist.config.sections import DataConfig, names_files
 from leap_dist.errors import UserError
 from leap_dist.tasks import builtin, glue, lm, squad
 from leap_dist.tasks.base import Collator, Problem, Task
+from leap_dist.tasks.tables import split_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,10 +62,29 @@ def metric_names(task_name: str) -> tuple[str, ...]:
     return *names, *(f"{split}_{name}" for split in others for name in names)
 
 
-def load_task(data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Task:
-    """The task that `data` names. Text tasks need a tokenizer, the model's; builtin ones take None."""
+def load_task(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase | None, classes: Sequence[str] | None = None
+) -> Task:
+    """The task that `data` names. Text tasks need a tokenizer, the model's; builtin ones take None.
+
+    classes: those of a model that was trained on the task and is judged now, by their ids. Where `data` says what it is
+    judged on, what it was trained on is not read; the result's `train` has no meaning then.
+    """
     if not needs_tokenizer(data.task):
         return builtin.load(data)
     if tokenizer is None:
         raise UserError(f'data.task: got "{data.task}", a text task; it needs a model with a tokenizer (model.name)')
+    if classes is not None:
+        data = _to_judge(data)
+        if data.task in glue.NAMES:
+            return glue.load(data, tokenizer, tuple(classes))
+        if data.task in lm.NAMES:
+            return lm.load(data, tokenizer, judge=True)
     return TEXT_TASKS[data.task](data, tokenizer)
+
+
+def _to_judge(data: DataConfig) -> DataConfig:
+    """The section with validation in place of train, so that no other split and no other file is read."""
+    if data.validation is not None and (data.dataset is None or names_files(data.validation)):
+        return data.model_copy(update={"train": data.validation, "dataset": None, "streaming": False})
+    return data.model_copy(update={"train": (split_names(data)[1][1],)}) if data.dataset else data

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -66,14 +67,20 @@ NOT_NAMES = ("nan", "-nan", "<na>", "#n/a", "null", "inf", "-inf")
 NO_CLASS = "that is not a class; allowed: a name or a number >= 0; fill it in, or remove the row"
 
 
-def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task from the hub, or from what `data` names: local files, or another dataset."""
+def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, classes: tuple[str, ...] | None = None) -> Task:
+    """The task from the hub, or from what `data` names: local files, or another dataset.
+
+    classes: those of a model that was trained on it, by their ids; None: what train has.
+    """
     known = GLUE.get(data.task)
     train, validation, names = _tables(data, known)
     if known is not None and not known.label_names:
         return _build(data, tokenizer, train, validation, (), _score)
-    names, number = _class_labels(train, names)
-    return _build(data, tokenizer, train, validation, names, number)
+    if classes is None or classes == names:
+        classes, ids = _class_labels(train, names)
+    else:
+        ids = {name: i for i, name in enumerate(classes)}
+    return _build(data, tokenizer, train, validation, classes, partial(_class_id, ids))
 
 
 def _build(
@@ -192,8 +199,16 @@ def _score(label: Any) -> float:
     return score
 
 
-def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple[str, ...], Callable[[Any], float]]:
-    """Label names, and the function from a raw label to its class id.
+def _class_id(ids: Mapping[str, int], label: Any) -> float:
+    """The id of a raw label; `ValueError` for another label than those of `ids`."""
+    name = _class_name(label)
+    if name not in ids:
+        raise ValueError(f"allowed: {_listing(ids)}")
+    return ids[name]
+
+
+def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Label names, and the class ids by what stands for them in the data.
 
     Integers 0..K-1 are kept. Known names (a GLUE task's, or a dataset's) have their ids. Everything else is numbered in
     sorted order over train. `expected` are the known names: there must be as many classes.
@@ -218,14 +233,7 @@ def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple
         wanted = len(expected) if expected is not None else "2 or more"
         received = f"{len(names)} different labels ({_listing(names)})"
         raise UserError(f"{train.source}: got {received}; allowed: {wanted}")
-
-    def number(label: Any) -> float:
-        name = _class_name(label)
-        if name not in ids:
-            raise ValueError(f"allowed: {_listing(ids)}")
-        return ids[name]
-
-    return names, number
+    return names, ids
 
 
 def _class_name(label: Any) -> str:

@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 CAUSAL, MASKED = "lm", "mlm"
 NAMES = (CAUSAL, MASKED)
 NOTHING = TokenTable(flat({"input_ids": []}))
-"""The training examples of a stream, before it is read."""
+"""The training examples of a stream before it is read, and of a model that is judged."""
 BYTES = "bytes"
 """The number of an example: bytes of UTF-8 that its judged tokens stand for."""
 
 
-def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task from local files, or from `data.dataset`."""
+def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, judge: bool = False) -> Task:
+    """The task from local files, or from `data.dataset`; to `judge` a model, without training examples."""
     if not data.dataset and not data.train:
         raise UserError(f"data.train: missing; {data.task} needs local files in train and validation, or data.dataset")
     masked = data.task == MASKED
@@ -53,8 +53,10 @@ def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     masking = _masking(data, tokenizer) if masked else None
     frame = frame_of(tokenizer, masked)
     splits = load_hub("data.dataset", data.dataset, data.subset) if data.dataset and not data.streaming else None
-    stream = open_stream(data, tokenizer, frame) if data.streaming else None
-    train = NOTHING if stream else _examples(read_split("data.train", data, splits), tokenizer, frame, data, whole=True)
+    stream = open_stream(data, tokenizer, frame) if data.streaming and not judge else None
+    train = NOTHING
+    if not stream and not judge:
+        train = _examples(read_split("data.train", data, splits), tokenizer, frame, data, whole=True)
     found = _examples(read_split("data.validation", data, splits), tokenizer, frame, data, whole=False)
     validation = _masked(found, masking, data.seed) if masking else _judged(found)
     pad = pad_id(tokenizer)

@@ -52,6 +52,15 @@ def language_model(**settings: Any) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).eval()
 
 
+def xlnet() -> Any:
+    """A random XLNet classifier, whose config says -1 positions."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("xlnet", vocab_size=40, d_model=32, n_layer=2, n_head=4, d_inner=24)
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
 def element_masks(model: Any) -> Masks:
     """Half of two matrices of the first layer of a BERT."""
     return {name: torch.rand_like(model.get_parameter(name)) < 0.5 for name in (QUERY, UP)}

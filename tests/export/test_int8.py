@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from leap_dist.export.latency import torch_runner
 from leap_dist.export.onnx import onnx_runner
 from leap_dist.export.shrunk import Models
 from leap_dist.run_folder import read_run
-from tests.export.runs import classifier, make_run, structure_masks
+from tests.export.runs import classifier, language_model, make_run, structure_masks
 
 INT8 = onnx.TensorProto.INT8
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1, "num_labels": 2}
@@ -66,6 +67,18 @@ def test_torch_in_8_bits_loads_without_this_package(tmp_path: Path) -> None:
     with torch.inference_mode():
         found, expected = loaded(ids).logits, model(ids).logits
     assert 0 < float((found - expected).abs().max() / expected.abs().max()) < 0.1
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs the int8 extra")
+def test_settings_of_generation_stay(tmp_path: Path) -> None:
+    settings = {"eos_token_id": [2, 7], "temperature": 0.5, "do_sample": True, "max_new_tokens": 9}
+    model = language_model()
+    model.generation_config.update(**settings)
+    run = read_run(make_run(tmp_path / "run", model, {}))
+    folder = tmp_path / "small"
+    Models(run).save_shrunk(folder)
+    assert settings.items() <= int8.save_int8_torch(folder).generation_config.to_dict().items()
+    assert settings.items() <= json.loads((folder / "generation_config.json").read_text("utf-8")).items()
 
 
 def test_data_that_is_gone(tmp_path: Path) -> None:

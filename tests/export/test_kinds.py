@@ -18,10 +18,10 @@ from leap_dist.export.hf import load_exported
 from leap_dist.export.kinds import KINDS, export_run, parse_kinds
 from leap_dist.export.masks import load_masks
 from leap_dist.export.shrunk import Models
-from leap_dist.models.flops import max_length
+from leap_dist.models.flops import LENGTH, max_length
 from leap_dist.models.pruned_folder import load_pruned
 from leap_dist.run_folder import Run, read_run
-from tests.export.runs import classifier, language_model, make_run, structure_masks
+from tests.export.runs import classifier, language_model, make_run, structure_masks, xlnet
 
 pytestmark = pytest.mark.slow
 
@@ -212,6 +212,30 @@ def test_a_shrunk_model_that_computes_something_else_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("hf", "its logits are no numbers"), ("shrunk", "differ from the masked one's by nan of the largest")],
+)
+def test_a_model_that_gives_no_numbers_is_refused(kind: str, message: str, tmp_path: Path) -> None:
+    model = classifier()
+    masks = structure_masks(model)
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight[-1, 3] = torch.nan  # shorter texts have numbers
+    run = read_run(make_run(tmp_path / "run", model, masks, "head"))
+    with pytest.raises(RuntimeError, match=message):
+        list(export_run(run, [kind], tmp_path / "out", threads=1, latency=False))
+    assert not (tmp_path / "out" / kind).exists()
+
+
+def test_a_model_of_any_length(tmp_path: Path) -> None:
+    """XLNet's config says -1 positions."""
+    model = xlnet()
+    name = "transformer.layer.0.ff.layer_1.weight"
+    run = read_run(make_run(tmp_path / "run", model, {name: torch.arange(32).expand(24, 32) % 2 == 0}))
+    for card in export_run(run, ["hf", "shrunk"], tmp_path / "out", threads=1, latency=False):
+        assert card.logit_difference == 0 and card.flops_after is not None and card.flops_after.length == LENGTH
+
+
 def test_models_are_built_once(run: Run) -> None:
     models = Models(run)
     assert models.shrunk is models.shrunk and models.masked is not models.dense
@@ -226,6 +250,10 @@ def test_the_longest_input_a_model_takes(kind: str, expected: int) -> None:
     assert max_length(model) == expected
     ids = torch.full((1, expected), 5)
     assert model(input_ids=ids).logits.shape == (1, 3)
+
+
+def test_the_longest_input_where_there_is_no_limit() -> None:
+    assert max_length(xlnet()) == LENGTH
 
 
 # ------------------------------------------------------------------------------ language models

@@ -98,6 +98,22 @@ def test_another_answer_is_refused(exported: tuple[Any, Path], tmp_path: Path, m
         onnx.save_onnx(model, tmp_path / "model.onnx", longest=16)
 
 
+def test_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = classifier()
+    with torch.no_grad():
+        model.bert.embeddings.position_embeddings.weight[-1, 3] = torch.nan  # shorter texts have numbers
+    with pytest.raises(RuntimeError, match=r"model\.onnx: the logits of onnxruntime differ from torch's by nan"):
+        onnx.save_onnx(model, tmp_path / "model.onnx", longest=16)
+
+
+def test_a_model_that_answers_nothing_but_zeros(tmp_path: Path) -> None:
+    model = classifier()
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.zero_()
+    assert onnx.save_onnx(model, tmp_path / "model.onnx", longest=16) == 0
+
+
 def test_libraries_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     onnx.require_libraries("--to onnx")
     found = importlib.util.find_spec

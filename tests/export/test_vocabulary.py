@@ -318,6 +318,18 @@ def test_a_pruned_run_with_fewer_tokens(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".vocabulary*"))
 
 
+def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "model", "bert")
+    model = load_exported(source)
+    with torch.no_grad():
+        model.get_parameter("bert.embeddings.position_embeddings.weight")[6, 3] = (
+            torch.nan
+        )  # shorter texts have numbers
+    model.save_pretrained(source)
+    with pytest.raises(RuntimeError, match="with fewer tokens its logits differ by nan of the largest"):
+        cut_vocabulary(source, tmp_path / "cut", Wanted([text(tmp_path)]))
+
+
 def test_mistakes(tmp_path: Path) -> None:
     source = make_model(tmp_path / "model", "bert")
     tiny, good = make_model(tmp_path / "tiny", "bert"), text(tmp_path)

@@ -79,7 +79,7 @@ def test_settings_of_generation_stay(stock: bool, tmp_path: Path) -> None:
     assert manifest.stock == stock
     pruned = load_pruned(tmp_path / "small")
     save_pruned(pruned, tmp_path / "again", like=tmp_path / "small")
-    found = [pruned, load_pruned(tmp_path / "again")]
+    found: list[Any] = [pruned, load_pruned(tmp_path / "again")]
     if stock:
         whole = {structure.name: range(structure.num_units) for structure in find_structures(model)}
         found += [as_stock(model, whole), AutoModelForCausalLM.from_pretrained(tmp_path / "small")]

@@ -18,6 +18,7 @@ from leap_dist.models.measure import measure_of
 from leap_dist.models.outputs import example_inputs
 from leap_dist.models.plan import make_plan
 from leap_dist.run_folder import read_run, sealed
+from tests.export.runs import xlnet
 from tests.models.tiny import SETTINGS, tiny
 from tests.ranks import RankPools
 from tests.sweep.jobs import JOB
@@ -99,6 +100,13 @@ def test_a_layer_takes_its_products_with_it() -> None:
         config = LeapConfig(target=0.5, measure="parameters", gates=("depth",), total_steps=10)
         plan = make_plan(two, config)
         assert measure_of(two, plan, config, None).unit(plan, 0) == parameters[0] - parameters[1]
+
+
+def test_a_model_of_any_length_is_refused_with_the_reason() -> None:
+    """XLNet's config says -1 positions."""
+    model, config = xlnet(), LeapConfig(target=0.5, measure="flops", gates=("row",), total_steps=10)
+    with pytest.raises(UserError, match=r"those of a xlnet model cannot be counted: .* on device meta"):
+        measure_of(model, make_plan(model, config), config, None)
 
 
 def test_weights_are_the_default_and_counted_as_ever() -> None:
