@@ -28,7 +28,7 @@ def best_spans(
     """(scores, start tokens, end tokens), each (batch, num), of the best spans of at most `longest` tokens, best first.
 
     start, end: logits (batch, length); spans lie in tokens first to last, each (batch,). score = start + end logit;
-    -inf where there are fewer spans than `num`.
+    -inf where there are fewer spans than `num`, which start and end at token 0 then.
     """
     position = torch.arange(start.shape[1], device=start.device)
     outside = (position < first[:, None]) | (position > last[:, None])
@@ -36,9 +36,11 @@ def best_spans(
     ends = F.pad(end, (0, longest - 1), value=-torch.inf).unfold(1, longest, 1)  # (batch, length, longest)
     scores = (start[:, :, None] + ends).flatten(1)
     top = scores.topk(min(num, scores.shape[1]))
-    starts = top.indices // longest
+    real = top.values > -torch.inf  # those outside may end behind the last token
+    starts = (top.indices // longest) * real
+    ends = starts + (top.indices % longest) * real
     missing = (0, num - top.values.shape[1])
-    found = F.pad(starts, missing), F.pad(starts + top.indices % longest, missing)
+    found = F.pad(starts, missing), F.pad(ends, missing)
     return F.pad(top.values, missing, value=-torch.inf), *found
 
 

@@ -38,7 +38,7 @@ def test_best_spans_are_those_of_brute_force(longest: int, num: int) -> None:
         wanted = brute_force(start[row], end[row], int(first[row]), int(last[row]), longest)[:num]
         found = list(zip(scores[row].tolist(), starts[row].tolist(), ends[row].tolist(), strict=True))
         assert found[: len(wanted)] == wanted
-        assert all(score == -float("inf") for score, _, _ in found[len(wanted) :])
+        assert set(found[len(wanted) :]) <= {(-float("inf"), 0, 0)}  # no token behind the last one
 
 
 def test_n_best_merges_equal_texts_and_skips_blanks() -> None:
