@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from leap_dist.config.sections import JobConfig
 from leap_dist.console import console
+from leap_dist.core.closed_form import closed_form
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.inputs import Inputs
+from leap_dist.core.measure import Measure, check_reachable, fewest_units, most_units
 from leap_dist.files import replacing
 from leap_dist.models.inputs import resolve_start
 from leap_dist.models.permute import find_orders, permute_
@@ -25,8 +27,14 @@ from leap_dist.zero.ranks import Ranks
 
 
 def reorder(config: JobConfig, model: nn.Module, batches: Batches | StreamBatches, ranks: Ranks) -> dict[str, Tensor]:
-    """Permute a job's model; returns the orders, which the first rank finds. Collective."""
+    """Permute a job's model; returns the orders, which the first rank finds. Collective.
+
+    Raises UserError for a target that the gates cannot reach, as far as arithmetic tells: a search takes minutes.
+    """
     plan = make_plan(model, config.leap, config.family)
+    count, measure = closed_form(plan), Measure(target=config.leap.target)
+    if count is not None and config.leap.measure == "weights":
+        check_reachable(plan, measure, count(fewest_units(plan)), count(most_units(plan)))
     start = resolve_start(model, plan, config.leap)
     norms: Mapping[str, Tensor] = {}
     if start.axes:

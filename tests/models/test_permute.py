@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 import leap_dist
-from leap_dist.config.job_file import parse_leap
+from leap_dist.config.job_file import parse_job, parse_leap
 from leap_dist.errors import UserError
 from leap_dist.models.permute import find_orders, greedy_order, permute_
 from leap_dist.models.plan import make_plan
+from leap_dist.train.reorder import reorder
+from leap_dist.zero.ranks import Ranks
 from tests.models.tiny import EAGER_ONLY, HEADS, tiny
 from tests.ranks import RankPools
-from tests.zero.test_fixed import TINY, run
+from tests.zero.test_fixed import JOB, TINY, run
 
 
 def kept(weight: torch.Tensor, n: int, m: int) -> float:
@@ -72,6 +74,13 @@ def test_a_job_keeps_its_orders_in_the_run_folder(ranks: RankPools, tmp_path: Pa
         for order in file.values():
             assert (np.sort(order) == np.arange(order.shape[1])).all()
     assert json.loads((tmp_path / "greedy" / "config.json").read_text())["leap"]["permute"] == "greedy"
+
+
+def test_a_target_that_the_pattern_cannot_reach_is_refused_before_the_search() -> None:
+    leap = {"target": 0.3, "mode": "one_shot", "score_init": "magnitude", "gates": ["2:4"], "permute": "greedy"}
+    batches: Any = None  # scores by magnitude ask for none
+    with pytest.raises(UserError, match=r"^leap\.target: 0\.3 cannot be reached: .*; raise the target"):
+        reorder(parse_job(JOB | {"leap": leap}), tiny("bert"), batches, Ranks.here())
 
 
 MASKS_OF = ("shot", "trained", "zeros", "later", "unmoved")
