@@ -50,9 +50,7 @@ def test_masks_without_the_name_of_their_order_are_judged_before_the_first_step(
     model, plan = net(), build(net(), config).plan
     masks = {name: torch.rand(plan.numel(name), generator=drawn) < 0.3 for name in plan.covers}
     given = Fixed({n: torch.from_numpy(np.packbits(m.numpy())) for n, m in masks.items()}, None, "leap.prior_mask")
-    with pytest.raises(
-        UserError, match=r"^leap\.prior_mask: leap\.permute put .* that they prune are not zero"
-    ):
+    with pytest.raises(UserError, match=r"^leap\.prior_mask: leap\.permute put .* that they prune are not zero"):
         build(model, config, prior=given)
     with torch.no_grad():
         for name, mask in masks.items():
