@@ -162,10 +162,11 @@ def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
     from leap_dist.checkpoint.folders import latest_checkpoint
     from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS
     from leap_dist.sweep.ladder import branch_off
+    from leap_dist.tracking.completion import complete_trial
 
     _log(work.output).unlink(missing_ok=True)
     if (work.output / CERTIFICATE).is_file():
-        _complete(work)
+        complete_trial(work.output, work.config.tracking.mlflow_uri, _tell)
         return "finished"
     if latest_checkpoint(work.output / CHECKPOINTS) is not None:
         return "resume"
@@ -176,18 +177,8 @@ def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
     return "resume"
 
 
-def _complete(work: Work) -> None:
-    """What a try lacks that was killed once it had its certificate. What cannot be done now the next call does."""
-    from leap_dist.tracking.completion import complete, is_incomplete
-
-    def tell(text: str) -> None:
-        console().print(text, markup=False, soft_wrap=True)
-
-    try:
-        if is_incomplete(work.output):
-            complete(work.output, work.config.tracking.mlflow_uri, tell)
-    except UserError as error:
-        tell(f"{work.output.name}: {error}")
+def _tell(text: str) -> None:
+    console().print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager

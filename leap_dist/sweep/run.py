@@ -24,7 +24,7 @@ from leap_dist.sweep.results import RESULTS, mean_lines, table_lines, write
 from leap_dist.sweep.space import corners
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, identity, job_of, read_sweep, trials_of
-from leap_dist.tracking.completion import complete, is_incomplete
+from leap_dist.tracking.completion import complete_trial
 from leap_dist.tracking.mlflow import Tracker, differing
 
 SWEEP, LOCK = "sweep.json", ".lock"
@@ -59,7 +59,8 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
             saved |= {"identity": now, "parent_run": tracker.run_id}
             _save(storage.folder, saved)
             with line.board:
-                _complete(line)
+                for trial in line.trials:
+                    complete_trial(line.folder / trial.name, trial.config.tracking.mlflow_uri, line.board.tell)
                 run(line, tracker.run_id)
                 line.publish()
             line.flush()
@@ -86,17 +87,6 @@ def _runner(line: Line, address: str | None, stack: ExitStack) -> Callable[[Line
     from leap_dist.sweep.tuning import run_on_ray
 
     return lambda line, parent: run_on_ray(line, places, parent)
-
-
-def _complete(line: Line) -> None:
-    """What trials lack that were killed once they had their certificate."""
-    for trial in line.trials:
-        folder = line.folder / trial.name
-        try:
-            if is_incomplete(folder):
-                complete(folder, trial.config.tracking.mlflow_uri, line.board.tell)
-        except UserError as error:
-            line.board.tell(f"{trial.name}: {error}")
 
 
 def parse_budget(text: str) -> BudgetConfig:

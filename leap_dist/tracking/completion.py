@@ -46,6 +46,15 @@ def complete(folder: Path, uri: str | None, tell: Callable[[str], None]) -> None
         tell(f"{finished}; {sync(folder, uri)}")
 
 
+def complete_trial(folder: Path, uri: str | None, tell: Callable[[str], None]) -> None:
+    """`complete`, where it is needed; `tell` takes why it cannot be done now. The sweep's next call tries again."""
+    try:
+        if is_incomplete(folder):
+            complete(folder, uri, tell)
+    except UserError as error:
+        tell(f"{folder.name}: {error}")
+
+
 def _is_held(lock: Path) -> bool:
     with lock.open("a") as file:
         return not is_free(file)

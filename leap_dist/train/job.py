@@ -96,13 +96,13 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     settings = config.model_copy(update={"leap": beside_heads(config.leap).model_copy(update={"permute": None})})
     engine, *_ = initialize(model=model, config=settings, lr_scheduler=scheduler)
     asked = engine.leap.level.measure.target  # of what leap.measure counts; the level's own is that of the gates
-    own: dict[str, Any] = {"permute": config.leap.permute, "target": asked} | (
-        {"score_init": "syntax"} if syntax else {}
-    )
+    own: dict[str, Any] = {"permute": config.leap.permute, "target": asked}
+    if syntax:
+        own["score_init"] = "syntax"
     heads = gates_by_layer(engine.module, engine.leap.plan, config.family) if syntax else []
     if not engine.leap.config.budgeted:  # where they have no effect a file that names them is refused
         own["tokens_per_step"] = None
-    if not {engine.leap.config.score_init, own.get("score_init")} & {*BY_INPUTS, "syntax"}:
+    if not syntax and engine.leap.config.score_init not in BY_INPUTS:
         own["calibration_batches"] = LeapConfig.model_fields["calibration_batches"].default
     resolved = engine.leap.config.model_copy(update=own)
     config = config.model_copy(update={"leap": resolved})  # with what depends on the model
