@@ -6,6 +6,7 @@ checkpoint between two steps holds them all. Sums are fp64: in which order and o
 show in an fp32 norm.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,19 +18,25 @@ from leap_dist.core.fragments import Fragment
 from leap_dist.errors import UserError
 from leap_dist.ops.slices import Slice
 
+logger = logging.getLogger(__name__)
+
 INPUTS = "leap.inputs"  # the name of the sums in checkpoints
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Where a matrix has its inputs and its outputs: slices that cut it into one unit for each of them."""
+    """Where a matrix has its inputs and its outputs: slices that cut it into one unit for each of them.
+
+    matrices: in the tensor, one below the other: those of fused experts, each with inputs and outputs of its own.
+    """
 
     inputs: Slice
     outputs: Slice
+    matrices: int = 1
 
     @property
     def num_inputs(self) -> int:
-        """Input features."""
+        """Input features, of all its matrices."""
         return self.inputs.units.stop
 
 
@@ -62,13 +69,14 @@ class Inputs:
         self.listen: Callable[[bool], None] = lambda on: None
         self.calibrating = False
 
-    def see(self, tensor: str, rows: Tensor) -> None:
-        """Count the inputs of one forward pass, (..., features of the tensor). Rows that are not finite make the pass
-        count for nothing: such a step is left out."""
+    def see(self, tensor: str, rows: Tensor, first: int = 0) -> None:
+        """Count inputs of one forward pass, (..., features), from feature `first` of the tensor on. Rows that are not
+        finite count for nothing: such a step is left out."""
         sums = rows.detach().reshape(-1, rows.shape[-1]).float().square().sum(0, dtype=torch.float64)
         sums = torch.where(torch.isfinite(sums).all(), sums, 0.0)
-        before = self._seen.get(tensor)
-        self._seen[tensor] = sums if before is None else before.add_(sums)
+        if tensor not in self._seen:
+            self._seen[tensor] = sums.new_zeros(self.axes[tensor].num_inputs)
+        self._seen[tensor][first : first + len(sums)] += sums
 
     def pool(self) -> None:
         """Add what all ranks have seen since the last call. Collective."""
@@ -83,7 +91,8 @@ class Inputs:
     def norms(self) -> dict[str, Tensor]:
         """||x_j|| of the inputs of every matrix, fp32 of shape (features,). Collective.
 
-        Raises UserError, on every rank, for a matrix through which nothing went.
+        Experts that no token reached have the others' mean, which is reported. Raises UserError, on every rank, for a
+        tensor through which nothing went.
         """
         sums = self.flat.new_zeros(self._size)
         sums[self._start : self._start + len(self.flat)] = self.flat
@@ -93,7 +102,23 @@ class Inputs:
         unseen = [name for name, norm in norms.items() if not norm.any()]
         if unseen:
             raise UserError(_nothing_seen(unseen, len(norms)))
+        num_idle = sum(_fill_idle_(norm.view(self.axes[name].matrices, -1)) for name, norm in norms.items())
+        if num_idle and self.everyone.rank == 0:
+            num_experts = sum(own.matrices for own in self.axes.values() if own.matrices > 1)
+            logger.warning(
+                "leap.score_init: no token reached %d of %d experts' matrices; their scores start by the mean of the "
+                "others' inputs. More leap.calibration_batches, or a longer dense phase, reach more",
+                num_idle,
+                num_experts,
+            )
         return norms
+
+
+def _fill_idle_(norms: Tensor) -> int:
+    """Give matrices without inputs the root mean square of the others'; returns how many. norms: (matrices, inputs)."""
+    idle = ~norms.any(1)
+    norms[idle] = norms[~idle].square().mean(0).sqrt()
+    return int(idle.sum())
 
 
 def _nothing_seen(names: list[str], of: int) -> str:

@@ -60,10 +60,15 @@ def fused_experts(model: nn.Module) -> Iterator[str]:
     transformers gives them no layers of their own, in some sixty architectures; it calls their modules ...Experts.
     """
     for path, module in model.named_modules():
-        if "Experts" in type(module).__name__:
-            for name, p in module.named_parameters(recurse=False):
-                if len(getattr(p, "ds_shape", p.shape)) == 3:
-                    yield f"{path}.{name}".removeprefix(".")
+        for name, _ in module.named_parameters(recurse=False):
+            if is_fused(module, name):
+                yield f"{path}.{name}".removeprefix(".")
+
+
+def is_fused(module: nn.Module, local: str) -> bool:
+    """Whether a module's own parameter holds a matrix for each of many experts."""
+    parameter = getattr(module, local)
+    return "Experts" in type(module).__name__ and len(getattr(parameter, "ds_shape", parameter.shape)) == 3
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -14,8 +14,8 @@ from leap_dist.config.leap import GateConfig, LeapConfig
 from leap_dist.core.gates import GatePlan, pattern_of
 from leap_dist.core.inputs import Axes
 from leap_dist.errors import UserError
-from leap_dist.models.families import is_conv1d
-from leap_dist.models.views import Owner, Owners, Shape
+from leap_dist.models.families import is_conv1d, is_fused
+from leap_dist.models.views import Owner, Owners, Shape, are_transposed
 from leap_dist.ops.slices import Slice
 
 STARTS = {
@@ -56,8 +56,8 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
         if automatic:
             return _by_magnitude(config, f"no module shows the inputs of {few}")
         raise UserError(
-            f'leap.score_init: got "{config.score_init}", but no linear layer or convolution shows the inputs of '
-            f'{few}; leave it out in leap.exclude, or set leap.score_init to "magnitude"'
+            f'leap.score_init: got "{config.score_init}", but no linear layer, convolution or module of experts shows '
+            f'the inputs of {few}; leave it out in leap.exclude, or set leap.score_init to "magnitude"'
         )
     why = "the model is a causal language model" if causal else "one shot has nothing else to go by"
     learns = config.mode == "train" and not config.frozen
@@ -113,9 +113,20 @@ def shows_inputs(owner: Owner) -> bool:
     return owner.local == "weight" and (linear or is_conv1d(owner.module) or isinstance(owner.module, _ConvNd))
 
 
+def shows_products(owner: Owner) -> bool:
+    """Whether a parameter holds the matrices of fused experts, and its module multiplies with them in plain torch.
+
+    Then what each of them is multiplied with can be seen while the module computes (zero/products.py). Kernels that
+    take tokens, routes and weights at once show nothing, and nor does a product with a copy of the weights.
+    """
+    config = getattr(owner.module, "config", None)
+    plain = getattr(config, "_experts_implementation", None) in (None, "eager", "grouped_mm")
+    return plain and is_fused(owner.module, owner.local) and type(owner.module).__module__.startswith("transformers.")
+
+
 def axes_of(owners: list[Owner], name: str, shape: Shape) -> Axes | None:
     """Where a tensor of that whole shape has inputs and outputs; None where no module shows, or several differ."""
-    found = {_axes(owner.module, name, shape) for owner in owners if shows_inputs(owner)}
+    found = {_axes(owner.module, name, shape) for owner in owners if shows_inputs(owner) or shows_products(owner)}
     return found.pop() if len(found) == 1 else None
 
 
@@ -129,5 +140,9 @@ def _axes(module: nn.Module, name: str, shape: Shape) -> Axes:
         group, kernel = rows // module.groups, math.prod(shape[2:])
         by_row, by_window = cut(1, cols), cut(group, kernel)
         return Axes(by_row, by_window) if module.transposed else Axes(by_window, by_row)
-    by_row, by_column = cut(1, cols), cut(rows, 1)
-    return Axes(by_row, by_column) if is_conv1d(module) else Axes(by_column, by_row)
+    stacked = len(shape) == 3
+    matrices = shape[0] if stacked else 1
+    rows, cols = matrices * shape[-2], shape[-1]
+    by_row, by_column = cut(1, cols), cut(shape[-2], 1)
+    transposed = is_conv1d(module) or (stacked and are_transposed(module))
+    return Axes(by_row, by_column, matrices) if transposed else Axes(by_column, by_row, matrices)

@@ -108,10 +108,10 @@ def _view(module: nn.Module, shape: Shape) -> View | str:
         return (
             f"belongs to a {type(module).__name__}, which is not a convolution of torch.nn: its channels are not known"
         )
-    return View(shape, transposed=is_conv1d(module) or (len(shape) == 3 and _are_transposed(module)))
+    return View(shape, transposed=is_conv1d(module) or (len(shape) == 3 and are_transposed(module)))
 
 
-def _are_transposed(experts: nn.Module) -> bool:
+def are_transposed(experts: nn.Module) -> bool:
     """Whether fused experts are stacks of (inputs, outputs): transformers says so, or the first one's inputs are the
     width that the second one gives."""
     if (said := getattr(experts, "is_transposed", None)) is not None:

@@ -20,8 +20,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from leap_dist.core.inputs import Inputs
-from leap_dist.models.inputs import shows_inputs
+from leap_dist.models.inputs import shows_inputs, shows_products
 from leap_dist.models.views import Owners
+from leap_dist.zero.products import Products
 
 
 class _Call(NamedTuple):
@@ -42,6 +43,7 @@ class Listener:
         self._model, self._inputs = ref(model), inputs
         self._handles: list[RemovableHandle] = []
         self._calls: list[_Call] = []
+        self._products: list[Products] = []
         self._trained = False
         inputs.listen = self.listen
         self.listen(on)
@@ -63,10 +65,16 @@ class Listener:
 
     def _on_layers(self, model: nn.Module) -> Iterator[RemovableHandle]:
         owners = Owners(model)
+        experts: dict[nn.Module, dict[str, str]] = {}
         for name in self._inputs.axes:
             for owner in owners.of(name):
                 if shows_inputs(owner):
                     yield owner.module.register_forward_pre_hook(partial(self._see, name), with_kwargs=True)
+                elif shows_products(owner):
+                    experts.setdefault(owner.module, {})[owner.local] = name
+        for module, names in experts.items():
+            yield module.register_forward_pre_hook(partial(self._enter_experts, names), with_kwargs=True)
+            yield module.register_forward_hook(self._leave_experts, always_call=True)
 
     def _on_models(self, model: nn.Module) -> Iterator[RemovableHandle]:
         from transformers import PreTrainedModel
@@ -95,6 +103,21 @@ class Listener:
         convolves = isinstance(module, _ConvNd)
         self._inputs.see(tensor, x.movedim(_channels(module), -1) if convolves else self._without_padding(x))
 
+    @torch.compiler.disable
+    def _enter_experts(
+        self, names: dict[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._counts():
+            x = [*args, *kwargs.values()][0]
+            weights = {name: getattr(module, local) for local, name in names.items()}
+            self._products.append(Products(self._inputs, weights, x, self._kept(x)))
+            self._products[-1].__enter__()
+
+    @torch.compiler.disable
+    def _leave_experts(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._products:
+            self._products.pop().__exit__(None, None, None)
+
     def _counts(self) -> bool:
         if torch._C._current_graph_task_id() != -1:  # a backward pass
             return False
@@ -105,15 +128,19 @@ class Listener:
 
     def _without_padding(self, x: Tensor) -> Tensor:
         """The rows of (batch, length, ...) or (batch * length, features) with zeros in the place of padding."""
+        kept = self._kept(x)
+        return x if kept is None else torch.where(kept.view(*kept.shape, *[1] * (x.dim() - kept.dim())), x, 0.0)
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        """Which rows are no padding, bool of (batch, length) or (batch * length,); None where that is not known."""
         mask = self._mask_of(x)
         if mask is None or x.dim() < 2:
-            return x
+            return None
         whole = x.dim() > 2 and x.shape[:2] == mask.shape  # of two axes the second is features, whatever its length
         if not whole and (x.dim() > 2 or len(x) != mask.numel()):
-            return x
+            return None
         kept = mask.to(x.device) != 0
-        kept = kept if whole else kept.flatten()
-        return torch.where(kept.view(*kept.shape, *[1] * (x.dim() - kept.dim())), x, 0.0)
+        return kept if whole else kept.flatten()
 
     def _mask_of(self, x: Tensor) -> Tensor | None:
         """The mask of what the innermost model around a layer works on, or of the encoder's states where x is those."""
