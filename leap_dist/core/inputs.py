@@ -70,13 +70,16 @@ class Inputs:
         self.calibrating = False
 
     def see(self, tensor: str, rows: Tensor, first: int = 0) -> None:
-        """Count inputs of one forward pass, (..., features), from feature `first` of the tensor on. Rows that are not
-        finite count for nothing: such a step is left out."""
-        sums = rows.detach().reshape(-1, rows.shape[-1]).float().square().sum(0, dtype=torch.float64)
-        sums = torch.where(torch.isfinite(sums).all(), sums, 0.0)
+        """Count inputs of one forward pass, (..., features), from feature `first` of the tensor on."""
+        squares = rows.detach().reshape(-1, rows.shape[-1]).float().square()
+        self.add(tensor, squares.sum(0, dtype=torch.float64), first)
+
+    def add(self, tensor: str, sums: Tensor, first: int = 0) -> None:
+        """Count sums of squares, fp64 (features,), from feature `first` on. Those that are not finite count for
+        nothing: such a step is left out."""
         if tensor not in self._seen:
             self._seen[tensor] = sums.new_zeros(self.axes[tensor].num_inputs)
-        self._seen[tensor][first : first + len(sums)] += sums
+        self._seen[tensor][first : first + len(sums)] += torch.where(torch.isfinite(sums).all(), sums, 0.0)
 
     def pool(self) -> None:
         """Add what all ranks have seen since the last call. Collective."""

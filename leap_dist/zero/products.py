@@ -17,7 +17,20 @@ from torch.overrides import TorchFunctionMode
 from leap_dist.core.inputs import Inputs
 
 PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+CHUNK = 8192  # rows in fp64 at a time
 CHOICES = {"__getitem__", "index_select", "repeat_interleave"}
+
+
+def sums_of_groups(x: Tensor, ends: Tensor) -> Tensor:
+    """Sums of squares of groups of rows, fp64 (groups, features), without waiting for the device.
+
+    x: (rows, features). ends: (groups,), the row after the last of each; rows after all of them are in no group.
+    """
+    groups = torch.searchsorted(ends, torch.arange(len(x), device=x.device, dtype=ends.dtype), right=True)
+    sums = x.new_zeros(len(ends) + 1, x.shape[-1], dtype=torch.float64)
+    for rows, group in zip(x.split(CHUNK), groups.split(CHUNK), strict=True):
+        sums.index_add_(0, group, rows.float().square().double())
+    return sums[:-1]
 
 
 class Products(TorchFunctionMode):
@@ -37,7 +50,7 @@ class Products(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in CHOICES and self._kept is not None and self._are_tokens(args[0]):
+        if name in CHOICES and self._kept is not None and args and self._are_tokens(args[0]):
             self._chosen = func(self._kept.view(args[0].shape[:-1]), *args[1:], **kwargs)
         elif name in PRODUCTS:
             self._see([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
@@ -56,16 +69,14 @@ class Products(TorchFunctionMode):
         name, expert = found
         x, weight = operands[0].detach(), self._weights[name]
         features = self._inputs.axes[name].num_inputs // len(weight)  # of one expert
-        if self._chosen is not None and len(self._chosen) == len(x):
+        if self._chosen is not None and x.shape[:-1] == self._chosen.shape:
             x = torch.where(self._chosen[:, None], x, 0.0)
         if operands[1].numel() < weight.numel() or len(weight) == 1:
             self._inputs.see(name, x, expert * features)
         elif x.dim() == 3:  # as many rows for every expert
             self._inputs.see(name, x.transpose(0, 1).flatten(1))
         else:
-            ends = operands[2].tolist()
-            for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-                self._inputs.see(name, x[start:end], expert * features)
+            self._inputs.add(name, sums_of_groups(x, operands[2]).flatten())
 
     def _find(self, operand: Tensor) -> tuple[str, int] | None:
         """The tensor that an operand is, or is a part of, and the expert with which it begins."""

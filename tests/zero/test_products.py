@@ -15,6 +15,7 @@ import leap_dist
 from leap_dist.config.job_file import parse_leap
 from leap_dist.models.inputs import resolve_start
 from leap_dist.models.plan import make_plan
+from leap_dist.zero.products import sums_of_groups
 from tests.ranks import RankPools
 from tests.zero.test_listener import IDS, MASK, listening, squares
 
@@ -176,6 +177,16 @@ def test_what_scores_start_from(implementation: str, changes: dict[str, Any], st
     model = tiny("qwen3_moe", implementation)
     found = resolve_start(model, make_plan(model, config), config)
     assert found.config.score_init == start and found.why.startswith(why)
+
+
+@pytest.mark.parametrize("chunk", [3, 8192])
+def test_groups_may_be_empty_and_rows_in_none(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr("leap_dist.zero.products.CHUNK", chunk)
+    x = torch.randn(11, 5, generator=torch.Generator().manual_seed(0))
+    found = sums_of_groups(x, torch.tensor([0, 4, 4, 9], dtype=torch.int32))
+    rows = x.double().square()
+    zeros = torch.zeros(5, dtype=torch.float64)
+    torch.testing.assert_close(found, torch.stack([zeros, rows[:4].sum(0), zeros, rows[4:9].sum(0)]), rtol=1e-6, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------- under ZeRO
