@@ -39,6 +39,18 @@ def test_services_are_watched_and_jobs_wait_for_them() -> None:
     assert set(compose("compose.gpu.yaml")["services"]) <= set(services)
 
 
+def test_every_place_where_a_sweep_runs_knows_the_store() -> None:
+    services = compose("compose.yaml")["services"]
+    for name in ("ray-head", "ray-worker", "sweep"):
+        assert services[name]["environment"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000", name
+    assert set(services["sweep"]["depends_on"]) == {"mlflow", "ray-head"}
+    _, job = yaml.safe_load_all((DOCKER / "cluster" / "rayjob.yaml").read_text("utf-8"))
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "MLFLOW_TRACKING_URI", "value": "MLFLOW"} in container["env"]
+
+
 def test_what_the_image_copies_is_let_through() -> None:
     copied = re.findall(r"^COPY (.+) \S+$", RECIPE, re.MULTILINE)
     paths = {path for line in copied for path in line.split()}

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from leap_dist.config.family import FamilyConfig
 from leap_dist.config.json_file import Twice, loads, read_json, shortened
 from leap_dist.config.leap import GATE_NAMES, LeapConfig
+from leap_dist.config.legacy import IMPORT
 from leap_dist.config.section import Section, is_int, nearest, show
 from leap_dist.config.sections import (
     DEEPSPEED_KEYS,
@@ -288,6 +289,8 @@ def _unknown_in_section(section: str, key: str, value: Any) -> str:
 
 def _unknown_top_level(key: str, value: Any) -> str:
     """The line for a top-level key that is neither ours nor DeepSpeed's."""
+    if key == "compression_training":
+        return f"{key}: what DeepSpeed pruned by; {IMPORT}"
     names = [*SECTIONS, *DEEPSPEED_KEYS]
     inside = [f"{name}.{key}" for name, cls in SECTIONS.items() if key in cls.model_fields]
     near = f"; did you mean {inside[0]}?" if inside else nearest(key, names)

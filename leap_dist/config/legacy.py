@@ -10,12 +10,13 @@ from typing import Any
 
 from leap_dist.config.section import is_int, is_number, nearest, show
 
+IMPORT = "make a job of the old file: python launch/prune.py --import-compression FILE"
 PRUNING = ("sparse_pruning", "row_pruning", "head_pruning")
 WITHOUT_A_GATE = {
     "channel_pruning": "LEAP has no gate for the channels of convolutions",
-    "weight_quantization": "LEAP does not quantise; quantise the exported model",
-    "activation_quantization": "LEAP does not quantise; quantise the exported model",
-    "layer_reduction": 'LEAP does not start from fewer layers; the gate "layer" learns which sublayers can go',
+    "weight_quantization": "LEAP does not quantise while it trains; export to int8, int8_torch or gguf_q8_0",
+    "activation_quantization": "LEAP does not quantise while it trains; export to int8, which does at run time",
+    "layer_reduction": 'LEAP does not start from fewer layers; the gate "depth" learns which layers can go',
 }
 SHARED_KEYS = ("enabled", "method", "schedule_offset")
 SNIP_KEYS = ("schedule_offset_end", "schedule_offset_stride", "block_pattern", "dense_ratio", "excluded_modules")

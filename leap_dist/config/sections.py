@@ -240,7 +240,7 @@ class TrainConfig(Section):
     dense_reference: bool = Field(default=False, description="true or false")
     """Also train a dense model for as many steps, to compare with."""
     checkpoint_every: int | None = Field(default=None, ge=1, description="an integer >= 1, or null")
-    """Optimizer steps between two checkpoints; null: only checkpoint_minutes counts."""
+    """Optimizer steps between two checkpoints; null: checkpoint_minutes alone counts; a sweep's trial writes ten."""
     checkpoint_minutes: float | None = Field(default=30.0, gt=0, description="a number > 0, or null")
     """Minutes between two checkpoints, by the first rank's clock; null: only checkpoint_every counts."""
     keep_checkpoints: int = Field(default=2, ge=1, description="an integer >= 1")

@@ -56,6 +56,12 @@ def _walk(sweep: SweepConfig, lowest: Settings, higher: list[Settings], name: di
             f'leap.measure: got "{leap.measure}"; a ladder branches off at densities; allowed: "weights", or a '
             "sweep that trains each target"
         )
+    unfit = {"mode": leap.mode != "train", "start": leap.start is not None, "weights": leap.frozen}
+    if key := next((key for key, found in unfit.items() if found), None):
+        raise UserError(
+            f"leap.{key}: got {show(getattr(leap, key))}; a ladder branches off a run that comes down to its target "
+            "and settles; allowed: one that trains masks and weights, or a sweep that runs each target"
+        )
     schedule = Schedule(config.train.max_steps, leap.dense_fraction, leap.settle_fraction, leap.target)
     walk = name[json.dumps(lowest)]
     snapshots: dict[int, str] = {}

@@ -17,6 +17,7 @@ from leap_dist.config.json_file import read_json
 from leap_dist.config.section import Conflict, PositiveFloat, Section, as_objects, is_int, is_number, show
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.errors import UserError
+from leap_dist.secrets import hide_in
 from leap_dist.sweep.grid import MOST_CELLS, Settings, expand, names
 from leap_dist.sweep.space import Space, corners, drawn, rounded
 from leap_dist.tracking.mlflow import parameters
@@ -27,6 +28,9 @@ VALUES = (
     'a list of values, {"from": a, "to": b, "num": n >= 2}, or, for a search, {"uniform": [a, b]}, '
     '{"loguniform": [a, b]} with 0 < a < b, or {"choice": [...]}'
 )
+
+DO = "allowed: in the job file, or in the environment (MLFLOW_TRACKING_URI)"
+NO_GPUS = "resources.gpus is 0, so no trial takes any; allowed: hours, or trials on GPUs"
 
 
 def _as_values(value: Any) -> Any:
@@ -158,12 +162,29 @@ class SweepConfig(Section):
             for inner in dict.fromkeys(keys)
             if str(inner).startswith(f"{outer}.")
         ]
+        found += [
+            ("vary", f"the values of {show(key)} hold a secret, and they name trials and stand in their results; {DO}")
+            for key in dict.fromkeys(keys)
+            if any(hide_in({key: value}) != {key: value} for value in _values_of(key, vary, cases))
+        ]
+        budget, resources = (raw.get(key) for key in ("budget", "resources"))
+        hours = budget.get("gpu_hours") if isinstance(budget, Mapping) else None
+        if hours and not (isinstance(resources, Mapping) and resources.get("gpus")):
+            found.append(("budget.gpu_hours", f"got {show(hours)}; {NO_GPUS}"))
         samples = SweepConfig.model_fields["samples"].default
         if raw.get("search", "grid") == "grid" and raw.get("samples", samples) != samples:
             found.append(("samples", f"got {show(raw['samples'])}; an option of a search: set search, or remove it"))
         if raw.get("mode") == "ladder" and raw.get("early_stop"):
             found.append(("early_stop", f"got {show(raw['early_stop'])}; a ladder needs every rung: set null"))
         return found
+
+
+def _values_of(key: Any, vary: Any, cases: Any) -> list[Any]:
+    """The values that a key has in vary and cases, whatever these are."""
+    given = vary.get(key) if isinstance(vary, Mapping) else None
+    listed = given.get("choice") if isinstance(given, Mapping) else given
+    own = [case[key] for case in cases if isinstance(case, Mapping) and key in case]
+    return [*(listed if isinstance(listed, list) else ()), *own]
 
 
 @dataclass(frozen=True)

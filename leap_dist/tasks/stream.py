@@ -169,13 +169,25 @@ class Stream:
         self._rows = self._read.read(self._next, self._seed)
 
 
+def _examples(chats: ChatEncoder, rows: Sequence[Conversation], longest: int) -> Iterator[list[Example]]:
+    """What each conversation gives; the first that is too long is reported, as nobody knows how many will be."""
+    for row in rows:
+        before = chats.cut
+        yield chats.encode(row)
+        if chats.cut and not before:
+            told = "%s: longer than data.max_length (%d) and cut there, as others may be"
+            logger.warning(f"{told}; what has no answer then is left out", row.place, longest)
+
+
 def open_stream(data: DataConfig, tokenizer: PreTrainedTokenizerBase, frame: Frame) -> Stream:
     """The stream of the split that data.train names: of blocks of text, or of conversations, as its first row says."""
     rows = _Rows(data)
     kind = type(document_of(rows.first, f"{rows.source}: row 1", rows.columns, data.task))
     if kind is Conversation:
         chats = ChatEncoder(tokenizer, data.max_length)
-        return Stream(rows, kind, lambda found: [chats.encode(row) for row in found], 1, lambda parts: parts[0][0])
+        return Stream(
+            rows, kind, lambda found: [*_examples(chats, found, data.max_length)], 1, lambda parts: parts[0][0]
+        )
 
     def encode(texts: Sequence[Any]) -> list[np.ndarray]:
         """An empty array of a document of white space alone."""

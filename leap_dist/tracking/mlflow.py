@@ -221,7 +221,7 @@ def sync(folder: Path, uri: str | None) -> str:
         if left := len(journal.waiting()):
             raise UserError(
                 f"MLflow at {hide_secrets(uri)} has not taken {left} records: {delivery.problem}; "
-                "try again when it does, or name another address with --uri"
+                "try again when it does, or name another address of the same store with --uri"
             )
         return (
             f"MLflow at {hide_secrets(uri)} has taken {delivery.num_taken} records of run {journal.run.get('run_id')}"

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from leap_dist.config.legacy import IMPORT
 from leap_dist.config.sections import SECTIONS
 from leap_dist.core.fragments import Fragment
 from leap_dist.errors import UserError
@@ -109,7 +110,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield f"zero_optimization.stage: got {stage!r}; allowed: 0, 1, 2, 3"
-    low = [name for name in ("bf16", "fp16", "amp") if _section(config, name).get("enabled")]
+    low = [name for name in ("bf16", "fp16") if _section(config, name).get("enabled")]
     if stage == 0 and low:
         yield (
             f"{low[0]}.enabled: zero_optimization.stage 0 hides its fp32 master weights; use stage 1, 2 or 3, or fp32"
@@ -117,8 +118,8 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for key, value, why in BF16_OPTIONS:
         if _section(config, "bf16").get(key, value) != value:
             yield f"bf16.{key}: got {not value}; allowed: {value}: {why}"
-    if "amp" in low and stage != 0:
-        yield "amp.enabled: ZeRO and amp cannot be combined; use bf16 or fp16"
+    if _section(config, "amp").get("enabled"):
+        yield "amp.enabled: LEAP's step works with bf16 or fp16 under ZeRO stage 1, 2 or 3; use one of them, or fp32"
     for name in ("offload_optimizer", "offload_param"):
         if _section(zero, name).get("device") == "nvme":
             yield f"zero_optimization.{name}.device: got 'nvme'; the state has to stay in memory: use 'cpu' or drop it"
@@ -127,7 +128,9 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for name, off in OTHER_SHARDING.items():
         if zero.get(name) not in (None, off):
             yield f"zero_optimization.{name}: LEAP does not know this way of sharding yet; remove it"
-    for name in ("tensor_parallel", "expert_parallel", "hybrid_engine", "compression_training"):
+    if "compression_training" in config:
+        yield f"compression_training: what DeepSpeed pruned by; {IMPORT}"
+    for name in ("tensor_parallel", "expert_parallel", "hybrid_engine"):
         if _section(config, name).get("enabled", name in config):
             yield f"{name}: not supported together with LEAP yet; remove the section"
     if zero.get("load_from_fp32_weights") is False:

@@ -107,6 +107,21 @@ def test_cases_with_the_same_values_of_other_keys_get_names_of_their_own(tmp_pat
         ({"vary": {"leap.target": {"uniform": [0.5, 0.5]}}, "search": "random"}, r"target: got .*less than the second"),
         ({"vary": {"leap.target": {"loguniform": [0, 0.5]}}, "search": "random"}, r"target: got .*have to be > 0"),
         ({"search": "random"}, r"vary: got null and no cases"),
+        (
+            {**LADDER, "cases": [{"leap.mode": "one_shot"}]},
+            r"leap\.mode: got \"one_shot\"; a ladder branches off a run",
+        ),
+        ({**LADDER, "cases": [{"leap.start": "zeros"}]}, r"leap\.start: got \"zeros\"; a ladder branches off a run"),
+        ({**LADDER, "cases": [{"leap.weights": "frozen"}]}, r"leap\.weights: got \"frozen\"; a ladder branches off"),
+        ({"vary": {"comet.api_key": ["SECRETKEY12345"]}}, r"vary: the values of \"comet.api_key\" hold a secret"),
+        (
+            {"cases": [{"tracking.mlflow_uri": "http://bob:hunter2pass@mlflow:5000"}]},
+            r"vary: the values of \"tracking.mlflow_uri\" hold a secret, and they name trials",
+        ),
+        (
+            {"vary": {"leap.target": [0.5]}, "budget": {"gpu_hours": 1}},
+            r"budget\.gpu_hours: got 1; resources\.gpus is 0, so no trial takes any; allowed: hours",
+        ),
         ({**LADDER, "search": "random"}, r"search: got \"random\"; a search draws from vary, without cases or ladder"),
         ({"vary": {"leap.target": [0.5]}, "config": "nowhere.json"}, r"config: no file nowhere\.json"),
         ({"varry": {}, "cases": [{}]}, r"varry: got {}, unknown key; .*did you mean .*vary"),
@@ -200,9 +215,13 @@ def test_a_budget_is_a_number_of_something(text: str) -> None:
         parse_budget(text)
 
 
-def test_budgets_are_read() -> None:
+def test_budgets_are_read(tmp_path: Path) -> None:
     budget = parse_budget("trials=3, hours=0.5")
     assert (budget.trials, budget.hours, budget.gpu_hours) == (3, 0.5, None)
+    file = sweep_file(tmp_path, vary={"leap.target": [0.5]})
+    with pytest.raises(UserError, match=r"--budget\.gpu_hours: got 2; resources\.gpus is 0"):
+        run_sweep(file, str(tmp_path / "out"), None, False, "gpu_hours=2")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

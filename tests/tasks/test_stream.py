@@ -123,6 +123,15 @@ def test_conversations(stream: Any, speaker: Any) -> None:  # noqa: F811
     assert example in task.validation["validation"][:]
 
 
+def test_the_first_conversation_that_is_too_long_is_reported(stream: Any, caplog: pytest.LogCaptureFixture) -> None:
+    short = {"messages": [TURNS[1] | {"content": "n"}, TURNS[2] | {"content": "m"}]}
+    long = {"messages": [TURNS[1] | {"content": "n " * 90}, TURNS[2]]}
+    task = stream([short, short, long, long, short, short], [short], shuffle_buffer=1, max_length=64)
+    assert len(task.stream.take(4, "")) == 4
+    (told,) = [record.getMessage() for record in caplog.records if "longer than" in record.message]
+    assert ": row " in told and "longer than data.max_length (64) and cut there, as others may be" in told
+
+
 def test_ranks_share_what_one_reads(stream: Any) -> None:
     """Rank r has the r-th part of every micro-batch, whatever their number; the first one's words go to all."""
     rows = numbered(60)
