@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from annotated_types import Gt
 from pydantic.fields import FieldInfo
 
 from leap_dist.config.job_file import _section_in as section_in
@@ -88,6 +89,8 @@ def default_of(field: FieldInfo) -> str:
         return "Required."
     if field.default_factory is not None:
         return ""
+    if field.default is not None and any(isinstance(at, Gt) and field.default <= at.gt for at in field.metadata):
+        return ""  # it stands for no value, as the meaning says
     return f"Default: `{json.dumps(written(field.default))}`."
 
 

@@ -201,8 +201,18 @@ def _parse_job(raw: Mapping[str, Any], source: str, problems: list[str]) -> JobC
     given = {name: cls for name, cls in SECTIONS.items() if name in raw or name not in OPTIONAL}
     sections = {name: _parse_section(cls, name, raw.get(name, {}), problems) for name, cls in given.items()}
     problems += _length_problem(raw)
+    problems += _schedule_problem(deepspeed, sections["train"])
     _raise_if(problems, source)
     return JobConfig.model_validate({"deepspeed": deepspeed, **sections})
+
+
+def _schedule_problem(deepspeed: Mapping[str, Any], train: Section | None) -> list[str]:
+    """A warm-up beside a scheduler of DeepSpeed's, which has its own."""
+    default = TrainConfig.model_fields["warmup_fraction"].default
+    if "scheduler" not in deepspeed or not isinstance(train, TrainConfig) or train.warmup_fraction == default:
+        return []
+    why = "the scheduler section says what the rate does: remove one of them"
+    return [f"train.warmup_fraction: got {train.warmup_fraction}, which has no effect here: {why}"]
 
 
 def _raise_if(problems: list[str], source: str) -> None:

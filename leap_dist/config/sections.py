@@ -234,11 +234,12 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=WEIGHT_DECAY, ge=0, description="a number >= 0")
     """AdamW's decay of the weights; scores and thresholds have none."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="a number, 0 <= f < 1")
-    """Part of the steps in which the rate climbs to its peak."""
+    """Part of the steps in which the rate climbs to its peak; then it falls linearly, to 0 at the end. Not with a
+    `scheduler` of DeepSpeed's, which says both."""
     seed: int = Field(default=17, ge=0, lt=2**32, description="an integer, 0 <= seed < 2**32")
     """Decides random weights, the order of the data and dropout."""
     dense_reference: bool = Field(default=False, description="true or false")
-    """Also train a dense model for as many steps, to compare with."""
+    """Also train a dense model for as many steps, to compare with; before the run, and without checkpoints."""
     checkpoint_every: int | None = Field(default=None, ge=1, description="an integer >= 1, or null")
     """Optimizer steps between two checkpoints; null: checkpoint_minutes alone counts; a sweep's trial writes ten."""
     checkpoint_minutes: float | None = Field(default=30.0, gt=0, description="a number > 0, or null")
@@ -272,7 +273,8 @@ class DistillConfig(Section):
     hidden_weight: float = Field(default=1.0, ge=0, description="a number >= 0")
     """Weight of the squared distance of hidden states; needs a teacher of the same width."""
     attention_weight: float = Field(default=1.0, ge=0, description="a number >= 0")
-    """Weight of the squared distance of attention weights; above 0 attention runs unfused, for it has to be seen."""
+    """Weight of the squared distance of attention weights; above 0 attention runs unfused, for it has to be seen,
+    and the teacher needs as many heads. Of any teacher vocabulary and labels have to be the model's."""
     layers: Annotated[
         tuple[int, ...] | Literal["auto"],
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),

@@ -163,7 +163,7 @@ def shift_range(remaining: Remaining, sigma: Tensor, temperature: float) -> tupl
 
 
 def level_shift(remaining: Remaining, sigma: Tensor, temperature: float, level: float) -> float:
-    """The delta for which R(sigma + delta) = level (algorithm.md, section 2, projected control).
+    """The delta for which R(sigma + delta) = level (docs/how_it_works.md, projected control).
 
     Newton's method inside a bracket: R grows with delta, and from one step to the next it moves little.
     """

@@ -32,8 +32,7 @@ def learn_(gating: Gating, adam: Adam | None, score_adam: Adam) -> tuple[Tensor,
     """The same, and Adam on element scores.
 
     Returns (dL/dsigma on the CPU, dL/dS of structured units), float64, summed over ranks. With G = dL/d(W * M):
-    dL/dS_u = sum_{i in u} G_i W_i prod_{g' != g} M_g',i and dL/dsigma = sum_u M_u dL/dS_u
-    (algorithm.md, section 2).
+    dL/dS_u = sum_{i in u} G_i W_i prod_{g' != g} M_g',i and dL/dsigma = sum_u M_u dL/dS_u.
     """
     plan = gating.plan
     num_gates = len(plan.gates)

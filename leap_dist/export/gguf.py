@@ -34,7 +34,10 @@ SAID = {
     "Q8_0": "a scale of 16 bits for every 32 weights of 8",
     Q4_K_M: "llama.cpp's mixture of 4 bits and 6, and of its other types for rows that are not a multiple of 256",
 }
-UNIFORM = 'prune with {"granularity": "head" or "neuron", "uniform": true}, which leaves all layers alike'
+UNIFORM = (
+    'prune with "uniform": true in every gate, which leaves all layers alike; heads too where the config has a key for '
+    "their size, as Llama's has"
+)
 
 
 @dataclass(frozen=True)

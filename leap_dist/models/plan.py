@@ -130,6 +130,7 @@ class _Maker:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: shape for name, shape in tensor_shapes(model).items() if name in trained}
         self.owners = Owners(model)
+        self.alone = len(config.gates) == 1
         self.included = self._matched(config.include, "leap.include") if config.include else None
         self.dropped = set(self._matched(config.exclude, "leap.exclude")) if config.exclude else set()
 
@@ -219,6 +220,8 @@ class _Maker:
         except UserError as error:
             name = getattr(getattr(self.model, "config", None), "model_type", None) or type(self.model).__name__
             raise UserError(f"{key}: got 'hidden'; {name} has no stream that can be narrower: {error}") from error
+        if self.included is not None and self.alone:
+            raise UserError("leap.include: got names; 'hidden' takes dimensions out of all tensors at once: remove it")
         for option in ("include", "exclude"):
             if getattr(entry, option):
                 raise UserError(f"{key}.{option}: got names; 'hidden' is one gate for the whole model: remove it")

@@ -182,6 +182,15 @@ class Tracker(Recorder):
         console().print(f"MLflow at {hide_secrets(str(self._uri))} {what}", markup=False, soft_wrap=True)
 
 
+def check_store_answers(tracking: TrackingConfig) -> None:
+    """Raises UserError where a new run could not begin now; a trial of a sweep runs where the store is down."""
+    uri = tracking.mlflow_uri
+    if uri is not None and not tracking.parent_run:
+        remember(uri)
+        with held_back(), starting(), user_errors(uri):
+            in_time(uri, lambda: connect(uri).search_experiments(max_results=1))
+
+
 def sync(folder: Path, uri: str | None) -> str:
     """Send what a run that has ended could not, and what one recorded last that was killed at its very end.
 

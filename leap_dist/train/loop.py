@@ -26,7 +26,7 @@ from leap_dist.files import replacing
 from leap_dist.models.inputs import describe_start
 from leap_dist.models.permute import order_of
 from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, HIDDEN, MODEL, RANKS, SCORES
-from leap_dist.tracking.mlflow import Tracker
+from leap_dist.tracking.mlflow import Tracker, check_store_answers
 from leap_dist.tracking.records import record_end
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.folder_writer import FolderWriter, needed
@@ -60,7 +60,11 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     torch.manual_seed(config.train.seed)
     trains = config.leap.mode == "train"
     saved = resumes and ranks.on_first(lambda: latest_checkpoint(output / CHECKPOINTS) is not None)
-    reference = _dense_reference(config, ranks, watch) if trains and config.train.dense_reference and not saved else {}
+    reference: dict[str, dict[str, float]] = {}
+    if trains and config.train.dense_reference and not saved:
+        _let_go(build_job(config, ranks, watch))  # what is refused is known before the reference has trained for long
+        ranks.on_first(lambda: check_store_answers(config.tracking))
+        reference = _dense_reference(config, ranks, watch)
     job = build_job(config, ranks, watch)
     job.state.measured |= reference
     try:

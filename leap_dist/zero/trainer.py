@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from leap_dist.errors import UserError
-from leap_dist.zero.engine import attach, engine_config, finalize, host, release
+from leap_dist.zero.engine import attach, engine_config, finalize, host
 
 
 class LeapCallback(TrainerCallback):
@@ -19,7 +19,8 @@ class LeapCallback(TrainerCallback):
     come from the arguments, the length of the schedule from the Trainer's steps; "leap.total_steps" may be left out.
 
     When train() is over the density is exact, `certificate` is what `leap_dist.finalize` returns, and the model is a
-    plain one with zeros, for `trainer.save_model`. `resume_from_checkpoint` resumes bit for bit;
+    plain one with zeros, for `trainer.save_model`; LEAP's hooks on routers and norms stay, so that `trainer.evaluate`
+    computes what was trained. `resume_from_checkpoint` resumes bit for bit;
     `load_best_model_at_end` chooses among the models whose masks are frozen. Raises UserError for what cannot work.
     """
 
@@ -93,4 +94,3 @@ class LeapCallback(TrainerCallback):
                 "frozen; resume from a later checkpoint, with load_best_model_at_end=False"
             )
         self.certificate = finalize(engine)
-        release(engine.module)

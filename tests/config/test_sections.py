@@ -245,6 +245,14 @@ REFUSED = {
         {"data": {"task": "builtin/clock", "train": "a.tsv"}},
         r'data\.train: got "a\.tsv"; a builtin task generates its data',
     ),
+    "a warm-up beside a scheduler": (
+        {"scheduler": {"type": "WarmupLR"}, "train": {"max_steps": 20, "warmup_fraction": 0.3}},
+        r"train\.warmup_fraction: got 0\.3, which has no effect here: the scheduler section says what the rate does",
+    ),
+    "an old config": (
+        {"compression_training": {"sparse_pruning": {}}},
+        r"compression_training: what DeepSpeed pruned by; make a job .* --import-compression FILE",
+    ),
     "three text columns": (
         {"data": {"task": "glue/sst2", "train": "a.tsv", "validation": "b.tsv", "text": ["a", "b", "c"]}},
         r"data\.text: got .*; allowed: one or two column names",

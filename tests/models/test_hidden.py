@@ -185,6 +185,12 @@ def test_a_matrix_between_two_widths_goes_with_its_rows_and_its_columns() -> Non
             {"gates": [{"granularity": "hidden", "include": ["a"]}]},
             r"\.include: got names; 'hidden' is one",
         ),
+        (
+            "llama",
+            {},
+            {"include": ["re:.*q_proj.weight"]},
+            r"leap.include: got names; 'hidden' takes dimensions out of",
+        ),
         ("deberta", {"talking_head": True}, {}, r"deberta has no stream .* more than its width of 32"),
     ],
 )

@@ -119,6 +119,33 @@ def test_a_stop_in_the_dense_reference_leaves_nothing(ranks: RankPools, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def refused_before_the_reference(folder: str, section: str, settings: dict[str, Any]) -> tuple[str, str]:
+    """What a job with a dense reference prints, and why it is refused."""
+    from leap_dist.errors import UserError
+    from leap_dist.train.loop import run_job
+
+    train = JOB["train"] | {"dense_reference": True}
+    config = parse_job(JOB | {"train": train, section: JOB.get(section, {}) | settings})
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(UserError) as refusal:
+        run_job(config, Path(folder), False, this_rank())
+    return printed.getvalue(), str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "why"),
+    [
+        ("leap", {"gates": ["head", "neuron"], "target": 0.001}, "leap.target: 0.001 cannot be reached"),
+        ("tracking", {"mlflow_uri": "http://127.0.0.1:9"}, "MLflow at http://127.0.0.1:9 does not take the run"),
+    ],
+)
+def test_a_mistake_is_refused_before_the_dense_reference(
+    ranks: RankPools, tmp_path: Path, section: str, settings: dict[str, Any], why: str
+) -> None:
+    printed, refusal = ranks(1).run(refused_before_the_reference, str(tmp_path / "run"), section, settings)[0]
+    assert why in refusal and "step " not in printed and not list(tmp_path.iterdir())
+
+
 def run_into_nonsense(folder: str) -> str:
     """A rate at which no weight stays a number."""
     from leap_dist.errors import UserError
