@@ -78,6 +78,36 @@ def test_a_trainer_reaches_the_exact_target(ranks: RankPools, tmp_path: Path, st
     assert found == {name: tensor["kept"] - tensor["zeros_kept"] for name, tensor in first["tensors"].items()}
 
 
+def predicted(folder: str) -> list[Any]:
+    """What a Trainer predicts after train(), and what the smaller model of its folder does."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    import leap_dist
+    from leap_dist.models.shrink import shrink_
+
+    with accelerate_left_behind():
+        trainer = make_trainer(folder, 2, {"target": 0.5, "gates": ["hidden"]})
+        leap_dist.LeapCallback(trainer)
+        trainer.train()
+        trainer.save_model()
+        data = rows(8)
+        found = trainer.predict(data).predictions
+        trainer.deepspeed.destroy()
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    shrink_(model)
+    with torch.no_grad():
+        logits = model(torch.stack([row["input_ids"] for row in data])).logits
+    return [found.tolist(), logits.tolist(), model.get_input_embeddings().weight.shape[1]]
+
+
+def test_after_train_a_trainer_computes_as_the_smaller_model(ranks: RankPools, tmp_path: Path) -> None:
+    found, smaller, width = ranks(1).run(predicted, str(tmp_path))[0]
+    assert width < 32
+    for one, other in zip(found, smaller, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
 PHASES = {"dense": 4, "prune": 8, "settle": 16}  # steps
 SECTION = {"target": 0.25, "dense_fraction": 0.25, "settle_fraction": 0.4}
 
