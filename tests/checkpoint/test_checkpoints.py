@@ -40,7 +40,7 @@ def outcome(engine: Any) -> dict[str, Any]:
 
 def undisturbed(kind: str, stage: int, changes: dict[str, Any]) -> dict[str, Any]:
     engine = pruned_engine(kind, stage, 1, SHORT | changes)
-    torch.manual_seed(5)
+    torch.manual_seed(5 + torch.distributed.get_rank())
     run_steps(engine, 1, 0, STEPS)
     return outcome(engine)
 
@@ -50,7 +50,7 @@ def interrupted(kind: str, stage: int, changes: dict[str, Any], folder: str) -> 
     done = 0
     for stop in [*STOPS, STEPS]:
         engine, checkpoints = pruned_engine(kind, stage, 1, SHORT | changes), Checkpoints(Path(folder), this_rank())
-        torch.manual_seed(5 if done == 0 else 99)
+        torch.manual_seed(5 + torch.distributed.get_rank() if done == 0 else 99)
         assert checkpoints.load(engine) == ({"step": done} if done else None)
         run_steps(engine, 1, done, stop)
         done = stop
@@ -220,9 +220,9 @@ def test_a_damaged_checkpoint_is_passed_over(ranks: RankPools, tmp_path: Path) -
         ranks(2).run(load, "hybrid", 2, str(tmp_path))
 
 
-def changed(folder: Path, change: Any) -> None:
-    """Change the checkpoint of step 2 as somebody would who knows about the manifest's checksum."""
-    checkpoint = folder / "step-00000002"
+def changed(folder: Path, change: Any, step: int = 2) -> None:
+    """Change the checkpoint of a step as somebody would who knows about the manifest's checksum."""
+    checkpoint = folder / f"step-{step:08d}"
     body = json.loads((checkpoint / MANIFEST).read_text())
     del body["sha256"]
     change(body, checkpoint)
@@ -339,6 +339,23 @@ def test_what_does_not_fit_is_told(ranks: RankPools, tmp_path: Path) -> None:
             raise UserError(said[name])
     with pytest.raises(UserError, match=r"is of another model, or of other gates: .*; restore the config"):
         ranks(2).run(load, "hybrid", 2, str(tmp_path), {"gates": ["element"]})
+
+
+def one_weight_less(folder: str) -> tuple[int, str]:
+    """What loading says of a masked checkpoint that names one weight less than its masks keep."""
+    checkpoint_of("hybrid", 2, folder, 12)
+    engine = pruned_engine("hybrid", 2, 1, {})
+    manifest = json.loads((Path(folder) / "step-00000012" / MANIFEST).read_text())
+    kept = manifest["engine"]["leap"]["kept_weights"]
+    changed(Path(folder), put("engine", "leap", "kept_weights", kept - 1), 12)
+    with pytest.raises(UserError) as refusal:
+        Checkpoints(Path(folder), this_rank()).load(engine)
+    return kept, str(refusal.value)
+
+
+def test_masks_keep_what_the_manifest_says(ranks: RankPools, tmp_path: Path) -> None:
+    kept, said = ranks(1).run(one_weight_less, str(tmp_path))[0]
+    assert f"engine.leap.kept_weights is {kept - 1}, the masks keep {kept}" in said
 
 
 def from_outside(folder: str) -> dict[str, Any]:

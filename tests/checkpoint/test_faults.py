@@ -87,7 +87,20 @@ def disagree(rank: int) -> None:
     agreement(engine, this_rank())
 
 
+def disagree_in_all_else(rank: int) -> None:
+    from leap_dist.zero.agreement import agreement
+
+    engine = pruned_engine("row", 2, 1, {})
+    if this_rank().rank == rank:
+        engine.leap.num_steps += 1
+        engine.leap.level.calibration *= 2
+        engine.leap.gating.unit_mask[0] ^= True
+    agreement(engine, this_rank())
+
+
 def test_ranks_that_do_not_prune_alike_are_named(ranks: RankPools) -> None:
+    with pytest.raises(RuntimeError, match="rank 1 has other step, λ, unit masks; resume from"):
+        ranks(2).run(disagree_in_all_else, 1)
     with pytest.raises(
         RuntimeError, match="after step 0: compared with rank 0, rank 2 has other phase, kept counts; resume from"
     ):

@@ -143,6 +143,21 @@ def test_fixed_thresholds_keep_the_top_scores() -> None:
         assert abs(ratio - optimizer.schedule.level(optimizer.num_steps)) <= 1 / gate.num_units + 1e-2
 
 
+def test_a_hybrid_is_held_to_the_level_though_its_thresholds_ask_for_more() -> None:
+    model = net("hybrid")
+    optimizer = build(model, leap("hybrid", STEPS), "hybrid")
+    seen = 0
+    for x, y in batches(STEPS):
+        model.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        if optimizer.phase == "prune" and optimizer.num_steps > 2:
+            level = optimizer.schedule.level(optimizer.num_steps)
+            assert abs(optimizer.density - level) <= 0.1 * level
+            seen += 1
+    assert seen > STEPS // 2
+
+
 @pytest.mark.parametrize("kind", ["hybrid", "layer+element", "head+2:4"])
 def test_a_mask_is_the_product_of_its_gates_masks(kind: str) -> None:
     model = net(kind)

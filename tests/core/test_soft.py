@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from leap_dist.core.gating import SCORE
 from leap_dist.core.oracle import Oracle
+from leap_dist.core.phases import Schedule
+from leap_dist.core.soft import curve_at
 from leap_dist.errors import UserError
-from leap_dist.ops.soft import logistic, noise_key, uniform
+from leap_dist.ops.soft import gumbel, logistic, noise_key, uniform
 from tests.core.test_optimizer import biases, build, step_both, train
 from tests.peers.nets import LR, WEIGHT_DECAY, batches, leap, net, relative_error
 
@@ -75,6 +78,22 @@ def test_noise_depends_on_the_index_alone() -> None:
     words = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     got = uniform(1234567 + 0x9E3779B97F4A7C15, 0, 3, device).double()
     assert torch.equal(got, torch.tensor([((word >> 41) * 2 + 1) / 2.0**24 for word in words], dtype=torch.float64))
+
+
+def test_noise_has_the_published_distributions() -> None:
+    """The logistic of a binary choice and the Gumbel of one among several (Jang et al., arXiv 1611.01144)."""
+    key, device = noise_key(17, 3, 2), torch.device("cpu")
+    drawn = logistic(key, 0, 10**6, device).double()
+    assert abs(drawn.mean()) < 1e-2 and drawn.var() == pytest.approx(math.pi**2 / 3, rel=1e-2)
+    drawn = gumbel(key, 0, 10**6, device).double()
+    assert abs(drawn.mean() - 0.57722) < 5e-3 and drawn.var() == pytest.approx(math.pi**2 / 6, rel=1e-2)
+
+
+def test_temperatures_fall_and_scales_grow_as_published() -> None:
+    """Mozaffari et al., arXiv 2605.17289, and the last for patterns MaskLLM, arXiv 2409.17481."""
+    schedule = Schedule(100, 0.1, 0.2, 0.5)
+    first, last = (curve_at(schedule, step, 0.0, 17) for step in (schedule.dense_end, schedule.settle_start))
+    assert first[:2] == (25.0, 4.0) and last[:2] == pytest.approx((350.0, 0.05)) and last.choice == pytest.approx(500)
 
 
 def test_the_best_scores_of_the_whole_model_stay() -> None:

@@ -114,6 +114,12 @@ def test_phases_cover_the_run_and_the_level_descends_to_the_target(steps: int, t
     assert levels[math.ceil(reached)] == target and (schedule.dense_end == 0 or levels[0] == 1.0)
 
 
+def test_the_descent_is_cubic() -> None:
+    """Half of the way down, (1/2)^3 of the distance is left (Zhu and Gupta, arXiv 1710.01878)."""
+    schedule = Schedule(100, 0.0, 0.2, 0.1)  # at its target after 0.85 x 80 = 68 steps
+    assert schedule.level(33) == pytest.approx(0.1 + 0.9 / 8)
+
+
 @pytest.mark.parametrize("steps", [500, 20_000])
 @pytest.mark.parametrize(("target", "share"), [(0.05, 1.0), (0.25, 1.0), (0.5, 0.25), (0.75, 1 / 9)])
 def test_the_automatic_rate_covers_the_distance_in_the_prune_phase(steps: int, target: float, share: float) -> None:

@@ -96,11 +96,14 @@ def test_a_width_that_heads_do_not_give_is_no_stock_model(kind: str, tmp_path: P
 def test_with_units_of_all_other_kinds(kind: str, tmp_path: Path) -> None:
     model = model_of(kind, **DEEPER[kind])
     mask_some_(model)
-    for stack in find_stacks(model):
+    stacks = find_stacks(model)
+    for stack in stacks:
         for tensor in stack.tensors[2]:
             model.get_parameter(tensor).data.zero_()
     narrow_(model)
     check(model, tmp_path / "model", stock=False)
+    left = [type(module).__name__ for module in load_pruned(tmp_path / "model").modules()]
+    assert left.count("NoLayer") == len(stacks)
 
 
 @pytest.mark.parametrize(

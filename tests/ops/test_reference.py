@@ -9,6 +9,7 @@ from leap_dist.core.oracle import top_k
 from leap_dist.ops import dispatch as ops
 from leap_dist.ops import reference
 from leap_dist.ops.reference import CPU_BLOCK, Adam, run_table
+from leap_dist.ops.soft import Curve, noise_keys, numbered_table
 from tests.ops import runs
 
 SIZES = [0, 1, 7, 1000, CPU_BLOCK, CPU_BLOCK + 13]
@@ -163,6 +164,10 @@ def sample(name: str) -> tuple[Any, ...]:
     zeros = torch.zeros(runs.NUM_GATES, dtype=torch.int64)
     flags, units = torch.zeros(2000, dtype=torch.bool), torch.ones(runs.num_units("row"), dtype=torch.bool)
     bracket = torch.tensor([[-0.1] * runs.NUM_GATES, [0.1] * runs.NUM_GATES])
+    before_scores = state["grad"], state["hosted"], state["others"], state["latent"]
+    scores = state["score"], state["score_exp_avg"], state["score_exp_avg_sq"]
+    curve = Curve(25.0, 4.0, 0.1, 7, 100.0)
+    soft = numbered_table(runs.NUMBERED, 700), noise_keys(curve.key, runs.NUM_GATES, torch.device("cpu"))
     samples: dict[str, tuple[Any, ...]] = {
         "adamw_": (latent[0], state["grad"], *latent[1:], runs.ADAM),
         "masked_adamw_": (runs.table(), state["grad"], state["mask"], *latent, runs.ADAM),
@@ -176,15 +181,27 @@ def sample(name: str) -> tuple[Any, ...]:
         "unit_sums": (runs.patches("block"), state["grad"], latent[0], state["others"], runs.num_units("block")),
         "expand_units_": (runs.patches("row"), units, ~units, flags),
         "best_of_": (*runs.groups(), state["mask"]),
+        "score_adamw_": (runs.table(), *before_scores, *scores, runs.SCORE_ADAM),
+        "write_soft_": (*soft, state["latent"], state["score"], state["hosted"], curve.scalars()),
+        "learn_soft_": (
+            *(*soft, state["grad"], state["latent"], *scores, torch.empty(runs.NUMEL), curve.scalars()),
+            *(torch.full((runs.NUM_GATES, 2), 0.5), runs.SCORE_ADAM),
+        ),
     }
     return samples[name]
 
 
 NAMES = ["adamw_", "masked_adamw_", "element_adamw_", "shared_adamw_", "write_masked_", "histogram", "unit_sums"]
-SELECTION = ["count_inside", "take_inside", "cut_"]
+SELECTION = ["count_inside", "take_inside", "cut_", "best_of_", "expand_units_"]
+SCORES = ["score_adamw_", "write_soft_", "learn_soft_"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, *SELECTION, "expand_units_", "best_of_"])
+def test_every_op_is_listed() -> None:
+    made = {name for name, value in vars(ops).items() if isinstance(value, torch._ops.OpOverload)}
+    assert made == {*NAMES, *SELECTION, *SCORES}
+
+
+@pytest.mark.parametrize("name", [*NAMES, *SELECTION, *SCORES])
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(ops, name), sample(name))
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"leap_dist::{name}", "CUDA")

@@ -20,7 +20,7 @@ from leap_dist.sweep.rank import Outcome
 from leap_dist.sweep.result import Result, collect, means, metric_of
 from leap_dist.sweep.results import mean_lines, table_lines, write
 from leap_dist.sweep.run import parse_budget, run_sweep
-from leap_dist.sweep.sweep_file import combinations, read_sweep, trials_of
+from leap_dist.sweep.sweep_file import combinations, identity, read_sweep, trials_of
 from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.pareto import pareto
 from tests.launch.scripts import load_script
@@ -252,9 +252,11 @@ def test_a_folder_of_another_sweep_is_refused_with_the_difference(tmp_path: Path
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"exists and holds no sweep; choose another folder"):
         run_sweep(file, str(out), None, False, None)
-    (out / "sweep.json").write_text(json.dumps({"identity": {"leap.target": "0.5", "ranks": "2"}}))
-    with pytest.raises(UserError, match=r"another sweep's results.*(?s:.*)ranks is 1 now, and was 2|and \d+ more"):
+    sweep = read_sweep(file)
+    (out / "sweep.json").write_text(json.dumps({"identity": identity(sweep, trials_of(sweep)) | {"ranks": "2"}}))
+    with pytest.raises(UserError, match="another sweep's results") as refusal:
         run_sweep(file, str(out), None, False, None)
+    assert str(refusal.value).splitlines()[1:] == ["  ranks is 1 now, and was 2"]
 
 
 def test_the_launcher_reports_a_file_that_is_missing(

@@ -347,7 +347,6 @@ def flipped(content: bytes) -> bytes:
             ".json",
             r"cannot be read: Extra data.*; one object a line is \.jsonl",
         ),
-        (b'[{"sentence": "a"}, 3]', ".json", r'row 1: nothing|got "label", which is not a column'),
         (GOOD.encode("utf-16"), ".tsv", r"not UTF-8 text: .* at byte 0; it looks like UTF-16; save it as UTF-8"),
         (GOOD.replace("good", "g\u00f6d").encode("latin-1"), ".csv", r"not UTF-8 text: .*; save it as UTF-8"),
         (b'sentence,label\n"a,1\nb,0\n', ".csv", r"train\.csv: cannot be read: line 3: unexpected end of data"),
@@ -359,6 +358,13 @@ def test_a_file_that_cannot_be_read(files: Any, tokenizer: Any, content: bytes, 
     data = files("", suffix=suffix)
     Path(data.train[0]).write_bytes(content)
     with pytest.raises(UserError, match=rf"^data\.train: .*{message}"):
+        load_task(data, tokenizer)
+
+
+def test_a_row_that_is_no_object_is_named(files: Any, tokenizer: Any) -> None:
+    data = files("", suffix=".json")
+    Path(data.train[0]).write_bytes(b'[{"sentence": "a", "label": 1}, 3]')
+    with pytest.raises(UserError, match=r"train\.json: row 2: got 3; allowed: a JSON object"):
         load_task(data, tokenizer)
 
 

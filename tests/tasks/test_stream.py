@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,29 @@ def test_ranks_share_what_one_reads(stream: Any) -> None:
     whole = StreamBatches(stream(rows), 4, 1, 3, ALONE, 9).step(0)[0]["input_ids"].tolist()
     halves = [batch["input_ids"].tolist() for batch in StreamBatches(stream(rows), 2, 2, 3, ALONE, 9).step(0)]
     assert halves == [whole[:2], whole[2:]]
+
+
+class Two(Ranks):
+    """One of two ranks, which reads for itself."""
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+
+def ids(batches: Iterable[dict[str, torch.Tensor]]) -> list[Any]:
+    return [batch["input_ids"].tolist() for batch in batches]
+
+
+def test_two_ranks_have_parts_of_their_own(stream: Any) -> None:
+    """Of every micro-batch of a step, and of the calibration; the same over both as on one."""
+    rows = numbered(60)
+    two = [Two(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    whole = ids(StreamBatches(stream(rows), 4, 1, 3, ALONE, 9).step(0))[0]
+    parts = [ids(StreamBatches(stream(rows), 1, 2, 3, rank, 9).step(0)) for rank in two]
+    assert parts == [[[whole[0]], [whole[2]]], [[whole[1]], [whole[3]]]]
+    first, second, third = ids(StreamBatches(stream(rows), 2, 1, 3, ALONE, 9).calibration(3))
+    parts = [ids(StreamBatches(stream(rows), 2, 1, 3, rank, 9).calibration(3)) for rank in two]
+    assert parts == [[first, third], [second]]
 
 
 def test_calibration_is_what_the_first_steps_train_on(stream: Any) -> None:

@@ -81,6 +81,9 @@ def told_at_the_end(stage: int) -> list[str]:
     group["eps"] = 1e-6 if second else 1e-8
     found = [said(lambda: leap_dist.attach(engine))]
     group["eps"] = 1e-8
+    clipping, engine.gradient_clipping = engine.gradient_clipping, lambda: 0.5 if second else 1.0
+    found.append(said(lambda: leap_dist.attach(engine)))
+    engine.gradient_clipping = clipping
     if second:
         with torch.no_grad():
             model.get_parameter("0.bias").add_(1.0)
@@ -92,7 +95,8 @@ def test_an_engine_is_compared_when_it_is_attached_and_when_it_is_finished(ranks
     first, second = ranks(2).run(told_at_the_end, 0)
     assert first == second
     assert "param_groups[0].eps: rank 0 has 1e-08, rank 1 has 1e-06; give every rank the same" in first[0]
-    assert first[1].startswith("the ranks do not hold the same model: weights_sha256: rank 0 has ")
+    assert "gradient_clipping: rank 0 has 1.0, rank 1 has 0.5; give every rank the same" in first[1]
+    assert first[2].startswith("the ranks do not hold the same model: weights_sha256: rank 0 has ")
 
 
 def test_the_first_key_that_differs_is_named() -> None:

@@ -95,7 +95,9 @@ def modelled(stage: int, gates: str, ranks: int, frozen: bool = False, **more: A
     model.get_parameter(EMBEDDINGS).requires_grad_(not frozen)
     leap = parse_leap(config["leap"])
     plan, hosting = make_plan(model, leap), Hosting.of(config, ranks)
-    held, sent = memory(model, plan, hosting, leap), total(leap_traffic(plan, leap, hosting), "")
+    cut = "n:m groups cut by ranks"  # at most so much: no shard of these models ends within a group
+    sent = total([traffic for traffic in leap_traffic(plan, leap, hosting) if traffic.purpose != cut], "")
+    held = memory(model, plan, hosting, leap)
     expected = {"weights": held.weights, "state": held.state + held.extra, "extra": held.extra, "copy": held.copy}
     return expected | {"sent": (sent.collectives, sent.bytes)}
 
@@ -214,7 +216,7 @@ def test_odd_jobs_too(ranks: RankPools, stage: int, gates: str, more: dict[str, 
     for found in ranks(2).run(_hold_with, stage, gates, more):
         for key in ("state", "extra", "weights"):
             assert found[key] == pytest.approx(expected[key], rel=0.01)
-        assert found["sent"] <= expected["sent"] if gates == "2:4" else found["sent"] >= expected["sent"]
+        assert found["sent"] == expected["sent"]
 
 
 def _hold_with(stage: int, gates: str, more: dict[str, Any]) -> dict[str, Any]:

@@ -327,7 +327,8 @@ def early_finalize() -> dict[str, Any]:
     import leap_dist
 
     engine = pruned_engine("hybrid", 2, 1, {})
-    run_steps(engine, 1, 0, 30)
+    run_steps(engine, 1, 0, 12)
+    assert engine.leap.phase == "prune" and not engine.leap.settled
     certificate = leap_dist.finalize(engine)
     hosted = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     zeros = sum(int((hosted[name] == 0).sum()) for name in certificate["tensors"])

@@ -108,6 +108,12 @@ def messages(folder: str, stage: int) -> list[str]:
         assert torch.equal(engine.leap.gating.values.flat, before) and engine.leap.num_steps == 0
         found.append(str(refusal.value))
         engine.destroy()
+    engine = engine_of("row", stage, {})  # of a model whose gate has a unit less
+    other = {**state, "leap": {**state["leap"], "of": {**state["leap"]["of"], "gate row '1.weight:row'": 38}}}
+    with pytest.raises(UserError) as refusal:
+        engine.leap.load_state_dict(other)
+    found.append(str(refusal.value))
+    engine.destroy()
     engine = engine_of("element", stage, {})  # whose sharding DeepSpeed itself refuses where it loads
     with pytest.raises(UserError) as refusal:
         engine.leap.load_state_dict(state)
@@ -122,9 +128,10 @@ def messages(folder: str, stage: int) -> list[str]:
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(ranks: RankPools, tmp_path: Path) -> None:
-    target, steps, gates, foreign = ranks(1).run(messages, str(tmp_path), 2)[0]
+    target, steps, units, gates, foreign = ranks(1).run(messages, str(tmp_path), 2)[0]
     assert target.startswith("leap.target: the checkpoint was written with 0.2, this run has 0.3\n")
     assert steps.startswith("leap.total_steps: the checkpoint was written with 20, this run has 30\n")
+    assert units.startswith("gate row '1.weight:row': the checkpoint was written with 38, this run has 37\n")
     assert gates.splitlines()[-1] == "checkpoint: restore the config, or load its weights only"
     assert foreign.startswith("checkpoint: the optimizer that wrote it was not LEAP's; only its weights can be loaded")
 
