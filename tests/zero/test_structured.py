@@ -121,14 +121,14 @@ def test_experts_that_were_pruned_are_not_routed_to(ranks: RankPools, tmp_path: 
     assert sum(map(len, experts.values())) == 2 * len(experts)
 
 
-HYBRID = ["hidden", "head", "neuron"]
+HYBRID, DEEP = ["hidden", "head", "neuron"], {"num_hidden_layers": 4}
 WHOLE: list[tuple[str, int, dict[str, Any], str, dict[str, Any]]] = [
-    ("bert", 2, {"target": 0.5, "gates": ["depth"]}, "AutoModelForMaskedLM", {"num_hidden_layers": 4}),
-    ("gemma3_text", 3, {"target": 0.6, "gates": ["depth"]}, "AutoModelForCausalLM", {"num_hidden_layers": 4}),
+    ("bert", 2, {"target": 0.5, "gates": ["depth"]}, "AutoModelForMaskedLM", DEEP),
+    ("gemma3_text", 3, {"target": 0.6, "gates": ["depth"]}, "AutoModelForCausalLM", DEEP),
     ("roberta", 3, {"target": 0.5, "gates": HYBRID}, "AutoModelForMaskedLM", {}),
     ("qwen3", 2, {"target": 0.6, "gates": ["hidden"]}, "AutoModelForCausalLM", {"tie_word_embeddings": True}),
     ("gemma3_text", 3, {"target": 0.6, "gates": ["hidden"]}, "AutoModelForCausalLM", {}),
-    ("opt", 2, {"target": 0.3, "gates": [*HYBRID, "depth"]}, "AutoModelForCausalLM", {"num_hidden_layers": 4}),
+    ("opt", 2, {"target": 0.3, "gates": [*HYBRID, "depth"], "rule": "movement"}, "AutoModelForCausalLM", DEEP),
 ]
 
 
