@@ -231,8 +231,8 @@ class LeapConfig(Section):
             found.append(("target", f'got 1, but rule "gumbel" learns masks, and {problem}'))
         one_shot = raw.get("mode") == "one_shot"
         if one_shot and raw.get("score_init") == "zero":
-            problem = 'got "zero", by which no weight is better than another; allowed in one shot: "syntax" for heads, "activation", '
-            found.append(("score_init", problem + '"magnitude" or "auto"'))
+            problem = 'got "zero", by which no weight is better than another; allowed in one shot: "activation", '
+            found.append(("score_init", problem + '"magnitude", "auto" or, for heads, "syntax"'))
         if raw.get("score_init") == "gradient" and (one_shot or is_frozen(raw.get("weights", "auto"), raw.get("rule"))):
             why = "one shot takes no step" if one_shot else "frozen weights have no moments"
             allowed = '"activation", "magnitude"' + ("" if one_shot else ', "zero"')
