@@ -130,7 +130,7 @@ class _Maker:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: shape for name, shape in tensor_shapes(model).items() if name in trained}
         self.owners = Owners(model)
-        self.alone = len(config.gates) == 1
+        self.alone = len(config.gates) == 1  # whether no other gate takes notice of leap.include
         self.included = self._matched(config.include, "leap.include") if config.include else None
         self.dropped = set(self._matched(config.exclude, "leap.exclude")) if config.exclude else set()
 

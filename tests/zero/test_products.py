@@ -212,8 +212,9 @@ def under_every_stage(kind: str, gate: str) -> list[dict[str, Tensor]]:
     return [pruned(kind, gate, stage) for stage in (0, 1, 2, 3)]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("kind", "gate"), [("qwen3_moe", "element"), ("qwen3_moe", "2:4"), ("gpt_oss", "element")])
+@pytest.mark.parametrize(
+    ("kind", "gate", "world"), [("qwen3_moe", "element", 1), ("qwen3_moe", "2:4", 2), ("gpt_oss", "element", 2)]
+)
 def test_masks_are_those_of_plain_torch_on_any_ranks_and_stage(
     ranks: RankPools, kind: str, gate: str, world: int
 ) -> None:
