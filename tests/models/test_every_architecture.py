@@ -15,6 +15,8 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from leap_dist.models.families import prunable_matrices
+from leap_dist.models.inputs import axes_of
+from leap_dist.models.views import Owners
 
 pytestmark = pytest.mark.slow
 
@@ -121,3 +123,6 @@ def test_what_is_pruned_by_default(kind: str) -> None:
         expected |= {n for n, p in model.named_parameters() if p.dim() == 3 and n.endswith(EXPERTS)}
         received = set(prunable_matrices(model))
         assert received == expected, (type(model).__name__, received ^ expected)
+        owners = Owners(model)
+        hidden = [name for name in received if axes_of(owners.of(name), name, owners.shape(name)) is None]
+        assert not hidden, f"scores cannot start by the inputs of {hidden}"
