@@ -20,12 +20,14 @@ GRADIENT = 0.25
 class Norms(NamedTuple):
     """||x_j|| of the inputs of gated matrices, fp32 of shape (features,), and where the matrices have them.
 
-    gradients: whether the size of a weight's gradient counts too.
+    gradients: whether the size of a weight's gradient counts too. idle: by tensor, bool (features,): those of experts
+    that no token reached, and that have no gradient.
     """
 
     values: Mapping[str, Tensor]
     axes: Mapping[str, Axes]
     gradients: bool = False
+    idle: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def write_importance_(
@@ -142,15 +144,29 @@ def _sizes(gating: Gating, norms: Norms | None, fragments: Sequence[Fragment]) -
             inputs = _inputs_of(norms, fragment, sizes)
             if norms.gradients:
                 inputs = inputs ** (1.0 - GRADIENT)
-                sizes *= gating.state(fragment, EXP_AVG_SQ) ** (GRADIENT / 2)
+                sizes *= _moments(gating, norms, fragment, sizes) ** (GRADIENT / 2)
             sizes *= inputs
         yield fragment, sizes
 
 
 def _inputs_of(norms: Norms, fragment: Fragment, like: Tensor) -> Tensor:
     """||x_j|| of every weight of a fragment, as `like` is."""
-    values = norms.values[fragment.tensor].to(like.device)
-    return expand_units(values, torch.empty_like(like), fragment.start, norms.axes[fragment.tensor].inputs)
+    return _spread(norms.values[fragment.tensor], norms, fragment, like)
+
+
+def _moments(gating: Gating, norms: Norms, fragment: Fragment, like: Tensor) -> Tensor:
+    """Adam's second moment of every weight of a fragment; next to nothing in place of 0 where no token reached."""
+    moments = gating.state(fragment, EXP_AVG_SQ)
+    if (idle := norms.idle.get(fragment.tensor)) is None:
+        return moments
+    least = _spread(idle * torch.finfo(torch.float32).tiny, norms, fragment, like)
+    return torch.maximum(moments, least)
+
+
+def _spread(values: Tensor, norms: Norms, fragment: Fragment, like: Tensor) -> Tensor:
+    """Values of inputs, (features,), for every weight of a fragment, as `like` is."""
+    values, inputs = values.to(like), norms.axes[fragment.tensor].inputs
+    return expand_units(values, torch.empty_like(like), fragment.start, inputs)
 
 
 def _row_means(gating: Gating, norms: Norms) -> dict[str, Tensor]:

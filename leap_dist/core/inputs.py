@@ -20,6 +20,7 @@ from leap_dist.ops.slices import Slice
 
 logger = logging.getLogger(__name__)
 
+FAINT = 1e-6
 INPUTS = "leap.inputs"  # the name of the sums in checkpoints
 
 
@@ -68,6 +69,7 @@ class Inputs:
         self._seen: dict[str, Tensor] = {}
         self.listen: Callable[[bool], None] = lambda on: None
         self.calibrating = False
+        self.idle: dict[str, Tensor] = {}
 
     def see(self, tensor: str, rows: Tensor, first: int = 0) -> None:
         """Count inputs of one forward pass, (..., features), from feature `first` of the tensor on."""
@@ -94,8 +96,9 @@ class Inputs:
     def norms(self) -> dict[str, Tensor]:
         """||x_j|| of the inputs of every matrix, fp32 of shape (features,). Collective.
 
-        Experts that no token reached have the others' mean, which is reported. Raises UserError, on every rank, for a
-        tensor through which nothing went.
+        Experts that no token reached, whose features `idle` then has, have FAINT of the others' mean: single weights
+        are compared with their row, whole units with others that are worth more. They are reported. Raises UserError,
+        on every rank, for a tensor through which nothing went.
         """
         sums = self.flat.new_zeros(self._size)
         sums[self._start : self._start + len(self.flat)] = self.flat
@@ -105,23 +108,27 @@ class Inputs:
         unseen = [name for name, norm in norms.items() if not norm.any()]
         if unseen:
             raise UserError(_nothing_seen(unseen, len(norms)))
-        num_idle = sum(_fill_idle_(norm.view(self.axes[name].matrices, -1)) for name, norm in norms.items())
-        if num_idle and self.everyone.rank == 0:
-            num_experts = sum(own.matrices for own in self.axes.values() if own.matrices > 1)
-            logger.warning(
-                "leap.score_init: no token reached %d of %d experts' matrices; their scores start by the mean of the "
-                "others' inputs. More leap.calibration_batches, or a longer dense phase, reach more",
-                num_idle,
-                num_experts,
-            )
+        self.idle = {name: idle for name, norm in norms.items() if (idle := self._fill_idle_(name, norm)).any()}
+        if self.idle and self.everyone.rank == 0:
+            self._report_idle()
         return norms
 
+    def _fill_idle_(self, tensor: str, norms: Tensor) -> Tensor:
+        """Give matrices without inputs a little of the root mean square of the others'; which features those are."""
+        each = norms.view(self.axes[tensor].matrices, -1)
+        idle = ~each.any(1)
+        each[idle] = FAINT * each[~idle].square().mean(0).sqrt()
+        return idle.repeat_interleave(each.shape[1])
 
-def _fill_idle_(norms: Tensor) -> int:
-    """Give matrices without inputs the root mean square of the others'; returns how many. norms: (matrices, inputs)."""
-    idle = ~norms.any(1)
-    norms[idle] = norms[~idle].square().mean(0).sqrt()
-    return int(idle.sum())
+    def _report_idle(self) -> None:
+        size = {name: own.num_inputs // own.matrices for name, own in self.axes.items()}
+        logger.warning(
+            "leap.score_init: no token reached %d of %d experts' matrices: whole units of them are the first to leave, "
+            "single weights start by the mean of the others' inputs. A longer dense phase, or more "
+            "leap.calibration_batches, reach more",
+            sum(int(idle.sum()) // size[name] for name, idle in self.idle.items()),
+            sum(own.matrices for own in self.axes.values() if own.matrices > 1),
+        )
 
 
 def _nothing_seen(names: list[str], of: int) -> str:

@@ -144,7 +144,8 @@ class Level:
             return
         if self._inputs is not None:
             self._inputs.pool()
-            norms = Norms(self._inputs.norms(), self._inputs.axes, config.score_init == "gradient")
+            values, by_gradient = self._inputs.norms(), config.score_init == "gradient"
+            norms = Norms(values, self._inputs.axes, by_gradient, self._inputs.idle)
             self._inputs.listen(False)
         if config.score_init != "zero" or config.rule == "magnitude":
             scaled, added = config.mode == "train", norms is not None

@@ -10,10 +10,10 @@ from transformers.pytorch_utils import Conv1D
 from leap_dist.config.job_file import parse_leap
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
-from leap_dist.core.gates import Gate, GatePlan
+from leap_dist.core.gates import Gate, GatePlan, matrix_gate
 from leap_dist.core.gating import EXP_AVG_SQ, SCORE
 from leap_dist.core.importance import Norms, write_importance_
-from leap_dist.core.inputs import Axes
+from leap_dist.core.inputs import Axes, Inputs
 from leap_dist.core.optimizer import GATED, LeapAdamW
 from leap_dist.models.inputs import resolve_start
 from leap_dist.models.plan import make_plan
@@ -129,3 +129,32 @@ def test_scores_that_have_moved_keep_their_movement() -> None:
     write_importance_(optimizer.gating, norms, scaled=True, added=True)
     sizes = weight.detach().abs() * norms.values["0.weight"]
     torch.testing.assert_close(optimizer.state[weight][SCORE], moved + sizes / sizes.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("start", ["activation", "gradient"])
+@pytest.mark.parametrize("gate", ["element", "row"])
+def test_an_expert_that_no_token_reached(start: str, gate: str) -> None:
+    """Of three matrices of (4, 5) the second had none: its single weights count as others do, its rows for nothing."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(3, 4, 5))
+    plan = GatePlan([matrix_gate("experts", (3, 4, 5), gate)])
+    config = parse_leap({"target": 0.5, "total_steps": 10, "score_init": start, "gates": [gate]})
+    axes = {"experts": Axes(Slice("experts", 12, 5, 4, 1), Slice("experts", 12, 5, 1, 5), matrices=3)}
+    optimizer = LeapAdamW([{"params": [weight], GATED: True}], plan, config, axes=axes)
+    optimizer.bind([Fragment("experts", a, n, weight, a) for a, n in _cuts(60)], Communicator())
+    inputs = Inputs(axes, Communicator(), Communicator(), torch.device("cpu"))
+    inputs.see("experts", torch.rand(6, 5), first=0)
+    inputs.see("experts", torch.rand(6, 5), first=10)
+    inputs.pool()
+    norms = inputs.norms()
+    optimizer.state[weight][EXP_AVG_SQ].copy_(torch.rand(3, 4, 5))[1] = 0.0
+    write_importance_(optimizer.gating, Norms(norms, axes, start == "gradient", inputs.idle), scaled=True)
+    assert inputs.idle["experts"].tolist() == [False] * 5 + [True] * 5 + [False] * 5
+    if gate == "row":
+        (scores,) = [f.view(f.flat) for f in optimizer.gating.own_scores]
+        assert scores.view(3, 4)[1].max() < 1e-4 * scores.view(3, 4)[[0, 2]].min()
+    else:
+        scores = optimizer.state[weight][SCORE]
+        mean = norms["experts"].view(3, 5)[[0, 2]].square().mean(0).sqrt()
+        sizes = weight.detach()[1].abs() * (mean if start == "activation" else mean**0.75)
+        torch.testing.assert_close(scores[1], sizes / sizes.mean(1, keepdim=True))
