@@ -21,6 +21,7 @@ from leap_dist.ops.slices import Slice
 logger = logging.getLogger(__name__)
 
 FAINT = 1e-6
+"""What the inputs of experts without tokens count beside those of others: enough to rank weights of one row by size."""
 INPUTS = "leap.inputs"  # the name of the sums in checkpoints
 
 
@@ -39,6 +40,11 @@ class Axes:
     def num_inputs(self) -> int:
         """Input features, of all its matrices."""
         return self.inputs.units.stop
+
+    @property
+    def inputs_each(self) -> int:
+        """Input features of one of its matrices."""
+        return self.num_inputs // self.matrices
 
 
 def num_features(axes: Mapping[str, Axes]) -> int:
@@ -115,18 +121,17 @@ class Inputs:
 
     def _fill_idle_(self, tensor: str, norms: Tensor) -> Tensor:
         """Give matrices without inputs a little of the root mean square of the others'; which features those are."""
-        each = norms.view(self.axes[tensor].matrices, -1)
+        each = norms.view(-1, self.axes[tensor].inputs_each)
         idle = ~each.any(1)
         each[idle] = FAINT * each[~idle].square().mean(0).sqrt()
         return idle.repeat_interleave(each.shape[1])
 
     def _report_idle(self) -> None:
-        size = {name: own.num_inputs // own.matrices for name, own in self.axes.items()}
         logger.warning(
             "leap.score_init: no token reached %d of %d experts' matrices: whole units of them are the first to leave, "
             "single weights start by the mean of the others' inputs. A longer dense phase, or more "
             "leap.calibration_batches, reach more",
-            sum(int(idle.sum()) // size[name] for name, idle in self.idle.items()),
+            sum(int(idle.sum()) // self.axes[name].inputs_each for name, idle in self.idle.items()),
             sum(own.matrices for own in self.axes.values() if own.matrices > 1),
         )
 

@@ -23,7 +23,7 @@ from leap_dist.sweep.result import Result, collect, means, metric_of
 from leap_dist.sweep.results import RESULTS, mean_lines, table_lines, write
 from leap_dist.sweep.space import corners
 from leap_dist.sweep.storage import Storage
-from leap_dist.sweep.sweep_file import NO_GPUS, BudgetConfig, identity, job_of, read_sweep, trials_of
+from leap_dist.sweep.sweep_file import BudgetConfig, identity, job_of, read_sweep, trials_of
 from leap_dist.tracking.completion import complete_trial
 from leap_dist.tracking.mlflow import Tracker, differing
 
@@ -40,8 +40,10 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
     sweep = read_sweep(file)
     if budget is not None:
         sweep = sweep.model_copy(update={"budget": parse_budget(budget)})
-        if sweep.budget.gpu_hours and not sweep.resources.gpus:
-            raise UserError(f"--budget.gpu_hours: got {sweep.budget.gpu_hours:g}; {NO_GPUS}")
+    if sweep.budget.gpu_hours and not sweep.resources.gpus:
+        key, value = f"{'--' if budget else ''}budget.gpu_hours", sweep.budget.gpu_hours
+        why = "resources.gpus is 0, so no trial takes any; allowed: hours, or trials on GPUs"
+        raise UserError(f"{key}: got {value:g}; {why}")
     trials = ladder_of(sweep) if sweep.mode == "ladder" else trials_of(sweep)
     jobs = [trial.config for trial in trials] or [job_of(sweep, settings) for settings in corners(sweep.vary)]
     metric = metric_of(sweep, jobs)

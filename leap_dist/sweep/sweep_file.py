@@ -29,8 +29,10 @@ VALUES = (
     '{"loguniform": [a, b]} with 0 < a < b, or {"choice": [...]}'
 )
 
-DO = "allowed: in the job file, or in the environment (MLFLOW_TRACKING_URI)"
-NO_GPUS = "resources.gpus is 0, so no trial takes any; allowed: hours, or trials on GPUs"
+SECRET = (
+    "a secret, and they name trials and stand in their results; allowed: in the job file, or in the environment "
+    "(MLFLOW_TRACKING_URI)"
+)
 
 
 def _as_values(value: Any) -> Any:
@@ -163,14 +165,10 @@ class SweepConfig(Section):
             if str(inner).startswith(f"{outer}.")
         ]
         found += [
-            ("vary", f"the values of {show(key)} hold a secret, and they name trials and stand in their results; {DO}")
+            ("vary", f"the values of {show(key)} hold {SECRET}")
             for key in dict.fromkeys(keys)
             if any(hide_in({key: value}) != {key: value} for value in _values_of(key, vary, cases))
         ]
-        budget, resources = (raw.get(key) for key in ("budget", "resources"))
-        hours = budget.get("gpu_hours") if isinstance(budget, Mapping) else None
-        if hours and not (isinstance(resources, Mapping) and resources.get("gpus")):
-            found.append(("budget.gpu_hours", f"got {show(hours)}; {NO_GPUS}"))
         samples = SweepConfig.model_fields["samples"].default
         if raw.get("search", "grid") == "grid" and raw.get("samples", samples) != samples:
             found.append(("samples", f"got {show(raw['samples'])}; an option of a search: set search, or remove it"))

@@ -39,6 +39,8 @@ from leap_dist.tracking.store import (
 from leap_dist.tracking.system import System
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from leap_dist.tasks.base import Task
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -156,8 +158,7 @@ class Tracker(Recorder):
 
     def _begun(self, uri: str, run_id: str | None) -> str:
         """The id of the run, which is begun or resumed."""
-        client = connect(uri)
-        check_has_models(client, *self._keeps)
+        client = _reached(uri, *self._keeps)
         if not run_id:
             return begin(client, uri, self._about)
         client.update_run(run_id, status="RUNNING")
@@ -182,13 +183,20 @@ class Tracker(Recorder):
         console().print(f"MLflow at {hide_secrets(str(self._uri))} {what}", markup=False, soft_wrap=True)
 
 
+def _reached(uri: str, log_model: bool, register: str | None) -> MlflowClient:
+    """A client of a store that can keep the model as the run's settings ask for."""
+    client = connect(uri)
+    check_has_models(client, log_model, register)
+    return client
+
+
 def check_store_answers(tracking: TrackingConfig) -> None:
     """Raises UserError where a new run could not begin now; a trial of a sweep runs where the store is down."""
     uri = tracking.mlflow_uri
     if uri is not None and not tracking.parent_run:
         remember(uri)
         with held_back(), starting(), user_errors(uri):
-            in_time(uri, lambda: connect(uri).search_experiments(max_results=1))
+            in_time(uri, lambda: _reached(uri, tracking.log_model, tracking.register).search_experiments(max_results=1))
 
 
 def sync(folder: Path, uri: str | None) -> str:

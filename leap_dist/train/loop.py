@@ -62,7 +62,9 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     saved = resumes and ranks.on_first(lambda: latest_checkpoint(output / CHECKPOINTS) is not None)
     reference: dict[str, dict[str, float]] = {}
     if trains and config.train.dense_reference and not saved:
-        _let_go(build_job(config, ranks, watch))  # what is refused is known before the reference has trained for long
+        # what is refused is known before the reference has trained for long; a search for an order takes minutes itself
+        leap = config.leap.model_copy(update={"permute": None})
+        _let_go(build_job(config.model_copy(update={"leap": leap}), ranks, watch))
         ranks.on_first(lambda: check_store_answers(config.tracking))
         reference = _dense_reference(config, ranks, watch)
     job = build_job(config, ranks, watch)

@@ -68,11 +68,10 @@ class Products(TorchFunctionMode):
             return
         name, expert = found
         x, weight = operands[0].detach(), self._weights[name]
-        features = self._inputs.axes[name].num_inputs // len(weight)  # of one expert
         if self._chosen is not None and x.shape[:-1] == self._chosen.shape:
             x = torch.where(self._chosen[:, None], x, 0.0)
         if operands[1].numel() < weight.numel() or len(weight) == 1:
-            self._inputs.see(name, x, expert * features)
+            self._inputs.see(name, x, expert * self._inputs.axes[name].inputs_each)
         elif x.dim() == 3:  # as many rows for every expert
             self._inputs.see(name, x.transpose(0, 1).flatten(1))
         else:

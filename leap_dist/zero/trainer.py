@@ -20,8 +20,8 @@ class LeapCallback(TrainerCallback):
 
     When train() is over the density is exact, `certificate` is what `leap_dist.finalize` returns, and the model is a
     plain one with zeros, for `trainer.save_model`; LEAP's hooks on routers and norms stay, so that `trainer.evaluate`
-    computes what was trained. `resume_from_checkpoint` resumes bit for bit;
-    `load_best_model_at_end` chooses among the models whose masks are frozen. Raises UserError for what cannot work.
+    computes what was trained. `resume_from_checkpoint` resumes bit for bit; `load_best_model_at_end` chooses among the
+    models whose masks are frozen. Raises UserError for what cannot work.
     """
 
     def __init__(self, trainer: Trainer) -> None:

@@ -361,10 +361,17 @@ def test_a_file_that_cannot_be_read(files: Any, tokenizer: Any, content: bytes, 
         load_task(data, tokenizer)
 
 
-def test_a_row_that_is_no_object_is_named(files: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"sentence": "a", "label": 1}, 3]', r"train\.json: row 2: got 3; allowed: a JSON object"),
+        (b'[{"sentence": "a"}, 3]', r'^data\.label: got "label", which is not a column'),
+    ],
+)
+def test_a_row_that_is_no_object_is_named(files: Any, tokenizer: Any, content: bytes, message: str) -> None:
     data = files("", suffix=".json")
-    Path(data.train[0]).write_bytes(b'[{"sentence": "a", "label": 1}, 3]')
-    with pytest.raises(UserError, match=r"train\.json: row 2: got 3; allowed: a JSON object"):
+    Path(data.train[0]).write_bytes(content)
+    with pytest.raises(UserError, match=message):
         load_task(data, tokenizer)
 
 
