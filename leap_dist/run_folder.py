@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 RESOLVED, CERTIFICATE, SCORES = "config.json", "certificate.json", "scores.json"
 METRICS, JOURNAL = "metrics.jsonl", "mlflow.jsonl"
 MODEL, CHECKPOINTS, RANKS = "model", "checkpoints", ".ranks"
+REFERENCE = ".dense_reference"  # the dense model trained as long, until the run has ended
 REPORT, PLOTS = "report.html", "plots"
 PERMUTATION = "permutation.npz"  # by block, the places that its columns come from
 HIDDEN = "masks.safetensors"  # packed masks of tensors in which kept weights are exactly zero; others' are their zeros

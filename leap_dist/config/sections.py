@@ -239,7 +239,7 @@ class TrainConfig(Section):
     seed: int = Field(default=17, ge=0, lt=2**32, description="an integer, 0 <= seed < 2**32")
     """Decides random weights, the order of the data and dropout."""
     dense_reference: bool = Field(default=False, description="true or false")
-    """Also train a dense model for as many steps, to compare with; before the run, and without checkpoints."""
+    """Also train a dense model for as many steps before the run, to compare with."""
     checkpoint_every: int | None = Field(default=None, ge=1, description="an integer >= 1, or null")
     """Optimizer steps between two checkpoints; null: checkpoint_minutes alone counts; a sweep's trial writes ten."""
     checkpoint_minutes: float | None = Field(default=30.0, gt=0, description="a number > 0, or null")

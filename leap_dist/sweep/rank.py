@@ -160,7 +160,7 @@ class Rank:
 def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
     """Look at what an earlier try has left, and make the folder ready."""
     from leap_dist.checkpoint.folders import latest_checkpoint
-    from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS
+    from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, REFERENCE
     from leap_dist.sweep.ladder import branch_off
     from leap_dist.tracking.completion import complete_trial
 
@@ -170,7 +170,9 @@ def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
         return "finished"
     if latest_checkpoint(work.output / CHECKPOINTS) is not None:
         return "resume"
-    shutil.rmtree(work.output, ignore_errors=True)
+    for path in work.output.iterdir() if work.output.is_dir() else ():
+        if path.name != REFERENCE:  # which is resumed too
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     if work.branch is None:
         return "new"
     branch_off(work.branch, work.output, work.config)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from leap_dist.errors import UserError
 from leap_dist.files import is_free
-from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, JOURNAL, RANKS, REPORT, RESOLVED
+from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, JOURNAL, RANKS, REFERENCE, REPORT, RESOLVED
 from leap_dist.tracking.mlflow import sync
 from leap_dist.tracking.report import has_report, write_report
 
@@ -62,4 +62,6 @@ def _is_held(lock: Path) -> bool:
 
 def _left(folder: Path) -> list[Path]:
     """What a run removes at its end; a link to another place stays, and so does what it leads to."""
-    return [path for name in (CHECKPOINTS, RANKS) if (path := folder / name).is_dir() and not path.is_symlink()]
+    return [
+        path for name in (CHECKPOINTS, REFERENCE, RANKS) if (path := folder / name).is_dir() and not path.is_symlink()
+    ]

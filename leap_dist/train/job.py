@@ -21,7 +21,7 @@ from leap_dist.train.guards import Heartbeats
 from leap_dist.train.reorder import reorder
 from leap_dist.train.syntax import gates_by_layer, load_parser
 from leap_dist.train.watch import NOTHING, Watch
-from leap_dist.zero.engine import initialize
+from leap_dist.zero.engine import destroy, initialize
 from leap_dist.zero.ranks import Ranks
 from leap_dist.zero.teacher import host_teacher
 
@@ -111,6 +111,13 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     words = WordHead(engine, task.problem == "causal_lm") if task.problem in ("causal_lm", "masked_lm") else None
     built = (config, ranks, task, tokenizer, engine, batches, total, distiller, words, watch)
     return Job(*built, orders=orders, parser=parser, head_gates=heads)
+
+
+def let_go(job: Job) -> None:
+    """Of its engines, which would stay in memory: this process may run other jobs."""
+    destroy(job.engine)
+    if job.distiller is not None and isinstance(job.distiller.teacher, type(job.engine)):
+        destroy(job.distiller.teacher)
 
 
 def _total_steps(config: JobConfig, batches: Batches | StreamBatches) -> int:

@@ -21,7 +21,7 @@ from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.console import console
 from leap_dist.errors import UserError
 from leap_dist.files import is_free
-from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, RESOLVED, job_in, steps_in
+from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, REFERENCE, RESOLVED, job_in, steps_in
 from leap_dist.secrets import hide_in
 from leap_dist.tracking.completion import complete, is_incomplete
 from leap_dist.train.batches import examples_per_step
@@ -58,7 +58,7 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
         anew = config.leap.mode == "one_shot"
         _tell(output, accepted, "" if resume else "starts anew" if anew else "is resumed")
         return True
-    if resume:
+    if resume and not (output / REFERENCE / RESOLVED).is_file():  # which is resumed by itself
         raise UserError(f"--resume: there is no unfinished run in {output}; start without --resume")
     if output.exists() and not _is_as_new(output):
         raise UserError(

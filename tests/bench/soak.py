@@ -25,8 +25,8 @@ from leap_dist.run_folder import CHECKPOINTS
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.job import Job, build_job
-from leap_dist.train.loop import train
 from leap_dist.train.signals import Interrupted
+from leap_dist.train.steps import train
 from leap_dist.train.watch import Watch
 from leap_dist.zero.ranks import Ranks, leave, start_ranks
 from tests.sweep.jobs import JOB

@@ -29,7 +29,7 @@ from leap_dist.config.sections import TrackingConfig
 from leap_dist.machine import machine
 from leap_dist.tracking import delivery
 from leap_dist.tracking.mlflow import Tracker
-from leap_dist.train.loop import Job, build_job
+from leap_dist.train.job import Job, build_job
 from leap_dist.train.meter import Meter
 from leap_dist.zero.ranks import start_ranks
 from tests.tracking.proxy import Proxy

@@ -17,10 +17,10 @@ SHORT = {"max_steps": 20, "learning_rate": 1e-3, "checkpoint_every": 2, "log_eve
 
 def runs(folder: str) -> list[bool]:
     """Whether dropout was on, of all training steps of a run, of the same run stopped, and of its second part."""
-    from leap_dist.train import loop
+    from leap_dist.train import steps
 
     place, found = Path(folder), []
-    step = loop._train_step
+    step = steps._train_step
 
     def seen(job: Any, number: int, meter: Any) -> torch.Tensor:
         found.append(job.engine.module.training)
@@ -28,11 +28,11 @@ def runs(folder: str) -> list[bool]:
 
     run(place / "made", JOB | {"leap": {"target": 1.0, "mode": "one_shot"}, "train": {"eval_batch_size": 512}})
     job = JOB | {"model": {"name": str(place / "made" / "model")}, "train": SHORT}
-    loop._train_step = seen
+    steps._train_step = seen
     try:
         said = [run(place / "whole", job), run(place / "broken", job, stop=12), run(place / "broken", job)]
     finally:
-        loop._train_step = step
+        steps._train_step = step
     assert said[0] == said[2] == "" and said[1].startswith("stopped by SIGTERM after step ")
     return found
 
