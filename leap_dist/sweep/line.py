@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from leap_dist.config.json_file import loads, read_text
 from leap_dist.errors import UserError
 from leap_dist.files import Lines, warn_if_unwritten
-from leap_dist.run_folder import CERTIFICATE, LONGEST, read_files
+from leap_dist.run_folder import CERTIFICATE, LONGEST, REFERENCE, read_files
 from leap_dist.sweep.board import Board
 from leap_dist.sweep.ladder import SNAPSHOTS, is_there
 from leap_dist.sweep.optuna_study import OptunaStudy
@@ -143,7 +143,8 @@ class Line:
         self._write(ENDED, name, asdict(outcome))
         self.board.ended(name, outcome)
         if all(self.is_done(trial.name) for trial in self.trials):
-            shutil.rmtree(self.folder / SNAPSHOTS, ignore_errors=True)
+            for work in (SNAPSHOTS, REFERENCE):
+                shutil.rmtree(self.folder / work, ignore_errors=True)
 
     def publish(self) -> None:
         """Copy what the place of the results lacks of finished trials: it was not reached, or a call was cut off."""

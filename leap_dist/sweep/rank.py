@@ -136,13 +136,15 @@ class Rank:
     def _run(self, work: Work) -> None:
         import torch
 
+        from leap_dist.run_folder import REFERENCE
         from leap_dist.train.loop import run_job
 
         torch.set_num_threads(self._threads)  # counts for the thread that says it
         how = self._ranks.on_first(lambda: _prepare(work))
         if how == "finished":
             return
-        watch = Watch(self._notify, self._ask if work.asked else None, NUM_CHECKPOINTS, work.snapshots)
+        may_go_on, shared = self._ask if work.asked else None, work.output.parent / REFERENCE
+        watch = Watch(self._notify, may_go_on, NUM_CHECKPOINTS, work.snapshots, shared)
         run_job(work.config, work.output, how == "resume", self._ranks, watch)
 
     def _notify(self, step: int, total: int, measures: Mapping[str, float]) -> None:
@@ -160,7 +162,7 @@ class Rank:
 def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
     """Look at what an earlier try has left, and make the folder ready."""
     from leap_dist.checkpoint.folders import latest_checkpoint
-    from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, REFERENCE
+    from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS
     from leap_dist.sweep.ladder import branch_off
     from leap_dist.tracking.completion import complete_trial
 
@@ -170,9 +172,7 @@ def _prepare(work: Work) -> Literal["finished", "resume", "new"]:
         return "finished"
     if latest_checkpoint(work.output / CHECKPOINTS) is not None:
         return "resume"
-    for path in work.output.iterdir() if work.output.is_dir() else ():
-        if path.name != REFERENCE:  # which is resumed too
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    shutil.rmtree(work.output, ignore_errors=True)
     if work.branch is None:
         return "new"
     branch_off(work.branch, work.output, work.config)

@@ -5,6 +5,7 @@ A run may be killed at any moment, so every file is either whole or not there; o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -133,6 +134,12 @@ def _check_same_job(
         problem = f"{option}: the run in {output} was started as another job; set this back, or choose another folder"
         raise UserError("\n  ".join([problem, *lines]))
     return [texts[key] for key in changed]
+
+
+def same_result(settings: Mapping[str, Any]) -> str:
+    """What all jobs have in common that would end as this one, as a name; `settings` as logged."""
+    kept = {key: value for key, value in _flat(settings).items() if not f"{key}.".startswith(_prefixes())}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _prefixes() -> tuple[str, ...]:

@@ -19,6 +19,8 @@ class Watch:
     """Checkpoints in a run whose train.checkpoint_every is null."""
     snapshots: Mapping[int, Path] = field(default_factory=dict)
     """Steps after which a checkpoint is written that stays, each into a folder of its own."""
+    references: Path | None = None
+    """A folder in which runs that differ only in how they prune share their dense reference; None: in the run's own."""
     asked: Callable[[], str | None] = lambda: None
     """Asked on every rank now and then: how a request to save and stop arrived; None if there is none."""
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from leap_dist.checkpoint.folders import checkpoints_in
 from leap_dist.config.job_file import parse_job
@@ -111,115 +108,6 @@ def test_what_one_rank_is_asked_all_do_and_the_run_goes_on_without_being_told(ra
     assert printed.startswith(f"{folder} holds an unfinished run of this job: it is resumed") and not interrupted
     left = {path.name for path in folder.iterdir()}
     assert {"certificate.json", "model"} <= left and not left & {"checkpoints", ".ranks"}
-
-
-def run_beside_a_reference(folder: str, stop_at: int | None = None) -> tuple[str, str]:
-    """The last rank is asked to stop when it has looked `stop_at` times, in the reference or in the run after it."""
-    looks = [0]
-
-    def asked() -> str | None:
-        looks[0] += 1
-        return "SIGTERM" if stop_at is not None and looks[0] >= stop_at else None
-
-    return run(folder, Watch(asked=asked), dense_reference=True)
-
-
-def run_until_the_reference_is_done(folder: str) -> tuple[str, str]:
-    """The last rank is asked to stop as soon as the run after it begins."""
-    ranks, done = this_rank(), Path(folder) / ".dense_reference/metrics.json"
-
-    def asked() -> str | None:
-        return "SIGTERM" if ranks.rank == ranks.world_size - 1 and done.exists() else None
-
-    return run(folder, Watch(asked=asked), dense_reference=True)
-
-
-def test_a_dense_reference_that_is_stopped_is_resumed_bit_for_bit(ranks: RankPools, tmp_path: Path) -> None:
-    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    assert ranks(1).run(run_beside_a_reference, whole)[0][1] == ""
-    printed, interrupted = ranks(1).run(run_beside_a_reference, broken, 12)[0]
-    assert interrupted == "stopped by SIGTERM after step 12: saved; the same command resumes from step 12"
-    (step,) = [line for line in printed.splitlines() if line.startswith("step 1/")]
-    assert "  dense  loss " in step and " R " not in step and " density " not in step  # nothing is pruned
-    assert [path.name for path in Path(broken).iterdir()] == [".dense_reference"]
-
-    printed, interrupted = ranks(1).run(run_beside_a_reference, broken, 33)[0]  # 28 steps of it, and 5 of the run
-    assert f"{broken}/.dense_reference holds an unfinished run of this job: it is resumed" in printed
-    assert interrupted.startswith("stopped by SIGTERM after step 5: saved")
-    printed, interrupted = ranks(1).run(run_beside_a_reference, broken)[0]
-    assert "dense reference: " not in printed and interrupted == ""
-    found = [json.loads((Path(folder) / "certificate.json").read_text()) for folder in (whole, broken)]
-    assert found[0] == found[1] and set(found[0]["metrics"]) == {"dense", "dense_reference", "pruned"}
-    for folder in (whole, broken):
-        assert not {".dense_reference", "checkpoints", ".ranks"} & {path.name for path in Path(folder).iterdir()}
-
-
-def test_a_dense_reference_that_is_done_is_not_trained_again(ranks: RankPools, tmp_path: Path) -> None:
-    """Before the run has a checkpoint; with another target, which is nothing to it; not with another rate."""
-    folder = tmp_path / "run"
-    (_, one), (_, other) = ranks(2).run(run_until_the_reference_is_done, str(folder))
-    assert one == other and one.startswith("stopped by SIGTERM after step ")
-    reference = folder / ".dense_reference"
-    known = (reference / "metrics.json").read_text()
-    assert not (reference / "checkpoints").exists()
-    for left in folder.iterdir():
-        if left != reference:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    refusal = ranks(2).run(refused_beside_a_reference, str(folder), {"train": {"learning_rate": 1e-4}})
-    assert set(refusal) == {
-        f"--output: the run in {reference} was started as another job; set this back, or choose another folder\n"
-        "  train.learning_rate: before 3e-05, now 0.0001"
-    }
-    (reference / "metrics.json").write_text('{"accuracy": "high"}')
-    refusal = ranks(2).run(refused_beside_a_reference, str(folder), {"leap": {"target": 0.3}})
-    why = f"not the metrics of a dense reference; remove {reference} to train the dense reference again"
-    assert set(refusal) == {f"{reference / 'metrics.json'}: {why}"}
-    (reference / "metrics.json").write_text(known)
-    refusal = ranks(2).run(refused_beside_a_reference, str(folder), {"leap": {"target": 0.3}})
-    assert set(refusal) == {""}
-    found = json.loads((folder / "certificate.json").read_text())
-    assert found["metrics"]["dense_reference"] == json.loads(known) and found["target"] == 0.3
-
-
-def refused_beside_a_reference(folder: str, changes: dict[str, Any]) -> str:
-    """Why the job with these changes is refused; "" if it is run."""
-    from leap_dist.errors import UserError
-    from leap_dist.train.loop import run_job
-
-    job = JOB | {"train": JOB["train"] | {"dense_reference": True}}
-    job |= {section: job.get(section, {}) | settings for section, settings in changes.items()}
-    try:
-        run_job(parse_job(job), Path(folder), False, this_rank())
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def refused_before_the_reference(folder: str, section: str, settings: dict[str, Any]) -> tuple[str, str]:
-    """What a job with a dense reference prints, and why it is refused."""
-    from leap_dist.errors import UserError
-    from leap_dist.train.loop import run_job
-
-    train = JOB["train"] | {"dense_reference": True}
-    config = parse_job(JOB | {"train": train, section: JOB.get(section, {}) | settings})
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(UserError) as refusal:
-        run_job(config, Path(folder), False, this_rank())
-    return printed.getvalue(), str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("section", "settings", "why"),
-    [
-        ("leap", {"gates": ["head", "neuron"], "target": 0.001}, "leap.target: 0.001 cannot be reached"),
-        ("tracking", {"mlflow_uri": "http://127.0.0.1:9"}, "MLflow at http://127.0.0.1:9 does not take the run"),
-    ],
-)
-def test_a_mistake_is_refused_before_the_dense_reference(
-    ranks: RankPools, tmp_path: Path, section: str, settings: dict[str, Any], why: str
-) -> None:
-    printed, refusal = ranks(1).run(refused_before_the_reference, str(tmp_path / "run"), section, settings)[0]
-    assert why in refusal and "step " not in printed and not list(tmp_path.iterdir())
 
 
 def run_into_nonsense(folder: str) -> str:
