@@ -1,6 +1,7 @@
 """Evaluation on all ranks, every example counted once."""
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leap_dist.tasks.base import Example, Task, lengths_of
+from leap_dist.train.progress import Progress
 from leap_dist.zero.ranks import Ranks
 
 
@@ -21,25 +23,27 @@ def evaluate(engine: Any, task: Task, batch_size: int, ranks: Ranks) -> dict[str
     """
     engine.eval()
     results: dict[str, float] = {}
-    for number, (split, examples) in enumerate(task.validation.items()):
-        prefix = "" if number == 0 else f"{split}_"
-        kept = _run_split(engine, task, examples, batch_size, ranks)
-        results |= {f"{prefix}{name}": value for name, value in task.evaluation.score(split, kept).items()}
+    orders = {split: np.argsort(lengths_of(examples), kind="stable") for split, examples in task.validation.items()}
+    rows = {split: list(_rank_rows(order, batch_size, ranks)) for split, order in orders.items()}
+    with Progress(sum(map(len, rows.values())), ranks.first, aside=True) as progress:
+        done = count(1)
+        for number, (split, examples) in enumerate(task.validation.items()):
+            parts = []
+            for batch in rows[split]:
+                parts.append(_predicted(engine, task, [examples[row] for row in batch], ranks))
+                progress.update(next(done), "evaluate", {})
+            back = torch.from_numpy(np.argsort(orders[split], kind="stable"))
+            kept = {key: _merged([part[key] for part in parts], ranks)[back] for key in parts[0]}
+            prefix = "" if number == 0 else f"{split}_"
+            results |= {f"{prefix}{name}": value for name, value in task.evaluation.score(split, kept).items()}
     engine.train()
     return results
 
 
-def _run_split(
-    engine: Any, task: Task, examples: Sequence[Example], batch_size: int, ranks: Ranks
-) -> dict[str, Tensor]:
-    """What the task keeps of all examples, in their order, on every rank."""
-    order = np.argsort(lengths_of(examples), kind="stable")
-    parts = []
-    for rows in _rank_rows(order, batch_size, ranks):
-        batch = task.collate([examples[row] for row in rows])
-        parts.append(task.evaluation.predict(engine, {key: value.to(ranks.device) for key, value in batch.items()}))
-    back = torch.from_numpy(np.argsort(order, kind="stable"))
-    return {key: _merged([part[key] for part in parts], ranks)[back] for key in parts[0]}
+def _predicted(engine: Any, task: Task, examples: Sequence[Example], ranks: Ranks) -> dict[str, Tensor]:
+    """What the task keeps of a batch."""
+    batch = {key: value.to(ranks.device) for key, value in task.collate(examples).items()}
+    return task.evaluation.predict(engine, batch)
 
 
 def _rank_rows(order: np.ndarray, batch_size: int, ranks: Ranks) -> Iterator[list[int]]:

@@ -19,19 +19,21 @@ RATE_OVER = 50  # updates over which steps/s is measured
 class Progress:
     """Shows steps, phase and measures of a run of `total` optimizer steps; a context manager.
 
-    A resumed run counts from `start`. With `enabled` false (other ranks than 0) nothing is shown.
+    A resumed run counts from `start`. With `enabled` false (other ranks than 0) nothing is shown. `aside`: of what a
+    run does beside its steps, such as an evaluation, which is shown only where it takes long.
     """
 
-    def __init__(self, total: int, enabled: bool, start: int = 0) -> None:
+    def __init__(self, total: int, enabled: bool, start: int = 0, aside: bool = False) -> None:
         self._total = total
         self._enabled = enabled
+        self._from = monotonic() + (LINE_EVERY if aside else 0.0)
         self._clock = deque([(monotonic(), start)], maxlen=RATE_OVER + 1)
         self._last_line: float | None = None
-        self._live = _live_progress() if enabled and console().is_terminal else None
+        self._live = _live_progress(transient=aside) if enabled and console().is_terminal else None
         self._task = self._live.add_task("", total=total, completed=start, text="") if self._live else None
 
     def __enter__(self) -> Progress:
-        if self._live:
+        if self._live and monotonic() >= self._from:
             self._live.start()
         return self
 
@@ -45,8 +47,11 @@ class Progress:
             return
         now = monotonic()
         self._clock.append((now, step))
+        if now < self._from:
+            return
         text = f"{_fields_text(fields)}  {self._rate_text(step)}"
         if self._live and self._task is not None:
+            self._live.start()  # which an evaluation has not yet
             self._live.update(self._task, completed=step, description=phase, text=printable(text))
         elif self._last_line is None or now - self._last_line >= LINE_EVERY or step >= self._total:
             self._last_line = now
@@ -61,13 +66,14 @@ class Progress:
         return f"{rate:.3g} steps/s  ETA {duration(max(0, self._total - step) / rate)}"
 
 
-def _live_progress() -> LiveProgress:
+def _live_progress(transient: bool) -> LiveProgress:
     return LiveProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}", markup=False),
         console=console(),
+        transient=transient,
     )
 
 

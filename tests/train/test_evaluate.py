@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leap_dist.tasks.base import Collator, Task, TokenTable, flat
 from leap_dist.tasks.lm import CausalCollator, TokenEvaluation
+from leap_dist.train import progress
 from leap_dist.train.evaluate import evaluate
 from leap_dist.zero.ranks import Ranks
 from tests.ranks import RankPools
@@ -80,6 +81,17 @@ def test_every_example_once_on_any_number_of_ranks(ranks: RankPools, world_size:
         )
         assert modes == ["eval", "train"]
         assert len(longest) == len(results[0][1])  # as many forward passes on every rank
+
+
+def test_a_long_evaluation_shows_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All splits together, and on the first rank alone."""
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    for rank in (0, 1):
+        evaluate(Engine(), task(7, 1), 2, Ranks(rank, 1, torch.device("cpu")))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1:3] for line in lines] == [[f"{done}/5", "evaluate"] for done in range(1, 6)]
 
 
 def test_batches_are_of_like_length() -> None:

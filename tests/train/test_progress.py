@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -57,6 +58,19 @@ def test_last_step_is_always_shown(clock: list[float], capsys: pytest.CaptureFix
     assert shown_steps == [["1/2", "dense"], ["2/2", "settle"]]
 
 
+def test_what_is_done_aside_is_shown_only_where_it_takes_long(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for total in (4, 12):
+        with Progress(total=total, enabled=True, aside=True) as shown:
+            for step in range(1, total + 1):
+                clock[0] += 1.0
+                shown.update(step, "evaluate", {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["5/12", "10/12", "12/12"]
+    assert lines[0] == "step 5/12  evaluate    1 steps/s  ETA 0:07"
+
+
 def test_resumed_run_counts_its_own_steps(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(total=5000, enabled=True, start=1000) as shown:
         clock[0] += 10.0
@@ -104,6 +118,23 @@ def test_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, clock: list[float]
     for part in ("prune", "4/10", "R 0.5 → 0.05", "4 steps/s  ETA 0:02", "━"):
         assert part in text
     assert text.rstrip().endswith("\x1b[?25h")  # the cursor is shown again, also after an interrupt
+
+
+def test_an_evaluation_has_a_bar_below_that_of_the_run(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=160)
+    monkeypatch.setattr(progress, "console", lambda: terminal)
+    with Progress(total=10, enabled=True) as run:
+        run.update(4, "dense", {})
+        with Progress(total=8, enabled=True, aside=True) as short:
+            short.update(8, "not shown", {})
+        with Progress(total=8, enabled=True, aside=True) as long:
+            clock[0] += 6.0
+            long.update(2, "evaluate", {})
+            time.sleep(0.5)  # bars are drawn ten times a second
+        run.update(5, "prune", {})
+    text = screen.getvalue()
+    assert "not shown" not in text and text.index("evaluate") < text.index("prune") and "2/8" in text
 
 
 def test_summary_table(capsys: pytest.CaptureFixture[str]) -> None:
