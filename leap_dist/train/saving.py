@@ -24,6 +24,8 @@ from leap_dist.zero.ranks import Ranks
 MEETINGS = 0.5
 """Seconds between two meetings of the ranks: what they cost is not to be seen, and a signal is soon heeded."""
 MANY = 1000  # steps between two meetings at most, and between two looks whether the ranks prune alike
+WORTH = 60.0
+"""Seconds of training after which it is saved once more at its end."""
 
 
 class Meetings:
@@ -41,12 +43,17 @@ class Meetings:
     def meet(self, done: int, asked: bool) -> tuple[bool, bool]:
         """Whether any rank is asked to stop, and whether the clock says to save. Collective."""
         now = time.monotonic()
-        due = self._ranks.first and now - self._saved >= self._period
+        due = self._ranks.first and self.unsaved >= self._period
         per_step = (now - self._met) / max(done - self._last, 1)
         pause = max(1, min(MANY, round(MEETINGS / per_step))) if self._ranks.first and done > self._last else 1
         stop, save, steps = self._ranks.largest(torch.tensor([int(asked), int(due), pause])).tolist()
         self._met, self._last, self.next = now, done, done + (steps if self._ranks.world_size > 1 else 1)
         return bool(stop), bool(save)
+
+    @property
+    def unsaved(self) -> float:
+        """Seconds since the last save, or since the start; by this rank's clock."""
+        return time.monotonic() - self._saved
 
     def saved(self) -> None:
         """The clock starts anew."""
@@ -109,6 +116,7 @@ class Saver:
         self._total, self._every = total, config.checkpoint_every
         if self._every is None and watch.num_checkpoints is not None:
             self._every = -(-total // watch.num_checkpoints)
+        self._saves = self._every is not None or config.checkpoint_minutes is not None
         self._meetings = Meetings(ranks, start, config.checkpoint_minutes)
         self._losses, self._num_losses = torch.zeros((), device=ranks.device), 0
 
@@ -137,6 +145,12 @@ class Saver:
         if done % MANY == 0:
             agreement(self._engine, self._ranks)
         return False
+
+    def end(self, progress: Mapping[str, Any]) -> None:
+        """After the last step, save what a kill in the evaluation and export that follow would cost; then wait."""
+        if self._saves and self._ranks.on_first(lambda: self._meetings.unsaved >= WORTH):
+            self._save({**progress, "step": self._total})
+        self.wait()
 
     def wait(self) -> None:
         """Return when nothing is being written any more. Collective."""

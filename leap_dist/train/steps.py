@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,12 +69,18 @@ def train(
             if done % config.log_every == 0 or done == job.total_steps:
                 fields = _log_step(job, done, phase, loss, meter, tracker, writer)
                 progress.update(done, phase if job.config.leap.target != 1.0 else "dense", fields)
-            kept = {"measured": state.measured, "run_id": tracker.run_id, "left_out": state.left_out}
-            if saver.after(done, loss, kept | ({"stream": job.batches.state} if job.batches.state else {})):
+            if saver.after(done, loss, _kept(job, tracker)):
                 tracker.checkpoint()
             if state.heartbeats is not None:
                 state.heartbeats.step = done
-    saver.wait()
+    saver.end(_kept(job, tracker))
+
+
+def _kept(job: Job, tracker: Tracker) -> dict[str, Any]:
+    """What a checkpoint holds beside the engine."""
+    state, stream = job.state, job.batches.state
+    kept = {"measured": state.measured, "run_id": tracker.run_id, "left_out": state.left_out}
+    return kept | ({"stream": stream} if stream else {})
 
 
 def _ask(job: Job, rung: int, may_go_on: Callable[[int, Mapping[str, float]], bool]) -> None:

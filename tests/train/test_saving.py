@@ -7,11 +7,15 @@ import io
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from leap_dist.checkpoint.folders import checkpoints_in
 from leap_dist.config.job_file import parse_job
+from leap_dist.train import saving
 from leap_dist.train.saving import MEETINGS, Meetings
 from leap_dist.train.signals import Interrupted
 from leap_dist.train.watch import Watch
@@ -126,6 +130,35 @@ def test_a_run_that_diverges_ends_with_one_message(ranks: RankPools, tmp_path: P
     assert said.startswith("train: the loss or the gradient was not finite in 4 steps in a row, up to step ")
     last = checkpoints_in(tmp_path / "run" / "checkpoints")[0]
     assert said.endswith(f"lower train.learning_rate, or look at the data; the last good checkpoint is {last}")
+
+
+def run_cut_off_at_the_end(folder: str, worth: float, **train: Any) -> str:
+    """What cuts a run off in its last evaluation, if training for `worth` seconds is saved before it."""
+    from leap_dist.train import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "WORTH", worth)
+        patch.setattr(loop, "evaluate", cut_off)
+        with pytest.raises(RuntimeError) as cut:
+            run(folder, Watch(), checkpoint_every=None, **train)
+    return str(cut.value)
+
+
+def cut_off(*_: Any) -> dict[str, float]:
+    raise RuntimeError("cut off")
+
+
+def test_a_kill_in_the_last_evaluation_costs_no_steps(ranks: RankPools, tmp_path: Path) -> None:
+    whole, broken, none = (tmp_path / name for name in ("whole", "broken", "none"))
+    ranks(2).run(run_until_asked, str(whole), 10**6)
+    for folder, worth, train in ((broken, 0.0, {}), (none, 0.0, {"checkpoint_minutes": None}), (none, 1e9, {})):
+        assert ranks(2).run(partial(run_cut_off_at_the_end, **train), str(folder), worth) == ["cut off"] * 2
+        steps = [path.name for path in checkpoints_in(folder / "checkpoints")]
+        assert steps == ([] if folder == none else ["step-00000040"])
+    before = (broken / "metrics.jsonl").read_text()
+    printed, _ = ranks(2).run(run_until_asked, str(broken), 10**6)[0]
+    assert "it is resumed" in printed and "step " not in printed and before == (broken / "metrics.jsonl").read_text()
+    assert (broken / "certificate.json").read_text() == (whole / "certificate.json").read_text()
 
 
 def test_the_best_settled_checkpoint_stays(ranks: RankPools, tmp_path: Path) -> None:
