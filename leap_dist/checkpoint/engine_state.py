@@ -25,6 +25,7 @@ from leap_dist.core.gating import (
 )
 from leap_dist.core.inputs import INPUTS
 from leap_dist.core.optimizer import LeapAdamW
+from leap_dist.errors import UserError
 from leap_dist.zero.binding import all_fragments, refresh_hosted, trained_shapes
 
 HOSTED = "hosted"  # the masters of what no gate covers
@@ -136,6 +137,7 @@ def engine_state(engine: Any) -> EngineState:
     return EngineState(
         leap=LeapState(**_with_tuples(engine.leap.plain_state())),
         lr=tuple(float(group["lr"]) for group in engine.leap.param_groups),
+        betas=tuple((float(first), float(second)) for first, second in (g["betas"] for g in engine.leap.param_groups)),
         scheduler=scheduler_state(engine),
         scaler={name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
         updates=engine.micro_steps // accumulation,
@@ -144,11 +146,30 @@ def engine_state(engine: Any) -> EngineState:
 
 
 def scheduler_state(engine: Any) -> dict[str, Any] | None:
-    """A scheduler's state without the functions it was made from; None if there is no scheduler."""
-    if engine.lr_scheduler is None:
+    """A scheduler's state without what it was made from; None if there is no scheduler.
+
+    Raises UserError for one that does not say its state.
+    """
+    scheduler = engine.lr_scheduler
+    if scheduler is None:
         return None
-    state = engine.lr_scheduler.state_dict()
-    return {key: value for key, value in state.items() if isinstance(value, int | float | str | list | None)}
+    if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
+        raise UserError(
+            f"lr_scheduler: a {type(scheduler).__name__} has no state_dict and load_state_dict, so that a run with it "
+            "cannot be resumed; allowed: a scheduler with both, such as those of torch and DeepSpeed"
+        )
+    return _changing(scheduler.state_dict())
+
+
+def _changing(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, texts and lists of them, of the schedulers that it is made of too; not functions and milestones."""
+    kept: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, list):
+            kept[key] = [_changing(one) if isinstance(one, Mapping) else one for one in value]
+        elif isinstance(value, int | float | str | None):
+            kept[key] = value
+    return kept
 
 
 def restore_engine(engine: Any, state: EngineState) -> None:
@@ -157,6 +178,8 @@ def restore_engine(engine: Any, state: EngineState) -> None:
     engine.leap.write()
     for group, lr in zip(engine.leap.param_groups, state.lr, strict=True):
         group["lr"] = lr
+    for group, betas in zip(engine.leap.param_groups, state.betas or (), strict=False):
+        group["betas"] = betas
     if state.scheduler is not None:
         engine.lr_scheduler.load_state_dict(state.scheduler)
     scaler = getattr(engine.optimizer, "loss_scaler", None)

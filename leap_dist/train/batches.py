@@ -48,6 +48,11 @@ def examples_per_step(deepspeed: Mapping[str, Any], world_size: int) -> int:
     return micro * accumulation(deepspeed, world_size) * world_size
 
 
+def as_many_on_each(num: int, ranks: Ranks) -> int:
+    """The smallest number that is at least `num` and gives all ranks as many."""
+    return -(-num // ranks.world_size) * ranks.world_size
+
+
 class Batches:
     """Micro-batches of a task's training examples; every epoch is a new permutation, its last part batch dropped.
 
@@ -94,8 +99,10 @@ class Batches:
         return [self._task.train[row] for row in permutation(len(self._task.train), self._seed, 0)[:num]]
 
     def calibration(self, num: int) -> Iterator[dict[str, Tensor]]:
-        """This rank's part of the first `num` micro-batches of the first epoch, counted over all ranks."""
+        """This rank's part of the first `num` micro-batches of the first epoch over all ranks, or of a few more, so
+        that each rank has as many."""
         order = bucketed(self._lengths, self._per_step, self._seed, epoch=0)
+        num = as_many_on_each(num, self._ranks)
         for number in range(self._ranks.rank, min(num, len(order) // self._micro_batch), self._ranks.world_size):
             rows = order[number * self._micro_batch : (number + 1) * self._micro_batch].tolist()
             yield batch_of(self._task, [self._task.train[row] for row in rows], self._seed, (0, number, 0), self._ranks)
@@ -154,7 +161,9 @@ class StreamBatches:
         return examples
 
     def calibration(self, num: int) -> Iterator[dict[str, Tensor]]:
-        """This rank's part of the first `num` micro-batches, counted over all ranks; the steps begin with them, too."""
+        """This rank's part of the first `num` micro-batches over all ranks, or of a few more, so that each rank has as
+        many; the steps begin with them, too."""
+        num = as_many_on_each(num, self._ranks)
         examples = self.examples(num * self._micro_batch)
         for number in range(self._ranks.rank, num, self._ranks.world_size):
             part = examples[number * self._micro_batch : (number + 1) * self._micro_batch]

@@ -33,23 +33,30 @@ class BadSteps:
     """Counts steps whose update was left out because the loss or the gradient was not finite, on every rank alike.
 
     DeepSpeed leaves them out under ZeRO 1 to 3, LeapAdamW itself under stage 0. A gradient whose squares have a finite
-    sum makes finite scores and thresholds. fp16's search for a loss scale also leaves steps out; only those whose
-    loss was not finite count there.
+    sum makes finite scores and thresholds. fp16's search for a loss scale also leaves steps out; there those
+    count whose loss was not finite, and those at a scale that cannot fall any more.
     """
 
     def __init__(self, engine: Any, limit: int, total: int = 0) -> None:
         self._engine, self._limit = engine, limit
         self.total, self.in_a_row = total, 0
         self._left_out = engine.leap.num_left_out
+        self._scaler: Any = getattr(getattr(engine, "optimizer", None), "loss_scaler", None)
+        if hasattr(self._scaler, "raise_error_at_min_scale"):
+            self._scaler.raise_error_at_min_scale = False  # DeepSpeed's own end, a traceback
 
     def after(self, loss: Tensor) -> bool:
         """Look at a step, with its loss on this rank; whether `limit` of them in a row were left out."""
         before, self._left_out = self._left_out, self._engine.leap.num_left_out
         if self._left_out == before:
             self.in_a_row = 0
-        elif not self._engine.fp16_enabled() or self._is_spoiled_anywhere(loss):
+        elif not self._engine.fp16_enabled() or self._is_at_lowest_scale() or self._is_spoiled_anywhere(loss):
             self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         return self.in_a_row >= self._limit
+
+    def _is_at_lowest_scale(self) -> bool:
+        scaler = self._scaler
+        return scaler is not None and scaler.cur_scale <= getattr(scaler, "min_scale", scaler.cur_scale)
 
     def _is_spoiled_anywhere(self, loss: Tensor) -> bool:
         """Whether the loss of a rank is not finite. Collective: all ranks leave the same steps out."""

@@ -93,7 +93,7 @@ def _result(folder: Path, dense: JobConfig, world_size: int) -> Metrics | None:
     check_same_job("--output", folder, dense, world_size)
     remedy = f"remove {folder} to train the dense reference again"
     try:
-        return TypeAdapter(Metrics).validate_python(read_json(file, remedy))
+        return TypeAdapter(Metrics).validate_python(read_json(file, remedy, finite=False))
     except ValidationError as error:
         raise UserError(f"{file}: not the metrics of a dense reference; {remedy}") from error
 

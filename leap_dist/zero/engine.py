@@ -200,9 +200,25 @@ def _count_skipped(engine: Any, base: LeapAdamW) -> None:
         result = step(*args, **kwargs)
         if base.num_steps == before:
             base.skip()
+        _zero_gradients(wrapper)
         return result
 
     wrapper.step = counted
+
+
+def _zero_gradients(wrapper: Any) -> None:
+    """Of what DeepSpeed keeps from one step to the next, under stage 3 and with offloading.
+
+    It writes there only for parameters that a step uses; one that a step does not use, such as of an expert that no
+    token reached or a layer that was dropped, would have the gradient of its last use again.
+    """
+    by_parameter = getattr(wrapper, "accumulated_grads_in_cpu", {}).values()
+    kept = [getattr(wrapper, "grad_partitions_flat_buffer", None), *by_parameter]
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        kept += [flat.grad for flat in getattr(wrapper, name, ())]
+    for gradient in kept:
+        if gradient is not None:
+            gradient.zero_()
 
 
 def destroy(engine: Any) -> None:
@@ -363,8 +379,12 @@ def _host(model: nn.Module, settings: EngineConfig, optimizer: Any, model_parame
     config = start.config.model_copy(update={"target": measure.share(plan)}) if measure else start.config
     base = LeapAdamW(groups, plan, config, axes=start.axes, fixed=fixed, prior=prior, measure=measure, seed=train.seed)
     base.why_start = start.why
+    granularities = {gate.granularity for gate in plan.gates}
+    hooks: list[RemovableHandle | Listener] = [
+        *compute_among_kept(model, granularities, plan.covers, family, to_prune=True)
+    ]
     release(model)
-    _HOOKS[model] = [*compute_among_kept(model, {gate.granularity for gate in plan.gates}, plan.covers, family)]
+    _HOOKS[model] = hooks
     return base
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 
 import leap_dist
 from leap_dist.checkpoint.checkpoints import Checkpoints
@@ -253,3 +254,77 @@ def test_a_run_goes_back_in_its_own_process(
     ranks: RankPools, tmp_path: Path, stage: int, world: int, kind: str, changes: dict[str, Any], first: int
 ) -> None:
     assert ranks(world).run(gone_back, str(tmp_path / "run"), stage, kind, changes, first) == [[True, True]] * world
+
+
+# Schedulers
+
+
+class Own:
+    """A scheduler that does not say its state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, *_: Any) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 0.9
+
+    def get_last_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+SCHEDULERS: dict[str, Any] = {
+    "warm-up, then steps": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.MultiStepLR(o, [1, 5])], [2]
+    ),
+    "momentum too": lambda o: lr_scheduler.CyclicLR(o, 1e-4, 1e-2, step_size_up=3, cycle_momentum=True),
+    "OneCycle": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2, "cycle_first_step_size": 4},
+    "own": Own,
+}
+
+
+def scheduled_engine(name: str) -> Any:
+    torch.manual_seed(1)
+    model, made = nn.Linear(8, 3), SCHEDULERS[name]
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "leap": {"target": 0.4, "total_steps": 10}}
+    config["leap"]["include"] = ["weight"]
+    if isinstance(made, dict):
+        config["scheduler"], made = {"type": name, "params": made}, None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return leap_dist.initialize(model=model, optimizer=optimizer, config=config, lr_scheduler=made)[0]
+
+
+def scheduled_steps(engine: Any, start: int, end: int) -> str:
+    for step in range(start, end):
+        random = torch.Generator().manual_seed(step)
+        engine.backward(engine(torch.randn(4, 8, generator=random)).square().mean())
+        engine.step()
+    return str(leap_dist.finalize(engine)["weights_sha256"]) if end == 10 else ""
+
+
+def scheduled(folder: str, name: str) -> tuple[str, str]:
+    """The weights of a run, and of one that resumes from its checkpoint, after ten steps."""
+    checkpoints = Checkpoints(folder)
+    engine = scheduled_engine(name)
+    scheduled_steps(engine, 0, 3)
+    try:
+        checkpoints.save(engine, {"step": 3})
+    except UserError as error:
+        return str(error), ""
+    checkpoints.wait()
+    whole = scheduled_steps(engine, 3, 10)
+    engine = scheduled_engine(name)
+    checkpoints.load(engine)
+    return whole, scheduled_steps(engine, 3, 10)
+
+
+@pytest.mark.parametrize("name", ["warm-up, then steps", "momentum too", "OneCycle"])
+def test_a_schedule_continues_bit_for_bit(ranks: RankPools, tmp_path: Path, name: str) -> None:
+    ((whole, resumed),) = ranks(1).run(scheduled, str(tmp_path), name)
+    assert whole == resumed and len(whole) == 64
+
+
+def test_a_scheduler_that_does_not_say_its_state_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+    ((refusal, _),) = ranks(1).run(scheduled, str(tmp_path), "own")
+    assert refusal.startswith("lr_scheduler: a Own has no state_dict and load_state_dict, so that a run with it cannot")
+    assert not list(tmp_path.iterdir())

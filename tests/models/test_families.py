@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
-from transformers import AutoModel, GPTNeoXConfig
+from transformers import AutoModel, Glm4MoeConfig, GPTNeoXConfig
 
 from leap_dist.config.family import FamilyConfig
 from leap_dist.errors import UserError
@@ -254,6 +254,44 @@ def test_a_pruned_expert_gets_no_token(kind: str) -> None:
     assert torch.isinf(logits[:, [0, 2]]).all()
     assert (scores.masked_select((indices == 0) | (indices == 2)) == 0).all()
     assert torch.allclose(scores.sum(1), torch.ones(50))
+
+
+def test_a_router_that_weighs_experts_otherwise_stays_as_it_is_and_none_may_leave() -> None:
+    """GLM-4's: sigmoids, a bias that corrects them, groups, and a factor."""
+    config = Glm4MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=24,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=0,
+        routed_scaling_factor=2.5,
+    )
+    model = AutoModel.from_config(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    described = {
+        "module": "mlp",
+        "router": "mlp.gate",
+        "tensors": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
+    layers = ["re:(.+\\.)?layers\\.\\d+"]
+    family = FamilyConfig.model_validate({"layers": layers, "experts": [described], "adds": True})
+    ids = torch.arange(1, 25).view(2, 12)
+    expected = model(ids).last_hidden_state
+    assert not route_among_kept(model, family) and torch.equal(model(ids).last_hidden_state, expected)
+    message = r"layers\.0\.mlp\.gate: this router does not weigh .* a softmax .*; remove \"expert\" from leap.gates"
+    with pytest.raises(UserError, match=message):
+        route_among_kept(model, family, to_prune=True)
+    with torch.no_grad():
+        model.get_submodule("layers.1.mlp.gate").weight[2] = 0.0
+    with pytest.raises(UserError, match=message.replace("0", "1")):
+        route_among_kept(model, family)
 
 
 def test_a_router_without_experts_stays_finite() -> None:

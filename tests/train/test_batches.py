@@ -51,12 +51,15 @@ def test_a_step_does_not_depend_on_those_before_it() -> None:
 
 def test_ranks_share_the_calibration() -> None:
     alone = Batches(task(103), 2, 1, 5, Ranks(0, 1, torch.device("cpu")))
-    first, second, third = (rows_of([batch]) for batch in alone.calibration(3))
+    one_by_one = [rows_of([batch]) for batch in alone.calibration(3)]
     # two ranks take twice as many examples a step, so other examples have like lengths; each has its own
     made = [Batches(task(103), 2, 1, 5, Ranks(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
     parts = [[rows_of([batch]) for batch in own.calibration(3)] for own in made]
-    assert [len(part) for part in parts] == [2, 1]
-    assert len({row for part in parts for rows in part for row in rows}) == 6 == len({*first, *second, *third})
+    assert [len(part) for part in parts] == [2, 2]  # ZeRO-3 asks all ranks for as many
+    assert len({row for part in parts for rows in part for row in rows}) == 8
+    assert len(one_by_one) == 3 and len({row for rows in one_by_one for row in rows}) == 6
+    many = [Batches(task(103), 2, 1, 5, Ranks(rank, 32, torch.device("cpu"))) for rank in range(32)]
+    assert [len(list(own.calibration(16))) for own in many] == [1] * 32
 
 
 @pytest.mark.parametrize("layout", [(1, 12, 1), (1, 4, 3), (2, 2, 3), (3, 4, 1), (3, 1, 4), (6, 2, 1)])

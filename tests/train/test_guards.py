@@ -97,6 +97,33 @@ def test_ranks_count_a_loss_alike_that_is_finite_on_one_of_them_under_fp16(ranks
     assert ranks(2).run(bad_fp16_steps) == [[False, False, False, True]] * 2
 
 
+def overflows(scaler: Any) -> tuple[int, list[bool]]:
+    """Six steps with finite losses that fp16 leaves out."""
+    from leap_dist.train.guards import BadSteps
+
+    optimizer, leap = SimpleNamespace(loss_scaler=scaler), SimpleNamespace(num_left_out=0)
+    bad = BadSteps(SimpleNamespace(leap=leap, fp16_enabled=lambda: True, optimizer=optimizer), 3)
+    asked = []
+    for _ in range(6):
+        scaler.update_scale(True)
+        leap.num_left_out += 1
+        asked.append(bad.after(torch.tensor(1.0)))
+    return bad.total, asked
+
+
+def overflows_by_scaler() -> list[tuple[int, list[bool]]]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    return [overflows(DynamicLossScaler(2**3, 1000, 1, 1, False)), overflows(LossScaler(8.0))]
+
+
+def test_fp16_steps_count_once_the_scale_cannot_fall_any_more(ranks: RankPools) -> None:
+    """From 8 it falls to 4, 2 and 1, where DeepSpeed would end the run in an exception of its own."""
+    ((falling, fixed),) = ranks(1).run(overflows_by_scaler)
+    assert falling == (4, [False] * 4 + [True] * 2)
+    assert fixed == (6, [False] * 2 + [True] * 4)
+
+
 def test_memory_that_is_short_is_told_from_other_faults() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
