@@ -47,6 +47,17 @@ def find_orders(model: nn.Module, plan: GatePlan, scores: Scores, family: Family
     return found
 
 
+def are_orders_of(model: nn.Module, orders: Mapping[str, Tensor], family: FamilyConfig | None) -> bool:
+    """Whether each names a block of the model and puts all its columns into places of their own."""
+    free = {block.structure.name: columns for block, _, columns in _free(model, family)}
+    return bool(orders) and all(
+        name in free
+        and order.shape == (len(free[name]), free[name].shape[-1])
+        and torch.equal(order.sort(1).values, torch.arange(order.shape[1]).expand_as(order))
+        for name, order in orders.items()
+    )
+
+
 def order_of(model: nn.Module) -> str:
     """The name of the order that its columns were put in, here or in the model that it was made from; "": as it was."""
     return str(getattr(getattr(model, "config", None), MARK, ""))

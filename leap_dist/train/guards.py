@@ -42,7 +42,7 @@ class BadSteps:
         self.total, self.in_a_row = total, 0
         self._left_out = engine.leap.num_left_out
         self._scaler: Any = getattr(getattr(engine, "optimizer", None), "loss_scaler", None)
-        if hasattr(self._scaler, "raise_error_at_min_scale"):
+        if self._scaler is not None and hasattr(self._scaler, "raise_error_at_min_scale"):
             self._scaler.raise_error_at_min_scale = False  # DeepSpeed's own end, a traceback
 
     def after(self, loss: Tensor) -> bool:

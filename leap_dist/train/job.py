@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ class Job:
         return self.engine.leap.schedule
 
 
-def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
-    """Load data, tokenizer and model, and let DeepSpeed host the model."""
+def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING, begun: Path | None = None) -> Job:
+    """Load data, tokenizer and model, and let DeepSpeed host the model; `begun`: the folder of a run to be resumed."""
     tokenizer = load_tokenizer(config.model, config.data.tokenizer) if needs_tokenizer(config.data.task) else None
     syntax = config.leap.score_init == "syntax"
     parser = load_parser(config.leap.syntax_model, config.data.task, tokenizer) if syntax else None
@@ -92,7 +93,7 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING) -> Job:
     teacher = _load_teacher(config, task, model) if distills else None
     scheduled = one_shot or "scheduler" in config.deepspeed
     scheduler = None if scheduled else _linear_schedule(total, config.train.warmup_fraction)
-    orders = reorder(config, model, batches, ranks) if config.leap.permute else {}
+    orders = reorder(config, model, batches, ranks, begun) if config.leap.permute else {}
     settings = config.model_copy(update={"leap": beside_heads(config.leap).model_copy(update={"permute": None})})
     engine, *_ = initialize(model=model, config=settings, lr_scheduler=scheduler)
     asked = engine.leap.level.measure.target  # of what leap.measure counts; the level's own is that of the gates

@@ -58,7 +58,7 @@ def run_job(config: JobConfig, output: Path, resume: bool, ranks: Ranks, watch: 
     saved = resumes and ranks.on_first(lambda: latest_checkpoint(output / CHECKPOINTS) is not None)
     beside = trains and config.train.dense_reference and not saved
     reference = {"dense_reference": dense_reference(config, output, ranks, watch)} if beside else {}
-    job = build_job(config, ranks, watch)
+    job = build_job(config, ranks, watch, output if resumes else None)
     job.state.measured |= reference
     try:
         return _run(job, output, resumes)

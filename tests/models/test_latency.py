@@ -100,6 +100,24 @@ def test_a_table_is_measured_and_taken(tmp_path: Path, monkeypatch: pytest.Monke
         bench.bench_latency(parse_job({**JOB, "leap": {"target": 0.5}}, "a test"), 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file/table.json", "got .*/file/table.json; .*/file is not a folder that can be written to; name a file in a"),
+        ("folder", "got .*/folder; it is a folder; name a file in a folder that can be"),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_not_measured(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "medians", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    leap = {"target": 0.5, "measure": "latency", "latency_table": str(tmp_path / name), "gates": ["head", "neuron"]}
+    with pytest.raises(UserError, match=f"^leap.latency_table: {message}"):
+        bench.bench_latency(parse_job({**JOB, "leap": leap}, "a test"), 1)
+
+
 def test_the_fit_of_a_sum() -> None:
     counts = [(8, 48), (4, 48), (8, 24), (4, 24), (2, 12)]
     rows = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from torch import nn
 import leap_dist
 from leap_dist.config.job_file import parse_job, parse_leap
 from leap_dist.errors import UserError
-from leap_dist.models.permute import find_orders, greedy_order, permute_
+from leap_dist.models.permute import are_orders_of, find_orders, greedy_order, permute_
 from leap_dist.models.plan import make_plan
+from leap_dist.train.loop import run_job
 from leap_dist.train.reorder import reorder
+from leap_dist.train.signals import Interrupted
+from leap_dist.train.watch import Watch
 from leap_dist.zero.ranks import Ranks
 from tests.models.tiny import EAGER_ONLY, HEADS, tiny
 from tests.ranks import RankPools
@@ -178,3 +182,52 @@ def test_what_has_no_block_and_loops_of_ones_own_are_refused() -> None:
         find_orders(model, plan, lambda name: model.get_parameter(name).abs(), None)
     with pytest.raises(UserError, match=r'leap\.permute: got "greedy"; launch/prune\.py reorders'):
         leap_dist.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "leap": leap})
+
+
+def resumed_with_other_batches(folder: str, damage: bool) -> tuple[dict[str, Any], str]:
+    """A run by one micro-batch's inputs, stopped after 8 steps and resumed with micro-batches of half the size."""
+    looks = [0]
+
+    def asked() -> str | None:
+        looks[0] += 1
+        return "SIGTERM" if looks[0] >= 8 else None
+
+    leap = {"target": 0.5, "score_init": "activation", "gates": ["2:4"], "permute": "greedy", "calibration_batches": 1}
+    job = JOB | {"leap": leap, "train": JOB["train"] | {"max_steps": 20, "checkpoint_every": None}}
+    with pytest.raises(Interrupted):
+        run_job(parse_job(job), Path(folder), False, Ranks.here(), Watch(asked=asked))
+    file = Path(folder) / "permutation.npz"
+    if damage:
+        file.write_bytes(file.read_bytes()[:-40])
+    job |= {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    try:
+        return run_job(parse_job(job), Path(folder), False, Ranks.here()), ""
+    except UserError as error:
+        return {}, str(error)
+
+
+def test_a_run_that_is_resumed_keeps_its_orders(ranks: RankPools, tmp_path: Path) -> None:
+    """With which its model and its masks are marked."""
+    certificate, _ = ranks(1).run(resumed_with_other_batches, str(tmp_path), False)[0]
+    digest = hashlib.sha256(b"")
+    with np.load(tmp_path / "permutation.npz", allow_pickle=False) as file:
+        for name in sorted(file.files):
+            digest.update(name.encode() + b"\0" + file[name].tobytes())
+    assert certificate["permuted"] == digest.hexdigest()[:16]
+    assert json.loads((tmp_path / "model/config.json").read_text())["leap_permuted"] == certificate["permuted"]
+
+
+def test_orders_that_are_damaged_are_refused(ranks: RankPools, tmp_path: Path) -> None:
+    _, refusal = ranks(1).run(resumed_with_other_batches, str(tmp_path), True)[0]
+    file = tmp_path / "permutation.npz"
+    assert refusal == f"{file}: damaged: these are no orders of this model's columns; restore it, or start a new run"
+
+
+def test_orders_are_those_of_a_models_own_columns() -> None:
+    model = tiny("llama", HEADS["llama"], "sdpa")
+    plan = make_plan(model, parse_leap({"target": 0.5, "gates": ["2:4"]}))
+    orders = find_orders(model, plan, lambda name: model.get_parameter(name).abs(), None)
+    name, order = next(iter(orders.items()))
+    assert are_orders_of(model, orders, None)
+    for wrong in ({}, {"other": order}, {name: order[:, 1:]}, {name: torch.zeros_like(order)}, {name: order + 1}):
+        assert not are_orders_of(model, wrong, None)
