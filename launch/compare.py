@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Read, show and write what was asked for; the exit code."""
+    from leap_dist.config.section import with_home
     from leap_dist.config.sections import default_store
     from leap_dist.console import summary_table
     from leap_dist.tracking import compare as c
@@ -60,7 +61,7 @@ def compare(arguments: argparse.Namespace) -> int:
         arguments.move,
     )
     named = arguments.diff or arguments.runs
-    uri = default_store() if arguments.uri is None else arguments.uri
+    uri = default_store() if arguments.uri is None else str(with_home(arguments.uri))
     runs = read_runs(uri, Selection(arguments.experiment, arguments.sweep, arguments.tag, named))
     answer = c.differences(*runs) if arguments.diff else c.compare(runs, request, all_named=bool(named))
     for note in answer.notes:

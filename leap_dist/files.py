@@ -99,7 +99,10 @@ def drop_torn_line(path: Path) -> None:
 
 
 class Lines:
-    """Lines at the end of a file. Those that it does not take, on a full disk, wait here and go first the next time."""
+    """Lines at the end of a file. Those that it does not take, on a full disk, wait here and go first the next time.
+
+    A last line without its end, which a kill or an editor has left, gets one first.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -117,8 +120,9 @@ class Lines:
     def flush(self) -> None:
         """Write what waits; raises OSError if it still has to."""
         if self._waiting:
-            with FileIO(self._path, "a") as file:
-                append(file, self._waiting)
+            with FileIO(self._path, "a+") as file:
+                whole = not file.seek(0, os.SEEK_END) or (file.seek(-1, os.SEEK_END) >= 0 and file.read(1) == b"\n")
+                append(file, self._waiting if whole else b"\n" + self._waiting)
             self._waiting = b""
 
 

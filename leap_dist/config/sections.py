@@ -285,7 +285,7 @@ class DistillConfig(Section):
 
 def default_store() -> str:
     """What MLflow's own variable names, or a file in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return with_home(os.environ.get("MLFLOW_TRACKING_URI")) or "sqlite:///mlflow.db"
 
 
 # pydantic takes the key `register` for a method of every abstract class, which nothing here uses

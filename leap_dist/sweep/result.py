@@ -94,6 +94,7 @@ def _result(sweep: SweepConfig, trial: Trial, outcome: Outcome | None, folder: P
     found, export = files.certificate, next(iter(exports(path.parent)), None)
     return replace(
         result,
+        target=found["target"],  # the job of masks that are there says none
         density=found["density"],
         value=found["metrics"]["pruned"].get(metric),
         dense=found["metrics"].get("dense", {}).get(metric),
@@ -120,7 +121,7 @@ def means(results: Sequence[Result]) -> list[Mean]:
     for result in results:
         if result.density is not None and result.value is not None:
             rest = {key: value for key, value in result.settings.items() if key != SEED}
-            groups.setdefault(json.dumps(rest), []).append((result.density, result.value, result.dense))
+            groups.setdefault(json.dumps(rest, sort_keys=True), []).append((result.density, result.value, result.dense))
     found = []
     for key, group in groups.items():
         densities, values = [density for density, _, _ in group], [value for _, value, _ in group]

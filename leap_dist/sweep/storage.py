@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.errors import UserError, own_words
+from leap_dist.files import user_path
 from leap_dist.secrets import hide_secrets
 
 
@@ -20,7 +21,7 @@ class Storage:
     def __init__(self, output: str, default: Path) -> None:
         """output: a path, or a URI, whose runs are written to `default` first. Raises UserError for an unknown URI."""
         self._uri = output.rstrip("/") if "://" in output else None
-        self.folder = (default if self._uri else Path(output)).absolute()
+        self.folder = (default if self._uri else user_path(output)).absolute()
         self._files: Any = None
         if self._uri:
             from fsspec.core import url_to_fs  # type: ignore[import-untyped]

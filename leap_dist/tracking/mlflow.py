@@ -7,6 +7,7 @@ sends it (delivery.py): a server that is slow or down neither slows nor stops th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shlex
 from collections.abc import Mapping
@@ -252,7 +253,8 @@ def _named(uri: str) -> str:
 
 
 def parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: dotted keys, values as text without secrets, cut to what MLflow takes."""
+    """Nested settings as MLflow parameters: dotted keys, values as text without secrets; a value that is longer than
+    MLflow takes is cut, and ends with a digest of all of it."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -260,8 +262,13 @@ def parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             flat |= parameters(value, f"{name}.")
         else:
             text = hide_secrets(str(hide_in({key: value})[key]))  # before it is cut: the rest of a secret would be left
-            flat[re.sub(r"[^\w.\- :/]", "_", name)[:MAX_KEY]] = text[:MAX_VALUE]
+            flat[re.sub(r"[^\w.\- :/]", "_", name)[:MAX_KEY]] = text if len(text) <= MAX_VALUE else _cut(text)
     return flat
+
+
+def _cut(text: str) -> str:
+    end = f"... sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text[: MAX_VALUE - len(end)] + end
 
 
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:

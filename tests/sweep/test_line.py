@@ -286,6 +286,34 @@ def test_what_was_learned_or_decided_is_of_one_metric(tmp_path: Path) -> None:
         assert (found[0] != found[1]) == is_other
 
 
+def test_what_a_long_list_ends_with_makes_another_sweep(tmp_path: Path) -> None:
+    """The identity is kept as MLflow's parameters are, which are cut."""
+    found = []
+    for num in (20, 40, 40):
+        job = {
+            "leap": {"target": 0.5, "include": [f"encoder.layer.{layer}.output.dense.weight" for layer in range(num)]}
+        }
+        sweep = read_sweep(sweep_file(tmp_path, job, vary={"train.seed": [1, 2]}))
+        found.append(identity(sweep, trials_of(sweep)))
+    assert found[0] != found[1] == found[2]
+
+
+@pytest.mark.parametrize("torn", ["", '{"trial": "c", "ki'])
+def test_a_last_line_without_its_end_takes_no_other_with_it(tmp_path: Path, torn: str) -> None:
+    sweep = read_sweep(sweep_file(tmp_path, vary={"train.seed": [1, 2, 3]}))
+    first, second, third = (trial.name for trial in trials_of(sweep))
+    line = line_of(tmp_path, sweep)
+    for name in (first, second):
+        line._running[name] = line.trials[0]
+        line.end(name, Outcome("stopped"))
+    file = tmp_path / "out/trials.jsonl"
+    file.write_text(file.read_text() + torn if torn else file.read_text().removesuffix("\n"))
+    line = line_of(tmp_path, sweep)
+    line._running[third] = line.trials[2]
+    line.end(third, Outcome("stopped"))
+    assert set(line_of(tmp_path, sweep).ended) == {first, second, third}
+
+
 def test_a_range_of_whole_numbers_has_whole_numbers(tmp_path: Path) -> None:
     ranges = {"train.seed": {"from": 1, "to": 7, "num": 3}, "leap.target": {"from": 0.1, "to": 1, "num": 2}}
     sweep = read_sweep(sweep_file(tmp_path, vary=ranges))

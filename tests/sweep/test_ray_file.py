@@ -334,6 +334,13 @@ def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
     assert saved["trials"][2]["error"] == "no luck" and saved["trials"][1]["weights_sha256"] == "b" * 64
 
 
+def test_seeds_belong_together_in_whatever_order_the_keys_of_cases_are() -> None:
+    one = {"leap.rule": "leap", "leap.target": 0.5, "train.seed": 1}
+    other = {"train.seed": 2, "leap.target": 0.5, "leap.rule": "leap"}
+    (found,) = means([Result("x", settings, "done", 0.5, 0.5, 0.8, 0.9) for settings in (one, other)])
+    assert found.num == 2
+
+
 def test_means_and_spreads_over_seeds() -> None:
     def result(target: float, seed: int, accuracy: float | None, rule: str = "leap") -> Result:
         settings = {"leap.rule": rule, "leap.target": target, "train.seed": seed}

@@ -339,16 +339,25 @@ def test_records_are_written(store: str, tmp_path: Path, capsys: pytest.CaptureF
 # ------------------------------------------------------------------------------ overlap of masks
 
 
-def run_folder(folder: Path, mask: torch.Tensor) -> Path:
+def run_folder(folder: Path, mask: torch.Tensor, permuted: bool | str = False) -> Path:
     """The least that is a finished run: one pruned matrix."""
     (folder / "model").mkdir(parents=True)
     save_file({"layer.weight": mask.float()}, folder / "model" / SINGLE_FILE)
     gates = [{"granularity": "element", "tensors": ["layer.weight"]}]
     counts = cert.count(folder / "model", [("layer.weight", mask)], gates)
-    made = cert.build(counts, target=counts["density"], unit=1, metrics={}, seed=1)
+    made = cert.build(counts, target=counts["density"], unit=1, metrics={}, seed=1, permuted=permuted)
     cert.write(folder / "certificate.json", made)
     (folder / "config.json").write_text('{"leap": {}, "model": {}}')
     return folder
+
+
+def test_masks_of_columns_in_different_orders_are_not_compared(tmp_path: Path) -> None:
+    mask = torch.rand(3, 8) < 0.5
+    folders = [run_folder(tmp_path / "a", mask), run_folder(tmp_path / "b", mask, permuted="0f" * 8)]
+    runs = [stored(folder.name, 0.5, {}, folder=str(folder)) for folder in folders]
+    with pytest.raises(UserError, match=r"^--masks: b .* and a .* different orders \(leap.permute\); choose runs with"):
+        overlaps(runs)
+    assert len(overlaps([runs[1], runs[1]])) == 2
 
 
 def test_masks_are_compared_weight_by_weight(tmp_path: Path) -> None:
