@@ -81,7 +81,9 @@ class ExpertsFamily(Section):
 
     role: str = Field(default="experts", min_length=1, description="a name for blocks that are alike")
     module: str = Field(description="the module of the block; it maps hidden states to hidden states")
-    router: str = Field(description="the module that chooses; it returns logits, scores and indices")
+    router: str = Field(
+        description="the module that chooses, by a softmax of its logits; it returns logits, scores and indices"
+    )
     """Its weight has a row for each expert."""
     tensors: Names = Field(min_length=1, description="parameters whose first axis counts experts")
     top_k: Names = Field(default=(), description="attributes that say how many experts a token gets")
