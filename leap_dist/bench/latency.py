@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ def bench_latency(config: JobConfig, threads: int) -> dict[str, Any]:
     leap = config.leap
     if leap.measure != "latency" or leap.latency_table is None:
         raise UserError(f'leap.measure: got "{leap.measure}"; allowed: "latency", with latency_table')
+    _check_place(Path(leap.latency_table))
     empty: Any = empty_model(config.model, config.data.task)
     if leap.latency_length > max_length(empty):
         raise UserError(f"leap.latency_length: got {leap.latency_length}; allowed: at most {max_length(empty)}")
@@ -79,6 +81,14 @@ def bench_latency(config: JobConfig, threads: int) -> dict[str, Any]:
     each_said = ", ".join(f"{1e3 * ms:.3g} us a {kind}" for kind, ms in slopes.items())
     notes = [f"{leap.latency_table}: {fixed:.3g} ms that no unit takes, {each_said}; the fit is off by {residual:.1%}"]
     return {"machine": where, "threads": threads, "notes": notes, "counts": shown}
+
+
+def _check_place(path: Path) -> None:
+    """UserError if no table can be written there, before anything is measured."""
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        wrong = "it is a folder" if path.is_dir() else f"{place} is not a folder that can be written to"
+        raise UserError(f"leap.latency_table: got {path}; {wrong}; name a file in a folder that can be")
 
 
 def _cuts(kinds: Sequence[str]) -> list[tuple[str, ...]]:

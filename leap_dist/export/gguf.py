@@ -34,6 +34,12 @@ SAID = {
     "Q8_0": "a scale of 16 bits for every 32 weights of 8",
     Q4_K_M: "llama.cpp's mixture of 4 bits and 6, and of its other types for rows that are not a multiple of 256",
 }
+UNUSUAL = (
+    "The layers with a sliding window are not those of every {} (all but the last of each {}), so the file lists them. "
+    "llama.cpp reads that list since September 2026 (llama-cpp-python 0.3.36); an older one computes something else, "
+    "and does not say so."
+)
+"""Of a model whose layers with a window are not those of its family's `period`."""
 UNIFORM = (
     'prune with "uniform": true in every gate, which leaves all layers alike; heads too where the config has a key for '
     "their size, as Llama's has"
@@ -46,7 +52,7 @@ class Family:
 
     arch: its name there. permuted: rows of query and key are ordered in pairs, as rotary embeddings turn them.
     norm_offset: added to the weights of norms. activation: the one that is built in. uneven: the name under which
-    layers may differ in width, if there is one.
+    layers may differ in width, if there is one. period: of so many layers the last has no sliding window.
     """
 
     arch: str
@@ -54,6 +60,7 @@ class Family:
     permuted: bool = False
     norm_offset: float = 0.0
     uneven: str | None = None
+    period: int = 0
 
 
 FAMILIES = {
@@ -61,8 +68,8 @@ FAMILIES = {
     "mistral": Family("llama", permuted=True, uneven="deci"),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
-    "gemma2": Family("gemma2", "gelu_pytorch_tanh", norm_offset=1.0),
-    "gemma3_text": Family("gemma3", "gelu_pytorch_tanh", norm_offset=1.0),
+    "gemma2": Family("gemma2", "gelu_pytorch_tanh", norm_offset=1.0, period=2),
+    "gemma3_text": Family("gemma3", "gelu_pytorch_tanh", norm_offset=1.0, period=6),
 }
 
 
@@ -136,6 +143,8 @@ def _facts(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Any, A
     yield "partial_rotary_factor", rope.get("partial_rotary_factor") or 1.0, 1.0
     epsilon = getattr(body.norm, "eps", None) or body.norm.variance_epsilon
     yield "the epsilon of the last norm", epsilon, config.rms_norm_eps
+    if family.arch != "llama":
+        yield "the bias of attention's output", _layers(model)[0].self_attn.o_proj.bias is not None, False
     if gemma:
         yield "tie_word_embeddings", _tied(model), True
         yield "use_bidirectional_attention", bool(getattr(config, "use_bidirectional_attention", False)), False
@@ -222,7 +231,16 @@ def save_gguf(
     writer.close()
     if arch == "deci":
         notes.append('Layers differ in width: written as "deci", the Llama with a width for each layer.')
+    sliding = _sliding(model)
+    if family.period and sliding != [(layer + 1) % family.period > 0 for layer in range(len(sliding))]:
+        notes.append(UNUSUAL.format(arch, family.period))
     return notes
+
+
+def _sliding(model: PreTrainedModel) -> list[bool]:
+    """Of each layer, whether it has a sliding window; empty where the config does not say it."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def _words_and_width(model: PreTrainedModel) -> tuple[int, int]:
@@ -246,7 +264,7 @@ def _add_sizes(writer: GGUFWriter, model: PreTrainedModel, widths: Widths) -> No
     """The sizes of the model, in llama.cpp's keys."""
     config, size = model.config.get_text_config(), _head_size(model)
     num_words, width = _words_and_width(model)
-    sliding = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or []]
+    sliding = _sliding(model)
     window: Any = getattr(config, "sliding_window", None)
     length = config.max_position_embeddings
     if config.model_type.startswith("gemma"):

@@ -27,6 +27,15 @@ SPLITS = {
 """llama.cpp's names of the expressions by which texts are split; None: that which ByteLevel itself has."""
 JOINED_WHOLE = ("llama-bpe",)
 """Those under which llama.cpp takes a part that is a word as that word, before it joins any pairs."""
+AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+SPACES = (
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Metaspace", "replacement": "▁"},
+    {"type": "Split", "pattern": {"String": " "}},  # finds none: they are "▁" by then
+    {"type": "Split", "pattern": {"String": "▁"}, "behavior": "MergedWithNext"},
+)
+"""What may be done to a text before a tokenizer with "▁" joins it: llama.cpp does it too, or it changes no token."""
 
 
 def add_words(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, num_words: int) -> list[str]:
@@ -42,9 +51,11 @@ def add_words(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, num
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE":
         raise UserError(f"--to gguf: the tokenizer is {spec['model']['type']}; allowed: BPE; export hf instead")
+    split = _split(spec)
+    _check_steps(spec, on_bytes=split is not None)
     words, kinds = _words(tokenizer, spec, num_words)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"]]
-    if (split := _split(spec)) is not None:
+    if split is not None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split)
         writer.add_token_merges([" ".join(pair) for pair in merges])
@@ -81,10 +92,38 @@ def _words(tokenizer: PreTrainedTokenizerBase, spec: dict[str, Any], num_words: 
     return words, kinds
 
 
+def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What a normalizer or a pre-tokenizer does, one after another."""
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        inside = step["normalizers" if "normalizers" in step else "pretokenizers"]
+        return [one for each in inside for one in _steps(each)]
+    return [step]
+
+
+def _check_steps(spec: dict[str, Any], on_bytes: bool) -> None:
+    """UserError for what the tokenizer does to a text and llama.cpp does not, beside the splits that `_split` knows."""
+    steps = _steps(spec["normalizer"])
+    if on_bytes:
+        wrong, allowed = [step for step in steps if step["type"] != "NFC"], "NFC, or no normalizer"
+    else:
+        steps += _steps(spec["pre_tokenizer"])
+        wrong = [step for step in steps if not any(known.items() <= step.items() for known in SPACES)]
+        allowed = '"▁" put for a space, and splits there'
+        if not any(step["type"] in ("Replace", "Metaspace") for step in steps):
+            wrong.append({"normalizer": spec["normalizer"]})  # leaves spaces as they are
+    wrong += [{key: spec["model"][key]} for key in AFFIXES if spec["model"].get(key)]
+    if wrong:
+        step = json.dumps(wrong[0], ensure_ascii=False)[:200]
+        raise UserError(
+            f"--to gguf: the tokenizer has {step}, which llama.cpp does not do; allowed: {allowed}; export hf instead"
+        )
+
+
 def _split(spec: dict[str, Any]) -> str | None:
     """llama.cpp's name of how a tokenizer on bytes splits texts; None for one with "▁" and byte_fallback."""
-    steps = spec["pre_tokenizer"] or {"type": "none"}
-    steps = steps.get("pretokenizers", [steps])
+    steps = _steps(spec["pre_tokenizer"])
     on_bytes = [step for step in steps if step["type"] == "ByteLevel"]
     if not on_bytes:
         if not spec["model"]["byte_fallback"]:

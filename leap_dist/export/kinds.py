@@ -211,8 +211,9 @@ def _rename_as_on_hub(folder: Path) -> bool:
 def _shrunk(models: Models, folder: Path, threads: int) -> Exported:
     stock, model = models.save_shrunk(folder), models.shrunk
     also = "transformers alone loads it too" if stock else "stock AutoModel cannot: no config of transformers says it"
+    dtype = str(models.dtype).removeprefix("torch.")
     notes = [
-        f"Load with `leap_dist.load_pruned(folder)`; {also}.",
+        f"Load with `leap_dist.load_pruned(folder)`; {also}. Its weights are in {dtype}.",
         f"Its logits differ from the masked model's by {models.difference:.2g} of the largest (random inputs, fp32).",
     ]
     return Exported(notes, model, torch_runner(model, last=True), difference=models.difference)
@@ -243,7 +244,7 @@ def _beside_onnx(models: Models, folder: Path) -> None:
 def _gguf(models: Models, folder: Path, threads: int, kind: str | None) -> Exported:
     folder.mkdir()
     config, in_bits = models.masked.config, kind == gguf.Q4_K_M
-    saved = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(_saved_dtype(models.folder), "F32")
+    saved = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(models.saved_dtype, "F32")
     tokenizer = load_exported_tokenizer(models.folder)
     path, name = folder / gguf.FILE, _hub_id(models.run) or config.model_type
     written = saved if kind is None or in_bits else kind
@@ -255,12 +256,6 @@ def _gguf(models: Models, folder: Path, threads: int, kind: str | None) -> Expor
         return Exported([*notes, llama.NOT_HERE], models.shrunk)
     last, every = (llama.llama_runner(path, threads, every) for every in (False, True))
     return Exported(notes, models.shrunk, last, "llama.cpp", batches=BATCHES[:1], judged=every)
-
-
-def _saved_dtype(folder: Path) -> torch.dtype:
-    """The type of the weights in a model's folder."""
-    with ExportedWeights(folder) as weights:
-        return weights.read(weights.names()[0]).dtype
 
 
 def _mask(models: Models, folder: Path, threads: int) -> Exported:

@@ -21,8 +21,13 @@ MARKER = "semi_structured.json"
 
 
 def check_semi_structured(run: Run) -> list[str]:
-    """Names of the gated matrices, all of which are 2:4. UserError that names those that are not."""
+    """Names of the gated matrices, all of which are 2:4. UserError that names those that are not, or if none is."""
     names = list(dict.fromkeys(name for gate in run.certificate.gates for name in gate.tensors))
+    if not names:
+        raise UserError(
+            f"--to semi_structured: got {run.folder}, of which no matrix was pruned; allowed: a run with "
+            '"gates": ["2:4"]; prune the model so, or choose another kind'
+        )
     problems = []
     with ExportedWeights(run.model) as weights:
         for name in names:

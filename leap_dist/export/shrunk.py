@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leap_dist.errors import UserError
 from leap_dist.export.hf import load_exported, load_exported_tokenizer
 from leap_dist.export.latency import keeps_logits
 from leap_dist.models.flops import LENGTH, max_length
@@ -18,7 +19,7 @@ from leap_dist.models.kept import compute_among_kept
 from leap_dist.models.outputs import example_inputs, logit_difference
 from leap_dist.models.pruned_folder import as_stock, load_pruned, save_shrunk
 from leap_dist.models.shrink import shrink_
-from leap_dist.run_folder import Run
+from leap_dist.run_folder import ExportedWeights, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,8 +48,13 @@ class Models:
 
     @cached_property
     def masked(self) -> PreTrainedModel:
-        """The exported weights with their zeros, computing as it was trained."""
+        """The exported weights with their zeros, computing as it was trained. UserError if they take no texts."""
         model = load_exported(self.folder)
+        if model.main_input_name != "input_ids":
+            raise UserError(
+                f"{self.folder}: {type(model).__name__} takes {model.main_input_name}; allowed: models of texts, which "
+                "take input_ids; export one of those"
+            )
         compute_among_kept(model, ["expert"], self.run.certificate.tensors, self.run.family)
         return model
 
@@ -74,6 +80,22 @@ class Models:
         model = self.shrunk
         return as_stock(model, self.kept, self.run.family)
 
+    @cached_property
+    def saved_dtype(self) -> torch.dtype:
+        """The type of the weights in the folder."""
+        with ExportedWeights(self.folder) as weights:
+            return weights.read(weights.names()[0]).dtype
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """In which the shrunk model is written: as the run saved it, if that holds its weights exactly.
+
+        A narrower stream changes those of norms; then it is fp32.
+        """
+        saved = self.saved_dtype
+        exact = all(torch.equal(weight.to(saved).float(), weight) for weight in self.shrunk.parameters())
+        return saved if exact else torch.float32
+
     @property
     def length(self) -> int:
         """Tokens of an example to measure with."""
@@ -88,8 +110,10 @@ class Models:
         self.say("writing the model, and reading it again", 0.0)
         tokenizer = load_exported_tokenizer(self.folder)
         extra = {"certificate": self.run.digest}
+        _cast_(model, self.dtype)
         manifest = save_shrunk(model, self.kept, folder, tokenizer, self.run.family, extra)
-        self._check(load_pruned(folder))
+        _cast_(model, torch.float32)
+        self._check(load_pruned(folder).float())
         return manifest.stock
 
     def difference_of(self, model: PreTrainedModel) -> float:
@@ -106,6 +130,12 @@ class Models:
                 f"{self.run.model}: the logits of the shrunk model differ from the masked one's by "
                 f"{self.difference:.3g} of the largest, allowed {SHRUNK_TOLERANCE:g}; it was not exported"
             )
+
+
+def _cast_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The weights alone: buffers, such as the frequencies of rotary embeddings, are fp32 in every model."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
 
 
 def largest_difference(masked: PreTrainedModel, other: PreTrainedModel, say: Say = silent) -> float:

@@ -94,25 +94,6 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", bos_token=None)
 
 
-def space_tokenizer(more: tuple[tuple[str, str], ...] = ()) -> Any:
-    """BPE with a sign for a space and bytes for the unknown, as Gemma's and Llama 2's."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "ab", "▁ab", "abc", "▁a"]
-    words += [f"<0x{byte:02X}>" for byte in range(39)]
-    merges = [("a", "b"), ("▁", "ab"), ("ab", "c"), *more]
-    backend = Tokenizer(
-        models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True)
-    )
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    made.chat_template = "{{ messages }}"
-    return made
-
-
 def cut_(model: Any, layer: int, groups: list[int], neurons: int = 0) -> None:
     """Remove key/value heads with their queries, and the first neurons, of one layer."""
     attention, mlp = model.model.layers[layer].self_attn, model.model.layers[layer].mlp
@@ -145,7 +126,8 @@ def test_another_reader_finds_the_same_model(kind: str, tmp_path: Path) -> None:
 
 def test_the_keys_of_gemma(tmp_path: Path) -> None:
     model = language_model("gemma3_text", layer_types=["full_attention", "sliding_attention"])
-    gguf.save_gguf(model, None, tmp_path / "model.gguf", "F32", "tiny")
+    _, note = gguf.save_gguf(model, None, tmp_path / "model.gguf", "F32", "tiny")
+    assert "not those of every gemma3 (all but the last of each 6)" in note and "llama-cpp-python 0.3.36" in note
     keys, tensors = read(tmp_path / "model.gguf")
     assert keys["general.architecture"] == "gemma3" and keys["tokenizer.ggml.model"] == "none"
     assert keys["gemma3.attention.sliding_window"] == 8
@@ -219,63 +201,6 @@ def test_types_of_matrices(tmp_path: Path) -> None:
     assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "F16"  # 90 is not a multiple of 32
 
 
-# ------------------------------------------------------------------------------ words
-
-
-def test_words_on_bytes(tmp_path: Path) -> None:
-    gguf.save_gguf(language_model("qwen2"), byte_tokenizer(), tmp_path / "model.gguf", "F32", "tiny")
-    keys = read(tmp_path / "model.gguf")[0]
-    assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == ("gpt2", "qwen2")
-    assert keys["tokenizer.ggml.merges"] == ["t h", "th e"]
-    assert keys["tokenizer.ggml.tokens"][0] == "<|end|>" and keys["tokenizer.ggml.tokens"][-1] == "[PAD259]"
-    assert keys["tokenizer.ggml.token_type"][:2] == [3, 1] and keys["tokenizer.ggml.token_type"][-1] == 5
-    assert keys["tokenizer.ggml.eos_token_id"] == 0 and keys["tokenizer.ggml.add_bos_token"] is False
-
-
-def test_words_with_a_sign_for_space(tmp_path: Path) -> None:
-    model = language_model("llama", vocab_size=48)
-    (note,) = gguf.save_gguf(model, space_tokenizer(), tmp_path / "model.gguf", "F32", "tiny")
-    keys = read(tmp_path / "model.gguf")[0]
-    assert note == "2 words of the tokenizer that the model has no row for are left out."
-    assert keys["tokenizer.ggml.model"] == "llama" and len(keys["tokenizer.ggml.tokens"]) == 48
-    assert keys["tokenizer.ggml.scores"][7:10] == [0.0, -1.0, -2.0] and keys["tokenizer.ggml.scores"][4] == -3.0
-    assert keys["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 1] and keys["tokenizer.ggml.token_type"][11] == 6
-    assert keys["tokenizer.ggml.add_bos_token"] is True and keys["tokenizer.ggml.add_space_prefix"] is False
-    assert keys["tokenizer.chat_template"] == "{{ messages }}"
-
-
-def word_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-
-
-def split_otherwise() -> Any:
-    from tokenizers import pre_tokenizers
-
-    tokenizer = byte_tokenizer()
-    steps = [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "message"),
-    [
-        (word_tokenizer, "the tokenizer is WordLevel; allowed: BPE"),
-        (split_otherwise, r"the tokenizer splits texts by .*Digits.* none of those that are written: llama-bpe, qwen2"),
-        (lambda: space_tokenizer((("▁a", "b"),)), "pairs are not in the order of the words that they make"),
-    ],
-)
-def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(
-    tokenizer: Any, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=message):
-        gguf.save_gguf(language_model("llama"), tokenizer(), tmp_path / "model.gguf", "F32", "tiny")
-
-
 # ------------------------------------------------------------------------------ refused
 
 
@@ -333,6 +258,13 @@ def qwen2_without_heads() -> Any:
             "no layer has a sliding window, .* gemma3: keep one",
         ),
         (lambda: classifier("llama"), "LlamaForSequenceClassification is not among the language models"),
+        *(
+            (
+                lambda kind=kind: language_model(kind, attention_bias=True),
+                "the bias of attention's output is True",
+            )
+            for kind in ("qwen3", "gemma2", "gemma3_text")
+        ),
     ],
 )
 def test_what_llama_cpp_would_not_compute_is_refused(make: Any, message: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from leap_dist.config.job_file import parse_leap
 from leap_dist.errors import UserError
 from leap_dist.export import gguf, latency, onnx, shrunk, speed
 from leap_dist.export.card import Card
@@ -19,9 +20,12 @@ from leap_dist.export.kinds import KINDS, export_run, parse_kinds
 from leap_dist.export.masks import load_masks
 from leap_dist.export.shrunk import Models
 from leap_dist.models.flops import LENGTH, max_length
+from leap_dist.models.plan import make_plan
 from leap_dist.models.pruned_folder import load_pruned
-from leap_dist.run_folder import Run, read_run
+from leap_dist.run_folder import Run, read_run, read_run_or_model
 from tests.export.runs import classifier, language_model, make_run, structure_masks, xlnet
+from tests.models.masking import mask_
+from tests.models.tiny import tiny
 
 pytestmark = pytest.mark.slow
 
@@ -234,6 +238,42 @@ def test_a_model_of_any_length(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", model, {name: torch.arange(32).expand(24, 32) % 2 == 0}))
     for card in export_run(run, ["hf", "shrunk"], tmp_path / "out", threads=1, latency=False):
         assert card.logit_difference == 0 and card.flops_after is not None and card.flops_after.length == LENGTH
+
+
+@pytest.mark.parametrize(
+    ("gates", "layers", "dtype"),
+    [
+        ([], 1, torch.bfloat16),
+        ([], 2, torch.bfloat16),
+        ([{"granularity": "hidden", "multiple_of": 8}], 0, torch.float32),  # its norms are other numbers
+    ],
+)
+def test_shrunk_keeps_the_type_of_the_weights(gates: Any, layers: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = language_model()
+    for layer in range(layers):
+        model.model.layers[layer].mlp.gate_proj.weight.data[:8] = 0.0
+    if gates:
+        mask_(model, make_plan(model, parse_leap({"target": 0.5, "gates": gates})), share=0.4)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    (card,) = export_run(read_run_or_model(tmp_path), ["shrunk"], tmp_path / "out", threads=1, latency=False)
+    folder, name = tmp_path / "out" / "shrunk", str(dtype).removeprefix("torch.")
+    loaded = [load_pruned(folder)]
+    if layers != 1:  # layers of one width: transformers loads them too
+        loaded.append(AutoModelForCausalLM.from_pretrained(folder))
+    assert {weight.dtype for each in loaded for weight in each.parameters()} == {dtype}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == name
+    assert card.notes[0].endswith(f"Its weights are in {name}.")
+    assert card.bytes.after < card.bytes.before or dtype == torch.float32
+    assert card.logit_difference is not None and card.logit_difference < 1e-5
+
+
+def test_a_model_of_images_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tiny("vit", "AutoModelForImageClassification").save_pretrained(tmp_path / "vit")
+    with pytest.raises(UserError, match="vit: ViTForImageClassification takes pixel_values; allowed: models of texts"):
+        list(export_run(read_run_or_model(tmp_path / "vit"), ["shrunk"], tmp_path / "out", threads=1))
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_are_built_once(run: Run) -> None:

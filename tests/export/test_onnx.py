@@ -12,6 +12,7 @@ import torch
 from leap_dist.config.job_file import parse_leap
 from leap_dist.errors import UserError
 from leap_dist.export import onnx
+from leap_dist.export.metric import with_types
 from leap_dist.models.plan import make_plan
 from leap_dist.models.shrink import shrink_
 from tests.export.runs import classifier
@@ -65,6 +66,23 @@ def test_experts(tmp_path: Path) -> None:
     before = model.get_experts_implementation()
     assert onnx.save_onnx(model, tmp_path / "model.onnx", longest=16) <= onnx.TOLERANCE
     assert model.get_experts_implementation() == before
+
+
+def test_a_classifier_with_a_decoder_takes_what_its_task_gives(tmp_path: Path) -> None:
+    """It makes decoder_input_ids by itself; a model of language is given them."""
+    sizes = {
+        "num_layers": 1,
+        "num_decoder_layers": 1,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
+    model = tiny("t5", "AutoModelForSequenceClassification", **sizes)
+    assert onnx.save_onnx(model, tmp_path / "model.onnx", longest=8) <= onnx.TOLERANCE
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    found = with_types(onnx.onnx_runner(tmp_path / "model.onnx", threads=1))(batch)
+    assert torch.allclose(found, model(**batch).logits, atol=1e-5)
+    assert "decoder_input_ids" in onnx.model_inputs(tiny("t5", "AutoModelForSeq2SeqLM"), 1, 4)
 
 
 @pytest.mark.parametrize("gates", [["depth"], [{"granularity": "hidden", "multiple_of": 8}, "head"]])

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from leap_dist.errors import UserError
+from leap_dist.export.kinds import export_run
 from leap_dist.export.semi_structured import (
     check_semi_structured,
     crowded_groups,
     load_semi_structured,
     write_marker,
 )
-from leap_dist.run_folder import read_run
+from leap_dist.run_folder import read_run, read_run_or_model
 from tests.export.runs import DOWN, QUERY, UP, classifier, make_run
 
 pytestmark = pytest.mark.slow
@@ -73,6 +74,16 @@ def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
         check_semi_structured(run)
     assert f"{UP} has 384 of 384 groups with 3 or 4; {DOWN} has 1 of 384" in str(caught.value)
     assert QUERY not in str(caught.value)
+
+
+def test_a_model_that_nothing_pruned_is_refused(tmp_path: Path) -> None:
+    classifier().save_pretrained(tmp_path / "model")
+    message = (
+        r'--to semi_structured: got .*model, of which no matrix was pruned; allowed: a run with "gates": \["2:4"\]'
+    )
+    with pytest.raises(UserError, match=message):
+        list(export_run(read_run_or_model(tmp_path / "model"), ["semi_structured"], tmp_path / "out", threads=1))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_width_that_four_does_not_divide_is_refused(tmp_path: Path) -> None:
