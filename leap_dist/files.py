@@ -41,6 +41,16 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def nearest(path: Path) -> Path:
+    """The path itself if it is there, else the nearest one above it that is."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def takes_files(place: Path) -> bool:
+    """Whether it is a folder that can be written to."""
+    return place.is_dir() and os.access(place, os.W_OK)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The path beside `path` that the block writes a file to; it gets its name when the block ends well.

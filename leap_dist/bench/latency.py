@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from leap_dist.config.sections import JobConfig
 from leap_dist.errors import UserError
 from leap_dist.export.latency import medians, torch_runner, torch_threads
 from leap_dist.export.onnx import model_inputs
+from leap_dist.files import nearest, takes_files
 from leap_dist.machine import machine
 from leap_dist.models.flops import max_length
 from leap_dist.models.latency import COUNTED, Row, Table, digest_of, fit, here, kind_of, structures_of, write_table
@@ -85,8 +85,8 @@ def bench_latency(config: JobConfig, threads: int) -> dict[str, Any]:
 
 def _check_place(path: Path) -> None:
     """UserError if no table can be written there, before anything is measured."""
-    place = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+    place = nearest(path.absolute().parent)
+    if path.is_dir() or not takes_files(place):
         wrong = "it is a folder" if path.is_dir() else f"{place} is not a folder that can be written to"
         raise UserError(f"leap.latency_table: got {path}; {wrong}; name a file in a folder that can be")
 

@@ -31,6 +31,7 @@ from leap_dist.checkpoint.manifest import (
     with_checksum,
 )
 from leap_dist.errors import UserError
+from leap_dist.files import nearest
 
 DTYPES = {  # in safetensors
     torch.float64: "F64",
@@ -114,7 +115,7 @@ def write_part(final: Path, rank: int, tensors: Mapping[str, Tensor], runs: Mapp
 
 def explain(error: OSError, final: Path, needed: str) -> str:
     """What a user has to know of a checkpoint that was not written."""
-    place = next(folder for folder in final.parents if folder.exists())
+    place = nearest(final.parent)
     free = shutil.disk_usage(place).free
     action = ACTIONS.get(error.errno or 0, "see that it can be written to")
     return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from leap_dist.export.shrunk import SHRUNK_TOLERANCE, Models, compared_sizes
 from leap_dist.export.speed import BATCHES, block_notes, latencies, latency_work
 from leap_dist.export.time_left import TimeLeft
 from leap_dist.export.vocabulary import TEXT, Vocabulary, Wanted, cut_vocabulary
-from leap_dist.files import staged
+from leap_dist.files import nearest, staged, takes_files
 from leap_dist.machine import machine
 from leap_dist.models.flops import count_flops
 from leap_dist.models.hub_names import hub_state, save_as_on_hub
@@ -135,7 +134,7 @@ def _vocabulary(run: Run, output: Path, wanted: Wanted | None) -> Iterator[tuple
     if wanted is None:
         yield run.model, None
         return
-    with TemporaryDirectory(prefix=".vocabulary.", dir=_place(output)) as folder:
+    with TemporaryDirectory(prefix=".vocabulary.", dir=nearest(output.absolute().parent)) as folder:
         yield Path(folder, "model"), cut_vocabulary(run.model, Path(folder, "model"), wanted)
 
 
@@ -143,14 +142,9 @@ def refuse_foreign(folder: Path) -> None:
     """UserError if an export cannot go to `folder`: something stands there that is no export."""
     if folder.exists() and not (folder / CARD).is_file():
         raise UserError(f"--output: {folder} exists and is not an export; remove it, or choose another folder")
-    place = _place(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    place = nearest(folder.absolute().parent)
+    if not takes_files(place):
         raise UserError(f"--output: {folder} cannot be made: {place} is not a folder that can be written to")
-
-
-def _place(folder: Path) -> Path:
-    """The nearest folder above one that may not be there yet."""
-    return next(parent for parent in folder.absolute().parents if parent.exists())
 
 
 def _work(kind: str, models: Models) -> float:

@@ -21,7 +21,7 @@ from leap_dist.config.section import show
 from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
 from leap_dist.console import console
 from leap_dist.errors import UserError
-from leap_dist.files import is_free
+from leap_dist.files import is_free, nearest, takes_files
 from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, REFERENCE, RESOLVED, job_in, steps_in
 from leap_dist.secrets import hide_in
 from leap_dist.tracking.completion import complete, is_incomplete
@@ -65,8 +65,8 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
         raise UserError(
             f"--output: {output} exists and holds no run of this program; choose another folder, or remove it"
         )
-    place = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    place = nearest(output)
+    if not takes_files(place):
         raise UserError(f"--output: {output} cannot be made: {place} is not a folder that can be written to")
     return False
 

@@ -96,8 +96,7 @@ def read_progress(found: Mapping[str, Any], num_steps: int, dense_end: int, befo
 class Saver:
     """Saves and stops a run of `total` steps, where `watch` and the job's settings say so.
 
-    Without checkpoints nothing is saved, and what is stopped leaves nothing to resume from. `check` is called now and
-    then on the first rank; a UserError of it is raised on every rank.
+    `check` is called now and then on the first rank; a UserError of it is raised on every rank.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class Saver:
         ranks: Ranks,
         config: TrainConfig,
         watch: Watch,
-        checkpoints: Checkpoints | None,
+        checkpoints: Checkpoints,
         start: int,
         total: int,
         check: Callable[[], None] = lambda: None,
@@ -141,7 +140,7 @@ class Saver:
         if due and done < self._total:
             self._ranks.on_first(self._check)
             self._save(state)
-            return self._checkpoints is not None
+            return True
         if done % MANY == 0:
             agreement(self._engine, self._ranks)
         return False
@@ -154,13 +153,10 @@ class Saver:
 
     def wait(self) -> None:
         """Return when nothing is being written any more. Collective."""
-        if self._checkpoints is not None:
-            self._telling(self._checkpoints.wait)
+        self._telling(self._checkpoints.wait)
 
     def _save(self, state: Mapping[str, Any]) -> None:
         """Begin to save; the score of a checkpoint is that of the settled model, by the losses since the last one."""
-        if self._checkpoints is None:
-            return
         self._meetings.saved()
         mean = self._ranks.mean(self._losses / max(self._num_losses, 1)).item()
         self._losses, self._num_losses = torch.zeros_like(self._losses), 0
@@ -179,6 +175,5 @@ class Saver:
         reasons = self._ranks.gather_objects(self._watch.asked())
         why = next(reason for reason in reasons if reason is not None)
         self._save(state)
-        if self._checkpoints is not None:
-            self._checkpoints.wait()
-        raise Interrupted(why, state["step"], saved=self._checkpoints is not None)
+        self._checkpoints.wait()
+        raise Interrupted(why, state["step"], saved=True)

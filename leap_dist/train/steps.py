@@ -37,11 +37,11 @@ def resume_from_newest(job: Job, checkpoints: Checkpoints) -> str | None:
 def train(
     job: Job,
     tracker: Tracker,
-    output: Path | None,
-    checkpoints: Checkpoints | None,
+    output: Path,
+    checkpoints: Checkpoints,
     writer: FolderWriter | None = None,
 ) -> None:
-    """All steps that are left. With an output folder checkpoints go there; metrics by the first rank's `writer`."""
+    """All steps that are left, with checkpoints in the run folder `output`; metrics by the first rank's `writer`."""
     config, ranks, state = job.config.train, job.ranks, job.state
     check = writer.check if writer else lambda: None
     saver = Saver(job.engine, ranks, config, job.watch, checkpoints, state.start, job.total_steps, check)
@@ -64,7 +64,7 @@ def train(
             done = step + 1
             if bad.after(loss):
                 saver.wait()
-                raise UserError(bad.message(done, output and latest_checkpoint(output / CHECKPOINTS)))
+                raise UserError(bad.message(done, latest_checkpoint(output / CHECKPOINTS)))
             state.left_out = bad.total
             if done % config.log_every == 0 or done == job.total_steps:
                 fields = _log_step(job, done, phase, loss, meter, tracker, writer)
