@@ -257,7 +257,7 @@ def _field_lines(cls: type[Section], section: str, error: ValidationError) -> It
         else:
             field = owner.model_fields[key]
             received = "missing" if item["type"] == "missing" else f"got {show(item['input'])}"
-            why = f" ({item['msg']})" if item["type"] == "pattern" else ""
+            why = f" ({item['msg']})" if item["type"] in ("pattern", "fp32") else ""
             choices = GATE_NAMES if key in ("gates", "granularity") else get_args(field.annotation)
             yield f"{place}: {received}{why}; allowed: {field.description}{nearest(item['input'], choices)}"
 

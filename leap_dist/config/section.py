@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from leap_dist.files import user_path
@@ -73,6 +73,7 @@ def _tensor_pattern(value: str) -> str:
 Patterns = Annotated[tuple[Annotated[str, AfterValidator(_tensor_pattern)], ...], BeforeValidator(as_tuple)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+FP32_TINY, FP32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 # pydantic warns of a field whose name is also a method of ABCMeta, which is no concern of a section
@@ -88,6 +89,15 @@ class Section(BaseModel):
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
         """Combinations of keys that cannot be; `raw` may hold values of any type."""
         return []
+
+    @field_validator("*")
+    @classmethod
+    def _held_by_fp32(cls, value: Any) -> Any:
+        """Steps are computed in fp32, where 1e39 is infinite and 1e-46 is 0."""
+        if isinstance(value, float) and value != 0 and not FP32_TINY <= abs(value) <= FP32_MAX:
+            why = f"fp32 holds {FP32_TINY:.2g} to {FP32_MAX:.2g}"
+            raise PydanticCustomError("fp32", "{why}", {"why": why})
+        return value
 
     @model_validator(mode="after")
     def _no_conflicts(self) -> Section:

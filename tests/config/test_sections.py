@@ -182,6 +182,14 @@ REFUSED = {
         {"leap": {"target": 0.1, "threshold_learning_rate": -1}},
         r'leap\.threshold_learning_rate: got -1; allowed: a number > 0, or "auto"',
     ),
+    "a rate that fp32 takes as infinite": (
+        {"leap": {"target": 0.1, "score_learning_rate": 1e39}},
+        r"leap\.score_learning_rate: got 1e\+39 \(fp32 holds 1\.2e-38 to 3\.4e\+38\); allowed: a number > 0, or",
+    ),
+    "a temperature that fp32 takes as 0": (
+        {"distill": {"teacher": "self", "temperature": 1e-46}},
+        r"distill\.temperature: got 1e-46 \(fp32 holds .*\); allowed: a number > 0",
+    ),
     "lambdas crossed": (
         {"leap": {"target": 0.1, "lambda_min": 20, "lambda_max": 10}},
         r"leap\.lambda_min: got 20; allowed: at most lambda_max, which is 10",
