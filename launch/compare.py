@@ -11,6 +11,10 @@ from leap_dist.cli import parsed
 from leap_dist.errors import UserError, printable
 from leap_dist.files import user_path
 
+UNSAID = (None, False, [])
+GO_WITH = {"sync": ("uri",), "diff": ("uri", "experiment", "sweep", "tag", "csv", "json")}
+"""What each of these options can be combined with: they make no use of the others."""
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
@@ -38,7 +42,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--csv", type=user_path, metavar="FILE", help="the table as CSV")
     add("--json", metavar="FILE", help="the table as JSON; - prints it, and nothing else, to standard output")
     add("--sync", type=user_path, metavar="FOLDER", help="only send the records that this run could not send")
-    return parsed(parser)
+    arguments = parsed(parser)
+    for only, also in GO_WITH.items():
+        if getattr(arguments, only) is not None:
+            others = [name for name in vars(arguments) if name != only and getattr(arguments, name) not in UNSAID]
+            if ignored := [f"--{name}" for name in others if name not in also]:
+                may = ", ".join(f"--{name}" for name in also)
+                parser.error(f"--{only} cannot be combined with {', '.join(ignored)}; allowed: {may}")
+    return arguments
 
 
 def compare(arguments: argparse.Namespace) -> int:

@@ -115,3 +115,24 @@ def test_a_mistake_is_one_message(
     assert call(script, monkeypatch, folder, *arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith(f"error: {message}") and printed.err.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--diff", "thick", "thin", "--plot", "a.png", "--move"], "--diff cannot be combined with --move, --plot"),
+        (["--sync", "run", "--masks"], "--sync cannot be combined with --masks; allowed: --uri\n"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    arguments: list[str],
+    message: str,
+    script: ModuleType,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        call(script, monkeypatch, folder, *arguments)
+    assert stopped.value.code == 2
+    assert f"error: {message}" in capsys.readouterr().err
