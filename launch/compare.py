@@ -11,7 +11,7 @@ from leap_dist.cli import parsed
 from leap_dist.errors import UserError, printable
 from leap_dist.files import user_path
 
-UNSAID = (None, False, [])
+UNSAID: tuple[object, ...] = (None, False, [])
 GO_WITH = {"sync": ("uri",), "diff": ("uri", "experiment", "sweep", "tag", "csv", "json")}
 """What each of these options can be combined with: they make no use of the others."""
 

@@ -6,6 +6,7 @@ nearest right name.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -49,6 +50,8 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         _remember(text)
     file = _find(user_path(str(path)))
     raw = read_json(file)
+    if isinstance(raw.get("config"), str) and not raw.keys() & SECTIONS.keys():
+        raise UserError(f"config: {file} is a sweep, not a job; start it with launch/sweep.py --config {path}")
     problems = [problem for text in overrides if (problem := _override(raw, text))]
     keys = Counter(text.partition("=")[0].strip() for text in overrides)
     problems += [f"override: {shortened(key)} is given {num} times; keep one" for key, num in keys.items() if num > 1]
@@ -137,6 +140,9 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
     parts = key.strip().split(".")
     if not equals or not all(parts) or len(parts) > MOST_LEVELS:
         return f'override: got "{shortened(text)}"; allowed: section.key=value, such as leap.target=0.05'
+    if index := re.search(r"\[\d+\]", key):
+        whole = f"{key[: index.start()].strip()}=[...]"
+        return f'override: got "{shortened(text)}"; a list is given whole: --set \'{shortened(whole)}\''
     try:
         found = _override_value(value.strip())
     except Twice as error:
@@ -320,8 +326,11 @@ def _deepspeed_problems(deepspeed: Mapping[str, Any]) -> Iterable[str]:
         received = "missing" if batch is None else f"got {show(batch)}"
         yield f"train_micro_batch_size_per_gpu: {received}; allowed: an integer >= 1"
     for key in ("bf16", "fp16"):
-        if not isinstance(deepspeed.get(key, {}), Mapping):
-            yield f'{key}: got {show(deepspeed[key])}; allowed: a JSON object, such as {{"enabled": true}}'
+        section = deepspeed.get(key, {})
+        if not isinstance(section, Mapping):
+            yield f'{key}: got {show(section)}; allowed: a JSON object, such as {{"enabled": true}}'
+        elif not isinstance(section.get("enabled", False), bool):
+            yield f"{key}.enabled: got {show(section['enabled'])}; allowed: true or false"
     zero = deepspeed.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         yield f'zero_optimization: got {show(zero)}; allowed: a JSON object, such as {{"stage": 2}}'

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leap_dist.config.job_file import parse_leap
+from leap_dist.config.job_file import parse_leap, parse_section
 from leap_dist.config.json_file import read_json
 from leap_dist.config.leap import LeapConfig
 from leap_dist.config.legacy import PLACE_WORDS, PRUNING, STRUCTURED, Group, Reader, tensor_pattern
 from leap_dist.config.section import is_int, is_number, show
-from leap_dist.config.sections import DEEPSPEED_KEYS, SECTIONS
+from leap_dist.config.sections import DEEPSPEED_KEYS, SECTIONS, TrainConfig
 from leap_dist.errors import UserError
 
 
@@ -188,14 +188,18 @@ def _schedule(reader: Reader, train: Mapping[str, Any]) -> dict[str, float]:
 def _train_section(raw: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """The train section from optimizer and scheduler; what the config has of it already goes first."""
     train = _from_optimizer(raw["optimizer"], notes) if "optimizer" in raw else {}
-    given = raw.get("train")
+    given = raw.get("train", {})
+    if not isinstance(given, Mapping):
+        raise UserError(f"train: got {show(given)}; allowed: a JSON object, such as {{\"epochs\": 3}}")
     scheduler = raw.get("scheduler")
     params = scheduler.get("params") if isinstance(scheduler, Mapping) else None
     steps = params.get("total_num_steps", 0) if isinstance(params, Mapping) else 0
-    if is_int(steps) and steps > 0 and not (isinstance(given, Mapping) and given.keys() & {"epochs", "max_steps"}):
+    if is_int(steps) and steps > 0 and not given.keys() & {"epochs", "max_steps"}:
         train["max_steps"] = steps
         notes.append(f"scheduler.params.total_num_steps {steps}: also train.max_steps, the length of the run")
-    return train | dict(given) if isinstance(given, Mapping) else train
+    train |= given
+    parse_section(TrainConfig, "train", train)
+    return train
 
 
 def _from_optimizer(optimizer: Any, notes: list[str]) -> dict[str, Any]:

@@ -219,9 +219,11 @@ class Level:
         gate = plan.gates[largest[0]]
         together = f", {gate.multiple_of} at a time (multiple_of)" if gate.multiple_of > 1 else ""
         together += f", in {len(largest)} gates at once (uniform)" if len(largest) > 1 else ""
+        others = {other.granularity: other.unit_size for other in plan.gates if other.granularity != gate.granularity}
         units = (
-            f"a unit of {gate.granularity} has {gate.unit_size} of the {plan.prunable} weights and is kept or removed "
-            "whole"
+            f"a unit of {gate.granularity} has {gate.unit_size} of the {plan.prunable} weights"
+            + "".join(f", one of {name} {size}" for name, size in others.items())
+            + " and is kept or removed whole"
         )
         return f"{said}{units}{together}; finer gates come nearer"
 

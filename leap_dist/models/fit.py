@@ -25,8 +25,8 @@ SHOWN = 3
 
 def check_loaded(
     name: str, model: PreTrainedModel, report: Mapping[str, Any], causal: bool = False, frozen: bool = False
-) -> None:
-    """Raises UserError for tensors below the head that transformers had to make anew, or found no place for.
+) -> set[str]:
+    """The parameters that are new; UserError for others than a head's, and for tensors that have no place in the model.
 
     report: what `from_pretrained(..., output_loading_info=True)` gives beside the model. A new head, and the head for
     another task that the files hold, are reported in one line each. For causal language models, and where weights are
@@ -68,10 +68,11 @@ def check_loaded(
             f'model.name: got "{name}"; its files have no head that fits the task, and with frozen weights '
             f'{_listed(new, {})} would stay random; allowed: a model trained on the task, or leap.weights "trained"'
         )
-    if new and not _is_rank_above_0():
+    if new and not is_rank_above_0():
         logger.warning("%s: the head is new, its files have none that fits the task: %s", name, _listed(new, {}))
-    if left_over and not _is_rank_above_0():
+    if left_over and not is_rank_above_0():
         logger.warning("%s: not used, of a head for another task: %s", name, _listed(left_over, {}))
+    return new
 
 
 def _is_other_labels(model: PreTrainedModel, key: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -79,7 +80,7 @@ def _is_other_labels(model: PreTrainedModel, key: str, stored: tuple[int, ...], 
     return is_head(model, key) and stored[1:] == wanted[1:] and wanted[0] == model.config.num_labels
 
 
-def _is_rank_above_0() -> bool:
+def is_rank_above_0() -> bool:
     """All ranks load the same files: one reports what is in them."""
     return os.environ.get("RANK", "0") != "0"
 

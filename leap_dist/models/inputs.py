@@ -44,8 +44,11 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
     if given or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
         return Start(config, {}, "")
     automatic, causal = config.score_init == "auto", is_causal_lm(model)
-    if automatic and not causal and (config.mode == "train" or not all(map(_gains_in_one_shot, config.gates))):
+    if automatic and not causal and config.mode == "train":
         return _by_magnitude(config, "the model is not a causal language model")
+    losing = [gate.granularity for gate in config.gates if not _gains_in_one_shot(gate)]
+    if automatic and not causal and losing:
+        return _by_magnitude(config, f"in one shot that is better for {losing[0]} of models that write no text")
     owners = Owners(model)
     counted = [name for name in plan.covers if plan.counted(name)]
     found = {name: axes_of(owners.of(name), name, owners.shape(name)) for name in counted}

@@ -13,6 +13,7 @@ import torch
 from leap_dist.config.sections import ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.models.fit import CONSTANTS, check_loaded
+from leap_dist.models.labels import fit_labels
 from leap_dist.models.padding import POSITIONS_FROM_PADDING, agree_on_padding, highest_id, num_positions
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task, frozen: boo
     _check_folder(name)
     with _hub_errors(name, "model"):
         refuse_kernels(name)
+        own = AutoConfig.from_pretrained(name, trust_remote_code=False).id2label
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **labels)
     _check_size(config, task)
     if (quantised := getattr(config, "quantization_config", None)) is not None:
@@ -157,7 +159,9 @@ def _pretrained_model(name: str, labels: dict[str, Any], task: Task, frozen: boo
             ignore_mismatched_sizes=True,  # looked at below: only the head may differ
             output_loading_info=True,
         )
-    check_loaded(name, model, report, causal=task.problem == "causal_lm", frozen=frozen)
+    new = check_loaded(name, model, report, causal=task.problem == "causal_lm", frozen=frozen)
+    if task.problem == "single_label_classification" and not new:
+        fit_labels(name, model, own, task.label_names)
     return model
 
 

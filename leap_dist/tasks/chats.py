@@ -12,7 +12,8 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,7 +81,8 @@ def conversation(row: Mapping[str, Any], place: str, columns: Sequence[str]) -> 
         messages = read_messages(row.get(columns[0]), place, columns[0])
     else:
         prompt, *context, answer = ((row.get(column), column) for column in columns)
-        added = "".join(f"\n\n{cell_text(value, place, column)}" for value, column in context if value)
+        given = [(value, column) for value, column in context if value is not None and value != ""]
+        added = "".join(f"\n\n{cell_text(value, place, column)}" for value, column in given)
         asked = _part(*prompt, place, "user", added)
         messages = (*asked, *_part(*answer, place, ANSWERS))
     last = max((i for i, message in enumerate(messages, start=1) if message["role"] == ANSWERS), default=0)
@@ -115,14 +117,12 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
-        try:
-            self.template: str = tokenizer.get_chat_template()
-        except (ValueError, TypeError) as error:
+        if not tokenizer.chat_template:
             raise UserError(
                 "data.train: has conversations, and the tokenizer has no chat template; allowed: the tokenizer of an "
                 "instruction model in data.tokenizer, a chat_template.jinja in its folder, or data.text with a column "
                 "of plain text"
-            ) from error
+            )
         if not tokenizer.is_fast:
             raise UserError(
                 "data.train: has conversations, and the tokenizer does not say where tokens are in the text; allowed: "
@@ -132,7 +132,7 @@ class ChatEncoder:
 
     def encode(self, row: Conversation) -> list[Example]:
         """One example; one an answer where the template rewrites earlier turns; none of what max_length cuts off."""
-        if MARKED.search(self.template):
+        if MARKED.search(self._template(row)):
             pairs = [self._marked(row)]
         else:
             pairs = [self._tokens(text, spans) for text, spans in self._texts(row)]
@@ -140,20 +140,19 @@ class ChatEncoder:
 
     def _marked(self, row: Conversation) -> tuple[np.ndarray, np.ndarray]:
         """(ids, whether each is an answer's), by the template itself."""
-        with _others_template(row):
-            encoded: Any = self._tokenizer.apply_chat_template(
-                list(row.messages),
-                tools=list(row.tools) or None,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
+        encoded = self._apply(
+            row, len(row.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
         return np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"]) == 1
+
+    def whole(self, row: Conversation) -> str:
+        """The text of a conversation."""
+        return self._write(row, len(row.messages))
 
     def _texts(self, row: Conversation) -> list[tuple[str, list[tuple[int, int]]]]:
         """The whole text with where its answers are; or a text for each answer."""
         places = [i for i, message in enumerate(row.messages) if message["role"] == ANSWERS]
-        whole = self._write(row, len(row.messages))
+        whole = self.whole(row)
         spans = [self._span(row, whole, place) for place in places]
         found = [span for span in spans if span]
         if len(found) == len(spans):
@@ -177,19 +176,38 @@ class ChatEncoder:
             return None
         begin = len(before)
         if before == self._write(row, place):  # no prompt for an answer: a heading may come before it
-            begin = text.find(str(row.messages[place].get("content")).strip(), begin, len(upto))
-        return (begin, len(upto.rstrip())) if begin >= 0 else None
+            begin = self._behind_heading(row, upto, place)
+        return (begin, len(upto.rstrip())) if begin >= len(before) else None
+
+    def _behind_heading(self, row: Conversation, text: str, place: int) -> int:
+        """Where the text, which the answer at `place` ends, begins to differ from that of any other answer there."""
+        others = ({"role": ANSWERS, "content": content} for content in "01")
+        rows = [replace(row, messages=(*row.messages[:place], other)) for other in others]
+        letters = zip(text, *(self._write(other, place + 1) for other in rows), strict=False)
+        return sum(1 for _ in takewhile(lambda same: len(set(same)) == 1, letters))
 
     def _write(self, row: Conversation, num: int, prompt: bool = False) -> str:
         """The text of the first `num` messages, "" of none; with the prompt for an answer."""
-        if not num:
-            return ""
-        messages, tools = list(row.messages[:num]), list(row.tools) or None
+        return str(self._apply(row, num, tokenize=False, add_generation_prompt=prompt)) if num else ""
+
+    def _apply(self, row: Conversation, num: int, **settings: Any) -> Any:
+        """What the template makes of the first `num` messages."""
+        template = self._template(row)
         with _others_template(row):
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            return self._tokenizer.apply_chat_template(
+                list(row.messages[:num]), tools=list(row.tools) or None, chat_template=template, **settings
             )
-        return str(text)
+
+    def _template(self, row: Conversation) -> str:
+        """The template that writes a row: a tokenizer may have another one for rows with tools."""
+        try:
+            return self._tokenizer.get_chat_template(tools=list(row.tools) or None)
+        except ValueError as error:
+            names = ", ".join(self._tokenizer.chat_template)
+            raise UserError(
+                f"{row.place}: none of the tokenizer's chat templates is for this row, they are called {names}; "
+                "allowed: default, and for a row with tools tool_use; give one of them such a name"
+            ) from error
 
     def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """(ids, whether each begins in a span)."""
@@ -235,8 +253,9 @@ def chat_table(
         columns = {key: [example[key] for example in examples] for key in ("input_ids", "attention_mask", "labels")}
         return flat(columns) | {"cut": np.array([encoder.cut, encoder.lost])}
 
-    parts = ("chats", longest, encoder.template, *((row.messages, row.tools) for row in rows))
-    arrays = dict(cached(tokenizer, parts, make))
+    settings = ("chats", longest, tokenizer.chat_template, tokenizer.special_tokens_map)
+    texts = ((row.messages, row.tools, encoder.whole(row)) for row in rows)  # a template may write the date
+    arrays = dict(cached(tokenizer, chain(settings, texts), make))
     cut, lost = arrays.pop("cut").tolist()
     table = TokenTable(arrays)
     if not len(table):

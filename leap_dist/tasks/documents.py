@@ -17,7 +17,7 @@ from leap_dist.config.sections import DataConfig, names_files
 from leap_dist.errors import UserError
 from leap_dist.tasks.cache import Arrays, cached
 from leap_dist.tasks.chats import Conversation, conversation
-from leap_dist.tasks.files import files_of, kind_of, read_text
+from leap_dist.tasks.files import PARQUET, files_of, kind_of, read_text
 from leap_dist.tasks.tables import TABLES, cell, cell_text, guarded, hub_split, hub_stream, read_rows, split_names
 
 if TYPE_CHECKING:
@@ -55,12 +55,29 @@ class Frame:
 
 def frame_of(tokenizer: PreTrainedTokenizerBase, masked: bool) -> Frame:
     """As the tokenizer starts and ends a text; one that ends none ends documents with its EOS token, if it has one."""
-    probe = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
-    at = next(i for i in range(len(framed)) if framed[i : i + len(probe)] == probe)
-    before, after = framed[:at], framed[at + len(probe) :]
+    before, after = _around(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return Frame(before, after if masked else [], after or eos)
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a text, whichever words the tokenizer knows."""
+    from tokenizers import Tokenizer, models
+
+    if tokenizer.is_fast:
+        framed = Tokenizer(models.WordLevel({"a": 0})).encode("a")
+        if (processor := tokenizer.backend_tokenizer.post_processor) is not None:
+            framed = processor.process(framed)
+        ids, special = framed.ids, framed.special_tokens_mask
+    else:
+        ids = tokenizer.build_inputs_with_special_tokens([-1])
+        special = [int(token != -1) for token in ids]
+    if 0 not in special:
+        raise UserError(
+            "data.tokenizer: the post_processor of its tokenizer.json leaves the text out; allowed: one that has $A"
+        )
+    at = special.index(0)
+    return ids[:at], ids[at + 1 :]
 
 
 def read_split(key: str, data: DataConfig, splits: Any) -> Split:
@@ -74,12 +91,12 @@ def read_split(key: str, data: DataConfig, splits: Any) -> Split:
         found = Split(f"{data.dataset} {split}")
         held = hub_stream(key, data, split) if splits is None else hub_split(splits, key, split)
         rows = enumerate(guarded(key, held), start=1)
-        _add_rows(found, ((f"{found.source}: row {number}", row) for number, row in rows), data)
+        _add_rows(found, ((f"{found.source}: row {number}", row) for number, row in rows), data, arrow=True)
     else:
         found = Split(f"{key}: {', '.join(names)}")
         for file in files_of(key, names):
             if kind_of(file) in TABLES:
-                _add_rows(found, read_rows(key, file), data)
+                _add_rows(found, read_rows(key, file), data, arrow=kind_of(file) == PARQUET)
             elif data.text is not None:
                 raise UserError(
                     f"data.text: got {', '.join(data.text)}, but {file} is plain text and has no columns: remove it"
@@ -94,12 +111,12 @@ def read_split(key: str, data: DataConfig, splits: Any) -> Split:
     return found
 
 
-def _add_rows(split: Split, rows: Iterable[tuple[str, Mapping[str, Any]]], data: DataConfig) -> None:
+def _add_rows(split: Split, rows: Iterable[tuple[str, Mapping[str, Any]]], data: DataConfig, arrow: bool) -> None:
     """Sort rows, (place, cells by column), into documents and conversations."""
     columns: tuple[str, ...] = ()
     for place, row in rows:
         columns = columns or columns_of(data, row)
-        found = document_of(row, place, columns, data.task)
+        found = document_of(row, place, columns, data.task, arrow)
         if isinstance(found, str):
             split.documents.append(found)
         else:
@@ -119,15 +136,27 @@ def columns_of(data: DataConfig, row: Mapping[str, Any]) -> tuple[str, ...]:
     return chats
 
 
-def document_of(row: Mapping[str, Any], place: str, columns: Sequence[str], task: str) -> str | Conversation:
-    """The text of a row, or its conversation."""
+def document_of(
+    row: Mapping[str, Any], place: str, columns: Sequence[str], task: str, arrow: bool = True
+) -> str | Conversation:
+    """The text of a row, or its conversation.
+
+    arrow: the row is of Parquet or of `datasets`, where each object of a column has the keys of all others.
+    """
     for column in {columns[0], columns[-1]} - row.keys():
         cell(place.rpartition(": ")[0], place, row, "data.text", column)  # says that it is not there
     if len(columns) == 1 and columns != CHATS[0] and not isinstance(row[columns[0]], list):
         return cell_text(row[columns[0]], place, columns[0])
     if task == "mlm":
         raise UserError(f"{place}: a conversation, which mlm does not learn from; allowed: text, named in data.text")
-    return conversation(row, place, columns)
+    return conversation(_without_nulls(row) if arrow else row, place, columns)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the keys, at any depth, that hold nothing."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, end: Sequence[int]) -> Arrays:

@@ -7,6 +7,8 @@ import csv
 import glob
 import gzip
 import lzma
+import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +34,7 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 LFS_POINTER = b"version https://git-lfs"
 """How a file begins that a clone without Git LFS has in place of a large one."""
 PARQUET = ".parquet"
+LINE_END = re.compile(rb"\r\n?|\n")
 
 
 def files_of(key: str, names: Sequence[str]) -> list[Path]:
@@ -42,16 +45,19 @@ def files_of(key: str, names: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for name in names:
         path = Path(name)
-        if glob.has_magic(name) and not path.exists():
+        if "\0" in name:
+            raise UserError(f"{key}: got {name}; allowed: a name without a zero byte")
+        if glob.has_magic(name) and not os.path.exists(path):
             matches = sorted(file for match in glob.glob(str(path), recursive=True) if (file := Path(match)).is_file())
             if not matches:
                 raise UserError(f"{key}: got {name}; no file matches it")
             found += matches
         else:
             found.append(path)
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for file in found:
-        if (own := file.resolve()) in seen:
+        own = os.path.realpath(file)  # `resolve` fails at a link that leads to itself
+        if own in seen:
             raise UserError(f"{key}: {file} is named more than once; allowed: each file once")
         seen.add(own)
     return found
@@ -89,6 +95,21 @@ def _unpack_whole(file: Path) -> None:
                 pass
 
 
+def _first_bad_byte(file: Path) -> tuple[int, int]:
+    """Line (from 1) and byte (from 0) where an unpacked file is no UTF-8: a decoder counts from its last piece on."""
+    line, byte = 1, 0
+    try:
+        with opened(file) as stream:
+            for piece in stream:  # no character goes on behind the end of a line
+                piece.decode()
+                line += len(LINE_END.findall(piece))
+                byte += len(piece)
+    except UnicodeDecodeError as error:
+        line += len(LINE_END.findall(error.object[: error.start]))
+        byte += error.start
+    return line, byte
+
+
 @contextmanager
 def reading(key: str, file: Path) -> Iterator[None]:
     """A file that is not there, or not what it should be, as the mistake of the setting `key`."""
@@ -96,7 +117,8 @@ def reading(key: str, file: Path) -> Iterator[None]:
         if file.is_dir():
             raise UserError(f"{key}: got {file}; that is a folder; allowed: a file")
         if not file.is_file():
-            raise UserError(f"{key}: got {file}; there is no such file")
+            link = "; it is a link that leads to none" if file.is_symlink() else ""
+            raise UserError(f"{key}: got {file}; there is no such file{link}")
         with opened(file) as stream:
             start = stream.read(1024)
         if start.startswith(LFS_POINTER):
@@ -118,7 +140,8 @@ def reading(key: str, file: Path) -> Iterator[None]:
             raise
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16" if start.startswith(UTF_16) else ""
-        problem = f"not UTF-8 text: {error.reason} at byte {error.start}{hint}; save it as UTF-8"
+        line, byte = _first_bad_byte(file)
+        problem = f"not UTF-8 text: {error.reason} in line {line}, at byte {byte}{hint}; save it as UTF-8"
         raise UserError(f"{key}: {file}: {problem}") from error
     except UserError:
         raise

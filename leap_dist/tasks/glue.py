@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
+from leap_dist.config.json_file import shortened
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import Collator, Task, TokenTable, flat, joined, pad_id
@@ -64,6 +65,7 @@ NAMES = (*GLUE, LOCAL)
 MAX_SCORE = 5.0
 NOT_NAMES = ("nan", "-nan", "<na>", "#n/a", "null", "inf", "-inf")
 """What table programs write where there is no value."""
+HALF = re.compile(r"[\ud800-\udfff]")
 NO_CLASS = "that is not a class; allowed: a name or a number >= 0; fill it in, or remove the row"
 
 
@@ -192,7 +194,7 @@ def _score(label: Any) -> float:
     """A similarity score; `ValueError` says what is allowed."""
     try:
         score = math.nan if isinstance(label, bool) else float(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of an integer of 400 digits
         score = math.nan
     if not 0 <= score <= MAX_SCORE:
         raise ValueError(f"allowed: a number from 0 to {MAX_SCORE:g}")
@@ -246,6 +248,8 @@ def _class_name(label: Any) -> str:
     name = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip()
     if not name or name.lower() in NOT_NAMES or re.fullmatch(r"-\d+(\.\d+)?", name):
         raise ValueError(NO_CLASS)
+    if HALF.search(name):
+        raise ValueError("half of a surrogate pair is not text; save the file again as UTF-8")
     if name[0] in "[{(" and _is_list(name):
         raise ValueError("a list of labels, and an example has one class here; allowed: one name or number a row")
     return re.sub(r"^(\d+)\.0+$", r"\1", name)
@@ -271,4 +275,4 @@ def _shown(label: Any) -> str:
 
 def _listing(values: Iterable[str]) -> str:
     names = list(values)
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
+    return ", ".join(map(shortened, names[:10])) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")

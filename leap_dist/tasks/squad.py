@@ -22,9 +22,9 @@ from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import Batch, Collator, Task, TokenTable, flat, joined, pad_id
 from leap_dist.tasks.cache import Arrays, cached
-from leap_dist.tasks.files import files_of, read_text, reading
+from leap_dist.tasks.files import files_of, kind_of, read_text, reading
 from leap_dist.tasks.spans import best_spans, choose_answer, n_best, squad_scores
-from leap_dist.tasks.tables import cell_text, hub_column, hub_split, load_hub, split_names
+from leap_dist.tasks.tables import TABLES, cell_text, hub_column, hub_split, load_hub, split_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,8 @@ HUB_DATASETS = {SQUAD: "rajpurkar/squad", SQUAD_V2: "rajpurkar/squad_v2"}
 NAMES = tuple(HUB_DATASETS)
 TOKENIZE_ROWS = 200
 """Questions that the tokenizer sees at once: bounds the memory of its answer."""
+FORMAT = "2"
+"""Changes with what the arrays of windows mean."""
 LABELS = ("start_positions", "end_positions")
 CONTEXT = ("context_start", "context_end")
 """First and last token of a window that belong to the text."""
@@ -132,7 +134,7 @@ def _windows(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, 
         numbers = {key: np.concatenate([part.pop(key) for part in parts]) for key in (*LABELS, *CONTEXT, "question")}
         return {**joined(parts), **numbers}
 
-    arrays = dict(cached(tokenizer, (data.task, data.max_length, data.shared_tokens, *questions), make))
+    arrays = dict(cached(tokenizer, (FORMAT, data.task, data.max_length, data.shared_tokens, *questions), make))
     numbers = {key: arrays.pop(key) for key in (*LABELS, *CONTEXT, "question")}
     return TokenTable(arrays, **numbers)
 
@@ -175,7 +177,8 @@ def _answer_tokens(answers: Sequence[tuple[str, int]], chars: np.ndarray, first:
     if not answers:
         return 0, 0
     text, begin = answers[0]
-    stop = begin + len(text)
+    begin += len(text) - len(text.lstrip())  # of white space at the edges of a text there may be no tokens
+    stop = begin + len(text.strip())
     if begin < chars[first, 0] or stop > chars[last, 1]:
         return 0, 0
     start = first + int(np.searchsorted(chars[first : last + 1, 1], begin, side="right"))
@@ -230,6 +233,11 @@ def _hub_questions(rows: Any, source: str) -> Iterator[Question]:
 
 def official_questions(key: str, file: Path) -> Iterator[Question]:
     """The questions of a JSON file as SQuAD publishes them; `key` is the setting that names it."""
+    if kind_of(file) in TABLES and kind_of(file) != ".json":
+        raise UserError(
+            f"{key}: got {file}; allowed: official SQuAD JSON; for rows with the columns id, question, context and "
+            "answers, name their folder in data.dataset"
+        )
     content = read_text(key, file)
     with reading(key, file):
         content = json.loads(content)
@@ -278,6 +286,10 @@ def _check(source: str, questions: Sequence[Question], task: str) -> None:
             raise UserError(f"{source}: question {question.id}: its question or its text is empty")
         for text, begin in question.answers:
             there = question.context[begin : begin + len(text)] if begin >= 0 else ""
-            if there != text or not text:
+            if not text.strip():
+                raise UserError(
+                    f"{source}: question {question.id}: an answer is empty, or white space alone; remove it"
+                )
+            if there != text:
                 problem = f'question {question.id}: answer "{text[:40]}" at character {begin}'
                 raise UserError(f'{source}: {problem}: the text reads "{there[:40]}" there')

@@ -6,9 +6,11 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,7 +58,8 @@ def cell_text(value: Any, place: str, column: str) -> str:
         return value
     if value is None:
         raise UserError(f'{place}: nothing in column "{column}"')
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    no_number = isinstance(value, float) and not math.isfinite(value)  # an integer may be too large for isfinite
+    if isinstance(value, bool) or not isinstance(value, int | float) or no_number:
         raise UserError(f'{place}, column "{column}": got {str(value)[:40]}; allowed: text')
     return str(value)
 
@@ -83,6 +86,8 @@ def _hub_errors(key: str, problem: str, remedy: str = HUB) -> Iterator[None]:
     """Whatever `datasets` and the libraries below it say of the user's data, as one message."""
     try:
         yield
+    except StopIteration as error:  # how `datasets` ends at JSON files without a row
+        raise UserError(f"{key}: {problem}: no rows in the files of a split; fill them, or take them out") from error
     except Exception as error:  # network, files, scripts, features, missing decoders: dozens of classes without a base
         raise UserError(f"{key}: {problem} ({own_words(error)}); {remedy}") from error
 
@@ -181,19 +186,22 @@ def read_table(key: str, files: Sequence[Path], text: Sequence[str], label: str)
 
 def read_cells(key: str, file: Path, columns: Sequence[tuple[str, str]]) -> Iterator[tuple[str, list[Any]]]:
     """Place and cells of every row, none of them null; columns: (setting, column) of each."""
-    for place, row in read_rows(key, file):
+    for place, row in read_rows(key, file, [column for _, column in columns]):
         yield place, [cell(str(file), place, row, *column) for column in columns]
 
 
-def read_rows(key: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place ("a.jsonl: line 3") and cells by column of every row; at least one."""
+def read_rows(key: str, file: Path, columns: Collection[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place ("a.jsonl: line 3") and cells by column of every row; at least one.
+
+    columns: those that are used, None: all; of Parquet the others are not read, and None.
+    """
     with reading(key, file):
         kind = kind_of(file)
         reader = _READERS.get(kind)
         if reader is None:
             raise UserError(f"{key}: got {file}; allowed: a file that ends in {', '.join(_READERS)}")
         number, unit = 0, "row" if kind in (".json", PARQUET) else "line"
-        for number, row in reader(file):
+        for number, row in _read_parquet(file, columns) if kind == PARQUET else reader(file):
             yield f"{file}: {unit} {number}", row
         if not number:
             raise UserError(f"{key}: {file}: no examples in it")
@@ -239,19 +247,18 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Itera
     try:
         with open_text(file, newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
-            header, before = next(filter(None, reader), []), reader.line_num
-            first = before
+            header: list[str] = []
+            first = before = 0
             advice = (
                 "replace tabs in texts by spaces, or give the column a name"
                 if quoting == csv.QUOTE_NONE
                 else 'put "" around texts with commas, the first " right after the comma before it, or name the column'
             )
-            if twice := [name for name in repeated(header) if name]:
-                raise UserError(
-                    f'{file}: line {before}: more than one column is called "{twice[0]}"; give each a name of its own'
-                )
             for cells in reader:
-                if cells:
+                if cells and not header:
+                    header, first = cells, reader.line_num
+                    _check_names(f"{file}: line {first}", filter(None, header))
+                elif cells:
                     if any(cells[len(header) :]):
                         raise UserError(
                             f"{file}: line {before + 1}: got {len(cells)} cells, and line {first} names "
@@ -261,9 +268,31 @@ def _read_delimited(file: Path, delimiter: str, quoting: Literal[0, 3]) -> Itera
                     yield before + 1, dict(zip(header, padded, strict=False))
                 before = reader.line_num
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from error
+        if str(error) == "unexpected end of data":
+            line, problem = _last_quote(file, before), "the quoted cell that begins there has no end"
+        else:
+            begin = f", in the row that begins in line {before + 1}" if before + 1 < reader.line_num else ""
+            line, problem = reader.line_num, f"{error}{begin}"
+        raise ValueError(
+            f'line {line}: {problem}; close each quoted cell, and double a " that is part of one'
+        ) from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _check_names(place: str, names: Iterable[str]) -> None:
+    """Each column has a name of its own."""
+    if twice := repeated(names):
+        raise UserError(f'{place}: more than one column is called "{twice[0]}"; give each a name of its own')
+
+
+def _last_quote(file: Path, before: int) -> int:
+    """The line in which the quoted cell begins that has no end, in a row of a .csv file behind `before` lines."""
+    with open_text(file, newline="") as stream:
+        reader = csv.reader(islice(stream, before, None))
+        *_, cells = reader
+    lines = sum(1 for _ in StringIO(cells[-1], newline=""))
+    return before + reader.line_num - max(lines, 1) + 1
 
 
 def _read_jsonl(file: Path) -> Iterator[Row]:
@@ -305,13 +334,37 @@ def _read_json(file: Path) -> Iterator[Row]:
         yield number, row
 
 
-def _read_parquet(file: Path) -> Iterator[Row]:
-    """(row, cells) of a Parquet file."""
+def _read_parquet(file: Path, columns: Collection[str] | None = None) -> Iterator[Row]:
+    """(row, cells) of a Parquet file; columns: those that are read, None: all; the cells of the others are None."""
+    from pyarrow.lib import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    with opened(file) as stream, ParquetFile(stream) as table:
-        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
-        yield from enumerate(rows, start=1)
+    number = 0
+    try:
+        with opened(file) as stream, ParquetFile(stream) as table:
+            names = table.schema_arrow.names
+            _check_names(str(file), names)
+            read = [name for name in names if columns is None or name in columns]
+            for batch in table.iter_batches(columns=read):
+                unread = [None] * batch.num_rows
+                cells = [_parquet_cells(name, batch.column(name)) if name in read else unread for name in names]
+                for values in zip(*cells, strict=True):
+                    number += 1
+                    yield number, dict(zip(names, values, strict=True))
+    except (ArrowException, UnicodeDecodeError) as error:  # the second of a name
+        raise ValueError(own_words(error)) from error
+
+
+def _parquet_cells(name: str, column: Any) -> list[Any]:
+    """The values of a column; ValueError for one that Python cannot hold."""
+    from pyarrow.lib import ArrowException
+
+    try:
+        return column.to_pylist()
+    except (ArrowException, UnicodeDecodeError, OverflowError) as error:
+        why = "" if isinstance(error, ArrowException) else f" ({error})"  # of an unknown zone it says: install zoneinfo
+        problem = f'column "{name}": a cell cannot be read as {column.type}{why}'
+        raise ValueError(f"{problem}; mend it, or leave the column out") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -150,6 +150,7 @@ def head_gates(model: nn.Module, plan: GatePlan, family: FamilyConfig | None, nu
 
 def match_layers(config: DistillConfig, ours: Any, theirs: Any) -> list[int]:
     """The teacher's layer for each of ours, by the configs of both. Raises UserError where the two do not fit."""
+    encoder_decoder = ours.is_encoder_decoder
     ours, theirs = ours.get_text_config(), theirs.get_text_config()
     depth, teacher_depth = ours.num_hidden_layers, theirs.num_hidden_layers
     if config.layers == "auto":
@@ -161,6 +162,12 @@ def match_layers(config: DistillConfig, ours: Any, theirs: Any) -> list[int]:
             f"distill.layers: got {list(layers)}; allowed: {depth} integers, each 0 to {teacher_depth - 1}, one "
             'for each layer of the model, or "auto"'
         )
+    for key in ("hidden_weight", "attention_weight"):
+        if getattr(config, key) and encoder_decoder:
+            raise UserError(
+                f"distill.{key}: got {getattr(config, key)}; a model of an encoder and a decoder is taught by the "
+                "teacher's answers alone: set it to 0"
+            )
     for key, size in (("hidden_weight", "hidden_size"), ("attention_weight", "num_attention_heads")):
         if getattr(config, key) and getattr(ours, size) != getattr(theirs, size):
             raise UserError(
@@ -168,6 +175,16 @@ def match_layers(config: DistillConfig, ours: Any, theirs: Any) -> list[int]:
                 f"the model {getattr(ours, size)}; set it to 0, or choose another teacher"
             )
     return layers
+
+
+def check_words(name: str, ours: Mapping[str, int], theirs: Mapping[str, int]) -> None:
+    """Raises UserError for a teacher whose tokenizer gives a token another id; by the vocabularies of both."""
+    other = next((token for token, number in ours.items() if theirs.get(token, number) != number), None)
+    if other is not None:
+        raise UserError(
+            f'distill.teacher: got "{name}", where the token {other!r} is {theirs[other]}, and {ours[other]} in the '
+            "tokenizer of the job; allowed: a teacher with the same tokenizer"
+        )
 
 
 def check_teacher(name: str, ours: Any, theirs: Any) -> None:

@@ -1,6 +1,6 @@
 """Evaluation on all ranks, every example counted once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -14,12 +14,14 @@ from leap_dist.zero.ranks import Ranks
 
 
 @torch.no_grad()
-def evaluate(engine: Any, task: Task, batch_size: int, ranks: Ranks) -> dict[str, float]:
+def evaluate(
+    engine: Any, task: Task, batch_size: int, ranks: Ranks, heed: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """The task's metrics and the mean loss on every validation split; the first split's names have no prefix.
 
     Examples go through in the order of their lengths. Rank r takes the r-th of every `world_size` of them; where the
     last ranks have one less they run another again, so that all make the same forward passes (ZeRO-3 gathers in
-    step), and its result is dropped. Collective.
+    step), and its result is dropped. `heed` is called after each batch, on all ranks. Collective.
     """
     engine.eval()
     results: dict[str, float] = {}
@@ -32,6 +34,7 @@ def evaluate(engine: Any, task: Task, batch_size: int, ranks: Ranks) -> dict[str
             for batch in rows[split]:
                 parts.append(_predicted(engine, task, [examples[row] for row in batch], ranks))
                 progress.update(next(done), "evaluate", {})
+                heed()
             back = torch.from_numpy(np.argsort(orders[split], kind="stable"))
             kept = {key: _merged([part[key] for part in parts], ranks)[back] for key in parts[0]}
             prefix = "" if number == 0 else f"{split}_"

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,12 +12,12 @@ from leap_dist.config.leap import BY_INPUTS, LeapConfig
 from leap_dist.config.sections import FEWEST_STEPS, JobConfig, ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.models.inputs import beside_heads
-from leap_dist.models.load import load_config, load_model, load_tokenizer
+from leap_dist.models.load import lacks_file, load_config, load_model, load_tokenizer
 from leap_dist.tasks import load_task, needs_tokenizer
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.head import WordHead
 from leap_dist.train.batches import Batches, StreamBatches, accumulation, examples_per_step
-from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
+from leap_dist.train.distill import Distiller, check_teacher, check_words, head_gates, match_layers
 from leap_dist.train.guards import Heartbeats
 from leap_dist.train.reorder import reorder
 from leap_dist.train.syntax import gates_by_layer, load_parser
@@ -25,6 +25,9 @@ from leap_dist.train.watch import NOTHING, Watch
 from leap_dist.zero.engine import destroy, initialize
 from leap_dist.zero.ranks import Ranks
 from leap_dist.zero.teacher import host_teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -90,7 +93,7 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING, begun: Pa
     if isinstance(batches, StreamBatches):
         batches.check(model.config.get_text_config().vocab_size)
     distills = config.distill is not None and not one_shot
-    teacher = _load_teacher(config, task, model) if distills else None
+    teacher = _load_teacher(config, task, model, tokenizer) if distills else None
     scheduled = one_shot or "scheduler" in config.deepspeed
     scheduler = None if scheduled else _linear_schedule(total, config.train.warmup_fraction)
     orders = reorder(config, model, batches, ranks, begun) if config.leap.permute else {}
@@ -147,7 +150,7 @@ def _tokens_per_step(config: JobConfig, task: Task, ranks: Ranks) -> int | None:
     return examples_per_step(config.deepspeed, ranks.world_size) * task.max_length
 
 
-def _load_teacher(config: JobConfig, task: Task, model: Any) -> Any:
+def _load_teacher(config: JobConfig, task: Task, model: Any, tokenizer: "PreTrainedTokenizerBase | None") -> Any:
     """The dense model that teaches; attention of both runs unfused where it is compared."""
     assert config.distill is not None
     name = config.distill.teacher
@@ -156,6 +159,8 @@ def _load_teacher(config: JobConfig, task: Task, model: Any) -> Any:
     else:
         try:
             check_teacher(name, model.config, load_config(name))
+            if tokenizer is not None and not lacks_file(Path(name)):
+                check_words(name, tokenizer.get_vocab(), load_tokenizer(ModelConfig(name=name)).get_vocab())
             teacher = load_model(ModelConfig(name=name), task)
         except UserError as error:  # of a model as such; here it is the teacher's
             raise UserError(str(error).replace("model.name", "distill.teacher")) from error

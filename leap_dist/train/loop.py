@@ -29,7 +29,7 @@ from leap_dist.train.evaluate import evaluate
 from leap_dist.train.folder_writer import FolderWriter, needed
 from leap_dist.train.guards import Heartbeats
 from leap_dist.train.job import Job, build_job, let_go
-from leap_dist.train.one_shot import prepare_one_shot
+from leap_dist.train.one_shot import leave_if_asked, prepare_one_shot
 from leap_dist.train.output import as_logged, check_output, completed, prepared
 from leap_dist.train.reference import dense_reference
 from leap_dist.train.reorder import save_orders
@@ -109,7 +109,9 @@ def _finish(job: Job, output: Path, writer: FolderWriter | None) -> dict[str, An
     engine, ranks, leap = job.engine, job.ranks, job.engine.leap
     ranks.on_first(writer.check if writer else lambda: None)
     settle(engine)
-    job.state.measured["pruned"] = evaluate(engine, job.task, job.config.train.eval_batch_size, ranks)
+    once = job.config.leap.mode == "one_shot"  # nothing of it is saved: it need not be finished first
+    heed = (lambda: leave_if_asked(job)) if once else (lambda: None)
+    job.state.measured["pruned"] = evaluate(engine, job.task, job.config.train.eval_batch_size, ranks, heed)
     _save(job, output / MODEL)
     hidden: dict[str, Tensor] = {}
     counts = cert.count(output / MODEL, gather_masks(engine), describe_gates(leap), ranks.rank, hidden)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from leap_dist.config.sections import JobConfig
 from leap_dist.console import console
 from leap_dist.train.evaluate import evaluate
@@ -24,11 +26,10 @@ def prepare_one_shot(job: Job) -> None:
     if job.ranks.first and ignored:
         text = f'leap.mode "one_shot" takes no training step; without effect: {", ".join(ignored)}'
         console().print(text, markup=False, soft_wrap=True)
-    job.state.measured["dense"] = evaluate(job.engine, job.task, job.config.train.eval_batch_size, job.ranks)
-    _leave_if_asked(job)
+    size = job.config.train.eval_batch_size
+    job.state.measured["dense"] = evaluate(job.engine, job.task, size, job.ranks, lambda: leave_if_asked(job))
     start_heads(job)
     show_inputs(job)
-    _leave_if_asked(job)
 
 
 def without_steps(config: JobConfig) -> list[str]:
@@ -44,9 +45,7 @@ def show_inputs(job: Job) -> None:
         return
     wanted = job.config.leap.calibration_batches
     with Progress(-(-wanted // job.ranks.world_size), enabled=job.ranks.first) as progress:
-        done = calibrate(
-            job.engine, job.batches.calibration(wanted), lambda done, of: progress.update(done, "calibrate", {})
-        )
+        done = calibrate(job.engine, job.batches.calibration(wanted), partial(_after, job, progress, "calibrate"))
     if job.ranks.first:
         fewer = f" of the {wanted} that leap.calibration_batches asks for: there are no more" if done < wanted else ""
         console().print(f"calibrated on {done} micro-batches{fewer}", markup=False, soft_wrap=True)
@@ -60,7 +59,7 @@ def start_heads(job: Job) -> None:
         worth = head_worth(
             *(job.engine, job.parser, job.head_gates, job.batches.examples(NUM_TEXTS), job.task, job.tokenizer),
             job.ranks,
-            lambda done, of: progress.update(done, "syntax", {}),
+            partial(_after, job, progress, "syntax"),
         )
     job.engine.leap.level.start_units(worth.values)
     if job.ranks.first:
@@ -68,7 +67,13 @@ def start_heads(job: Job) -> None:
         console().print(text, markup=False, soft_wrap=True)
 
 
-def _leave_if_asked(job: Job) -> None:
+def _after(job: Job, progress: Progress, what: str, done: int, of: int) -> None:
+    """After each pass of what is done before the first step, on all ranks."""
+    progress.update(done, what, {})
+    leave_if_asked(job)
+
+
+def leave_if_asked(job: Job) -> None:
     """Raises Interrupted on every rank if any was asked to stop."""
     reasons = [why for why in job.ranks.gather_objects(job.watch.asked()) if why is not None]
     if reasons:

@@ -369,3 +369,15 @@ def test_a_full_disk_leaves_no_part_of_a_job_file(tmp_path: Path, small_disk: Pa
         import_file(file, small_disk / "job.json")
     free(small_disk)
     assert import_file(file, small_disk / "job.json") == 0
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("fast", r'^train: got "fast"; allowed: a JSON object'),
+        ({"max_steps": "1000"}, r'train\.max_steps: got "1000"; allowed: an integer'),
+    ],
+)
+def test_what_a_job_refuses_in_train_is_refused_here(train: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        import_compression(old(sparse_pruning=sparse(schedule_offset=100)) | {"train": train})

@@ -353,11 +353,23 @@ def test_null_removes_what_it_is_no_value_of(tmp_path: Path) -> None:
         ("leap.target.x=1", r"leap\.target holds 0\.1, which has no keys"),
         ("leap.target=ten", r'leap\.target: got "ten"'),
         ("leap.targte=0.1", r"leap\.targte: got 0\.1, unknown key; .*did you mean leap\.target\?"),
+        (
+            "leap.gates[0]=head",
+            r"override: got \"leap\.gates\[0\]=head\"; a list is given whole: --set 'leap\.gates=\[",
+        ),
+        ("bf16.enabled=False", r'bf16\.enabled: got "False"; allowed: true or false'),
     ],
 )
 def test_refused_override(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_job(write(tmp_path, json.dumps(job())), [override])
+
+
+def test_a_sweep_is_no_job() -> None:
+    with pytest.raises(
+        UserError, match=r"^config: .*sweep_ratios\.json is a sweep, not a job; start it with launch/sw"
+    ):
+        load_job("sweep_ratios.json")
 
 
 def test_a_bare_name_is_looked_up_in_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ def pruned(kind: str, **changes: Any) -> LeapAdamW:
             {"target": 0.15},
             r"no density below 0\.\d{4} is possible, because one unit in every gate",
         ),
+        ("head+neuron", {"target": 0.5}, r"a unit of head has \d+ of the \d+ weights, one of neuron \d+ and is kept"),
         ("uniform", {"target": 0.22}, r"no density below 0\.\d+ is possible, because min_keep 2, multiple_of 3 stays"),
         (
             "uniform",

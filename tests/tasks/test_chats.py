@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.ops.words import IGNORED
-from leap_dist.tasks import load_task
+from leap_dist.tasks import cache, load_task
 
 HEAD = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
 TEMPLATES = {
@@ -90,6 +92,86 @@ def test_the_loss_is_on_the_answers_alone(rows: Any, speaker: Any, kind: str) ->
     assert (batch["labels"] != IGNORED).sum() == 2 * len(speaker("".join(ANSWERS))["input_ids"])
 
 
+@pytest.mark.parametrize("answer", ["a", "s", "0", "1", "t|>", "  Oslo", "<|assistant|>"])
+def test_an_answer_that_its_heading_has_too(rows: Any, speaker: Any, answer: str) -> None:
+    """Without a prompt for answers, and of one that is the first message, for which no template has a prompt."""
+    turns = [TURNS[1], {"role": "assistant", "content": answer}]
+    speaker.chat_template = TEMPLATES["no prompt"]
+    (example,) = load_task(rows([{"messages": turns}]), speaker).train
+    assert answers(example, speaker) == [f"{answer}<|end|>"]
+    speaker.chat_template = TEMPLATES["plain"]
+    (example,) = load_task(rows([{"messages": [turns[1], *TURNS[1:3]]}]), speaker).train
+    assert answers(example, speaker) == [f"{answer}<|end|>", ANSWERS[0]]
+
+
+def test_an_answer_that_the_template_trims(rows: Any, speaker: Any) -> None:
+    speaker.chat_template = TEMPLATES["no prompt"].replace("m['content']", "m['content'] | trim")
+    (example,) = load_task(rows([{"prompt": "Where?", "completion": " a "}]), speaker).train
+    assert answers(example, speaker) == ["a<|end|>"]
+
+
+CALLS = HEAD + (
+    "{{ m.content or '' }}{% for call in m.tool_calls or [] %}{{ '[' + call.function | tojson + ']' }}{% endfor %}"
+    "{{ '<|end|>\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("prompt", ["", "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"])
+@pytest.mark.parametrize("content", [None, "", "None"])
+def test_an_answer_that_calls_a_tool(rows: Any, speaker: Any, prompt: str, content: str | None) -> None:
+    speaker.chat_template = CALLS + prompt
+    (example,) = load_task(rows([{"messages": [TURNS[1], called(content, zone=None)]}]), speaker).train
+    written = '[{"name": "time", "arguments": {"zone": null}}]<|end|>'  # a null in JSON is the user's own
+    assert answers(example, speaker) == [f"{content or ''}{written}"]
+
+
+def called(content: str | None = None, **arguments: str | None) -> dict[str, Any]:
+    call = {"function": {"name": "time", "arguments": arguments}}
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_what_a_table_adds_to_objects_is_not_written(tmp_path: Path, speaker: Any, from_hub: bool) -> None:
+    """Arrow gives each object of a column the keys of all others, with nulls."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    tools = [{"name": "time", "allowed": ["CET", None]}, {"name": "map", "place": {"x": "1"}}]
+    found = [
+        {"messages": [TURNS[1], called(zone="CET")], "tools": tools},
+        {"messages": [TURNS[1], called(city="Rome")], "tools": None},
+    ]
+    for split in ("train", "validation"):
+        write_table(pyarrow.Table.from_pylist(found), tmp_path / f"{split}.parquet")
+    speaker.chat_template = "{{ (tools or []) | tojson }}" + CALLS
+    files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "validation")}
+    data = DataConfig(**{"task": "lm", **({"dataset": str(tmp_path)} if from_hub else files)})
+    examples = list(load_task(data, speaker).train)
+    start = '[{"name": "time", "allowed": ["CET", null]}, {"name": "map", "place": {"x": "1"}}]<|user|>'
+    assert sorted(speaker.decode(example["input_ids"])[: len(start)] for example in examples)[1] == start
+    calls = ('{"zone": "CET"}', '{"city": "Rome"}')
+    written = {text for example in examples for text in answers(example, speaker)}
+    assert written == {f'[{{"name": "time", "arguments": {call}}}]<|end|>' for call in calls}
+
+
+def test_what_the_template_writes_of_its_own_is_not_read_from_the_cache(
+    rows: Any, speaker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The special tokens of tokenizer_config.json, and the date."""
+    from transformers.utils import chat_template_utils
+
+    monkeypatch.setattr(cache, "SMALLEST", 0)
+    speaker.chat_template = "{{ strftime_now('%Y') }}" + TEMPLATES["plain"].replace("'<|end|>\n'", "eos_token")
+    data = rows([{"messages": TURNS}])
+    for year, end in ((2025, "<|end|>"), (2025, "<|think|>"), (2031, "<|think|>"), (2025, "<|end|>")):
+        clock = Mock(now=Mock(return_value=datetime(year, 1, 1)))
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        monkeypatch.setitem(speaker._special_tokens_map, "eos_token", end)
+        (example,) = load_task(data, speaker).train
+        text = speaker.decode(example["input_ids"])
+        assert text.startswith(f"{year}<|system|>") and text.endswith(f"In Norway.{end}")
+
+
 def test_what_the_template_rewrites_is_an_example_of_its_own(rows: Any, speaker: Any) -> None:
     speaker.chat_template = FORGETS
     train = load_task(rows([{"messages": TURNS}]), speaker).train
@@ -136,10 +218,13 @@ def test_columns(rows: Any, speaker: Any, row: dict[str, Any], settings: dict[st
     assert len(answers(example, speaker)) == 1 and answers(example, speaker)[0].startswith("In Italy")
 
 
-def test_an_input_follows_its_instruction(rows: Any, speaker: Any) -> None:
+@pytest.mark.parametrize(
+    ("value", "text"), [("1 2", "Add.\n\n1 2"), (0, "Add.\n\n0"), (0.0, "Add.\n\n0.0"), ("", "Add."), (None, "Add.")]
+)
+def test_an_input_follows_its_instruction(rows: Any, speaker: Any, value: Any, text: str) -> None:
     speaker.chat_template = TEMPLATES["plain"]
-    (example,) = load_task(rows([{"instruction": "Add.", "input": "1 2", "output": "3"}]), speaker).train
-    assert "<|user|>\nAdd.\n\n1 2<|end|>" in speaker.decode(example["input_ids"])
+    (example,) = load_task(rows([{"instruction": "Add.", "input": value, "output": "3"}]), speaker).train
+    assert f"<|user|>\n{text}<|end|>" in speaker.decode(example["input_ids"])
 
 
 def test_a_row_may_have_an_input_where_the_first_has_none(rows: Any, speaker: Any) -> None:
@@ -161,6 +246,24 @@ def test_tools_go_to_the_template(rows: Any, speaker: Any) -> None:
     assert "[map]" in starts and len(starts) == 2
     with pytest.raises(UserError, match=r'column "tools": got map; allowed: a list of functions, or nothing'):
         load_task(rows([{"messages": TURNS, "tools": "map"}]), speaker)
+
+
+def test_each_row_has_the_template_that_is_for_it(rows: Any, speaker: Any) -> None:
+    """Of those with names tool_use is for rows with tools; each says for itself whether it marks answers."""
+    with_tools = {"messages": TURNS, "tools": [{"name": "map"}]}
+    tool_use = "{{ '[' + tools[0]['name'] + ']' }}"
+    for kind in ("plain", "marked"):
+        speaker.chat_template = {"default": TEMPLATES["plain"], "tool_use": tool_use + TEMPLATES[kind]}
+        train = list(load_task(rows([with_tools, {"messages": TURNS}]), speaker).train)
+        assert all(answers(example, speaker) == ANSWERS for example in train)
+        starts = {speaker.decode(example["input_ids"])[:10] for example in train}
+        assert starts == {"[map]<|sys", "<|system|>"}
+    del speaker.chat_template["default"]
+    (example,) = load_task(rows([with_tools]), speaker).train
+    assert answers(example, speaker) == ANSWERS
+    told = r"line 2: none of the tokenizer's chat templates is for this row, they are called tool_use; allow"
+    with pytest.raises(UserError, match=told):
+        load_task(rows([with_tools, {"messages": TURNS}]), speaker)
 
 
 def test_long_conversations_are_cut_and_counted(rows: Any, speaker: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -111,3 +111,17 @@ def test_patterns(tmp_path: Path) -> None:
         found("dee*")
     with pytest.raises(UserError, match=r"data\.train: .*/a\.txt is named more than once; allowed: each file once"):
         found("b.txt", "a.txt", "a*.txt")
+
+
+def test_names_that_lead_to_no_file(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    data = DataConfig(task="text/classification", train=str(tmp_path / "loop.csv"), validation="b.csv", text="s")
+    with pytest.raises(
+        UserError, match=r"^data\.train: got .*loop\.csv; there is no such file; it is a link that leads to none$"
+    ):
+        load_task(data, tokenizer)
+    for name in ("a\0b.csv", "a\0b/*.csv"):
+        with pytest.raises(UserError, match=r"^data\.train: got a\\x00b.*csv; allowed: a name without a zero byte$"):
+            files_of("data.train", [name])
+    with pytest.raises(UserError, match=r"^data\.train: got x+\*\.csv; no file matches it$"):
+        files_of("data.train", ["x" * 300 + "*.csv"])

@@ -349,7 +349,11 @@ def flipped(content: bytes) -> bytes:
         ),
         (GOOD.encode("utf-16"), ".tsv", r"not UTF-8 text: .* at byte 0; it looks like UTF-16; save it as UTF-8"),
         (GOOD.replace("good", "g\u00f6d").encode("latin-1"), ".csv", r"not UTF-8 text: .*; save it as UTF-8"),
-        (b'sentence,label\n"a,1\nb,0\n', ".csv", r"train\.csv: cannot be read: line 3: unexpected end of data"),
+        (
+            b'sentence,label\n"a,1\nb,0\n',
+            ".csv",
+            r"train\.csv: cannot be read: line 2: the quoted cell that begins there",
+        ),
         (b'{"sentence": "a", "label": 1}\n{"sentence"\n', ".jsonl", r"cannot be read: line 2: Expecting ':'"),
         (b"[" * 100_000, ".jsonl", r"cannot be read: line 1: maximum recursion|line 1: Expecting"),
     ],

@@ -87,6 +87,28 @@ def test_a_tokenizer_that_starts_a_text_with_nothing(texts: Any, plain: Any) -> 
     assert ids_of(task.validation["validation"]) == [[4] * 8] * 2  # EOS alone has no token that predicts it
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE"])
+def test_a_tokenizer_that_does_not_know_every_letter(texts: Any, kind: str) -> None:
+    """Letters of DNA, and no token for what is unknown: <s> 4 starts a text, </s> 5 ends a document."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["A", "C", "G", "T", "<s>", "</s>"])}
+    backend = Tokenizer(models.WordLevel(words) if kind == "WordLevel" else models.BPE(words, []))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 4)])
+    letters = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    task = load_task(texts("ACGTTGCAA"), letters)
+    assert ids_of(task.train) == [[4, 0, 1, 2, 3, 3, 2, 1]]
+    assert ids_of(task.validation["validation"])[1] == [4, 0, 0, 5]
+    backend.post_processor = processors.TemplateProcessing(single="<s>", special_tokens=[("<s>", 4)])
+    silent = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
+    with pytest.raises(
+        UserError, match=r"data\.tokenizer: the post_processor of its tokenizer\.json leaves the text out"
+    ):
+        load_task(texts("ACGT"), silent)
+
+
 def test_rows_are_documents(texts: Any, tmp_path: Path, decoder: Any) -> None:
     rows = "\n".join(json.dumps({"body": text}) for text in ("a b c d", " ", "good bad\nfilm plot"))
     expected = [13, 4, 5, 6, 7, 14, 8, 9]

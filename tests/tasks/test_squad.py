@@ -80,6 +80,16 @@ def test_part_of_a_word_is_the_word(squad: Any, tokenizer: Any) -> None:
     assert row["start_positions"] == row["end_positions"] == 3 + 4
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "span"),
+    [("a good film ", "good film ", (4, 5)), (" a film b", " a film", (3, 4)), ("a film b", " film ", (4, 4))],
+)
+def test_white_space_at_the_edges_of_an_answer(squad: Any, tokenizer: Any, text: str, answer: str, span: Any) -> None:
+    """Of white space at the edges of a text the tokenizer makes no tokens; the text begins at token 3."""
+    row = load_task(squad([question(0, answer, text.index(answer), text)]), tokenizer).train[0]
+    assert (row["start_positions"], row["end_positions"]) == span
+
+
 def test_long_questions_leave_room_for_the_text(squad: Any, tokenizer: Any) -> None:
     paragraph = question(0, "a", 0)
     paragraph["qas"][0]["question"] = "film " * 100
@@ -185,6 +195,10 @@ REFUSED = {
     "answer elsewhere": ([question(0, "good", 3)], r'q0: answer "good" at character 3: the text reads " c d" there'),
     "answer before the text": ([question(0, "a", -26)], r'answer "a" at character -26: the text reads "" there'),
     "no text": ([question(0, "", 0, "  ")], r"question q0: its question or its text is empty"),
+    "an answer of white space": (
+        [question(0, " ", 1)],
+        r"question q0: an answer is empty, or white space alone; remove it$",
+    ),
     "no questions": ([], r"train\.json: no questions in it"),
     "no text but a list": (
         [question(0, "a", 0, ["a"])],
@@ -202,6 +216,15 @@ REFUSED = {
 def test_refused(squad: Any, tokenizer: Any, paragraphs: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_task(squad(paragraphs), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl", "train.csv.gz", "train.tsv"])
+def test_rows_of_a_table(squad: Any, tokenizer: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PAR1\xff\n{}\n")
+    data = squad([question(0, "a")]).model_copy(update={"train": (str(tmp_path / name),)})
+    remedy = r"official SQuAD JSON; for rows with the columns id, question, context and answers, name their folder in"
+    with pytest.raises(UserError, match=rf"^data\.train: got .*{name}; allowed: {remedy} data\.dataset$"):
+        load_task(data, tokenizer)
 
 
 def test_a_text_whose_characters_all_vanish(squad: Any, tokenizer: Any) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BartConfig
 
 from leap_dist.config.job_file import parse_job, parse_leap
 from leap_dist.config.sections import DistillConfig
 from leap_dist.errors import UserError
 from leap_dist.models.plan import make_plan
-from leap_dist.train.distill import Distiller, check_teacher, head_gates, match_layers
+from leap_dist.train.distill import Distiller, check_teacher, check_words, head_gates, match_layers
 from tests.models.tiny import tiny
 from tests.ranks import RankPools
 
@@ -140,6 +141,20 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
         check_teacher("big", student.config, model_of(2, vocab_size=80).config)
     with pytest.raises(UserError, match=r'^distill\.teacher: got "big", which has 3 labels; allowed: .* 2 labels'):
         check_teacher("big", student.config, model_of(2, num_labels=3).config)
+    check_words("big", {"a": 0, "b": 1}, {"b": 1, "a": 0, "c": 2})
+    with pytest.raises(UserError, match=r"^distill\.teacher: got \"big\", where the token 'b' is 2, and 1 in the tok"):
+        check_words("big", {"a": 0, "b": 1, "c": 2}, {"a": 0, "c": 1, "b": 2})
+
+
+@pytest.mark.parametrize("key", ["hidden_weight", "attention_weight"])
+def test_inner_states_of_an_encoder_and_a_decoder_are_refused(key: str) -> None:
+    config = BartConfig(d_model=16, encoder_layers=1, decoder_layers=1)
+    weights = {"hidden_weight": 0.0, "attention_weight": 0.0}
+    assert match_layers(DistillConfig(**weights), config, config) == [0]
+    with pytest.raises(
+        UserError, match=rf"^distill\.{key}: got 1\.0; a model of an encoder and a decoder .* set it to 0"
+    ):
+        match_layers(DistillConfig(**weights | {key: 1.0}), config, config)
 
 
 JOB: dict[str, Any] = {

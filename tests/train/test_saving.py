@@ -114,6 +114,36 @@ def test_what_one_rank_is_asked_all_do_and_the_run_goes_on_without_being_told(ra
     assert {"certificate.json", "model"} <= left and not left & {"checkpoints", ".ranks"}
 
 
+def one_shot_until_asked(folder: str, at: int) -> tuple[int, str]:
+    """How often the last rank looks whether it is asked to stop, which it is the `at`-th time; how it ends."""
+    from leap_dist.train.loop import run_job
+
+    ranks, looks = this_rank(), [0]
+
+    def asked() -> str | None:
+        looks[0] += 1
+        return "SIGTERM" if looks[0] == at and ranks.rank == ranks.world_size - 1 else None
+
+    config = parse_job({key: JOB[key] for key in JOB if key != "train"} | {"leap": {"target": 0.5, "mode": "one_shot"}})
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            run_job(config, Path(folder), False, ranks, Watch(asked=asked))
+    except Interrupted as error:
+        return looks[0], str(error)
+    return looks[0], ""
+
+
+def test_one_shot_is_left_after_any_batch(ranks: RankPools, tmp_path: Path) -> None:
+    """Of both evaluations and the calibration: a batch of a language model takes long, and nothing can be saved."""
+    each, calibration = 37, 8  # batches of a rank
+    batches = 2 * each + calibration
+    assert ranks(2).run(one_shot_until_asked, str(tmp_path / "whole"), 0)[1] == (batches, "")
+    said = "stopped by SIGTERM after step 0: nothing was saved"
+    for at in (3, each + 3, batches):
+        assert ranks(2).run(one_shot_until_asked, str(tmp_path / f"{at}"), at) == [(at, said)] * 2
+        assert not (tmp_path / f"{at}" / "certificate.json").exists()
+
+
 def run_into_nonsense(folder: str) -> str:
     """A rate at which no weight stays a number."""
     from leap_dist.errors import UserError
