@@ -73,6 +73,26 @@ def test_the_end_of_the_launcher_is_a_request() -> None:
         assert launcher.stdout.readline() == "the end of DeepSpeed's launcher\n"
 
 
+def test_the_launchers_own_signal_is_no_second_request() -> None:
+    """A scheduler sends SIGTERM to all; the launcher sends another one to each rank when the one before has ended."""
+    node = f'{sys.executable} -c "$0" on; true'
+    told = "import os, sys\nprint(os.getpid(), file=sys.stderr, flush=True)" + ROUND
+    command = ["sh", "-c", 'sh -c "$1" "$0" deepspeed.launcher.launch & wait', told, node, "deepspeed"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None and launcher.stderr is not None
+        rank = int(launcher.stderr.readline())
+        assert launcher.stdout.readline() == "True\n"
+        os.kill(rank, signal.SIGTERM)
+        assert launcher.stdout.readline() == "SIGTERM\n"
+        time.sleep(0.1)
+        os.kill(rank, signal.SIGTERM)
+        time.sleep(0.5)
+        os.kill(rank, signal.SIGINT)
+        assert (
+            launcher.stderr.readline() == "SIGINT again: ended at once; what came after the last checkpoint is lost\n"
+        )
+
+
 def test_this_process_was_not_started_by_a_launcher() -> None:
     assert launcher_processes() == ()
 
