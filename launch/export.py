@@ -2,7 +2,8 @@
 
 With --vocabulary TEXT it keeps the tokens that the texts use, also of a model that no run pruned.
 
-Exit codes: 0 done; 2 a mistake in the command line, or no finished run in the folder; 1 a fault.
+SIGTERM, SIGINT and SIGUSR1: what is half written is removed, kinds that are done stay; the same command starts anew.
+Exit codes: 0 done; 1 a fault; 2 a mistake in the command line, or no finished run in the folder; 3 stopped by a signal.
 """
 
 import argparse
@@ -17,7 +18,9 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Export a pruned model, each kind in a folder of its own with a card of its size and speed.",
-        epilog="Exit codes: 0 done; 2 a mistake in the command line, or no finished run in the folder; 1 a fault.",
+        epilog="SIGTERM, SIGINT and SIGUSR1: what is half written is removed, kinds that are done stay. "
+        "Exit codes: 0 done; 1 a fault; 2 a mistake in the command line, or no finished run in the folder; "
+        "3 stopped by a signal, the same command starts anew.",
     )
     parser.add_argument(
         "run", type=user_path, metavar="RUN", help="folder of a finished run of launch/prune.py, or of a model"
@@ -48,40 +51,55 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Parse, export, report; the exit code."""
     arguments = parse_arguments()
+    from leap_dist.export.stop import Stopped, stoppable
+    from leap_dist.train.signals import STOPPED
+
+    written: list[str] = []
     try:
-        import torch
-
-        from leap_dist.console import console, summary_table
-        from leap_dist.export.kinds import export_run, parse_kinds
-        from leap_dist.export.push import Hub
-        from leap_dist.export.vocabulary import wanted_of
-        from leap_dist.run_folder import EXPORTS, read_run_or_model
-        from leap_dist.tracking.report import write_report
-
-        kinds = parse_kinds(",".join(arguments.to))
-        threads = torch.get_num_threads() if arguments.threads is None else arguments.threads
-        check_threads(threads)
-        wanted = wanted_of(arguments.vocabulary, arguments.vocabulary_size, arguments.held_out)
-        hub = Hub(arguments.push_to_hub, kinds) if arguments.push_to_hub is not None else None
-        run = read_run_or_model(arguments.run)
-        output = arguments.output or arguments.run / EXPORTS
-        cards = []
-        for card in export_run(run, kinds, output, threads, not arguments.no_latency, wanted):
-            console().print(f"{card.kind}: {output / card.kind}", markup=False, soft_wrap=True)
-            cards.append(card)
-        title = f"density {run.certificate.density:.4g}, dense → exported, {threads} thread{'s' * (threads > 1)}"
-        summary_table([card.row() for card in cards], title=title)
-        if rows := [row for card in cards for row in card.engine_rows()]:
-            summary_table(rows, title="what loads it")
-        if arguments.output is None and not run.plain:
-            write_report(arguments.run)  # the run's page shows its exports
-        if hub:
-            address = hub.push(output / kinds[0], f"{kinds[0]}, density {run.certificate.density:.4g}")
-            console().print(address, markup=False, soft_wrap=True)
+        with stoppable():
+            export(arguments, written)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as why:
+        kept = f"{', '.join(written)} written, which stays" if written else "nothing was written"
+        print(f"stopped by {why}: {kept}; the same command starts anew", file=sys.stderr)
+        return STOPPED
     return 0
+
+
+def export(arguments: argparse.Namespace, written: list[str]) -> None:
+    """Export and report. written: filled with the kinds that are there."""
+    import torch
+
+    from leap_dist.console import console, summary_table
+    from leap_dist.export.kinds import export_run, parse_kinds
+    from leap_dist.export.push import Hub
+    from leap_dist.export.vocabulary import wanted_of
+    from leap_dist.run_folder import EXPORTS, read_run_or_model
+    from leap_dist.tracking.report import write_report
+
+    kinds = parse_kinds(",".join(arguments.to))
+    threads = torch.get_num_threads() if arguments.threads is None else arguments.threads
+    check_threads(threads)
+    wanted = wanted_of(arguments.vocabulary, arguments.vocabulary_size, arguments.held_out)
+    hub = Hub(arguments.push_to_hub, kinds) if arguments.push_to_hub is not None else None
+    run = read_run_or_model(arguments.run)
+    output = arguments.output or arguments.run / EXPORTS
+    cards = []
+    for card in export_run(run, kinds, output, threads, not arguments.no_latency, wanted):
+        written.append(card.kind)
+        console().print(f"{card.kind}: {output / card.kind}", markup=False, soft_wrap=True)
+        cards.append(card)
+    title = f"density {run.certificate.density:.4g}, dense → exported, {threads} thread{'s' * (threads > 1)}"
+    summary_table([card.row() for card in cards], title=title)
+    if rows := [row for card in cards for row in card.engine_rows()]:
+        summary_table(rows, title="what loads it")
+    if arguments.output is None and not run.plain:
+        write_report(arguments.run)  # the run's page shows its exports
+    if hub:
+        address = hub.push(output / kinds[0], f"{kinds[0]}, density {run.certificate.density:.4g}")
+        console().print(address, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ that llama.cpp's loaders of these architectures ask for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,7 +90,7 @@ class Widths:
 def require_library(what: str) -> None:
     """UserError if the gguf package is not installed; `what` is the flag that asks for it."""
     if find_spec("gguf") is None:
-        raise UserError(f'{what}: gguf not installed; install with pip install "leap_dist[gguf]"')
+        raise UserError(f'{what}: gguf not installed; install with pip install -e ".[gguf]"')
 
 
 def is_known(model: PreTrainedModel) -> bool:
@@ -105,6 +105,27 @@ def unknown(model: PreTrainedModel) -> str | None:
     return f"{type(model).__name__} is not among the language models written as GGUF: {', '.join(FAMILIES)}"
 
 
+def refuse(kinds: Sequence[str], wrong: str | None) -> None:
+    """UserError for those of the kinds of export that are GGUF, if something is wrong with them."""
+    asked = ", ".join(kind for kind in kinds if kind in KINDS)
+    if asked and wrong:
+        raise UserError(f"--to {asked}: {wrong}; leave {asked} out of --to, or take another kind, such as hf")
+
+
+def problem_of_config(model: PreTrainedModel) -> str | None:
+    """What `problem` says of the model whatever is pruned of it; its weights are not looked at."""
+    if (stranger := unknown(model)) is not None:
+        return stranger
+    config = model.config.get_text_config()
+    family = FAMILIES[config.model_type]
+    if family.norm_offset > 0 and "sliding_attention" not in config.layer_types:  # GGML_ASSERT(hparams.is_swa_any())
+        return (
+            f"no layer has a sliding window, and llama.cpp ends its process on such a {family.arch}: keep one of them"
+        )
+    wrong = [fact for fact in _facts(model, family) if not _same(fact[1], fact[2])]
+    return "{} is {}, and llama.cpp computes with {}".format(*wrong[0]) if wrong else None
+
+
 def problem(model: PreTrainedModel) -> str | None:
     """Why llama.cpp would not load the model, or would compute something else; None if it takes it."""
     config = model.config.get_text_config()
@@ -115,17 +136,12 @@ def problem(model: PreTrainedModel) -> str | None:
         return f"its layers differ in width, and llama.cpp takes a {family.arch} with one width for all: {UNIFORM}"
     if not widths.heads[0]:
         return "the first layer lost all its heads, and llama.cpp takes the size of heads from it: keep one there"
-    if family.norm_offset > 0 and "sliding_attention" not in config.layer_types:  # GGML_ASSERT(hparams.is_swa_any())
-        return (
-            f"no layer has a sliding window, and llama.cpp ends its process on such a {family.arch}: keep one of them"
-        )
     rows = widths.heads[0] * _head_size(model)
     if family.arch == "qwen2" and rows != config.hidden_size:
         return f"llama.cpp takes a qwen2 with {config.hidden_size} rows of queries, and {rows} are left: keep its heads"
     if any(not heads and _has_bias(layer) for heads, layer in zip(widths.heads, _layers(model), strict=True)):
         return "a layer lost all its heads, and the bias of their output is left: keep a head of each layer"
-    wrong = [fact for fact in _facts(model, family) if not _same(fact[1], fact[2])]
-    return "{} is {}, and llama.cpp computes with {}".format(*wrong[0]) if wrong else None
+    return problem_of_config(model)
 
 
 def _facts(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Any, Any]]:
@@ -215,7 +231,7 @@ def save_gguf(
     from gguf import GGUFWriter, LlamaFileType
 
     if (wrong := problem(model)) is not None:
-        raise UserError(f"--to gguf: {wrong}")
+        raise UserError(f"{path}: {wrong}")
     widths, family = widths_of(model), FAMILIES[model.config.get_text_config().model_type]
     arch = family.arch if widths.even else str(family.uneven)
     writer = GGUFWriter(path, arch)

@@ -38,23 +38,44 @@ SPACES = (
 """What may be done to a text before a tokenizer with "▁" joins it: llama.cpp does it too, or it changes no token."""
 
 
+def check_words(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], list[list[str]], str | None]:
+    """Its tokenizer.json, its pairs, and llama.cpp's name of how it splits texts, as `_split` gives it.
+
+    UserError for a tokenizer that llama.cpp would not split or join texts with as transformers does.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json")
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    if spec["model"]["type"] != "BPE":
+        raise UserError(f"the tokenizer is {spec['model']['type']}; allowed: BPE")
+    split = _split(spec)
+    _check_steps(spec, on_bytes=split is not None)
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"]]
+    if split is None:
+        _check_order(merges)
+    return spec, merges, split
+
+
+def problem(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """What `check_words` has against a tokenizer; None if it is taken, or there is none."""
+    try:
+        if tokenizer is not None:
+            check_words(tokenizer)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def add_words(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, num_words: int) -> list[str]:
     """Write the tokenizer for a model of `num_words` words; returns what to know about it.
 
-    UserError for a tokenizer that llama.cpp would not split or join texts with as transformers does.
+    UserError as `check_words`.
     """
     if tokenizer is None:
         writer.add_tokenizer_model("none")
         return ["Without a tokenizer, as the run had none: llama.cpp takes and gives token ids."]
-    if not tokenizer.is_fast:
-        raise UserError(f"--to gguf: the tokenizer {type(tokenizer).__name__} has no tokenizer.json; export hf instead")
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    if spec["model"]["type"] != "BPE":
-        raise UserError(f"--to gguf: the tokenizer is {spec['model']['type']}; allowed: BPE; export hf instead")
-    split = _split(spec)
-    _check_steps(spec, on_bytes=split is not None)
+    spec, merges, split = check_words(tokenizer)
     words, kinds = _words(tokenizer, spec, num_words)
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in spec["model"]["merges"]]
     if split is not None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split)
@@ -116,9 +137,7 @@ def _check_steps(spec: dict[str, Any], on_bytes: bool) -> None:
     wrong += [{key: spec["model"][key]} for key in AFFIXES if spec["model"].get(key)]
     if wrong:
         step = json.dumps(wrong[0], ensure_ascii=False)[:200]
-        raise UserError(
-            f"--to gguf: the tokenizer has {step}, which llama.cpp does not do; allowed: {allowed}; export hf instead"
-        )
+        raise UserError(f"the tokenizer has {step}, which llama.cpp does not do; allowed: {allowed}")
 
 
 def _split(spec: dict[str, Any]) -> str | None:
@@ -127,7 +146,7 @@ def _split(spec: dict[str, Any]) -> str | None:
     on_bytes = [step for step in steps if step["type"] == "ByteLevel"]
     if not on_bytes:
         if not spec["model"]["byte_fallback"]:
-            raise UserError("--to gguf: the tokenizer has neither bytes nor byte_fallback; export hf instead")
+            raise UserError("the tokenizer has neither bytes nor byte_fallback")
         return None
     patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
     pattern = None if on_bytes[0]["use_regex"] else "".join(map(str, patterns))
@@ -135,26 +154,34 @@ def _split(spec: dict[str, Any]) -> str | None:
     whole = bool(spec["model"].get("ignore_merges"))
     if known is None or on_bytes[0]["add_prefix_space"] or whole != (known in JOINED_WHOLE):
         raise UserError(
-            f"--to gguf: the tokenizer splits texts by {json.dumps(spec['pre_tokenizer'])[:200]}, which is none of "
-            f"those that are written: {', '.join(SPLITS.values())}; export hf instead"
+            f"the tokenizer splits texts by {json.dumps(spec['pre_tokenizer'])[:200]}, which is none of "
+            f"those that are written: {', '.join(SPLITS.values())}"
         )
     return known
 
 
-def _scores(words: list[str], merges: list[list[str]]) -> list[float]:
-    """A score for every word: the later its first pair stands among the pairs, the lower.
-
-    UserError if pairs are not in the order of the words that they make: no scores give that order then.
-    """
+def _first_pairs(merges: list[list[str]]) -> dict[str, int]:
+    """Of each word that pairs make, the place of its first pair."""
     first: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         first.setdefault(left + right, rank)
+    return first
+
+
+def _check_order(merges: list[list[str]]) -> None:
+    """UserError if pairs are not in the order of the words that they make: no scores give that order then."""
+    first = _first_pairs(merges)
     ranks = [first[left + right] for left, right in merges]
     if ranks != sorted(ranks):
         raise UserError(
-            "--to gguf: the tokenizer's pairs are not in the order of the words that they make, which llama.cpp "
-            "needs of a tokenizer with byte_fallback; export hf instead"
+            "the tokenizer's pairs are not in the order of the words that they make, which llama.cpp "
+            "needs of a tokenizer with byte_fallback"
         )
+
+
+def _scores(words: list[str], merges: list[list[str]]) -> list[float]:
+    """A score for every word: the later its first pair stands among the pairs, the lower."""
+    first = _first_pairs(merges)
     return [-float(first.get(word, len(merges))) for word in words]
 
 

@@ -7,9 +7,10 @@ The weights come tensor by tensor, as the ranks gather them, and go through tran
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -85,13 +86,25 @@ def _refuse_foreign(folder: Path) -> None:
 
 def load_exported(folder: Path, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
     """The model in a Hugging Face folder, with the class that its config names, on the CPU, for inference."""
+    with _class_and_config(folder) as (model_class, _):
+        return model_class.from_pretrained(folder, dtype=dtype).eval()
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """The model in a Hugging Face folder as its config alone makes it, on the device "meta"."""
+    with _class_and_config(folder) as (model_class, config), torch.device("meta"):
+        return model_class(config).eval()
+
+
+@contextmanager
+def _class_and_config(folder: Path) -> Iterator[tuple[Any, Any]]:
+    """Of the model in a Hugging Face folder, for a block that builds it: what is wrong with it there is a UserError."""
     import transformers
 
     with others_code(f"{folder}: its model", RESTORE), quiet_transformers():
         refuse_kernels(folder)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model_class = getattr(transformers, config.architectures[0])
-        return model_class.from_pretrained(folder, dtype=dtype).eval()
+        yield getattr(transformers, config.architectures[0]), config
 
 
 def load_exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

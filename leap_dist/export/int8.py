@@ -15,6 +15,7 @@ import torch
 
 from leap_dist.errors import UserError
 from leap_dist.export import onnx
+from leap_dist.export.shrunk import Say, silent
 from leap_dist.models.load import quiet_transformers
 
 if TYPE_CHECKING:
@@ -24,10 +25,16 @@ if TYPE_CHECKING:
 def require_torchao(what: str) -> None:
     """UserError if torchao is not installed; `what` is the flag that asks for it."""
     if find_spec("torchao") is None:
-        raise UserError(f'{what}: torchao not installed; install with pip install "leap_dist[int8]"')
+        raise UserError(f'{what}: torchao not installed; install with pip install -e ".[int8]"')
 
 
-def save_int8_onnx(model: PreTrainedModel, path: Path, longest: int) -> float:
+def work_of(model: PreTrainedModel, longest: int) -> tuple[float, float, float]:
+    """As onnx.work_of, and between the two the work of quantising; all is compared twice."""
+    writing, comparing = onnx.work_of(model, longest)
+    return writing, writing / 3, 2 * comparing
+
+
+def save_int8_onnx(model: PreTrainedModel, path: Path, longest: int, say: Say = silent) -> float:
     """Write `model` for onnxruntime: weights and embeddings in 8 bits, a scale for each output of a matrix.
 
     What meets them is brought to 8 bits while it runs ("dynamic"). Returns by how much its logits differ from torch's,
@@ -38,9 +45,12 @@ def save_int8_onnx(model: PreTrainedModel, path: Path, longest: int) -> float:
     options["reduce_range"] = True  # weights of -64 .. 64: sums of larger ones overflow on processors without VNNI
     with TemporaryDirectory(dir=path.parent) as scratch, _quiet():
         whole = Path(scratch, onnx.FILE)
-        onnx.save_onnx(model, whole, longest)
+        onnx.save_onnx(model, whole, longest, say)
+        _, quantising, comparing = work_of(model, longest)
+        say("quantising the ONNX file", quantising)
         large = sum(value.numel() for value in model.parameters()) > 2**31  # one file of ONNX holds 2 GB
         quantization.quantize_dynamic(whole, path, use_external_data_format=large, **options)
+    say("comparing onnxruntime in 8 bits with torch", comparing / 2)
     found = onnx.onnx_difference(model, path, longest)
     if not found < float("inf"):
         raise RuntimeError(f"{path.name}: onnxruntime gives no numbers in 8 bits; it was not exported")

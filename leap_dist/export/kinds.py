@@ -15,25 +15,26 @@ from typing import TYPE_CHECKING
 import torch
 
 from leap_dist.errors import UserError
-from leap_dist.export import gguf, int8, llama, onnx
+from leap_dist.export import gguf, gguf_words, int8, llama, onnx
 from leap_dist.export.card import Card, Pair
 from leap_dist.export.engines import engines_of
-from leap_dist.export.hf import load_exported, load_exported_tokenizer
+from leap_dist.export.hf import load_exported, load_exported_tokenizer, without_weights
 from leap_dist.export.latency import LONGEST, Runner, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
 from leap_dist.export.metric import Judged, judge, with_types
+from leap_dist.export.place import refuse_foreign, refuse_other_run, tidied
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
 from leap_dist.export.shrunk import SHRUNK_TOLERANCE, Models, compared_sizes
 from leap_dist.export.speed import BATCHES, block_notes, latencies, latency_work
 from leap_dist.export.time_left import TimeLeft
 from leap_dist.export.vocabulary import TEXT, Vocabulary, Wanted, cut_vocabulary
-from leap_dist.files import nearest, staged, takes_files
+from leap_dist.files import nearest, staged
 from leap_dist.machine import machine
 from leap_dist.models.flops import count_flops
 from leap_dist.models.hub_names import hub_state, save_as_on_hub
 from leap_dist.models.outputs import example_inputs
 from leap_dist.models.pruned_json import NAME as PRUNED_JSON
-from leap_dist.run_folder import CARD, ExportedWeights, Run
+from leap_dist.run_folder import ExportedWeights, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,13 +61,13 @@ class Exported:
 
 
 def parse_kinds(text: str) -> list[str]:
-    """ "hf,onnx" -> the kinds, each once. UserError for one that does not exist."""
+    """ "hf,onnx" -> the kinds, each once. UserError for those that do not exist."""
     kinds = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    for kind in kinds:
-        if kind not in KINDS:
-            near = get_close_matches(kind, KINDS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f'--to: got "{kind}"; allowed: {", ".join(KINDS)}{hint}')
+    if wrong := [kind for kind in kinds if kind not in KINDS]:
+        near = dict.fromkeys(match for kind in wrong for match in get_close_matches(kind, KINDS, n=1))
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        got = ", ".join(f'"{kind}"' for kind in wrong)
+        raise UserError(f"--to: got {got}; allowed: {', '.join(KINDS)}{hint}")
     if not kinds:
         raise UserError(f"--to: got nothing; allowed: one or more of {', '.join(KINDS)}")
     return kinds
@@ -85,6 +86,7 @@ def export_run(
     Latencies are measured, if asked for, on `threads` threads. wanted: the tokens that every export keeps; None: all.
     UserError, with nothing written, for what the user has to mend.
     """
+    refuse_other_run(output, run)
     for kind in kinds:
         refuse_foreign(output / kind)
     for kind in ("onnx", "int8"):
@@ -96,8 +98,10 @@ def export_run(
         int8.require_torchao("--to int8_torch")
     if "semi_structured" in kinds:
         check_semi_structured(run)
-    if any(kind in gguf.KINDS for kind in kinds):
-        gguf.require_library("--to gguf")
+    in_gguf = [kind for kind in kinds if kind in gguf.KINDS]
+    if in_gguf:
+        gguf.require_library(f"--to {', '.join(in_gguf)}")
+        gguf.refuse(in_gguf, gguf.problem_of_config(without_weights(run.model)))
     if "gguf_q4_k_m" in kinds:
         llama.require_library("--to gguf_q4_k_m")
     if "mask" in kinds and (wanted or run.plain):
@@ -110,22 +114,22 @@ def export_run(
             for batch in BATCHES
             for _ in timed
         ]
-        progress = TimeLeft(sum(_work(kind, models) for kind in kinds), measured)
+        progress = TimeLeft(_work(kinds, models), measured)
         models.say = progress.begin
-        if any(kind in gguf.KINDS for kind in kinds):
-            wrong = gguf.unknown(models.masked) or gguf.problem(models.stock or models.shrunk)  # the second takes long
-            if wrong:
-                raise UserError(f"--to gguf: {wrong}")
+        if in_gguf:
+            gguf.refuse(in_gguf, gguf_words.problem(load_exported_tokenizer(models.folder)))
+            gguf.refuse(in_gguf, gguf.problem(models.stock or models.shrunk))  # takes long
         if "int8_torch" in kinds and models.stock is None:
             wrong = f"no config of transformers describes the model: {gguf.UNIFORM}"
             raise UserError(f"--to int8_torch: {wrong}, or take int8")
-        for kind in kinds:
-            progress.of = kind
-            with staged(output / kind) as folder, torch_threads(threads):
-                exported = KINDS[kind](models, folder, threads)
-                card = _card(kind, models, exported, folder, threads, latency, vocabulary)
-                card.write(folder)
-            yield card
+        with tidied(output):
+            for kind in kinds:
+                progress.of = kind
+                with staged(output / kind) as folder, torch_threads(threads):
+                    exported = KINDS[kind](models, folder, threads)
+                    card = _card(kind, models, exported, folder, threads, latency, vocabulary)
+                    card.write(folder)
+                yield card
 
 
 @contextmanager
@@ -138,21 +142,18 @@ def _vocabulary(run: Run, output: Path, wanted: Wanted | None) -> Iterator[tuple
         yield Path(folder, "model"), cut_vocabulary(run.model, Path(folder, "model"), wanted)
 
 
-def refuse_foreign(folder: Path) -> None:
-    """UserError if an export cannot go to `folder`: something stands there that is no export."""
-    if folder.exists() and not (folder / CARD).is_file():
-        raise UserError(f"--output: {folder} exists and is not an export; remove it, or choose another folder")
-    place = nearest(folder.absolute().parent)
-    if not takes_files(place):
-        raise UserError(f"--output: {folder} cannot be made: {place} is not a folder that can be written to")
-
-
-def _work(kind: str, models: Models) -> float:
-    """About as many tokens go through a model for an export, without the measurement of latencies."""
-    if kind == "mask":
-        return 0.0
-    compared = 2 * sum(batch * length for batch, length in compared_sizes(models.masked))
-    return {"hf": 1, "shrunk": 2, "onnx": 2, "semi_structured": 0}.get(kind, 1) * compared + 2 * models.length
+def _work(kinds: Sequence[str], models: Models) -> float:
+    """About as many tokens go through a model for the exports, or could meanwhile; latencies are not among it."""
+    compared = 2.0 * sum(batch * length for batch, length in compared_sizes(models.masked))
+    own = {
+        "hf": compared,
+        "shrunk": compared,
+        "onnx": sum(onnx.work_of(models.masked, models.length)),
+        "int8": sum(int8.work_of(models.masked, models.length)),
+        "int8_torch": 2 * compared,
+    }
+    shrunk = compared if set(kinds) - {"hf", "mask", "semi_structured"} else 0.0
+    return shrunk + sum(own.get(kind, 0.0) + 2 * models.length for kind in kinds if kind != "mask")
 
 
 # ---------------------------------------------------------------------------------------------- what is written
@@ -216,7 +217,7 @@ def _shrunk(models: Models, folder: Path, threads: int) -> Exported:
 def _onnx(models: Models, folder: Path, threads: int) -> Exported:
     folder.mkdir()
     model, path = models.shrunk, folder / onnx.FILE
-    found = onnx.save_onnx(model, path, models.length)
+    found = onnx.save_onnx(model, path, models.length, models.say)
     _beside_onnx(models, folder)
     notes = [
         f"Inputs: {', '.join(onnx.model_inputs(model, 1, 1))}, int64 (batch, length), both free. Output: logits.",
@@ -280,7 +281,7 @@ def _semi_structured(models: Models, folder: Path, threads: int) -> Exported:
 def _int8(models: Models, folder: Path, threads: int) -> Exported:
     folder.mkdir()
     path = folder / onnx.FILE
-    found = int8.save_int8_onnx(models.shrunk, path, models.length)
+    found = int8.save_int8_onnx(models.shrunk, path, models.length, models.say)
     _beside_onnx(models, folder)
     runner = onnx.onnx_runner(path, threads)
     notes = [

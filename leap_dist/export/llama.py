@@ -29,7 +29,7 @@ def require_library(what: str) -> None:
     """UserError if llama-cpp-python is not installed; `what` is the flag that asks for it."""
     if not is_here():
         raise UserError(
-            f'{what}: llama-cpp-python not installed; install with pip install "leap_dist[llama]", or take gguf_q8_0'
+            f'{what}: llama-cpp-python not installed; install with pip install -e ".[llama]", or take gguf_q8_0'
         )
 
 

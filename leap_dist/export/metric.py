@@ -57,7 +57,7 @@ def judge(models: Models, runner: Runner) -> Judged | str:
         return "questions are scored by all their windows, which would take too long"
     rows = np.linspace(0, len(examples) - 1, number).round().astype(int).tolist()
     chosen = [examples[row] for row in rows]
-    models.say(f"measuring {task.primary} on {number:,} examples", 2 * sum(len(each["input_ids"]) for each in chosen))
+    models.say(f"measuring {task.primary} on {number:,} examples", 0.0)  # how many are chosen is not known before
     scores = {name: task.evaluation.score(split, _predict(task, run, chosen)) for name, run in runners.items()}
     return Judged(number, len(examples), **scores)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leap_dist.errors import UserError
 from leap_dist.export.latency import Runner, logits_of, torch_runner
+from leap_dist.export.shrunk import Say, silent
 from leap_dist.models.flops import plain_implementations
 from leap_dist.models.outputs import example_inputs, relative_difference
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FILE = "model.onnx"
 TOLERANCE = 1e-4  # relative to the largest logit
+WRITING, MOST = 6e11, 2e5  # tokens x parameters that a model computes while its file is written; tokens at most
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 MAKE_DECODER_INPUTS = ("Classification", "ForQuestionAnswering")
 """How the names of classes end that shift input_ids by themselves, where they have an encoder and a decoder."""
@@ -38,7 +40,7 @@ def missing_libraries() -> list[str]:
 def require_libraries(what: str) -> None:
     """UserError if the optional libraries are not installed; `what` is the flag that asks for them."""
     if missing := missing_libraries():
-        raise UserError(f'{what}: {", ".join(missing)} not installed; install with pip install "leap_dist[onnx]"')
+        raise UserError(f'{what}: {", ".join(missing)} not installed; install with pip install -e ".[onnx]"')
 
 
 class _Logits(nn.Module):
@@ -52,13 +54,21 @@ class _Logits(nn.Module):
         return logits_of(self.model(**dict(zip(self.names, inputs, strict=True))))
 
 
-def save_onnx(model: PreTrainedModel, path: Path, longest: int) -> float:
+def work_of(model: PreTrainedModel, longest: int) -> tuple[float, float]:
+    """About as many tokens as go through the model while its file is written, and while that is compared with it."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return min(WRITING / parameters, MOST), 2.0 * sum(batch * length for batch, length in _compared_sizes(longest))
+
+
+def save_onnx(model: PreTrainedModel, path: Path, longest: int, say: Say = silent) -> float:
     """Write `model` to `path`; returns the largest difference of logits between onnxruntime and torch, relative.
 
     Inputs are the model's own (input_ids, attention_mask, ...), int64 (batch, length), the output is "logits", of
     a model without a head "last_hidden_state". Weights beyond ONNX's limit of 2 GB a file go beside it. RuntimeError
     if onnxruntime computes something else.
     """
+    writing, comparing = work_of(model, longest)
+    say("writing the ONNX file", writing)
     inputs = model_inputs(model, 2, min(longest, 7))
     names = tuple(inputs)
     attention: str = model.config._attn_implementation
@@ -78,6 +88,7 @@ def save_onnx(model: PreTrainedModel, path: Path, longest: int) -> float:
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()  # stack traces: paths of this machine, as large as a small model
         program.save(path)
+    say("comparing onnxruntime with torch", comparing)
     found = onnx_difference(model, path, longest)
     if not found <= TOLERANCE:
         raise RuntimeError(
@@ -104,11 +115,16 @@ def model_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, T
     return inputs
 
 
+def _compared_sizes(longest: int) -> tuple[tuple[int, int], ...]:
+    """(batch, length) of the inputs on which onnxruntime and torch are compared."""
+    return (1, 1), (1, longest), (3, (longest + 1) // 2), (5, 2)
+
+
 def onnx_difference(model: PreTrainedModel, path: Path, longest: int) -> float:
     """Largest difference of logits relative to the largest logit, over several batches and lengths."""
     torch_run, onnx_run = torch_runner(model), onnx_runner(path, threads=1)
     values = []
-    for batch, length in ((1, 1), (1, longest), (3, (longest + 1) // 2), (5, 2)):
+    for batch, length in _compared_sizes(longest):
         inputs = model_inputs(model, batch, length)
         expected, found = torch_run(inputs), onnx_run(inputs)
         if found.ndim == 3:  # an answer for each token; padding may lie where its sliding window sees nothing

@@ -31,12 +31,12 @@ def latencies(
     last = engine != "onnxruntime"
     runners = {"before": torch_runner(models.dense, last), "after": runner}
     for batch in batches:
-        models.say(f"measuring latency at batch {batch}", latency_work(models.length, batch))
         seconds = sum(time.before + time.after for time in found[-1:]) / 1e3 * batch
         if seconds > LONGEST:
             return found, [
                 f"Latency at batch {batch} is not measured: a call of each would take about {seconds:.0f} s."
             ]
+        models.say(f"measuring latency at batch {batch}", latency_work(models.length, batch))
         times = medians(runners, onnx.model_inputs(models.masked, batch, models.length))
         found.append(Latency(engine, threads, batch, models.length, times["before"], times["after"]))
     if keeps_logits(models.masked):

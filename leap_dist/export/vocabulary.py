@@ -109,15 +109,19 @@ def cut_vocabulary(source: Path, folder: Path, wanted: Wanted) -> Vocabulary:
     _say("reading the texts")
     texts = [text for file in wanted.texts for text in texts_in(TEXT, file)]
     held_out = {file: texts_in(HELD_OUT, file) for file in wanted.held_out}
+    _say("reading the tokenizer")
     tokenizer = _tokenizer_of(source)
     file = TokenizerJson(json.loads(tokenizer.backend_tokenizer.to_str()), str(source))
     lines = [line for text in texts if "\n" in text.strip() for line in text.splitlines() if line.strip()]
+    _say("counting the tokens of the texts")
     both = list(dict.fromkeys([*texts, *lines]))
     counts, of_lines = (_count(_tokens(tokenizer, some), max(file.tokens)) for some in (texts, lines))
+    _say("reading the model")
     model = load_exported(source, "auto")
     rows = getattr(model.config.get_text_config(), "vocab_size", None)
     if rows is None:
         raise UserError(f"{source}: a {model.config.model_type} model has no vocabulary; {TEXT} is for text models")
+    _say("choosing tokens")
     special = _special(file, tokenizer, model)
     _check_sizes(source, file, rows, counts + of_lines)
     kept = _choose(file, counts + of_lines, {number for number in special if number < rows}, wanted.size)
@@ -125,14 +129,18 @@ def cut_vocabulary(source: Path, folder: Path, wanted: Wanted) -> Vocabulary:
     cut = with_rows(model, kept)
     save_model(cut, cut.named_parameters(), folder)
     _save_tokenizer(file, kept, tokenizer, folder)
+    _say("comparing the tokens of the texts with those before")
     smaller = _tokenizer_of(folder)
     _check_tokens(source, file, kept, both, tokenizer, smaller)
+    _say("comparing logits with those before")
     difference = _difference(model, load_exported(folder, "auto"), kept)
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f"{source}: with fewer tokens its logits differ by {difference:.3g} of the largest, allowed {TOLERANCE:g}; "
             "it was not exported"
         )
+    if held_out:
+        _say("counting the tokens of the held-out texts")
     found = [_held_out(path, texts, tokenizer, smaller) for path, texts in held_out.items()]
     return _described(file, wanted, kept, (counts, of_lines), special, rows, difference, found)
 

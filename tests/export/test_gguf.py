@@ -12,6 +12,7 @@ import torch
 
 from leap_dist.errors import UserError
 from leap_dist.export import gguf, llama
+from leap_dist.export.hf import without_weights
 from leap_dist.export.kinds import export_run
 from leap_dist.export.shrunk import Models
 from leap_dist.models.shrink import shrink_
@@ -311,3 +312,35 @@ def test_a_refusal_leaves_nothing_and_comes_before_the_model_is_shrunk(
     with pytest.raises(UserError, match="--to gguf: BertForSequenceClassification is not among the language models"):
         list(export_run(run, ["hf", "gguf"], tmp_path / "out", threads=1))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["mask", "gguf_q8_0", "hf"], "--to gguf_q8_0: {}; leave gguf_q8_0 out of --to, or take another kind"),
+        (["gguf", "gguf_q8_0"], "--to gguf, gguf_q8_0: {}; leave gguf, gguf_q8_0 out of --to, or take another kind"),
+    ],
+)
+def test_what_the_config_decides_is_refused_before_a_weight_is_loaded(
+    wanted: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Models, "masked", property(lambda self: pytest.fail("loaded first")))
+    model = language_model("gemma3_text", query_pre_attn_scalar=64)
+    run = read_run(make_run(tmp_path / "run", model, {}))
+    with pytest.raises(UserError) as caught:
+        list(export_run(run, wanted, tmp_path / "out", threads=1))
+    wrong = "the scale of attention is 0.125, and llama.cpp computes with 0.25"
+    assert str(caught.value) == f"{message.format(wrong)}, such as hf" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_the_config_decides_is_the_same_without_weights(kind: str, tmp_path: Path) -> None:
+    language_model(kind).save_pretrained(tmp_path)
+    assert gguf.problem_of_config(without_weights(tmp_path)) is None
+
+
+def test_missing_packages_are_installed_from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((gguf, "gguf"), (llama, "llama")):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match=rf'not installed; install with pip install -e "\.\[{name}\]"'):
+            module.require_library("--to x")

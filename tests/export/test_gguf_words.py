@@ -10,6 +10,10 @@ from tokenizers import normalizers, pre_tokenizers
 
 from leap_dist.errors import UserError
 from leap_dist.export import gguf
+from leap_dist.export.kinds import export_run
+from leap_dist.export.shrunk import Models
+from leap_dist.run_folder import read_run
+from tests.export.runs import make_run
 from tests.export.test_gguf import byte_tokenizer, language_model, read
 
 pytestmark = pytest.mark.slow
@@ -127,3 +131,16 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         gguf.save_gguf(language_model("llama"), tokenizer(), tmp_path / "model.gguf", "F32", "tiny")
+
+
+def test_it_is_refused_by_the_kind_that_was_asked_for_before_the_model_is_shrunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Models, "shrunk", property(lambda self: pytest.fail("shrunk first")))
+    folder = make_run(tmp_path / "run", language_model("llama"), {})
+    changed(byte_tokenizer(), normalizer=LOWER).save_pretrained(folder / "model")
+    with pytest.raises(
+        UserError, match=r"^--to gguf_q8_0: the tokenizer has .*Lowercase.*; leave gguf_q8_0 out of --to"
+    ):
+        list(export_run(read_run(folder), ["mask", "gguf_q8_0"], tmp_path / "out", threads=1))
+    assert not (tmp_path / "out").exists()

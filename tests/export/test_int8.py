@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ INT8 = onnx.TensorProto.INT8
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1, "num_labels": 2}
 
 
-def test_onnx_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(latency, "MAX_ROUNDS", 1)
     monkeypatch.setattr(metric, "LONGEST", 0.1)
     model = classifier(**WIDE)
@@ -35,6 +36,11 @@ def test_onnx_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     run = read_run(make_run(tmp_path / "run", model, masks, "neuron"))
     (small,) = export_run(run, ["int8"], tmp_path / "out", threads=1)
     assert small.bytes.after < 0.35 * small.bytes.before and small.latency[0].engine == "onnxruntime"
+    said = re.findall(r"int8: (.*) \((\d+)% done", capsys.readouterr().err)
+    shares = {text: int(share) for text, share in said}
+    compared = [f"comparing onnxruntime{bits} with torch" for bits in ("", " in 8 bits")]
+    assert shares["writing the ONNX file"] < 5 and all(shares[text] > 60 for text in compared)
+    assert shares["quantising the ONNX file"] + 10 < shares[compared[1]] < 100
     judged = small.judged
     assert judged is not None and metric.FEWEST <= judged.examples < judged.of == 4644
     assert judged.before["loss"] != judged.after["loss"] == pytest.approx(judged.before["loss"], abs=0.1)
@@ -95,7 +101,7 @@ def test_what_is_not_installed_or_has_no_config(tmp_path: Path, monkeypatch: pyt
     model = classifier()
     run = read_run(make_run(tmp_path / "run", model, structure_masks(model), "head"))
     monkeypatch.setattr(int8, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'^--to int8_torch: torchao not installed; .* "leap_dist\[int8\]"$'):
+    with pytest.raises(UserError, match=r'^--to int8_torch: torchao not installed; .* pip install -e "\.\[int8\]"$'):
         list(export_run(run, ["int8_torch"], tmp_path / "out", threads=1))
     monkeypatch.setattr(int8, "find_spec", lambda name: name)
     with pytest.raises(UserError, match=r"^--to int8_torch: no config of transformers describes .*uniform.*take int8$"):

@@ -68,6 +68,11 @@ def test_kinds_are_listed_once(text: str, expected: list[str]) -> None:
             '--to: got "shrnk"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, gguf_q4_k_m, '
             "int8, int8_torch; did you mean shrunk",
         ),
+        (
+            "shrnk,hf,onx",
+            '--to: got "shrnk", "onx"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0, gguf_q4_k_m, '
+            "int8, int8_torch; did you mean shrunk, onnx?",
+        ),
         ("tensorrt", '--to: got "tensorrt"; allowed: hf, shrunk, onnx, mask, semi_structured, gguf, gguf_q8_0'),
         (" ,", "--to: got nothing; allowed: one or more of hf, "),
     ],
@@ -192,7 +197,9 @@ def test_a_foreign_folder_stops_everything(run: Run, tmp_path: Path) -> None:
 
 def test_missing_libraries_stop_everything(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--to onnx: onnx, onnxscript, onnxruntime not installed"):
+    with pytest.raises(
+        UserError, match=r'--to onnx: onnx, onnxscript, onnxruntime not installed; .* pip install -e "\.\[onnx\]"$'
+    ):
         list(export_run(run, ["hf", "onnx"], tmp_path, threads=1))
     assert not list(tmp_path.iterdir())
 
@@ -372,3 +379,14 @@ def test_a_tokenizer_without_its_file_is_found_before_anything_is_written(tmp_pa
     with pytest.raises(UserError, match=r"its tokenizer cannot be loaded: .*; there is no tokenizer\.json; rest"):
         list(export_run(run, ["hf", "shrunk"], tmp_path / "out", threads=1, latency=False))
     assert not (tmp_path / "out").exists()
+
+
+def test_all_work_is_in_the_total(decoder_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shrunk model is compared once for all kinds, and once more as it is read again."""
+    wanted = ["hf", "shrunk", "gguf_q8_0"]
+    list(export_run(decoder_run, wanted, tmp_path, threads=1, latency=False))
+    length = 16
+    compared = 2 * 4 * (1 + length // 2 + length)
+    total = 3 * compared + 3 * 2 * length
+    said = re.findall(r"gguf_q8_0: counting FLOPs \((\d+)% done", capsys.readouterr().err)
+    assert said == [f"{1 - 2 * length / total:.0%}"[:-1]]

@@ -136,6 +136,6 @@ def test_libraries_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPa
     onnx.require_libraries("--to onnx")
     found = importlib.util.find_spec
     monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else found(name))
-    message = r'--to onnx: onnxscript not installed; install with pip install "leap_dist\[onnx\]"'
+    message = r'--to onnx: onnxscript not installed; install with pip install -e "\.\[onnx\]"'
     with pytest.raises(UserError, match=message):
         onnx.require_libraries("--to onnx")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from leap_dist.errors import UserError
 from leap_dist.export.hf import load_exported
-from leap_dist.export.kinds import export_run, refuse_foreign, weight_bytes
+from leap_dist.export.kinds import export_run, weight_bytes
+from leap_dist.export.place import refuse_foreign
 from leap_dist.files import staged
 from leap_dist.run_folder import exports, read_files, read_run, sealed
 from tests.export.runs import QUERY, classifier, element_masks, make_run

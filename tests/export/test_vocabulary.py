@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import string
 from functools import cache
 from pathlib import Path
@@ -359,3 +360,22 @@ def test_mistakes(tmp_path: Path) -> None:
     assert not (tmp_path / "cut").exists()
     with pytest.raises(UserError, match="--to mask: not of a model that no run pruned"):
         next(export_run(read_run_or_model(source), ["mask"], tmp_path / "out", 1, False))
+
+
+def test_each_step_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, kept = make_model(tmp_path / "model", next(iter(TOKENIZERS))), text(tmp_path)
+    cut_vocabulary(source, tmp_path / "cut", Wanted([kept], held_out=[kept]))
+    said = re.findall("vocabulary: (.*)", capsys.readouterr().err)
+    assert said[:5] == [
+        "reading the texts",
+        "reading the tokenizer",
+        "counting the tokens of the texts",
+        "reading the model",
+        "choosing tokens",
+    ]
+    assert said[5].startswith("keeping ")
+    assert said[6:] == [
+        "comparing the tokens of the texts with those before",
+        "comparing logits with those before",
+        "counting the tokens of the held-out texts",
+    ]
