@@ -1,7 +1,7 @@
 """Run many jobs: python launch/sweep.py --config configs/sweep_ratios.json [--address auto] [--output DIR]
 
 Exit codes: 0 all trials are done, or the budget is used up; 1 a trial failed, or a fault of ours; 2 a mistake in the
-sweep file or the call; 3 stopped by Ctrl-C: the same command resumes it.
+sweep file or the call; 3 stopped by Ctrl-C, SIGTERM or SIGUSR1: the same command resumes it.
 """
 
 import argparse
@@ -12,7 +12,8 @@ from leap_dist.errors import UserError
 from leap_dist.files import user_path
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 a trial failed, or a fault; 2 a mistake in the file or the call; 3 stopped by Ctrl-C."
+    "Exit codes: 0 done; 1 a trial failed, or a fault; 2 a mistake in the file or the call; 3 stopped by Ctrl-C, "
+    "SIGTERM or SIGUSR1."
 )
 
 
@@ -37,7 +38,9 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         from leap_dist.sweep.run import run_sweep
+        from leap_dist.sweep.stop import heed_signals
 
+        heed_signals()
         results = run_sweep(arguments.config, arguments.output, arguments.address, arguments.resume, arguments.budget)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

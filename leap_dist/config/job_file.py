@@ -142,7 +142,7 @@ def _override(raw: dict[str, Any], text: str) -> str | None:
         return f'override: got "{shortened(text)}"; allowed: section.key=value, such as leap.target=0.05'
     if index := re.search(r"\[\d+\]", key):
         whole = f"{key[: index.start()].strip()}=[...]"
-        return f'override: got "{shortened(text)}"; a list is given whole: --set \'{shortened(whole)}\''
+        return f"override: got \"{shortened(text)}\"; a list is given whole: --set '{shortened(whole)}'"
     try:
         found = _override_value(value.strip())
     except Twice as error:

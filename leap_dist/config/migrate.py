@@ -190,7 +190,7 @@ def _train_section(raw: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     train = _from_optimizer(raw["optimizer"], notes) if "optimizer" in raw else {}
     given = raw.get("train", {})
     if not isinstance(given, Mapping):
-        raise UserError(f"train: got {show(given)}; allowed: a JSON object, such as {{\"epochs\": 3}}")
+        raise UserError(f'train: got {show(given)}; allowed: a JSON object, such as {{"epochs": 3}}')
     scheduler = raw.get("scheduler")
     params = scheduler.get("params") if isinstance(scheduler, Mapping) else None
     steps = params.get("total_num_steps", 0) if isinstance(params, Mapping) else 0

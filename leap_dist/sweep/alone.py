@@ -9,7 +9,7 @@ from leap_dist.sweep.line import Line
 from leap_dist.sweep.rank import Rank
 from leap_dist.sweep.sweep_file import SweepConfig
 
-INSTALL = "needs Ray; pip install 'leap_dist[sweep]'"
+INSTALL = 'needs Ray; pip install -e ".[sweep]"'
 
 
 def check_alone(sweep: SweepConfig, address: str | None) -> None:

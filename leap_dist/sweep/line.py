@@ -106,6 +106,11 @@ class Line:
         """Whether a trial may be able to run later in this call, though none is now."""
         return bool(self._running and self.waiting) and not self._is_used_up()
 
+    @property
+    def running(self) -> list[Trial]:
+        """Trials that were taken and have not ended."""
+        return list(self._running.values())
+
     def take(self, parent: str | None) -> Work | None:
         """The next trial that can run now, as ranks need it. parent: the MLflow run that its own is shown below."""
         if self._is_used_up():

@@ -22,6 +22,7 @@ from leap_dist.sweep.optuna_study import STUDY
 from leap_dist.sweep.result import Result, collect, means, metric_of
 from leap_dist.sweep.results import RESULTS, mean_lines, table_lines, write
 from leap_dist.sweep.space import corners
+from leap_dist.sweep.stop import closing_records, heed_signals
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import BudgetConfig, identity, job_of, read_sweep, trials_of
 from leap_dist.tracking.completion import complete_trial
@@ -56,6 +57,7 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
         if not saved:
             (storage.folder / STUDY).unlink(missing_ok=True)  # of a call that was refused or cut off: it ran nothing
         line = Line(sweep, trials, storage, metric)
+        stack.enter_context(closing_records(line))
         run = _runner(line, address, stack)
         tracking = jobs[0].tracking.model_copy(update={"run_name": file.stem})
         described, parent = {"sweep": sweep.model_dump(mode="json")}, saved.get("parent_run")
@@ -87,6 +89,7 @@ def _runner(line: Line, address: str | None, stack: ExitStack) -> Callable[[Line
         check_alone(line.sweep, address)
         return run_alone
     stack.enter_context(connected(address))
+    heed_signals()  # anew: an embedded Ray handles SIGTERM by itself, and ends this process with it
     places = check_room(line.sweep.ranks, line.sweep.resources)
     from leap_dist.sweep.tuning import run_on_ray
 

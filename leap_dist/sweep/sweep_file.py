@@ -233,7 +233,7 @@ def trials_of(sweep: SweepConfig) -> list[Trial]:
         _check_fractions(sweep)
         if sweep.search == "optuna":
             if find_spec("optuna") is None:
-                raise UserError("search: Optuna is not installed; pip install 'leap_dist[search]', or set \"random\"")
+                raise UserError('search: Optuna is not installed; pip install -e ".[search]", or set "random"')
             return []
     found = combinations(sweep) if sweep.search == "grid" else drawn(sweep.vary, sweep.samples)
     return [Trial(name, settings, job_of(sweep, settings)) for name, settings in zip(names(found), found, strict=True)]

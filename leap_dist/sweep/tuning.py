@@ -21,6 +21,7 @@ from leap_dist.sweep.cluster import room
 from leap_dist.sweep.early_stop import Judge
 from leap_dist.sweep.line import Line
 from leap_dist.sweep.rank import Outcome, State
+from leap_dist.sweep.stop import heed_signals
 from leap_dist.sweep.trainable import METRICS, OUTCOME, SECONDS, JobTrial, place
 from leap_dist.tracking.store import environment
 
@@ -98,6 +99,9 @@ class Events(Callback):
         self._began: dict[str, float] = {}
         self._lost: Counter[str] = Counter()  # seconds of tries that came to nothing
         self._had_room = self._looked = self._shown = time.monotonic()
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        heed_signals()  # anew: Tune would end the sweep on SIGUSR1 as if all of it had run
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._began[trial.config["name"]] = time.monotonic()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from leap_dist.console import fitting
 from leap_dist.errors import UserError
 from leap_dist.run_folder import exports
 from leap_dist.tracking.mlflow import differing
@@ -34,6 +35,8 @@ from leap_dist.tracking.runs import StoredRun
 
 NOT_SET = "(not set)"
 PICTURES, HTML = (".png", ".svg"), ".html"
+SPARE = ("seconds", "LEAP ms", "weights", "MB", "parameters", "target", "latency ms", "Δ dense", "id")
+"""Columns that a narrow table does without, the first ones before others."""
 MOST_NAMED = 5  # runs in one part of a message
 BLANK = re.compile(r"^[\s\x00-\x1f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")  # what one does not see
 FORMULA = ("=", "+", "-", "@", "|", "%", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also in full width
@@ -133,6 +136,7 @@ def compare(runs: Sequence[StoredRun], request: Request, all_named: bool = False
     reached = choose_metric(done, condition.metric) if condition else None
     metric = choose_metric(done, request.metric or reached)
     rows = rows_of(done, metric)
+    found = best(rows, condition) if condition else None
     notes = [f"left out: {why}" for why in left_out]
     if request.plot is not None:
         plot(rows, metric, request.plot)
@@ -140,14 +144,18 @@ def compare(runs: Sequence[StoredRun], request: Request, all_named: bool = False
     if request.report is not None:
         report(rows, metric, request.report, notes[: len(left_out)])
         notes.append(f"report: {request.report}")
-    shown, found = [row for row in rows if row.front or not request.pareto], None
+    shown = [row for row in rows if row.front or not request.pareto]
     title = f"{metric}; * on the Pareto front"
     if condition:
-        found = best(rows, condition)
         if found is None:
             return Answer({}, [], [*notes, nearest_miss(rows, condition)])
         shown, title = [found], f"the smallest density with {condition}"
-    tables = {title: table_lines(shown, metric)}
+    lines, alike, no_room = fitting(table_lines(shown, metric), SPARE)
+    if alike:
+        title += f"\nin all rows: {', '.join(f'{name} {value}' for name, value in alike.items())}"
+    if no_room:
+        title += f"\nno room for {', '.join(no_room)}: --csv and --json have them"
+    tables = {title: lines}
     if request.masks:
         from leap_dist.tracking.overlap import overlaps  # torch, which tables do without
 
@@ -179,7 +187,9 @@ def _unfinished(run: StoredRun) -> str:
         return f"{run.label} is not a pruning job: it has no {TARGET}"
     if metrics_of(run) and _density(run) is not None:
         return ""
-    return f"{run.label} has no density of a pruned model: it did not finish, its status is {run.status}"
+    running = run.status == "RUNNING"  # which a run that was killed says for good
+    why = "it is running still, or was killed" if running else f"it did not finish, its status is {run.status}"
+    return f"{run.label} has no density of a pruned model: {why}"
 
 
 def metrics_of(run: StoredRun) -> frozenset[str]:
@@ -221,8 +231,25 @@ def rows_of(runs: Sequence[StoredRun], metric: str) -> list[Row]:
 
 
 def best(rows: Sequence[Row], condition: Condition) -> Row | None:
-    """The row of smallest density that reaches the condition; the first of equals, None if no row does."""
-    return min((row for row in rows if condition.holds(row)), key=lambda row: row.density, default=None)
+    """The row of smallest density that reaches the condition; the first of equals, None if no row does.
+
+    Raises UserError where rows of several tasks do: their metrics have nothing to do with each other.
+    """
+    good: dict[str, list[Row]] = {}
+    for row in rows:
+        if condition.holds(row):
+            good.setdefault(_judged_on(row.run), []).append(row)
+    if len(good) > 1:
+        names = [f"{task}: {', '.join(_first([row.run.label for row in found]))}" for task, found in good.items()]
+        problem = f'--best: got "{condition}"; runs of {len(good)} tasks satisfy it, and cannot be compared'
+        raise UserError("\n  ".join([f"{problem}; choose runs of one with --runs, --tag or --experiment:", *names]))
+    return min((row for found in good.values() for row in found), key=lambda row: row.density, default=None)
+
+
+def _judged_on(run: StoredRun) -> str:
+    """The task, with the data that are read in place of its own."""
+    given = {key: run.params.get(f"data.{key}") for key in ("task", "dataset", "subset", "validation")}
+    return " ".join(str(value) for value in given.values() if value not in (None, "None")) or "no task"
 
 
 def nearest_miss(rows: Sequence[Row], condition: Condition) -> str:

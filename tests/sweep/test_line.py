@@ -367,7 +367,7 @@ def test_optuna_that_is_not_there_is_the_users_to_install(tmp_path: Path, monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     sweep = read_sweep(sweep_file(tmp_path, **SEARCH | {"search": "optuna"}))
-    with pytest.raises(UserError, match=r"search: Optuna is not installed; pip install 'leap_dist\[search\]', or set"):
+    with pytest.raises(UserError, match=r'search: Optuna is not installed; pip install -e "\.\[search\]", or set'):
         trials_of(sweep)
 
 

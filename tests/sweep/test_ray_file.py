@@ -142,7 +142,7 @@ def test_a_mistake_is_one_message_before_anything_runs(tmp_path: Path, content: 
         (
             {"ranks": 2},
             None,
-            r"ranks: got 2, .*; more than one needs Ray; pip install 'leap_dist\[sweep\]'",
+            r'ranks: got 2, .*; more than one needs Ray; pip install -e "\.\[sweep\]"$',
         ),
         ({"early_stop": "asha"}, None, r'early_stop: got "asha", which needs Ray; pip install .*, or set null'),
         ({}, "auto", r'--address: got "auto", which needs Ray; pip install .*, or leave it out'),

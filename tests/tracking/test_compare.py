@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from leap_dist.config.sections import TrackingConfig
+from leap_dist.console import console, short_number, summary_table
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.run_folder import SINGLE_FILE
@@ -89,6 +90,10 @@ def stored(name: str, target: float, metrics: dict[str, float], **tags: str) -> 
     run_id = name.encode().hex().ljust(32, "0")
     found = {f"leap.{key}": value for key, value in tags.items()}
     return StoredRun(run_id, name, "FINISHED", 2.0, {"leap.target": str(target), "data.task": "t"}, metrics, found)
+
+
+def of_task(run: StoredRun, **data: str) -> StoredRun:
+    return replace(run, params={**run.params, **{f"data.{key}": value for key, value in data.items()}})
 
 
 # ------------------------------------------------------------------------------ which runs are read
@@ -216,6 +221,62 @@ def test_what_an_export_weighs_and_how_fast_it_is(tmp_path: Path) -> None:
         compare(runs, Request())
 
 
+def mixed(folder: Path) -> list[StoredRun]:
+    """Runs of two tasks, one of which has an export."""
+    export_card(folder / "a", "onnx", 12.345678)
+    long = {"kept_weights": 2_033_000.0, "leap_ms": 5.0, "pruned_density": 0.1234567, "dense_accuracy": 0.95}
+    runs = [
+        stored(f"run-of-a-longer-name-{i}", 0.1, {**long, "pruned_accuracy": 0.8123456 + i / 100}) for i in range(3)
+    ]
+    cls = of_task(stored("base", 0.1, {**long, "pruned_accuracy": 0.7}, folder=str(folder / "a")), task="builtin/clock")
+    return [*(of_task(run, task="text/classification") for run in runs), replace(cls, seconds=100.0)]
+
+
+@pytest.mark.parametrize(
+    ("width", "no_room", "last"),
+    [
+        (120, "seconds, MB, parameters", ["density", "accuracy", "Δ dense", "latency ms"]),
+        (80, "seconds, MB, parameters, latency ms, Δ dense, id", ["density", "accuracy"]),
+    ],
+)
+def test_a_narrow_table_has_whole_numbers_and_headings(
+    width: int, no_room: str, last: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console(), "width", width)
+        answer = compare(mixed(tmp_path), Request())
+        ((title, lines),) = answer.tables.items()
+        summary_table(lines, title=title)
+    same, told = "in all rows: LEAP ms 5, weights 2033000, target 0.1", f"no room for {no_room}"
+    assert title == f"{TABLE}\n{same}\n{told}: --csv and --json have them"
+    assert list(lines[0])[-len(last) :] == last and len(answer.records[0]) == 17
+    shown = capsys.readouterr().out
+    words = [word for name in lines[0] for word in name.split()]
+    cells = [short_number(value) for line in lines for value in line.values()]
+    assert all(text in shown for text in (*words, *cells)) and max(map(len, shown.splitlines())) <= width
+
+
+def test_a_wide_table_has_all_but_what_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console(), "width", 180)
+    runs = mixed(tmp_path)
+    ((title, lines),) = compare(runs, Request()).tables.items()
+    assert title == TABLE and {*lines[0]} > {"seconds", "LEAP ms", "latency ms"}
+    older = [replace(run, metrics={"pruned_accuracy": 0.5, "density": 0.1}, tags={}, seconds=None) for run in runs]
+    ((_, lines),) = compare(older[:2], Request()).tables.items()
+    assert list(lines[0]) == ["front", "run", "id", "target", "density", "accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2033000, "2033000"), (-2.033e6, "-2.03M"), (999_700_000.0, "1B"), (1e14, "100T"), (100_000.0, "1e+05"),
+        (2033000.6, "2.033e+06"), (float("inf"), "inf"), (0, "0"), (0.123456, "0.1235"), ("1e6", "1e6"),
+    ],
+)  # fmt: skip
+def test_large_counts_are_short(value: str | float, text: str) -> None:
+    assert short_number(value) == text
+
+
 def test_a_named_run_has_to_be_finished(store: str) -> None:
     with pytest.raises(
         UserError, match=r"^broken \(\w{8}\) has no density .*: it did not finish, its status is FAILED"
@@ -227,6 +288,13 @@ def test_a_named_run_has_to_be_finished(store: str) -> None:
         compare(read_runs(store, Selection(runs=["the sweep"])), Request())
     with pytest.raises(UserError, match=r"did not finish(.*\n){5}  and 2 more$"):
         finished([stored(f"run{i}", 0.1, {}) for i in range(7)], asked_for=False)
+
+
+def test_a_run_that_was_killed_may_seem_to_run() -> None:
+    alive = replace(stored("alive", 0.1, {}), status="RUNNING")
+    match = r"^alive \(\w{8}\) has no density of a pruned model: it is running still, or was killed$"
+    with pytest.raises(UserError, match=match):
+        finished([alive], asked_for=True)
 
 
 def test_runs_with_different_metrics_are_told_apart(store: str) -> None:
@@ -268,6 +336,22 @@ def test_best_is_the_smallest_that_is_good_enough(store: str) -> None:
     assert answer.notes[-1].startswith("no run has accuracy > 0.99; the nearest is 0.9, middle (")
     with pytest.raises(UserError, match=r"^--metric: not all runs have f1"):
         compare(runs, Request(best="f1>=0.5", metric="accuracy"))
+
+
+def test_best_is_of_one_task() -> None:
+    """The smallest run of another task is none that can be put in its place, and not registered as it."""
+    cls = of_task(stored("cls", 0.3, ending(0.9, 0.3)), task="text/classification", dataset="None")
+    other = of_task(stored("other", 0.2, ending(0.7, 0.2)), task="text/classification", dataset="a/b", subset="c")
+    base = of_task(stored("base", 0.1, ending(0.5, 0.1)), task="builtin/clock")
+    match = r"^--best: got \"accuracy >= 0\.4\"; runs of 2 tasks .* one with --runs, --tag or --experiment:"
+    with pytest.raises(UserError, match=match) as caught:
+        compare([cls, base], Request(best="accuracy>=0.4", register="foo@champion"))
+    names = ["builtin/clock: base (62617365)", "text/classification: cls (636c7300)"]
+    assert str(caught.value).split("\n  ")[1:] == names
+    with pytest.raises(UserError, match=r"\n  text/classification a/b c: other .*\n  text/classification: cls "):
+        compare([cls, other], Request(best="accuracy>=0.4"))
+    for runs, condition, name in (([cls, base], "accuracy>0.8", "cls"), ([cls, cls], "accuracy>=0.4", "cls")):
+        assert [line["run"] for line in compare(runs, Request(best=condition)).records] == [name]
 
 
 @pytest.mark.parametrize("text", ["accuracy", ">=0.9", "accuracy=0.9", "accuracy>=high", "accuracy>=nan", ""])

@@ -283,7 +283,7 @@ def test_what_syntax_needs_is_named(tokenizer: Any, tmp_path: Path, monkeypatch:
     )
     monkeypatch.setitem(sys.modules, "spacy", None)
     assert refusal(MODEL, "lm", tokenizer) == (
-        'leap.score_init: got "syntax": spaCy not installed; install with pip install "leap_dist[syntax]"'
+        'leap.score_init: got "syntax": spaCy not installed; install with pip install -e ".[syntax]"'
     )
 
 
