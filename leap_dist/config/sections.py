@@ -274,7 +274,8 @@ class DistillConfig(Section):
     """Weight of the squared distance of hidden states; needs a teacher of the same width."""
     attention_weight: float = Field(default=1.0, ge=0, description="a number >= 0")
     """Weight of the squared distance of attention weights; above 0 attention runs unfused, for it has to be seen,
-    and the teacher needs as many heads. Of any teacher vocabulary and labels have to be the model's."""
+    and the teacher needs as many heads. Of any teacher vocabulary and labels have to be the model's. For a model of an
+    encoder and a decoder this and hidden_weight have to be 0."""
     layers: Annotated[
         tuple[int, ...] | Literal["auto"],
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),

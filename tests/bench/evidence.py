@@ -3,7 +3,7 @@
     python -m tests.bench.evidence --out FOLDER [--tasks sst2 qqp mrpc] [--gates GATES ...] [--lines LINE ...]
     python -m tests.bench.evidence --out FOLDER --show
 
-The vocabulary is cut to the task's, the encoder fine-tuned in two runs until it no longer gains; every cell starts
+The vocabulary is cut to the task's, the encoder fine-tuned in a few runs until it no longer gains; every cell starts
 there, in bf16, with the same steps and schedule. `leap`, `movement` and `magnitude` are runs of launch/prune.py by
 their defaults; `platon` and `soft movement` are the published methods in plain torch (tests/peers). "taught" is with
 the start as teacher. A cell that was stopped resumes, and what is done is not run again. Several of these commands
@@ -54,28 +54,28 @@ THREE = (("element", 0.1), ("block:32x32", 0.25), ("head + neuron", 0.25))
 
 @dataclass(frozen=True)
 class Source:
-    """A task's files, keys of "data", tokens of an example, rows to be judged on (None: all), steps of the two runs."""
+    """A task's files, keys of "data", tokens of an example, rows to be judged on (None: all), steps of each run that
+    makes its start."""
 
     train: str
     held_out: str
     columns: dict[str, Any]
     length: int
     rows: int | None
-    first: int
-    more: int
+    steps: tuple[int, ...]
 
 
+RUNS = ("first", "more", "most")  # that make a start
 SOURCES = {
-    "sst2": Source("sst2/train.tsv", "sst2/dev.tsv", {"text": ["sentence"]}, 64, None, 1000, 800),
-    "qqp": Source("qqp/train.tsv", "qqp/dev.tsv", {"text": ["question1", "question2"]}, 64, 5000, 3000, 1000),
+    "sst2": Source("sst2/train.tsv", "sst2/dev.tsv", {"text": ["sentence"]}, 64, None, (1000, 800, 2000)),
+    "qqp": Source("qqp/train.tsv", "qqp/dev.tsv", {"text": ["question1", "question2"]}, 64, 5000, (3000, 1000)),
     "mrpc": Source(
         "mrpc/msr_paraphrase_train.txt",
         "mrpc/msr_paraphrase_test.txt",
         {"text": ["#1 String", "#2 String"], "label": "Quality"},
         128,
         None,
-        400,
-        200,
+        (400, 200),
     ),
 }
 
@@ -94,7 +94,7 @@ class Cell:
     def name(self) -> str:
         """Of its folder."""
         if self.line == "start":
-            return "start/more"
+            return f"start/{RUNS[len(SOURCES[self.task].steps) - 1]}"
         seed = [] if self.seed == SEEDS[0] else [str(self.seed)]
         parts = (self.gates, f"{100 * self.target:g}", self.line, *seed)
         return "_".join("".join(filter(str.isalnum, part)) for part in parts)
@@ -143,9 +143,11 @@ def start_of(task: str, out: Path) -> Path:
     source = SOURCES[task]
     texts = put(out / "train.txt", words_of(DATA / source.train, source.columns["text"]))
     words = export(encoder(), out / "words", ["hf"], "--vocabulary", str(texts))
-    prune(job_of(words, task, source.first, out), out / "start" / "first")
-    prune(job_of(out / "start" / "first" / "model", task, source.more, out), out / "start" / "more")
-    return out / "start" / "more" / "model"
+    model = words
+    for name, steps in zip(RUNS, source.steps, strict=False):
+        prune(job_of(model, task, steps, out), out / "start" / name)
+        model = out / "start" / name / "model"
+    return model
 
 
 def words_of(file: Path, columns: list[str]) -> str:
