@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 
 from leap_dist.config.sections import TrackingConfig
-from leap_dist.console import console, short_number, summary_table
 from leap_dist.errors import UserError
 from leap_dist.export import certificate as cert
 from leap_dist.run_folder import SINGLE_FILE
@@ -219,62 +218,6 @@ def test_what_an_export_weighs_and_how_fast_it_is(tmp_path: Path) -> None:
     (tmp_path / "small" / "export" / "onnx" / "card.json").write_text("{")
     with pytest.raises(UserError, match=r"^.*/onnx/card\.json: damaged: "):
         compare(runs, Request())
-
-
-def mixed(folder: Path) -> list[StoredRun]:
-    """Runs of two tasks, one of which has an export."""
-    export_card(folder / "a", "onnx", 12.345678)
-    long = {"kept_weights": 2_033_000.0, "leap_ms": 5.0, "pruned_density": 0.1234567, "dense_accuracy": 0.95}
-    runs = [
-        stored(f"run-of-a-longer-name-{i}", 0.1, {**long, "pruned_accuracy": 0.8123456 + i / 100}) for i in range(3)
-    ]
-    cls = of_task(stored("base", 0.1, {**long, "pruned_accuracy": 0.7}, folder=str(folder / "a")), task="builtin/clock")
-    return [*(of_task(run, task="text/classification") for run in runs), replace(cls, seconds=100.0)]
-
-
-@pytest.mark.parametrize(
-    ("width", "no_room", "last"),
-    [
-        (120, "seconds, MB, parameters", ["density", "accuracy", "Δ dense", "latency ms"]),
-        (80, "seconds, MB, parameters, latency ms, Δ dense, id", ["density", "accuracy"]),
-    ],
-)
-def test_a_narrow_table_has_whole_numbers_and_headings(
-    width: int, no_room: str, last: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console(), "width", width)
-        answer = compare(mixed(tmp_path), Request())
-        ((title, lines),) = answer.tables.items()
-        summary_table(lines, title=title)
-    same, told = "in all rows: LEAP ms 5, weights 2033000, target 0.1", f"no room for {no_room}"
-    assert title == f"{TABLE}\n{same}\n{told}: --csv and --json have them"
-    assert list(lines[0])[-len(last) :] == last and len(answer.records[0]) == 17
-    shown = capsys.readouterr().out
-    words = [word for name in lines[0] for word in name.split()]
-    cells = [short_number(value) for line in lines for value in line.values()]
-    assert all(text in shown for text in (*words, *cells)) and max(map(len, shown.splitlines())) <= width
-
-
-def test_a_wide_table_has_all_but_what_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console(), "width", 180)
-    runs = mixed(tmp_path)
-    ((title, lines),) = compare(runs, Request()).tables.items()
-    assert title == TABLE and {*lines[0]} > {"seconds", "LEAP ms", "latency ms"}
-    older = [replace(run, metrics={"pruned_accuracy": 0.5, "density": 0.1}, tags={}, seconds=None) for run in runs]
-    ((_, lines),) = compare(older[:2], Request()).tables.items()
-    assert list(lines[0]) == ["front", "run", "id", "target", "density", "accuracy"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (2033000, "2033000"), (-2.033e6, "-2.03M"), (999_700_000.0, "1B"), (1e14, "100T"), (100_000.0, "1e+05"),
-        (2033000.6, "2.033e+06"), (float("inf"), "inf"), (0, "0"), (0.123456, "0.1235"), ("1e6", "1e6"),
-    ],
-)  # fmt: skip
-def test_large_counts_are_short(value: str | float, text: str) -> None:
-    assert short_number(value) == text
 
 
 def test_a_named_run_has_to_be_finished(store: str) -> None:
