@@ -52,7 +52,7 @@ def main() -> int:
     """Parse, export, report; the exit code."""
     arguments = parse_arguments()
     from leap_dist.export.stop import Stopped, stoppable
-    from leap_dist.train.signals import STOPPED
+    from leap_dist.stopping import STOPPED
 
     written: list[str] = []
     try:

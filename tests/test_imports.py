@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [  # from the ground up; a module imports from its own layer and from those below it
-    *("secrets", "errors", "files", "machine", "console"),
+    *("secrets", "errors", "files", "machine", "console", "stopping"),
     *("ops", "config", "core", "run_parts", "run_folder"),
     *("tasks", "models", "zero", "export", "checkpoint", "tracking", "train", "bench"),
     *("sweep", "cli", "launch"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from leap_dist.train.signals import HEEDED, TOGETHER
+from leap_dist.stopping import HEEDED, TOGETHER
 
 
 class Stopped(BaseException):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from leap_dist.console import duration
 
 EARLIEST = 0.05
-"""The share that is done before a time is told."""
+"""The share that is done before a time is shown."""
 
 
 class TimeLeft:

@@ -14,12 +14,12 @@ from leap_dist.errors import UserError
 from leap_dist.files import is_free
 from leap_dist.run_folder import CERTIFICATE, JOURNAL
 from leap_dist.secrets import hide_secrets
+from leap_dist.stopping import HEEDED, TOGETHER
 from leap_dist.sweep.line import Line
 from leap_dist.tracking.delivery import DELIVERIES
 from leap_dist.tracking.journal import Journal
 from leap_dist.tracking.records import now
 from leap_dist.tracking.store import connect, held_back, in_time, starting, user_errors
-from leap_dist.train.signals import HEEDED, TOGETHER
 
 POLL, PATIENCE = 0.1, 15.0  # seconds: between two looks, and for the ranks of a trial to be gone
 
@@ -46,7 +46,7 @@ def heed_signals() -> None:
 
 @contextmanager
 def closing_records(line: Line) -> Iterator[None]:
-    """A block that leaves the ranks of a sweep; MLflow is told then which trials were killed with them."""
+    """A block that leaves the ranks of a sweep; MLflow learns then which trials were killed with them."""
     try:
         yield
     finally:

@@ -100,7 +100,7 @@ def _first_bad_byte(file: Path) -> tuple[int, int]:
     line, byte = 1, 0
     try:
         with opened(file) as stream:
-            for piece in stream:  # no character goes on behind the end of a line
+            for piece in stream:  # no character lies on both sides of the end of a line
                 piece.decode()
                 line += len(LINE_END.findall(piece))
                 byte += len(piece)

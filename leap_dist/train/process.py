@@ -7,9 +7,10 @@ from pathlib import Path
 
 from leap_dist.config.sections import JobConfig
 from leap_dist.errors import UserError
+from leap_dist.stopping import STOPPED
 from leap_dist.train.guards import memory_advice
 from leap_dist.train.loop import run_job
-from leap_dist.train.signals import STOPPED, Interrupted, Signals
+from leap_dist.train.signals import Interrupted, Signals
 from leap_dist.train.watch import Watch
 from leap_dist.zero.ranks import is_short_of_memory, peer_is_gone, start_ranks
 

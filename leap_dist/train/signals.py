@@ -16,14 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-STOPPED = 3
-"""Exit code of a run that a signal has ended."""
-TOGETHER = 2.0
-"""Seconds in which signals are one request: on Ctrl-C the terminal sends one, and DeepSpeed's launcher another.
+from leap_dist.stopping import HEEDED, STOPPED, TOGETHER
 
-The launcher ends its ranks one after the other, and waits for each: its SIGTERM is never a second request.
-"""
 LOOK = 1.0  # seconds between two looks at the launcher
 
 
@@ -96,6 +90,7 @@ class Signals:
         if self.asked is None:
             self.asked, self._since = why, now
         elif now - self._since > TOGETHER and not (self._launcher and why == signal.SIGTERM.name):
+            # the launcher ends its ranks one after the other, and waits for each: its SIGTERM is no second request
             os.write(2, f"{why} again: ended at once; what came after the last checkpoint is lost\n".encode())
             os._exit(STOPPED)
 

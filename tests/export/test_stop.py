@@ -18,7 +18,7 @@ from leap_dist.export.kinds import Exported, export_run
 from leap_dist.export.shrunk import Models
 from leap_dist.export.stop import Stopped, stoppable
 from leap_dist.run_folder import Run, read_run
-from leap_dist.train.signals import HEEDED
+from leap_dist.stopping import HEEDED
 from tests.export.runs import classifier, element_masks, make_run
 from tests.launch.scripts import load_script
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from leap_dist.stopping import HEEDED
 from leap_dist.sweep.stop import heed_signals
-from leap_dist.train.signals import HEEDED
 from tests.sweep.jobs import JOB, sweep_file
 
 ROOT = Path(__file__).resolve().parents[2]

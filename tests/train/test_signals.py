@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from leap_dist.train.signals import HEEDED, Interrupted, Signals, launcher_processes
+from leap_dist.stopping import HEEDED
+from leap_dist.train.signals import Interrupted, Signals, launcher_processes
 
 pytestmark = pytest.mark.slow
 
