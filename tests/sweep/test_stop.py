@@ -50,7 +50,7 @@ def test_in_another_thread_signals_are_left_as_they_are(handlers: None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "has_ray"),
-    [("SIGTERM", True), ("SIGTERM", False), pytest.param("SIGUSR1", True, marks=pytest.mark.long)],
+    [("SIGTERM", False), *(pytest.param(name, True, marks=pytest.mark.long) for name in ("SIGTERM", "SIGUSR1"))],
 )
 def test_a_scheduler_stops_a_sweep_as_ctrl_c_does(name: str, has_ray: bool, tmp_path: Path, empty_store: Path) -> None:
     shutil.copy(empty_store, tmp_path / "mlflow.db")
