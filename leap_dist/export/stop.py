@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
-from leap_dist.stopping import HEEDED, TOGETHER
+from leap_dist.stopping import HEEDED, Raises
 
 
 class Stopped(BaseException):
@@ -18,14 +16,7 @@ class Stopped(BaseException):
 @contextmanager
 def stoppable() -> Iterator[None]:
     """A block of the main thread in which a HEEDED signal raises Stopped; more of them within TOGETHER are one."""
-    last = float("-inf")
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        before, last = last, time.monotonic()
-        if last - before > TOGETHER:
-            raise Stopped(signal.Signals(number).name)
-
+    stop = Raises(Stopped)
     handlers = {number: signal.signal(number, stop) for number in HEEDED}
     try:
         yield

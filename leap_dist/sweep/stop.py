@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -14,7 +13,7 @@ from leap_dist.errors import UserError
 from leap_dist.files import is_free
 from leap_dist.run_folder import CERTIFICATE, JOURNAL
 from leap_dist.secrets import hide_secrets
-from leap_dist.stopping import HEEDED, TOGETHER
+from leap_dist.stopping import HEEDED, Raises
 from leap_dist.sweep.line import Line
 from leap_dist.tracking.delivery import DELIVERIES
 from leap_dist.tracking.journal import Journal
@@ -24,22 +23,10 @@ from leap_dist.tracking.store import connect, held_back, in_time, starting, user
 POLL, PATIENCE = 0.1, 15.0  # seconds: between two looks, and for the ranks of a trial to be gone
 
 
-class _Stop:
-    """A handler that raises KeyboardInterrupt, once for signals that come together."""
-
-    def __init__(self) -> None:
-        self._last = -math.inf
-
-    def __call__(self, number: int, frame: object) -> None:
-        before, self._last = self._last, time.monotonic()
-        if self._last - before > TOGETHER:
-            raise KeyboardInterrupt(signal.Signals(number).name)
-
-
 def heed_signals() -> None:
     """Let HEEDED signals end this process as Ctrl-C does; called anew after what installs handlers of its own."""
     if threading.current_thread() is threading.main_thread():
-        stop = _Stop()
+        stop = Raises(KeyboardInterrupt)
         for number in HEEDED:
             signal.signal(number, stop)
 

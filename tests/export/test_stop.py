@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from leap_dist import stopping
 from leap_dist.errors import UserError
-from leap_dist.export import kinds, stop
+from leap_dist.export import kinds
 from leap_dist.export.kinds import Exported, export_run
 from leap_dist.export.shrunk import Models
 from leap_dist.export.stop import Stopped, stoppable
@@ -84,7 +85,7 @@ def test_help_names_the_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_signals_that_come_together_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop, "TOGETHER", 60.0)
+    monkeypatch.setattr(stopping, "TOGETHER", 60.0)
     cleaned = False
     with pytest.raises(Stopped, match="SIGTERM"), stoppable():
         try:
@@ -93,7 +94,7 @@ def test_signals_that_come_together_are_one(monkeypatch: pytest.MonkeyPatch) -> 
             send(signal.SIGINT)
             cleaned = True
     assert cleaned
-    monkeypatch.setattr(stop, "TOGETHER", 0.0)
+    monkeypatch.setattr(stopping, "TOGETHER", 0.0)
     with pytest.raises(Stopped, match="SIGINT"), stoppable():
         try:
             send(signal.SIGTERM)
