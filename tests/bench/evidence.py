@@ -65,9 +65,9 @@ class Source:
     steps: tuple[int, ...]
 
 
-RUNS = ("first", "more", "most")  # that make a start
+RUNS = {"first": 1e-4, "more": 1e-4, "most": 1e-4, "last": 3e-5}  # that make a start, with the rate of each
 SOURCES = {
-    "sst2": Source("sst2/train.tsv", "sst2/dev.tsv", {"text": ["sentence"]}, 64, None, (1000, 800, 2000)),
+    "sst2": Source("sst2/train.tsv", "sst2/dev.tsv", {"text": ["sentence"]}, 64, None, (1000, 800, 2000, 2100)),
     "qqp": Source("qqp/train.tsv", "qqp/dev.tsv", {"text": ["question1", "question2"]}, 64, 5000, (3000, 1000)),
     "mrpc": Source(
         "mrpc/msr_paraphrase_train.txt",
@@ -94,7 +94,7 @@ class Cell:
     def name(self) -> str:
         """Of its folder."""
         if self.line == "start":
-            return f"start/{RUNS[len(SOURCES[self.task].steps) - 1]}"
+            return f"start/{list(RUNS)[len(SOURCES[self.task].steps) - 1]}"
         seed = [] if self.seed == SEEDS[0] else [str(self.seed)]
         parts = (self.gates, f"{100 * self.target:g}", self.line, *seed)
         return "_".join("".join(filter(str.isalnum, part)) for part in parts)
@@ -144,8 +144,10 @@ def start_of(task: str, out: Path) -> Path:
     texts = put(out / "train.txt", words_of(DATA / source.train, source.columns["text"]))
     words = export(encoder(), out / "words", ["hf"], "--vocabulary", str(texts))
     model = words
-    for name, steps in zip(RUNS, source.steps, strict=False):
-        prune(job_of(model, task, steps, out), out / "start" / name)
+    for (name, rate), steps in zip(RUNS.items(), source.steps, strict=False):
+        job = job_of(model, task, steps, out)
+        job["train"]["learning_rate"] = rate
+        prune(job, out / "start" / name)
         model = out / "start" / name / "model"
     return model
 
