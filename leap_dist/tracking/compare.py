@@ -24,7 +24,7 @@ from leap_dist.tracking.rows import (
     PRUNED,
     TARGET,
     Row,
-    entry,
+    entries,
     folder_of,
     number,
     points,
@@ -217,7 +217,7 @@ def choose_metric(runs: Sequence[StoredRun], asked: str | None) -> str:
 
 
 def rows_of(runs: Sequence[StoredRun], metric: str) -> list[Row]:
-    """Finished runs by task and density, those marked that are on the front of their task."""
+    """Finished runs by group and density, those marked that are on the front of their group."""
     rows = []
     for run in runs:
         density = _density(run)
@@ -225,31 +225,29 @@ def rows_of(runs: Sequence[StoredRun], metric: str) -> list[Row]:
         export = next(iter(exports(folder_of(run))), None)
         rows.append(Row(run, density, number(run, PRUNED + metric), number(run, DENSE + metric), export))
     sign = 1.0 if higher_is_better(metric) else -1.0
-    front = pareto([None if row.value is None else (row.task, row.density, sign * row.value) for row in rows])
+    front = pareto([None if row.value is None else (row.group, row.density, sign * row.value) for row in rows])
     marked = [replace(row, front=best) for row, best in zip(rows, front, strict=True)]
-    return sorted(marked, key=lambda row: (row.task, row.density, -sign * (row.value or 0.0)))
+    return sorted(marked, key=lambda row: (row.group, row.density, -sign * (row.value or 0.0)))
 
 
 def best(rows: Sequence[Row], condition: Condition) -> Row | None:
     """The row of smallest density that reaches the condition; the first of equals, None if no row does.
 
-    Raises UserError where rows of several tasks do: their metrics have nothing to do with each other.
+    Raises UserError where rows of several groups do: their metrics have nothing to do with each other.
     """
-    good: dict[str, list[Row]] = {}
+    good: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if condition.holds(row):
-            good.setdefault(_judged_on(row.run), []).append(row)
+            good.setdefault(row.group, []).append(row)
     if len(good) > 1:
-        names = [f"{task}: {', '.join(_first([row.run.label for row in found]))}" for task, found in good.items()]
-        problem = f'--best: got "{condition}"; runs of {len(good)} tasks satisfy it, and cannot be compared'
+        names = [
+            f"{' on '.join(filter(None, group)) or 'no task'}: {', '.join(_first([row.run.label for row in found]))}"
+            for group, found in good.items()
+        ]
+        what = "tasks" if len({task for task, _ in good}) > 1 else "data"
+        problem = f'--best: got "{condition}"; runs of {len(good)} {what} satisfy it, and cannot be compared'
         raise UserError("\n  ".join([f"{problem}; choose runs of one with --runs, --tag or --experiment:", *names]))
     return min((row for found in good.values() for row in found), key=lambda row: row.density, default=None)
-
-
-def _judged_on(run: StoredRun) -> str:
-    """The task, with the data that are read in place of its own."""
-    given = {key: run.params.get(f"data.{key}") for key in ("task", "dataset", "subset", "validation")}
-    return " ".join(str(value) for value in given.values() if value not in (None, "None")) or "no task"
 
 
 def nearest_miss(rows: Sequence[Row], condition: Condition) -> str:
@@ -322,7 +320,7 @@ def report(rows: Sequence[Row], metric: str, path: Path, notes: Sequence[str]) -
     found = points(rows)
     picture = picture_of(found, metric) if found else None
     try:
-        write_page([entry(row) for row in rows], metric, f"Pruned models by {metric}", picture, path, notes)
+        write_page(entries(rows), metric, f"Pruned models by {metric}", picture, path, notes)
     except OSError as error:
         raise UserError(f"--report: {path} cannot be written: {error.strerror}") from error
 

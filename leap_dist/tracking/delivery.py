@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from leap_dist.errors import UserError
 from leap_dist.run_folder import JOURNAL
 from leap_dist.tracking.journal import Journal, Record
+from leap_dist.tracking.runs import CONTEXT
 from leap_dist.tracking.store import begin, connect, first_line
 
 if TYPE_CHECKING:
@@ -211,10 +212,7 @@ def _measures(batch: list[Record]) -> list[Metric]:
 def _datasets(client: MlflowClient, run_id: str, batch: list[Record], folder: Path) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    inputs = [
-        DatasetInput(Dataset(**record["values"]), [InputTag("mlflow.data.context", record["context"])])
-        for record in batch
-    ]
+    inputs = [DatasetInput(Dataset(**record["values"]), [InputTag(CONTEXT, record["context"])]) for record in batch]
     client.log_inputs(run_id, datasets=inputs)
 
 

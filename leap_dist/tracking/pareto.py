@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from leap_dist.tracking.plots import COLOURS, Picture, trade_off
 
@@ -30,14 +31,14 @@ def higher_is_better(metric: str) -> bool:
     return not metric.endswith(LOWER_IS_BETTER)
 
 
-def pareto(points: Sequence[tuple[str, float, float] | None]) -> list[bool]:
+def pareto(points: Sequence[tuple[Any, float, float] | None]) -> list[bool]:
     """Which points no other of their group beats: none is at most as dense and at least as good, and better in one.
 
     points: (group, density, what is to be large); None for what takes no part.
     """
     given = [point for point in points if point is not None]
 
-    def beaten(point: tuple[str, float, float]) -> bool:
+    def beaten(point: tuple[Any, float, float]) -> bool:
         group, density, value = point
         rivals = [other for other in given if other[0] == group and other[1] <= density and other[2] >= value]
         return any(other[1] < density or other[2] > value for other in rivals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,13 @@ class Row:
 
     @property
     def task(self) -> str:
-        """Only models of one task can be compared."""
+        """Models of several tasks cannot be compared."""
         return self.run.params.get(TASK, "")
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Only models of one task, judged on the same data, can be compared."""
+        return self.task, self.run.data
 
     @property
     def difference(self) -> float | None:
@@ -61,13 +67,20 @@ class Row:
         return number(self.run, "leap_ms")
 
 
+def group_names(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
+    """What to call each group: its task, with the data where models of the task are judged on several."""
+    groups = list(dict.fromkeys(row.group for row in rows))
+    tasks = Counter(task for task, _ in groups)
+    return {(task, data): task if tasks[task] == 1 else f"{task}: {data or 'no data named'}" for task, data in groups}
+
+
 def table_lines(rows: Sequence[Row], metric: str) -> list[dict[str, str | float]]:
     """The rows as lines of a table; a cell without a value is left out."""
-    several = len({row.task for row in rows}) > 1
+    names = group_names(rows)
     lines = []
     for row in rows:
         cells: dict[str, Any] = {"front": "*" if row.front else "", "run": row.run.name, "id": row.run.id[:8]}
-        cells |= {"task": row.task} if several else {}
+        cells |= {"task": names[row.group]} if len(names) > 1 else {}
         cells |= {"target": row.target, "density": row.density, metric: row.value, "Δ dense": row.difference}
         cells |= {"weights": row.kept, "LEAP ms": row.overhead, "seconds": row.run.seconds}
         if row.export:
@@ -84,6 +97,7 @@ def records(rows: Sequence[Row], metric: str) -> list[dict[str, Any]]:
             "run": row.run.name,
             "id": row.run.id,
             "task": row.task,
+            "data": row.run.data,
             "target": row.target,
             "density": row.density,
             "metric": metric,
@@ -105,9 +119,10 @@ def records(rows: Sequence[Row], metric: str) -> list[dict[str, Any]]:
 
 def points(rows: Sequence[Row]) -> list[Point]:
     """The rows with a value, in the picture: runs of a line differ in their target alone, or in what is not shown."""
+    names = group_names(rows)
     return [
         Point(
-            row.task or "all runs",
+            names[row.group] or "all runs",
             ", ".join(text for text in (_rule(row.run), _gates(row.run)) if text) or "pruned",
             row.density,
             row.value,
@@ -118,12 +133,17 @@ def points(rows: Sequence[Row]) -> list[Point]:
     ]
 
 
-def entry(row: Row) -> Entry:
-    """The row on a page of several runs."""
+def entries(rows: Sequence[Row]) -> list[Entry]:
+    """The rows on a page of several runs."""
+    names = group_names(rows)
+    return [_entry(row, names[row.group]) for row in rows]
+
+
+def _entry(row: Row, group: str) -> Entry:
     from leap_dist.tracking.report import Entry
 
     run = row.run
-    settings = {"task": row.task, "gates": _gates(run), "rule": _rule(run), "seed": run.params.get(SEED)}
+    settings = {"task": group, "gates": _gates(run), "rule": _rule(run), "seed": run.params.get(SEED)}
     return Entry(
         run.name,
         run.status.lower(),

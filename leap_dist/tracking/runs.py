@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_dist.errors import UserError
@@ -14,16 +16,18 @@ from leap_dist.tracking.store import PARENT, open_store, quoted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Dataset, Run
 
 FOLDER = "leap.folder"  # the tag that says where a run's files are
+CONTEXT = "mlflow.data.context"  # the tag that says what data are for
+DIGITS = 8  # of a digest that are shown
 REQUEST_SIZE = 1000  # runs or experiments in one request; every MLflow server gives as many
 MOST_LISTED = 20  # names in one message
 
 
 @dataclass(frozen=True, eq=False)
 class StoredRun:
-    """One run. metrics: the last value of each; seconds: None while it is running."""
+    """One run. metrics: the last value of each; seconds: None while it runs; data: what the model is judged on."""
 
     id: str
     name: str
@@ -32,6 +36,7 @@ class StoredRun:
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
+    data: str = ""
 
     @property
     def label(self) -> str:
@@ -128,7 +133,28 @@ def _stored(run: Run) -> StoredRun:
     info, data = run.info, run.data
     seconds = (info.end_time - info.start_time) / 1000.0 if info.end_time else None
     name = info.run_name or info.run_id
-    return StoredRun(info.run_id, name, info.status, seconds, data.params, data.metrics, data.tags)
+    return StoredRun(info.run_id, name, info.status, seconds, data.params, data.metrics, data.tags, judged_on(run))
+
+
+def judged_on(run: Run) -> str:
+    """The data of validation as tracking/datasets.py records them; "" where a run has none.
+
+    Of files the name and the beginning of the digest: their folder may be another on each machine.
+    """
+    found = [
+        _source_name(item.dataset)
+        for item in (run.inputs.dataset_inputs if run.inputs else ())
+        if any((tag.key, tag.value) == (CONTEXT, "validation") for tag in item.tags)
+    ]
+    return ", ".join(sorted(set(found)))
+
+
+def _source_name(data: Dataset) -> str:
+    source = json.loads(data.source)
+    if data.source_type == "local":
+        return f"{Path(source['uri']).name} {data.digest[:DIGITS]}"
+    values = source.get("tags", source).values()
+    return " ".join(str(value) for value in values if value is not None)
 
 
 def _listed(names: Sequence[str]) -> str:

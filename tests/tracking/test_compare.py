@@ -34,7 +34,7 @@ from leap_dist.tracking.compare import (
 )
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.tracking.overlap import FOLDER, overlaps
-from leap_dist.tracking.rows import entry, points
+from leap_dist.tracking.rows import entries, points
 from leap_dist.tracking.runs import Selection, StoredRun, find, read_runs
 from tests.tracking.folders import Page, export_card
 
@@ -91,8 +91,8 @@ def stored(name: str, target: float, metrics: dict[str, float], **tags: str) -> 
     return StoredRun(run_id, name, "FINISHED", 2.0, {"leap.target": str(target), "data.task": "t"}, metrics, found)
 
 
-def of_task(run: StoredRun, **data: str) -> StoredRun:
-    return replace(run, params={**run.params, **{f"data.{key}": value for key, value in data.items()}})
+def of_task(run: StoredRun, task: str, data: str = "") -> StoredRun:
+    return replace(run, params={**run.params, "data.task": task}, data=data)
 
 
 # ------------------------------------------------------------------------------ which runs are read
@@ -283,18 +283,36 @@ def test_best_is_the_smallest_that_is_good_enough(store: str) -> None:
 
 def test_best_is_of_one_task() -> None:
     """The smallest run of another task is none that can be put in its place, and not registered as it."""
-    cls = of_task(stored("cls", 0.3, ending(0.9, 0.3)), task="text/classification", dataset="None")
-    other = of_task(stored("other", 0.2, ending(0.7, 0.2)), task="text/classification", dataset="a/b", subset="c")
-    base = of_task(stored("base", 0.1, ending(0.5, 0.1)), task="builtin/clock")
+    cls = of_task(stored("cls", 0.3, ending(0.9, 0.3)), "text/classification", "dev.tsv 12345678")
+    other = of_task(stored("other", 0.2, ending(0.7, 0.2)), "text/classification", "a/b c validation")
+    base = of_task(stored("base", 0.1, ending(0.5, 0.1)), "builtin/clock")
     match = r"^--best: got \"accuracy >= 0\.4\"; runs of 2 tasks .* one with --runs, --tag or --experiment:"
     with pytest.raises(UserError, match=match) as caught:
         compare([cls, base], Request(best="accuracy>=0.4", register="foo@champion"))
-    names = ["builtin/clock: base (62617365)", "text/classification: cls (636c7300)"]
+    names = ["builtin/clock: base (62617365)", "text/classification on dev.tsv 12345678: cls (636c7300)"]
     assert str(caught.value).split("\n  ")[1:] == names
-    with pytest.raises(UserError, match=r"\n  text/classification a/b c: other .*\n  text/classification: cls "):
+    match = r"runs of 2 data .*\n  text/\w+ on a/b c validation: other .*\n  text/\w+ on dev.tsv 12345678: cls "
+    with pytest.raises(UserError, match=match):
         compare([cls, other], Request(best="accuracy>=0.4"))
     for runs, condition, name in (([cls, base], "accuracy>0.8", "cls"), ([cls, cls], "accuracy>=0.4", "cls")):
         assert [line["run"] for line in compare(runs, Request(best=condition)).records] == [name]
+
+
+def test_a_front_is_of_one_task_and_data(tmp_path: Path) -> None:
+    """A run judged on easier data beats none of another's."""
+    found = {"easy": ("a.tsv 1", 0.1, 0.9), "hard": ("b.tsv 2", 0.3, 0.7), "worse": ("a.tsv 1", 0.4, 0.8)}
+    runs = [of_task(stored(name, d, ending(a, d)), "text/classification", data) for name, (data, d, a) in found.items()]
+    answer = compare(runs, Request(report=tmp_path / "report.html"))
+    assert {line["run"]: (line["data"], line["front"]) for line in answer.records} == {
+        "easy": ("a.tsv 1", True),
+        "worse": ("a.tsv 1", False),
+        "hard": ("b.tsv 2", True),
+    }
+    (lines,) = answer.tables.values()
+    names = ["text/classification: a.tsv 1", "text/classification: a.tsv 1", "text/classification: b.tsv 2"]
+    assert [line["task"] for line in lines] == names
+    assert {point.group for point in points(rows_of(runs, "accuracy"))} == set(names)
+    assert all(name in (tmp_path / "report.html").read_text("utf-8") for name in names)
 
 
 @pytest.mark.parametrize("text", ["accuracy", ">=0.9", "accuracy=0.9", "accuracy>=high", "accuracy>=nan", ""])
@@ -424,4 +442,5 @@ def test_a_run_is_known_by_what_made_its_masks() -> None:
     """Also where no rule learned them; its parameter says the default then."""
     shot = stored("shot", 0.5, ending(0.8, 0.5), rule="one_shot", metric="accuracy", gates="2:4")
     rows = rows_of([replace(shot, params={**shot.params, "leap.rule": "leap"})], "accuracy")
-    assert [point.line for point in points(rows)] == ["one_shot, 2:4"] and entry(rows[0]).settings["rule"] == "one_shot"
+    assert [point.line for point in points(rows)] == ["one_shot, 2:4"]
+    assert [entry.settings["rule"] for entry in entries(rows)] == ["one_shot"]

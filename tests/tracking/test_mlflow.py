@@ -19,6 +19,7 @@ from leap_dist.run_folder import JOURNAL
 from leap_dist.tracking import system
 from leap_dist.tracking.delivery import MAX_BATCH
 from leap_dist.tracking.mlflow import Tracker, parameters, sync
+from leap_dist.tracking.runs import Selection, read_runs
 from tests.tracking.proxy import Proxy, proxy
 from tests.tracking.servers import DATABASE, Server
 from tests.tracking.stored import JOB, artifacts, history, read_run, wait_for
@@ -266,6 +267,7 @@ def test_data_table_and_system_metrics(store: str, tmp_path: Path, monkeypatch: 
     assert train.source_type == "code" and json.loads(train.source)["tags"] == {"task": "builtin/clock", "seed": "0"}
     assert {len(dataset.digest) for _, dataset in found.values()} == {32}
     assert train.digest != found["builtin/clock validation"][1].digest
+    assert [stored.data for stored in read_runs(store, Selection(["data"]))] == ["builtin/clock 0"] * 2
     table = client.load_table(run.info.experiment_id, "gates.json", [run.info.run_id])
     assert table["tensors"].tolist()[0] == "q, k" and table["kept"].tolist() == [3, 4]
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= run.data.metrics.keys()
