@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, own_words
 from leap_dist.ops.words import IGNORED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Example = dict[str, Any]
 """A tokenised example: lists of int (input_ids, attention_mask, ...) and single numbers (labels, ...)."""
@@ -151,6 +151,27 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     raise UserError("model.name: its tokenizer has no padding token; set one in its tokenizer_config.json")
+
+
+def tokenised(tokenizer: PreTrainedTokenizerBase, *texts: str | list[str], **options: Any) -> BatchEncoding:
+    """What a tokenizer makes of texts. UserError for a word that it has no token for, nor one for all unknown."""
+    try:
+        return tokenizer(*texts, **options)
+    except Exception as error:
+        if type(error) is not Exception:  # the one that the tokenizers library raises
+            raise
+        problem = f'cannot take "{_refused(tokenizer, texts)[:60]}" ({own_words(error)})'
+        raise UserError(f"data.tokenizer: it {problem}; allowed: one with a token for unknown words") from error
+
+
+def _refused(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str | list[str]]) -> str:
+    """The first text that the tokenizer cannot take."""
+    for text in chain.from_iterable([part] if isinstance(part, str) else part for part in texts):
+        try:
+            tokenizer(text)
+        except Exception:  # of this class alone, see above
+            return text
+    raise AssertionError("each text alone is taken")
 
 
 class Collator:

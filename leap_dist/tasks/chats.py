@@ -20,7 +20,7 @@ import numpy as np
 
 from leap_dist.errors import UserError
 from leap_dist.ops.words import IGNORED
-from leap_dist.tasks.base import Example, TokenTable, flat
+from leap_dist.tasks.base import Example, TokenTable, flat, tokenised
 from leap_dist.tasks.cache import cached
 from leap_dist.tasks.tables import cell_text
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ANSWERS = "assistant"
+TOOLS = "tools"  # the column beside a conversation with the functions that may be called in it
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What a template has where answers begin, if it says so."""
 
@@ -75,7 +76,7 @@ def _message(value: Any, where: str) -> Message:
 def conversation(row: Mapping[str, Any], place: str, columns: Sequence[str]) -> Conversation:
     """One column: messages. Two: the prompt and the answer, each text or messages; three: an input behind the prompt.
 
-    What follows the last answer is left out: nothing is learned from it. A column "tools" beside goes to the template.
+    What follows the last answer is left out: nothing is learned from it. A column TOOLS beside goes to the template.
     """
     if len(columns) == 1:
         messages = read_messages(row.get(columns[0]), place, columns[0])
@@ -89,12 +90,12 @@ def conversation(row: Mapping[str, Any], place: str, columns: Sequence[str]) -> 
     if not last:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"{place}: no answer, the messages are of {roles}; allowed: at least one of {ANSWERS}")
-    return Conversation(place, messages[:last], _tools(row.get("tools"), place))
+    return Conversation(place, messages[:last], _tools(row.get(TOOLS), place))
 
 
 def _tools(value: Any, place: str) -> tuple[Any, ...]:
     if value is not None and not isinstance(value, list):
-        raise UserError(f'{place}, column "tools": got {str(value)[:40]}; allowed: a list of functions, or nothing')
+        raise UserError(f'{place}, column "{TOOLS}": got {str(value)[:40]}; allowed: a list of functions, or nothing')
     return tuple(value or ())
 
 
@@ -211,7 +212,7 @@ class ChatEncoder:
 
     def _tokens(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """(ids, whether each begins in a span)."""
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = tokenised(self._tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         starts, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
         judged = np.zeros(len(starts), bool)
         for begin, stop in spans:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from leap_dist.config.sections import DataConfig, names_files
 from leap_dist.errors import UserError
+from leap_dist.tasks.base import tokenised
 from leap_dist.tasks.cache import Arrays, cached
-from leap_dist.tasks.chats import Conversation, conversation
+from leap_dist.tasks.chats import TOOLS, Conversation, conversation
 from leap_dist.tasks.files import PARQUET, files_of, kind_of, read_text
 from leap_dist.tasks.tables import TABLES, cell, cell_text, guarded, hub_split, hub_stream, read_rows, split_names
 
@@ -96,7 +98,8 @@ def read_split(key: str, data: DataConfig, splits: Any) -> Split:
         found = Split(f"{key}: {', '.join(names)}")
         for file in files_of(key, names):
             if kind_of(file) in TABLES:
-                _add_rows(found, read_rows(key, file), data, arrow=kind_of(file) == PARQUET)
+                columns = {TOOLS, *(data.text or chain(TEXT, *CHATS))}
+                _add_rows(found, read_rows(key, file, columns), data, arrow=kind_of(file) == PARQUET)
             elif data.text is not None:
                 raise UserError(
                     f"data.text: got {', '.join(data.text)}, but {file} is plain text and has no columns: remove it"
@@ -167,7 +170,7 @@ def token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, e
 
     def make() -> Arrays:
         tokens, sizes = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
-        for ids, num_bytes, last in _tokenised(documents, tokenizer):
+        for ids, num_bytes, last in _token_pieces(documents, tokenizer):
             tokens.append(ids)
             sizes.append(num_bytes)
             if last:
@@ -183,19 +186,20 @@ def tokens_of_each(
 ) -> Iterator[np.ndarray]:
     """The tokens of each document and `end`, int32."""
     parts: list[np.ndarray] = []
-    for ids, _, last in _tokenised(documents, tokenizer):
+    for ids, _, last in _token_pieces(documents, tokenizer):
         parts.append(ids)
         if last:
             yield np.concatenate([*parts, np.array(end, np.int32)])
             parts = []
 
 
-def _tokenised(
+def _token_pieces(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """(tokens, bytes of each, whether its document ends here) of every piece."""
     for batch in batches(documents):
-        encoded = tokenizer(
+        encoded = tokenised(
+            tokenizer,
             [piece for piece, _ in batch],
             add_special_tokens=False,
             return_attention_mask=False,

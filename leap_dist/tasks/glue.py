@@ -16,7 +16,7 @@ import torch
 from leap_dist.config.json_file import shortened
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
-from leap_dist.tasks.base import Collator, Task, TokenTable, flat, joined, pad_id
+from leap_dist.tasks.base import Collator, Task, TokenTable, flat, joined, pad_id, tokenised
 from leap_dist.tasks.cache import Arrays, cached
 from leap_dist.tasks.files import files_of
 from leap_dist.tasks.metrics import LabelEvaluation
@@ -125,7 +125,8 @@ def _tokenize(
         parts = []
         for start in range(0, len(labels), TOKENIZE_ROWS):
             texts = list(zip(*table.texts[start : start + TOKENIZE_ROWS], strict=True))
-            parts.append(flat(dict(tokenizer(*map(list, texts), truncation=True, max_length=max_length))))
+            encoded = tokenised(tokenizer, *map(list, texts), truncation=True, max_length=max_length)
+            parts.append(flat(dict(encoded)))
         return joined(parts)
 
     tokens = TokenTable(cached(tokenizer, (max_length, *table.texts), make), labels=labels)

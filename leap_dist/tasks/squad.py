@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from leap_dist.config.section import is_int
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
-from leap_dist.tasks.base import Batch, Collator, Task, TokenTable, flat, joined, pad_id
+from leap_dist.tasks.base import Batch, Collator, Task, TokenTable, flat, joined, pad_id, tokenised
 from leap_dist.tasks.cache import Arrays, cached
 from leap_dist.tasks.files import files_of, kind_of, read_text, reading
 from leap_dist.tasks.spans import best_spans, choose_answer, n_best, squad_scores
@@ -144,7 +144,8 @@ def _window_arrays(
 ) -> Arrays:
     """Columns, "starts" and numbers of the windows of TOKENIZE_ROWS questions from `start` on."""
     part = questions[start : start + TOKENIZE_ROWS]
-    encoded = tokenizer(
+    encoded = tokenised(
+        tokenizer,
         _cut([question.question for question in part], tokenizer, max_length // 3),
         [question.context for question in part],
         truncation="only_second",
@@ -188,7 +189,7 @@ def _answer_tokens(answers: Sequence[tuple[str, int]], chars: np.ndarray, first:
 
 def _cut(questions: list[str], tokenizer: PreTrainedTokenizerBase, longest: int) -> list[str]:
     """The questions, cut to at most `longest` tokens so that windows have room for the text."""
-    encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenised(tokenizer, questions, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = [offsets[longest - 1][1] if len(offsets) > longest else None for offsets in encoded["offset_mapping"]]
     return [question[:end] for question, end in zip(questions, ends, strict=True)]
 

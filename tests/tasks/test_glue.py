@@ -53,6 +53,17 @@ def test_tsv_is_unquoted_and_may_start_with_a_bom(files: Any, tokenizer: Any) ->
     assert (task.vocab_size, task.max_length) == (13, 7)
 
 
+def test_a_tokenizer_without_a_token_for_a_word(files: Any) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[PAD]", "a", "good", "film", "bad"])}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
+    with pytest.raises(UserError, match=r'^data\.tokenizer: it cannot take "a bad plot" \(WordLevel error: .*UNK'):
+        load_task(files(GOOD), words)
+
+
 def test_csv_is_quoted(files: Any, tokenizer: Any) -> None:
     data = files('label,sentence\n1,"a, good film"\n0,"bad\nplot"\n', suffix=".csv")
     assert [len(example["input_ids"]) for example in load_task(data, tokenizer).train] == [6, 4]

@@ -101,12 +101,29 @@ def test_a_tokenizer_that_does_not_know_every_letter(texts: Any, kind: str) -> N
     task = load_task(texts("ACGTTGCAA"), letters)
     assert ids_of(task.train) == [[4, 0, 1, 2, 3, 3, 2, 1]]
     assert ids_of(task.validation["validation"])[1] == [4, 0, 0, 5]
+    if kind == "WordLevel":  # BPE leaves out what it has no token for
+        unknown = r'^data\.tokenizer: it cannot take "ACNGT" \(.*\); allowed: one with a token for unknown words$'
+        with pytest.raises(UserError, match=unknown):
+            load_task(texts("ACNGT"), letters)
     backend.post_processor = processors.TemplateProcessing(single="<s>", special_tokens=[("<s>", 4)])
     silent = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
     with pytest.raises(
         UserError, match=r"data\.tokenizer: the post_processor of its tokenizer\.json leaves the text out"
     ):
         load_task(texts("ACGT"), silent)
+
+
+def test_of_parquet_only_columns_that_are_used_are_read(tmp_path: Path, decoder: Any) -> None:
+    """The other one has cells that Python cannot hold."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    times = pyarrow.array([10**15, 0], pyarrow.timestamp("ms"))
+    for column in ("text", "body"):
+        write_table(pyarrow.table({"when": times, column: ["a b c d", "good bad"]}), file := tmp_path / "rows.parquet")
+        own = {} if column == "text" else {"text": column}
+        data = DataConfig(task="lm", train=str(file), validation=str(file), max_length=8, **own)
+        assert ids_of(load_task(data, decoder).train) == [[13, 4, 5, 6, 7, 14, 8, 9]]
 
 
 def test_rows_are_documents(texts: Any, tmp_path: Path, decoder: Any) -> None:
