@@ -28,9 +28,10 @@ from leap_dist.checkpoint.engine_state import (
     restore_random,
     section_of,
     tensor_table,
+    unfinished,
     written_by,
 )
-from leap_dist.checkpoint.folders import CheckpointError, checkpoints_in
+from leap_dist.checkpoint.folders import CheckpointError, checkpoints_in, step_of
 from leap_dist.checkpoint.manifest import MANIFEST, Damaged, Manifest
 from leap_dist.config.section import is_int
 from leap_dist.core.optimizer import LeapAdamW
@@ -69,6 +70,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._final: Path | None = None  # the checkpoint that is being written
         self._error: Exception | None = None  # of the thread, or of the start of the save
+        self._resumed = False  # what is later than the run, it has left itself
 
     @functools.cached_property
     def _ranks(self) -> Ranks:
@@ -80,8 +82,10 @@ class Checkpoints:
 
         Waits for the save before this one. If that one failed, CheckpointError says so once this one has begun: a
         caller that continues misses nothing. What goes wrong with this one is reported by the next `save` or `wait`.
+        Raises UserError where the folder has later ones and none was loaded: they are of another run.
         """
         _check_engine(engine)
+        self._refuse_other_runs(engine)
         failure = self._finish()
         agreement(engine, self._ranks)
         rank, fragments = self._ranks.rank, written_by(engine, self._ranks.rank)
@@ -120,6 +124,7 @@ class Checkpoints:
                 _check_masks(self._folder / name, engine, plan.manifest)
                 restore_random(plan.random)
                 agreement(engine, self._ranks)
+                self._resumed = True
                 return dict(plan.manifest.progress)
             if self._ranks.first:
                 print(printable(f"warning: {self._folder / name} is damaged and not used: {damage}"), flush=True)
@@ -131,6 +136,17 @@ class Checkpoints:
         return None
 
     # Saving
+
+    def _refuse_other_runs(self, engine: Any) -> None:
+        """Later checkpoints would be removed, as what a run leaves that had to go back to before them."""
+        if self._resumed or self._final is not None:
+            return
+        newest = self._ranks.on_first(lambda: next((path.name for path in checkpoints_in(self._folder)), None))
+        if newest is not None and step_of(Path(newest)) > engine.leap.num_steps:
+            raise UserError(
+                f"folder: {self._folder} has {newest} of another run, and this one is at step {engine.leap.num_steps}; "
+                "give each run a folder of its own, or call load first to resume that run"
+            )
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies in host memory, the same at every save."""
@@ -233,11 +249,8 @@ def _check_engine(engine: Any) -> None:
         raise UserError(f"engine: got a {type(engine).__name__}; allowed: one that leap_dist.initialize or attach made")
     if engine.leap.config.mode == "one_shot":
         raise UserError('engine: leap.mode is "one_shot", which takes no step that could be saved or resumed')
-    if engine.micro_steps % engine.gradient_accumulation_steps():
-        raise UserError(
-            f"engine: it is in the middle of a step, after {engine.micro_steps % engine.gradient_accumulation_steps()} "
-            f"of {engine.gradient_accumulation_steps()} micro-batches; save and load between optimizer steps"
-        )
+    if done := unfinished(engine):
+        raise UserError(f"engine: it is in the middle of a step, {done}; save and load between optimizer steps")
 
 
 def _words(error: Exception) -> str:

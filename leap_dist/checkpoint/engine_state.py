@@ -131,18 +131,33 @@ def restore_random(states: Mapping[str, Tensor]) -> None:
 
 def engine_state(engine: Any) -> EngineState:
     """Counters and schedules that live outside tensors. Between two updates only."""
-    accumulation = engine.gradient_accumulation_steps()
-    assert engine.micro_steps % accumulation == 0, "a checkpoint is taken between optimizer steps"
+    assert not unfinished(engine), "a checkpoint is taken between optimizer steps"
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return EngineState(
         leap=LeapState(**_with_tuples(engine.leap.plain_state())),
         lr=tuple(float(group["lr"]) for group in engine.leap.param_groups),
         betas=tuple((float(first), float(second)) for first, second in (g["betas"] for g in engine.leap.param_groups)),
+        base_lr=tuple(float(group["base_lr"]) for group in engine.leap.param_groups),
         scheduler=scheduler_state(engine),
         scaler={name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)},
-        updates=engine.micro_steps // accumulation,
+        updates=engine.leap.num_steps,
         **{name: getattr(engine, name) for name in _COUNTERS},
     )
+
+
+def unfinished(engine: Any) -> str:
+    """How much of a step an engine has the gradients of, in words; "" between two steps.
+
+    It finds the end of a step by counting, or the caller does: says so of each micro-batch, as Accelerate, or has
+    every step() be one.
+    """
+    ends = engine._is_gradient_accumulation_boundary
+    if ends is None and engine.managed_gradient_accumulation():
+        together = engine.gradient_accumulation_steps()
+        done = engine.micro_steps % together
+        return f"after {done} of {together} micro-batches" if done else ""
+    within = engine._unmanaged_backward_count if ends is None else not ends
+    return "after some of its micro-batches" if within else ""
 
 
 def scheduler_state(engine: Any) -> dict[str, Any] | None:
@@ -180,6 +195,8 @@ def restore_engine(engine: Any, state: EngineState) -> None:
         group["lr"] = lr
     for group, betas in zip(engine.leap.param_groups, state.betas or (), strict=False):
         group["betas"] = betas
+    for group, base_lr in zip(engine.leap.param_groups, state.base_lr or (), strict=False):
+        group["base_lr"] = base_lr  # what scores' rates are scaled by
     if state.scheduler is not None:
         engine.lr_scheduler.load_state_dict(state.scheduler)
     scaler = getattr(engine.optimizer, "loss_scaler", None)

@@ -68,11 +68,12 @@ class LeapState(ManifestPart):
 
 class EngineState(ManifestPart):
     """Counters and schedules of an engine, outside tensors. `updates` counts calls of step() that ended an update;
-    lr and betas are by group, the latter not in those of older versions."""
+    lr, betas and base_lr are by group, the last two not in those of older versions."""
 
     leap: LeapState
     lr: tuple[float, ...]
     betas: tuple[tuple[float, float], ...] | None = None
+    base_lr: tuple[float, ...] | None = None
     scheduler: dict[str, JsonValue] | None
     scaler: dict[str, Number]
     updates: Count

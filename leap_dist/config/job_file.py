@@ -331,6 +331,12 @@ def _deepspeed_problems(deepspeed: Mapping[str, Any]) -> Iterable[str]:
             yield f'{key}: got {show(section)}; allowed: a JSON object, such as {{"enabled": true}}'
         elif not isinstance(section.get("enabled", False), bool):
             yield f"{key}.enabled: got {show(section['enabled'])}; allowed: true or false"
+    if deepspeed.get("managed_gradient_accumulation", True) is not True:
+        received = show(deepspeed["managed_gradient_accumulation"])
+        yield (
+            f"managed_gradient_accumulation: got {received}; allowed: true: each micro-batch of a job would be a step; "
+            "remove it"
+        )
     zero = deepspeed.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         yield f'zero_optimization: got {show(zero)}; allowed: a JSON object, such as {{"stage": 2}}'

@@ -154,7 +154,7 @@ def match_layers(config: DistillConfig, ours: Any, theirs: Any) -> list[int]:
     ours, theirs = ours.get_text_config(), theirs.get_text_config()
     depth, teacher_depth = ours.num_hidden_layers, theirs.num_hidden_layers
     if config.layers == "auto":
-        layers = [round((layer + 1) * teacher_depth / depth) - 1 for layer in range(depth)]
+        layers = [max(round((layer + 1) * teacher_depth / depth) - 1, 0) for layer in range(depth)]
     else:
         layers = list(config.layers)
     if len(layers) != depth or not all(0 <= layer < teacher_depth for layer in layers):

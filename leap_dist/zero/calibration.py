@@ -60,13 +60,14 @@ def _inputs_of(leap: LeapAdamW) -> Inputs:
 
 @contextmanager
 def evaluating(engine: Any) -> Iterator[None]:
-    """An engine in evaluation mode, and then as it was."""
-    training = engine.module.training
+    """An engine in evaluation mode, and then as it was, each module of its own."""
+    training = [module for module in engine.module.modules() if module.training]
     engine.eval()
     try:
         yield
     finally:
-        engine.train(training)
+        for module in training:
+            module.training = True
 
 
 @contextmanager

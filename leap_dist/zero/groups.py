@@ -81,7 +81,8 @@ def _number(value: Any) -> float:
 def parameter_groups(
     model: nn.Module, plan: GatePlan, optimizer: Any, model_parameters: Any, defaults: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """The groups of LeapAdamW: first the one of all gated tensors, then the user's groups without them.
+    """The groups of LeapAdamW: the user's without gated tensors, and one of those, at the place of the first that has
+    any, before what is left of that one.
 
     defaults: lr and weight_decay of groups that do not give them. Raises UserError for groups that do not fit.
     """
@@ -91,6 +92,7 @@ def parameter_groups(
     _check_members(groups, names, [name for name in names.values() if name in plan.covers], key)
     plain: list[dict[str, Any]] = []
     gated: list[tuple[nn.Parameter, bool]] = []  # with whether its group has weight decay
+    place = 0
     settings: list[dict[str, Any]] = []  # of the groups that hold gated tensors
     for group in groups:
         members = [p for p in group["params"] if p.requires_grad]
@@ -99,6 +101,8 @@ def parameter_groups(
         own = {option: value for option, value in group.items() if option not in (*NO_EFFECT, *OTHERS)}
         own |= {option: _number(own[option]) for option in ("lr", "eps", "weight_decay") if option in own}
         own |= {"betas": tuple(map(_number, own["betas"]))} if "betas" in own else {}
+        if inside and not gated:
+            place = len(plain)
         if rest:
             plain.append({**own, "params": [(names[id(p)], p) for p in rest], GATED: False})
         if inside:
@@ -108,7 +112,8 @@ def parameter_groups(
     gated.sort(key=lambda item: not plan.counted(names[id(item[0])]))
     no_decay = frozenset(names[id(p)] for p, decays in gated if not decays)
     pairs = [(names[id(p)], p) for p, _ in gated]
-    return [{**shared, "params": pairs, GATED: True, "no_decay": no_decay}, *plain]
+    plain.insert(place, {**shared, "params": pairs, GATED: True, "no_decay": no_decay})
+    return plain
 
 
 def _shared(settings: list[dict[str, Any]], key: str) -> dict[str, Any]:

@@ -106,6 +106,8 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             "optimizer: LEAP's step is the optimizer (AdamW); remove the section and give lr, betas, eps and "
             "weight_decay through optimizer=torch.optim.AdamW(...), model_parameters groups, or the train section"
         )
+    if not isinstance(config.get("zero_optimization", {}), Mapping):
+        yield f'zero_optimization: got {config["zero_optimization"]!r}; allowed: an object, such as {{"stage": 2}}'
     zero = _section(config, "zero_optimization")
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
@@ -125,6 +127,11 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"zero_optimization.{name}.device: got 'nvme'; the state has to stay in memory: use 'cpu' or drop it"
     if _section(zero, "offload_optimizer").get("ratio", 1.0) != 1.0:
         yield "zero_optimization.offload_optimizer.ratio: the state has to be in one place; use 1.0 or drop it"
+    if zero.get("compute_grad_norm") is False:
+        yield (
+            "zero_optimization.compute_grad_norm: got False; allowed: True: without the norm a gradient that is not "
+            "finite is not found, and would spoil every score"
+        )
     for name, off in OTHER_SHARDING.items():
         if zero.get(name) not in (None, off):
             yield f"zero_optimization.{name}: LEAP does not know this way of sharding yet; remove it"

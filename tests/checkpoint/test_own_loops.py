@@ -221,6 +221,62 @@ def test_a_run_that_settles_with_the_next_step_may_branch_off(ranks: RankPools, 
         ranks(1).run(branched, str(tmp_path / "later"), 14)
 
 
+def beside_another(folder: str) -> list[Any]:
+    """What is there after a run that loads nothing saves where a longer one has saved, and what it says."""
+    engine = pruned_engine("row", 2, 1, {})
+    run_steps(engine, 1, 0, 3)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(engine, {"step": 3})
+    checkpoints.wait()
+    engine = pruned_engine("row", 2, 1, {})
+    run_steps(engine, 1, 0, 2)
+    with pytest.raises(UserError) as caught:
+        Checkpoints(folder).save(engine, {"step": 2})
+    said = str(caught.value).replace(folder, "FOLDER")
+    there = sorted(path.name for path in Path(folder).iterdir())
+    loaded = Checkpoints(folder)
+    loaded.load(engine)
+    run_steps(engine, 1, 3, 4)
+    loaded.save(engine, {"step": 4})
+    loaded.wait()
+    return [said, there, sorted(path.name for path in Path(folder).iterdir())]
+
+
+def test_a_run_removes_no_later_checkpoints_of_another(ranks: RankPools, tmp_path: Path) -> None:
+    said = (
+        "folder: FOLDER has step-00000003 of another run, and this one is at step 2; give each run a folder of its "
+        "own, or call load first to resume that run"
+    )
+    expected = [said, ["step-00000003"], ["step-00000003", "step-00000004"]]
+    assert ranks(2).run(beside_another, str(tmp_path / "run")) == [expected] * 2
+
+
+def with_another_rate(folder: str) -> list[tuple[float, ...]]:
+    """The rates of weights and scores before a save, and after a load by a run that was made with another rate."""
+    found = []
+    for rate in (1e-3, 1e-4):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+        config = {"train_micro_batch_size_per_gpu": 4, "leap": {"target": 0.4, "total_steps": 10}}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+        engine, *_ = leap_dist.initialize(model=model, optimizer=optimizer, config=config)
+        if not found:  # the first
+            engine.backward(engine(torch.ones(4, 8)).square().mean())
+            engine.step()
+            checkpoints = Checkpoints(folder)
+            checkpoints.save(engine, {"step": 1})
+            checkpoints.wait()
+        else:
+            Checkpoints(folder).load(engine)
+        group = engine.leap.param_groups[0]
+        found.append((group["lr"], group["base_lr"], engine.leap.rates.scores(group, 2, True).lr))
+    return found
+
+
+def test_scores_keep_their_rate_where_a_run_resumes_with_another(ranks: RankPools, tmp_path: Path) -> None:
+    ((before, after),) = ranks(1).run(with_another_rate, str(tmp_path / "run"))
+    assert before == after and before[0] == 1e-3
+
+
 # Back in the same process
 
 

@@ -357,6 +357,7 @@ def test_null_removes_what_it_is_no_value_of(tmp_path: Path) -> None:
             "leap.gates[0]=head",
             r"override: got \"leap\.gates\[0\]=head\"; a list is given whole: --set 'leap\.gates=\[",
         ),
+        ("managed_gradient_accumulation=false", r"managed_gradient_accumulation: got false; allowed: true: each micro"),
         ("bf16.enabled=False", r'bf16\.enabled: got "False"; allowed: true or false'),
     ],
 )

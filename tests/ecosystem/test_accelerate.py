@@ -96,6 +96,46 @@ def test_accelerate_trains_and_resumes_bit_for_bit_as_initialize(ranks: RankPool
     assert ranks(2).run(by_accelerate, stage, str(tmp_path), True, timeout=300) == ours
 
 
+def accumulated(folder: str) -> tuple[list[str], dict[str, Any] | None, int]:
+    """What our checkpoints say after each micro-batch of two steps of two; of a resumed run its step."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    import leap_dist
+
+    said: list[str] = []
+    checkpoints = leap_dist.Checkpoints(folder)
+    with accelerate_left_behind():
+        config = {"train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": 2}
+        config |= {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}, "leap": LEAP}
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        for resumed in (False, True):
+            model = tiny_bert()
+            model, optimizer = accelerator.prepare(model, leap_dist.host(model, adamw(model), config))
+            leap_dist.attach(model)
+            if resumed:
+                return said, checkpoints.load(model), model.leap.num_steps
+            for batch in batches()[:4]:
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(**batch).loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                try:
+                    checkpoints.save(model, {"step": model.leap.num_steps})
+                    checkpoints.wait()
+                    said.append("")
+                except UserError as error:
+                    said.append(str(error))
+    raise AssertionError
+
+
+def test_checkpoints_are_taken_between_the_steps_that_accelerate_ends(ranks: RankPools, tmp_path: Path) -> None:
+    """It says of each micro-batch whether it is the last one, and DeepSpeed counts steps alone."""
+    said, progress, step = ranks(1).run(accumulated, str(tmp_path), timeout=300)[0]
+    within = "engine: it is in the middle of a step, after some of its micro-batches; save and load between optimizer"
+    assert [text[: len(within)] for text in said] == [within, "", within, ""]
+    assert (progress, step) == ({"step": 2}, 2)
+
+
 def attached(kind: str) -> str:
     """What attach says of an engine that it cannot take."""
     import deepspeed

@@ -116,6 +116,7 @@ def test_layers_are_spread_over_a_deeper_teacher() -> None:
     student, teacher = model_of(1), model_of(2, num_hidden_layers=6)
     assert match_layers(DistillConfig(), student.config, teacher.config) == [2, 5]
     assert match_layers(DistillConfig(layers=(0, 3)), student.config, teacher.config) == [0, 3]
+    assert match_layers(DistillConfig(), teacher.config, student.config) == [0, 0, 0, 0, 1, 1]  # less deep than it
     for layers in ((1,), (0, 6)):
         with pytest.raises(
             UserError, match=r"^distill\.layers: got .*; allowed: 2 integers, each 0 to 5, one for each"

@@ -103,10 +103,25 @@ def test_the_settings_of_every_group_are_taken_over() -> None:
     gated = {"params": [model[0].weight, model[2].weight], "lr": torch.tensor(0.5), "betas": (0.5, 0.75)}
     rest = {"params": [model[0].bias, model[2].bias], "lr": 0.25, "eps": 1e-3, "weight_decay": 0.125, "lr_scale": 3.0}
     optimizer = leap_dist.host(model, adamw([rest, gated], fused=False, foreach=True), CONFIG)
-    first, second = optimizer.param_groups
-    assert first[GATED] and not second[GATED]
-    assert (first["lr"], first["betas"], first["eps"], first["weight_decay"]) == (0.5, (0.5, 0.75), 1e-8, 0.01)
-    assert (second["lr"], second["eps"], second["weight_decay"], second["lr_scale"]) == (0.25, 1e-3, 0.125, 3.0)
+    first, second = optimizer.param_groups  # in the user's order, which lists of a scheduler have
+    assert second[GATED] and not first[GATED]
+    assert (second["lr"], second["betas"], second["eps"], second["weight_decay"]) == (0.5, (0.5, 0.75), 1e-8, 0.01)
+    assert (first["lr"], first["eps"], first["weight_decay"], first["lr_scale"]) == (0.25, 1e-3, 0.125, 3.0)
+
+
+def test_gated_tensors_stand_in_the_place_of_the_first_group_that_has_any() -> None:
+    """So that a scheduler with a rate for each group gives each its own; what is left of that group follows."""
+    from torch.optim.lr_scheduler import OneCycleLR
+
+    config = {**CONFIG, "leap": {**CONFIG["leap"], "include": ["0.weight"]}}
+    for bias in (True, False):
+        model = nn.Sequential(nn.Linear(6, 8, bias), nn.Linear(8, 4), nn.Linear(4, 2))
+        groups = [{"params": model[number].parameters()} for number in (2, 0, 1)]
+        optimizer = leap_dist.host(model, adamw(groups), config)
+        found = [(group[GATED], len(group["params"])) for group in optimizer.param_groups]
+        assert found == [(False, 2), (True, 1), *[(False, 1)] * bias, (False, 2)]
+    OneCycleLR(optimizer, max_lr=[1e-2, 1e-5, 1e-4], total_steps=10)
+    assert [group["max_lr"] for group in optimizer.param_groups] == [1e-2, 1e-5, 1e-4]
 
 
 def stepped(model: nn.Sequential, optimizer: torch.optim.Optimizer, steps: int) -> list[Tensor]:

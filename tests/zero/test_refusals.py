@@ -79,6 +79,11 @@ def test_what_works_passes(config: dict[str, Any]) -> None:
             {"bf16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": {"stage": 1}},
             r"bf16\.check_grad_overflow: got False; allowed: True: a gradient that is not finite would spoil every",
         ),
+        ({"zero_optimization": True}, r'zero_optimization: got True; allowed: an object, such as {"stage": 2}'),
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}, "gradient_clipping": 0},
+            r"zero_optimization\.compute_grad_norm: got False; allowed: True: without the norm a gradient that is not",
+        ),
         ({"bf16": {"enabled": True}}, r"bf16\.enabled: zero_optimization\.stage 0 hides its fp32 master weights"),
         ({"fp16": {"enabled": True}}, r"fp16\.enabled: zero_optimization\.stage 0 hides its fp32 master weights"),
         ({"amp": {"enabled": True}}, r"amp\.enabled: LEAP's step works with bf16 or fp16 under ZeRO stage 1, 2 or 3"),
