@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 no run satisfies --best, or a fault; 2 a mistake in the co
 
 import argparse
 import sys
+from os.path import expanduser
 
 from leap_dist.cli import parsed
 from leap_dist.errors import UserError, printable
@@ -40,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--plot", type=user_path, metavar="FILE", help="picture of the metric over density, .png or .svg")
     add("--report", type=user_path, metavar="FILE", help="page of these runs with their pictures, .html")
     add("--csv", type=user_path, metavar="FILE", help="the table as CSV")
-    add("--json", metavar="FILE", help="the table as JSON; - prints it, and nothing else, to standard output")
+    add("--json", type=expanduser, metavar="FILE", help="the table as JSON; - prints it alone to standard output")
     add("--sync", type=user_path, metavar="FOLDER", help="only send the records that this run could not send")
     arguments = parsed(parser)
     for only, also in GO_WITH.items():
@@ -91,9 +92,10 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         if arguments.sync is not None:
+            from leap_dist.config.section import with_home
             from leap_dist.tracking.mlflow import sync
 
-            print(printable(sync(arguments.sync, arguments.uri)))
+            print(printable(sync(arguments.sync, with_home(arguments.uri))))
             return 0
         return compare(arguments)
     except UserError as error:

@@ -8,9 +8,10 @@ Exit codes: 0 done; 1 a fault; 2 a mistake in the command line, or no finished r
 
 import argparse
 import sys
+from pathlib import Path
 
 from leap_dist.cli import check_threads, parsed
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, own_words, printable
 from leap_dist.files import user_path
 
 
@@ -77,7 +78,6 @@ def export(arguments: argparse.Namespace, written: list[str]) -> None:
     from leap_dist.export.push import Hub
     from leap_dist.export.vocabulary import wanted_of
     from leap_dist.run_folder import EXPORTS, read_run_or_model
-    from leap_dist.tracking.report import write_report
 
     kinds = parse_kinds(",".join(arguments.to))
     threads = torch.get_num_threads() if arguments.threads is None else arguments.threads
@@ -96,10 +96,25 @@ def export(arguments: argparse.Namespace, written: list[str]) -> None:
     if rows := [row for card in cards for row in card.engine_rows()]:
         summary_table(rows, title="what loads it")
     if arguments.output is None and not run.plain:
-        write_report(arguments.run)  # the run's page shows its exports
+        report(arguments.run)
     if hub:
         address = hub.push(output / kinds[0], f"{kinds[0]}, density {run.certificate.density:.4g}")
         console().print(address, markup=False, soft_wrap=True)
+
+
+def report(folder: Path) -> None:
+    """The run's page shows its exports, which are there whatever becomes of the page."""
+    from leap_dist.run_folder import REPORT
+    from leap_dist.tracking.report import write_report
+
+    try:
+        write_report(folder)
+    except (OSError, UserError) as error:
+        text = (
+            f"warning: {folder / REPORT} could not be written: {own_words(error)}; the exports are complete; mend "
+            "that, and run the same command again to make the page"
+        )
+        print(printable(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

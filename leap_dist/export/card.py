@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leap_dist.core.measure import amounts, said_of
 from leap_dist.export import gguf
 from leap_dist.export.engines import Engine
 from leap_dist.export.metric import Judged
 from leap_dist.export.vocabulary import Vocabulary
 from leap_dist.models.flops import Flops
 from leap_dist.run_folder import CARD, sealed
+from leap_dist.run_parts import Certificate
 
 README = "README.md"
 TITLES = {
@@ -35,6 +37,23 @@ class Pair:
 
     before: float
     after: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the target of a run is a share of, in words, and the share that the run came to."""
+
+    of: str
+    reached: float
+
+
+def share_of(certificate: Certificate) -> Share | None:
+    """None of a target that is the density."""
+    found = certificate.model_dump()
+    if not found["measure"]:
+        return None
+    kept, total = amounts(found, found["measure"])
+    return Share(said_of(found), kept / total)
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,8 @@ class Card:
     """What was kept of the tokens, where the vocabulary was cut."""
     judged: Judged | None = None
     """Metrics in fp32 and of this export, of a kind with fewer bits."""
+    share: Share | None = None
+    """What the target is a share of, if that is not the prunable weights."""
 
     def write(self, folder: Path) -> None:
         """card.json and README.md."""
@@ -84,14 +105,21 @@ class Card:
     def page(self) -> str:
         """The card as Markdown, under what the hub reads of it."""
         title = TITLES[self.kind] if self.target < 1 else "model that no run pruned"
-        pruned = f"Pruned to a density of {self.density:.4f} (target {self.target:g}) of the prunable weights."
-        lines = [*self._hub_lines(), f"# {self.kind}: {title}", "", *([pruned, ""] if self.target < 1 else [])]
+        lines = [*self._hub_lines(), f"# {self.kind}: {title}", ""]
+        lines += [self._pruned(), ""] if self.target < 1 else []
         lines += ["| | dense | this export | ratio |", "|---|---|---|---|", *map(_row, self._measures()), ""]
         lines += [f"- {note}" for note in self._notes()]
         if self.engines:
             lines += ["", "| engine | loads this export | note |", "|---|---|---|"]
             lines += [f"| {engine.name} | {_yes(engine.loads)} | {engine.note} |" for engine in self.engines]
         return "\n".join(lines) + "\n"
+
+    def _pruned(self) -> str:
+        """How much is left, and how much was asked for."""
+        density, target = f"density of {self.density:.4f}", f"(target {self.target:g})"
+        if self.share is None:
+            return f"Pruned to a {density} {target} of the prunable weights."
+        return f"Pruned to a {self.share.of} of {self.share.reached:.4f} {target}, a {density} of the prunable weights."
 
     def row(self) -> dict[str, str | float]:
         """The card as a line of the table that a launcher prints."""

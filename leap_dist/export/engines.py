@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from leap_dist.export import gguf
+from leap_dist.export.shrunk import SHRUNK_TOLERANCE
 
 if TYPE_CHECKING:
     from leap_dist.export.shrunk import Models
@@ -13,6 +15,12 @@ if TYPE_CHECKING:
 HUGGING_FACE, VLLM, LLAMA_CPP = "transformers AutoModel", "vLLM", "llama.cpp"
 WITH_EXPERTS = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
 """Beside the families of GGUF, models that vLLM was tried with."""
+REMOVED = {
+    "expert": ("Experts", "route tokens to them"),
+    "depth": ("Layers", "compute their norms"),
+    "hidden": ("Dimensions", "take the means of norms over all of them"),
+}
+"""What is gone by kind of unit, and what a stock model does with its zeros."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +32,16 @@ class Engine:
     note: str = ""
 
 
-def engines_of(kind: str, models: Models) -> list[Engine]:
-    """Of one kind of export; none for masks alone."""
+def stock_faults(granularities: Sequence[str], difference: float) -> list[tuple[str, str]]:
+    """Of REMOVED, why a stock model with the run's zeros computes something else than the run measured; none if it
+    does not. difference: of its logits, on random inputs, on which a router may choose among kept experts alone.
+    """
+    differs = difference > SHRUNK_TOLERANCE
+    return [REMOVED[kind] for kind in granularities if kind in REMOVED and (differs or kind == "expert")]
+
+
+def engines_of(kind: str, models: Models, difference: float | None) -> list[Engine]:
+    """Of one kind of export, whose logits differ so from the run's; none for masks alone."""
     if kind in ("onnx", "int8"):
         return [Engine("onnxruntime", True)]
     if kind in gguf.KINDS:
@@ -35,7 +51,8 @@ def engines_of(kind: str, models: Models) -> list[Engine]:
     if kind == "shrunk":
         return _of_shrunk(models)
     if kind == "hf":
-        wrong = "it would route to experts that are gone: use shrunk" if "expert" in models.run.granularities else ""
+        faults = stock_faults(models.run.granularities, difference or 0.0)
+        wrong = "; ".join(f"{gone.lower()} were removed, it would still {does}: use shrunk" for gone, does in faults)
         note = wrong or "as large and as fast as the dense model"
         return [Engine(name, not wrong, note) for name in _hugging_face_folder(models)]
     if kind == "semi_structured":

@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RESTORE = "restore the folder, or run the job again"
+TOKENIZERS = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+)
+"""Files by which a tokenizer is known to be there; the model's config names its class where no other does."""
 
 
 def save_model(
@@ -107,11 +118,16 @@ def _class_and_config(folder: Path) -> Iterator[tuple[Any, Any]]:
         yield getattr(transformers, config.architectures[0]), config
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies beside the model."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
 def load_exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the model; None where the task needed none."""
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer_config.json").is_file():
+    if not has_tokenizer(folder):
         return None
     with others_code(f"{folder}: its tokenizer", lacks_file(folder) + RESTORE):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

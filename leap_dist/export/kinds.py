@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -16,19 +16,20 @@ import torch
 
 from leap_dist.errors import UserError
 from leap_dist.export import gguf, gguf_words, int8, llama, onnx
-from leap_dist.export.card import Card, Pair
-from leap_dist.export.engines import engines_of
+from leap_dist.export.card import Card, Pair, share_of
+from leap_dist.export.engines import engines_of, stock_faults
 from leap_dist.export.hf import load_exported, load_exported_tokenizer, without_weights
 from leap_dist.export.latency import LONGEST, Runner, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
 from leap_dist.export.metric import Judged, judge, with_types
-from leap_dist.export.place import refuse_foreign, refuse_other_run, tidied
+from leap_dist.export.place import refuse_foreign, refuse_other_run, taken, written
+from leap_dist.export.push import hub_id
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
-from leap_dist.export.shrunk import SHRUNK_TOLERANCE, Models, compared_sizes
+from leap_dist.export.shrunk import Models, compared_sizes
 from leap_dist.export.speed import BATCHES, block_notes, latencies, latency_work
 from leap_dist.export.time_left import TimeLeft
 from leap_dist.export.vocabulary import TEXT, Vocabulary, Wanted, cut_vocabulary
-from leap_dist.files import nearest, staged
+from leap_dist.files import staged
 from leap_dist.machine import machine
 from leap_dist.models.flops import count_flops
 from leap_dist.models.hub_names import hub_state, save_as_on_hub
@@ -106,7 +107,7 @@ def export_run(
         llama.require_library("--to gguf_q4_k_m")
     if "mask" in kinds and (wanted or run.plain):
         raise UserError(f"--to mask: not of a model that no run pruned, and not with {TEXT}; export the masks of a run")
-    with _vocabulary(run, output, wanted) as (folder, vocabulary):
+    with taken(output, kinds), _vocabulary(run, output, wanted) as (folder, vocabulary):
         models = Models(run, folder=folder)
         timed = [kind for kind in kinds if latency and kind != "mask"]
         measured = [
@@ -122,14 +123,13 @@ def export_run(
         if "int8_torch" in kinds and models.stock is None:
             wrong = f"no config of transformers describes the model: {gguf.UNIFORM}"
             raise UserError(f"--to int8_torch: {wrong}, or take int8")
-        with tidied(output):
-            for kind in kinds:
-                progress.of = kind
-                with staged(output / kind) as folder, torch_threads(threads):
-                    exported = KINDS[kind](models, folder, threads)
-                    card = _card(kind, models, exported, folder, threads, latency, vocabulary)
-                    card.write(folder)
-                yield card
+        for kind in kinds:
+            progress.of = kind
+            with written(output / kind), staged(output / kind) as folder, torch_threads(threads):
+                exported = KINDS[kind](models, folder, threads)
+                card = _card(kind, models, exported, folder, threads, latency, vocabulary)
+                card.write(folder)
+            yield card
 
 
 @contextmanager
@@ -138,8 +138,12 @@ def _vocabulary(run: Run, output: Path, wanted: Wanted | None) -> Iterator[tuple
     if wanted is None:
         yield run.model, None
         return
-    with TemporaryDirectory(prefix=".vocabulary.", dir=nearest(output.absolute().parent)) as folder:
-        yield Path(folder, "model"), cut_vocabulary(run.model, Path(folder, "model"), wanted)
+    with ExitStack() as stack:
+        with written(output):
+            scratch = TemporaryDirectory(prefix=".vocabulary.", suffix=".partial", dir=output)
+            folder = Path(stack.enter_context(scratch), "model")
+            vocabulary = cut_vocabulary(run.model, folder, wanted)
+        yield folder, vocabulary
 
 
 def _work(kinds: Sequence[str], models: Models) -> float:
@@ -173,16 +177,10 @@ def _hf(models: Models, folder: Path, threads: int) -> Exported:
     of = "model" if models.cut else "run"
     same = f"the {of}'s weights" + (" by the names of checkpoints on the hub" if renamed else ", byte for byte")
     notes = [f"A stock Hugging Face folder with {same}; {nonzero:,} parameters are not zero."]
-    why = {
-        "expert": "Experts were removed: stock AutoModel would still route tokens to them",
-        "depth": "Layers were removed: stock AutoModel would still compute their norms",
-        "hidden": "Dimensions were removed: stock AutoModel's norms would take their means over all of them",
-    }
     notes += [
-        f"{why[kind]}, and compute something else than the run measured: its logits differ by {found:.2g} of the "
-        "largest. Serve the `shrunk` export."
-        for kind in models.run.granularities
-        if kind in why and (kind == "expert" or found > SHRUNK_TOLERANCE)
+        f"{gone} were removed: stock AutoModel would still {does}, and compute something else than the run measured: "
+        f"its logits differ by {found:.2g} of the largest. Serve the `shrunk` export."
+        for gone, does in stock_faults(models.run.granularities, found)
     ]
     return Exported(notes, model, torch_runner(model, last=True), difference=found)
 
@@ -241,7 +239,7 @@ def _gguf(models: Models, folder: Path, threads: int, kind: str | None) -> Expor
     config, in_bits = models.masked.config, kind == gguf.Q4_K_M
     saved = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(models.saved_dtype, "F32")
     tokenizer = load_exported_tokenizer(models.folder)
-    path, name = folder / gguf.FILE, _hub_id(models.run) or config.model_type
+    path, name = folder / gguf.FILE, hub_id(models.run) or config.model_type
     written = saved if kind is None or in_bits else kind
     notes = gguf.save_gguf(models.stock or models.shrunk, tokenizer, path, written, name)
     if in_bits:
@@ -361,19 +359,13 @@ def _card(
         ],
         vocabulary=vocabulary,
         judged=judged if isinstance(judged, Judged) else None,
+        share=share_of(certificate),
         masks_sha256=certificate.masks_sha256,
         weights_sha256=certificate.weights_sha256,
         machine=machine(),
-        base_model=_hub_id(models.run),
-        engines=engines_of(kind, models),
+        base_model=hub_id(models.run),
+        engines=engines_of(kind, models, exported.difference),
     )
-
-
-def _hub_id(run: Run) -> str | None:
-    """What the run's model is called on the hub; None for a local folder, or a model that began from a config."""
-    name = run.job["model"].get("name")
-    local = name is None or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    return None if local else name
 
 
 def weight_bytes(folder: Path) -> int:

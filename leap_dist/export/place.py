@@ -5,13 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from leap_dist.errors import UserError
-from leap_dist.files import nearest, takes_files
+from leap_dist.errors import UserError, own_words
+from leap_dist.files import alone, nearest, takes_files
 from leap_dist.run_folder import CARD, CERTIFICATE, Run, job_in
+
+PATIENCE = 1.0  # seconds for another export that is about to end
 
 
 def refuse_other_run(output: Path, run: Run) -> None:
@@ -34,20 +36,56 @@ def refuse_foreign(folder: Path) -> None:
 
 
 @contextmanager
-def tidied(output: Path) -> Iterator[None]:
-    """A block that exports to `output`, which is made. What a killed export left half written there is removed.
+def taken(output: Path, kinds: Sequence[str]) -> Iterator[None]:
+    """A block that exports `kinds` to `output`, which is made, and goes again where nothing comes of it.
 
-    Not while another export is at work there, nor on a file system without locks, where that cannot be told.
+    What a killed export left half written there is removed: not while another export is at work there, nor on a file
+    system without locks, where that cannot be told. UserError where another export writes one of the kinds.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    new = [place for place in (output, *output.parents) if not place.exists()]
+    with written(output):
+        output.mkdir(parents=True, exist_ok=True)
     place = os.open(output, os.O_RDONLY)
     try:
-        with suppress(OSError):  # held by another export, or no locks here
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in output.glob(".*.partial"):
-                shutil.rmtree(left)
-        with suppress(OSError):
-            fcntl.flock(place, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        yield
+        _tidy(output, place)
+        with ExitStack() as stack:
+            for kind in sorted(set(kinds)):
+                try:
+                    stack.enter_context(alone(output / f".{kind}.lock", PATIENCE))
+                except TimeoutError as error:
+                    raise UserError(
+                        f"--to {kind}: another process exports that kind to {output}; wait for it to end, or choose "
+                        "another folder with --output"
+                    ) from error
+            yield
     finally:
         os.close(place)
+        with suppress(OSError):  # something is in it
+            for folder in new:
+                folder.rmdir()
+
+
+def _tidy(output: Path, place: int) -> None:
+    """Remove what a killed export left, and hold the lock that says that one is at work. place: the open folder."""
+    with suppress(OSError):  # held by another export, or no locks here
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in output.glob(".*.partial"):
+            shutil.rmtree(left)
+        for left in output.glob(".*.lock"):
+            left.unlink()
+    with suppress(OSError):
+        fcntl.flock(place, fcntl.LOCK_SH)  # waits for one that tidies
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """A block that writes to `folder`: UserError for what the disk does not take."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else own_words(error)  # of the first file
+        raise UserError(
+            f"--output: {folder} cannot be written: {why}; make room, or choose another folder with --output"
+        ) from error

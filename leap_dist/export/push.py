@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from leap_dist.errors import UserError, own_words
-from leap_dist.run_folder import CARD
+from leap_dist.run_folder import CARD, Run
 from leap_dist.secrets import remember_setting
 
 if TYPE_CHECKING:
@@ -22,6 +22,24 @@ FLAG = "--push-to-hub"
 EMPTY = {".gitattributes"}  # what a repository holds at first
 
 T = TypeVar("T")
+
+
+def hub_id(run: Run) -> str | None:
+    """What the model that a run began from is called on the hub, where it came from there: this machine's cache has it.
+
+    None else: where the run was started its name may have been that of a folder, and be another model's on the hub.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name = run.job["model"].get("name")
+    if name is None or Path(name).exists():
+        return None
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path
+        return None
+    return name if isinstance(cached, str) else None
 
 
 class Hub:

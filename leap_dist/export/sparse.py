@@ -40,13 +40,14 @@ def measure_blocks(
 ) -> list[BlockTime]:
     """Time the linear layers that own the weights `names`, on `tokens` rows of random input, as BSR and dense.
 
-    Of layers of one shape and block density (to one digit) only the first is timed; those that `block` does not
-    divide, or that have no block left, are left out; all of them, where torch was built without MKL, which has the
-    product for processors.
+    Of layers of one shape and block density (to one digit) only the first is timed. Left out: weights of no linear
+    layer; those that `block` does not divide, or that have no block left; all, where torch was built without MKL,
+    which has the product for processors.
     """
     times: dict[tuple[tuple[int, int], float], BlockTime] = {}
+    modules = dict(model.named_modules())
     for name in names if torch.backends.mkl.is_available() else ():
-        layer = model.get_submodule(name.removesuffix(".weight"))
+        layer = modules.get(name.removesuffix(".weight"))  # none of experts, which are one tensor
         if not isinstance(layer, nn.Linear) or layer.out_features % block[0] or layer.in_features % block[1]:
             continue
         weight = layer.weight.detach()

@@ -1,7 +1,8 @@
 """An exported model as an MLflow model: saved without pickle, loaded by `mlflow.pyfunc.load_model`.
 
 A text model that transformers has a pipeline for is saved with MLflow's own flavour, and served without leap_dist. Of
-any other, and of a shrunk one, this module is the loader: it takes a table, and gives the logits.
+any other, of a shrunk one, and of one that transformers alone would compute otherwise than its run, this module is the
+loader: it takes a table, and gives the logits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from mlflow.entities import LoggedModel
     from mlflow.models import ModelSignature
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
 
 PIPELINES = {
     "ForSequenceClassification": "text-classification",
@@ -28,7 +31,6 @@ PIPELINES = {
     "ForMaskedLM": "fill-mask",
 }
 """By the end of an architecture's name."""
-TOKENIZER = "tokenizer_config.json"
 
 
 @contextmanager
@@ -42,7 +44,8 @@ def saved(folder: Path, model: LoggedModel) -> Iterator[Path]:
         path = Path(scratch) / "model"
         about = mlflow.models.Model(run_id=model.source_run_id, model_id=model.model_id)
         needed = [f"{name}=={version(name)}" for name in ("torch", "transformers")]
-        if (task := _pipeline_of(folder)) is not None:
+        pruned, task = _pruned_in(folder), _pipeline_of(folder)
+        if task is not None and not (pruned and _is_otherwise(folder, pruned)):
             mlflow.transformers.save_model(
                 _pipeline(task, folder), str(path), mlflow_model=about, pip_requirements=needed
             )
@@ -55,6 +58,7 @@ def saved(folder: Path, model: LoggedModel) -> Iterator[Path]:
                 mlflow_model=about,
                 pip_requirements=needed,
                 signature=_signature(folder),
+                model_config=pruned or None,
             )
         yield path
 
@@ -67,10 +71,12 @@ def _signature(folder: Path) -> ModelSignature:
     from mlflow.types.schema import Array
     from transformers import AutoConfig
 
+    from leap_dist.export.hf import has_tokenizer
+
     config = AutoConfig.from_pretrained(folder)
     kind: Any = DataType.string
     optional: tuple[str, ...]
-    if (folder / TOKENIZER).is_file():
+    if has_tokenizer(folder):
         needed, optional = "text", ("text_pair",)
     elif hasattr(config, "image_size"):
         kind, needed, optional = Array(Array(Array(DataType.double))), "pixel_values", ()
@@ -84,9 +90,10 @@ def _signature(folder: Path) -> ModelSignature:
 
 def _pipeline_of(folder: Path) -> str | None:
     """The transformers task that serves the folder without leap_dist; None if there is none."""
+    from leap_dist.export.hf import has_tokenizer
     from leap_dist.models.pruned_json import NAME
 
-    if (folder / NAME).is_file() or not (folder / TOKENIZER).is_file():
+    if (folder / NAME).is_file() or not has_tokenizer(folder):
         return None
     architecture = json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
     return next((task for end, task in PIPELINES.items() if architecture.endswith(end)), None)
@@ -101,18 +108,67 @@ def _pipeline(task: Any, folder: Path) -> Any:
     return pipeline(task, model=load_exported(folder), tokenizer=tokenizer, device="cpu")
 
 
+# ------------------------------------------------------------------------------ what a run's model computes
+
+
+def _pruned_in(folder: Path) -> dict[str, Any]:
+    """What `_compute_as_run` needs to know of a run's model, for MLflow's file; {}: nothing, it is a stock model."""
+    from leap_dist.run_folder import CERTIFICATE, read_files
+
+    if not (folder.parent / CERTIFICATE).is_file():
+        return {}
+    run = read_files(folder.parent)
+    granularities = {gate["granularity"] for gate in run.certificate["gates"]}
+    tensors = run.certificate["tensors"].items()
+    found = {
+        "experts": "expert" in granularities,
+        "norms": [name for name, tensor in tensors if name.endswith(".weight") and len(tensor["shape"]) == 1],
+    }
+    return found | {"family": run.job.get("family")} if any(found.values()) else {}
+
+
+def _compute_as_run(model: PreTrainedModel, pruned: dict[str, Any]) -> list[RemovableHandle]:
+    """Hook what of a run's model transformers alone would compute otherwise; the handles' `remove` undoes it."""
+    from leap_dist.config.family import FamilyConfig
+    from leap_dist.models.kept import compute_among_kept
+
+    family = FamilyConfig.model_validate(pruned["family"]) if pruned["family"] else None
+    return compute_among_kept(model, ["expert"] if pruned["experts"] else [], pruned["norms"], family)
+
+
+def _is_otherwise(folder: Path, pruned: dict[str, Any]) -> bool:
+    """Whether transformers alone makes another model of a run's text model than the one that the run measured."""
+    from leap_dist.export.hf import load_exported
+    from leap_dist.export.shrunk import SHRUNK_TOLERANCE
+    from leap_dist.models.outputs import example_inputs, relative_difference, result_of
+
+    if pruned["experts"]:  # the router's zeros can win for some other text
+        return True
+    model = load_exported(folder)
+    inputs = example_inputs(model)
+    stock = result_of(model, inputs)
+    return bool(_compute_as_run(model, pruned)) and (
+        relative_difference(result_of(model, inputs), stock) > SHRUNK_TOLERANCE
+    )
+
+
 # ---------------------------------------------------------------------------------------------- the loader
 
 
 class Served:
-    """What MLflow serves. A table has texts as `text`, of pairs also `text_pair`, or lists by the model's names."""
+    """What MLflow serves. A table has texts as `text`, of pairs also `text_pair`, or lists by the model's names.
 
-    def __init__(self, folder: Path) -> None:
+    pruned: what `_pruned_in` found of a run's model.
+    """
+
+    def __init__(self, folder: Path, pruned: dict[str, Any] | None = None) -> None:
         from leap_dist.export.hf import load_exported, load_exported_tokenizer
         from leap_dist.models.pruned_folder import load_pruned
         from leap_dist.models.pruned_json import NAME
 
         self._model = load_pruned(folder) if (folder / NAME).is_file() else load_exported(folder)
+        if pruned:
+            _compute_as_run(self._model, pruned)
         self._tokenizer = load_exported_tokenizer(folder)
 
     def predict(self, table: Any, params: dict[str, Any] | None = None) -> np.ndarray:
@@ -128,6 +184,6 @@ class Served:
             return logits_of(self._model(**inputs)).float().numpy()
 
 
-def _load_pyfunc(path: str) -> Served:
-    """Called by MLflow."""
-    return Served(Path(path))
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Served:
+    """Called by MLflow, with what was saved as the model's config if there was any."""
+    return Served(Path(path), model_config)

@@ -85,17 +85,21 @@ def _holder(client: MlflowClient, place: Place) -> tuple[str, str] | None:
 
 
 def _have_files(client: MlflowClient, row: Row) -> None:
-    """See that the store has the run's model, from the run's folder if need be."""
+    """See that the store has the run's model, from the run's folder if need be.
+
+    A model is ready once its files are stored, or are known to be elsewhere: of one that is not they may be missing.
+    """
     run, folder = row.run, folder_of(row.run)
     model = find_model(client, run.id)
-    if model is not None and EXTERNAL not in model.tags:
+    ready = model is not None and str(model.status) == "READY"
+    if model is not None and ready and EXTERNAL not in model.tags:
         return
     if folder is None or not (folder / MODEL / "config.json").is_file():
         raise UserError(
             f"--register: {run.label} has no model in the store, and its folder {folder} is not here; train it with "
             "tracking.log_model or tracking.register, or call this where the folder is"
         )
-    if model is None:  # of an older version of this package
-        complete(client, run.id, {"leap.target": str(row.target), "leap.density": str(row.density)}, 0, folder / MODEL)
-    else:
+    if model is not None and ready:
         store_files(client, model, folder / MODEL)
+    else:  # the run is of an older version of this package, or could not send its model
+        complete(client, run.id, {"leap.target": str(row.target), "leap.density": str(row.density)}, 0, folder / MODEL)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from leap_dist.core.measure import amounts
 from leap_dist.export import certificate as cert
 from leap_dist.export.hf import save_model
 from leap_dist.run_folder import HIDDEN
@@ -83,8 +84,27 @@ def structure_masks(model: Any) -> Masks:
     return masks
 
 
-def make_run(folder: Path, model: Any, masks: Masks, granularity: str = "element") -> Path:
-    """A finished run whose model has these masks; matrices are counted, biases follow."""
+def layer_masks(model: Any) -> Masks:
+    """Of a BERT: all of its last layer, as a `depth` gate leaves it."""
+    parts = (name for name, _ in model.named_parameters() if name.startswith("bert.encoder.layer.1."))
+    return {name: torch.zeros_like(model.get_parameter(name), dtype=torch.bool) for name in parts}
+
+
+def expert_masks(model: Any) -> Masks:
+    """Of a Mixtral with four experts: expert 1 of every layer."""
+    alive = torch.tensor([True, False, True, True])
+    return {
+        name: alive.view(-1, *[1] * (value.dim() - 1)).expand(value.shape).clone()
+        for name, value in model.named_parameters()
+        if "experts" in name or name.endswith("gate.weight")
+    }
+
+
+def make_run(folder: Path, model: Any, masks: Masks, granularity: str = "element", fixed: float | None = None) -> Path:
+    """A finished run whose model has these masks; matrices are counted, biases follow.
+
+    fixed: parameters in no gate, of a run whose target is a share of all parameters.
+    """
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
@@ -100,7 +120,9 @@ def make_run(folder: Path, model: Any, masks: Masks, granularity: str = "element
     if hidden:
         save_file(hidden, folder / HIDDEN)
     metrics = {"dense": {"accuracy": 0.9}, "pruned": {"accuracy": 0.8}}
-    built = cert.build(counts, target=counts["density"], unit=1, metrics=metrics, seed=0)
+    measure = None if fixed is None else {"name": "parameters", "fixed": fixed}
+    kept, total = amounts(counts, measure)
+    built = cert.build(counts, target=kept / total if total else 1.0, unit=1, metrics=metrics, seed=0, measure=measure)
     cert.write(folder / "certificate.json", built)
     (folder / "config.json").write_text(json.dumps({"leap": {}, "model": {}, "data": {"task": "builtin/clock"}}))
     return folder

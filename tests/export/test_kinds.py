@@ -23,7 +23,7 @@ from leap_dist.models.flops import LENGTH, max_length
 from leap_dist.models.plan import make_plan
 from leap_dist.models.pruned_folder import load_pruned
 from leap_dist.run_folder import Run, read_run, read_run_or_model
-from tests.export.runs import classifier, language_model, make_run, structure_masks, xlnet
+from tests.export.runs import classifier, expert_masks, language_model, make_run, structure_masks, xlnet
 from tests.models.masking import mask_
 from tests.models.tiny import tiny
 
@@ -147,13 +147,7 @@ def test_a_card_reads_well(run: Run, tmp_path: Path) -> None:
 def test_a_model_without_its_experts(tmp_path: Path) -> None:
     """Stock routing computes something else: the card says so; the shrunk model is right."""
     model = classifier("mixtral", num_local_experts=4, num_hidden_layers=1)
-    alive = torch.tensor([True, False, True, True])
-    masks = {
-        name: alive.view(-1, *[1] * (value.dim() - 1)).expand(value.shape).clone()
-        for name, value in model.named_parameters()
-        if "experts" in name or name.endswith("gate.weight")
-    }
-    run = read_run(make_run(tmp_path / "run", model, masks, "expert"))
+    run = read_run(make_run(tmp_path / "run", model, expert_masks(model), "expert"))
     hf, small = export_run(run, ["hf", "shrunk"], tmp_path / "export", threads=1)
     assert hf.logit_difference is not None and hf.logit_difference > 1e-3
     assert "stock AutoModel would still route tokens to them" in hf.page() and "Serve the `shrunk` export" in hf.page()
@@ -186,6 +180,17 @@ def test_semi_structured(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "export" / "semi_structured" / "semi_structured.json").read_text())["tensors"] == [
         name
     ]
+
+
+def test_a_kind_is_exported_to_a_folder_once_at_a_time(run: Run, tmp_path: Path) -> None:
+    first = export_run(run, ["hf", "mask"], tmp_path / "out", threads=1, latency=False)
+    next(first)
+    with pytest.raises(UserError, match=r"^--to mask: another process exports that kind to .*out; wait for it to end"):
+        list(export_run(run, ["shrunk", "mask"], tmp_path / "out", threads=1, latency=False))
+    list(export_run(run, ["shrunk"], tmp_path / "out", threads=1, latency=False))
+    assert [card.kind for card in first] == ["mask"]
+    list(export_run(run, ["mask"], tmp_path / "out", threads=1, latency=False))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["hf", "mask", "shrunk"]
 
 
 def test_a_foreign_folder_stops_everything(run: Run, tmp_path: Path) -> None:

@@ -41,6 +41,15 @@ def test_layers_that_fit_are_timed_once_a_shape_and_density() -> None:
     assert not measure_blocks(model, [QUERY], (24, 32), tokens=8)
 
 
+def test_weights_that_no_linear_layer_owns_are_left_out() -> None:
+    """The experts of a layer are one tensor; its attention is timed."""
+    model = classifier("mixtral", num_local_experts=4, num_hidden_layers=1)
+    names = [name for name, value in model.named_parameters() if "experts" in name or "q_proj" in name]
+    found = measure_blocks(model, names, (16, 16), tokens=8)
+    assert len(names) == 3
+    assert [time.name for time in found] == [n for n in names if "q_proj" in n] * torch.backends.mkl.is_available()
+
+
 @pytest.mark.parametrize(
     ("times", "said"),
     [

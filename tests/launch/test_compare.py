@@ -74,7 +74,16 @@ def test_answers_and_their_exit_codes(
     assert "no run has accuracy >= 0.95; the nearest is 0.9, thick (" in capsys.readouterr().err
 
 
+def test_a_home_folder_works_in_every_path(script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    assert call(script, monkeypatch, folder, "--json=~/all.json", "--csv=~/all.csv") == 0
+    assert [line["run"] for line in json.loads((folder / "all.json").read_text())] == ["[thin]", "thick"]
+    assert (folder / "all.csv").is_file()
+
+
+@pytest.mark.parametrize("given", [(), ("--uri", "sqlite:///~/mlflow.db")])
 def test_what_a_run_could_not_send_is_sent(
+    given: tuple[str, ...],
     script: ModuleType,
     empty_store: Path,
     tmp_path: Path,
@@ -88,7 +97,8 @@ def test_what_a_run_could_not_send_is_sent(
     journal.describe(run_id=tracker.run_id, uri=store, status="FINISHED")
     journal.add("metrics", time=1, step=20, values={"loss": 1.0})
     journal.close(remove=False)
-    assert call(script, monkeypatch, tmp_path, "--sync", "run") == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call(script, monkeypatch, tmp_path, "--sync", "run", *given) == 0
     assert capsys.readouterr().out == f"MLflow at {store} has taken 1 records of run {tracker.run_id}\n"
     assert not list((tmp_path / "run").iterdir())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from leap_dist.export import latency
+from tests.disks import fill, free
 from tests.export.runs import classifier, make_run, structure_masks
 from tests.launch.scripts import load_script
 
@@ -105,6 +106,40 @@ def test_a_mistake_is_one_message(
     assert launch(monkeypatch, "export", str(run), *arguments) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith(message) and shown.err.count("\n") == 1 and shown.out == ""
+
+
+@pytest.mark.parametrize("kind", ["hf", "shrunk", "mask"])
+def test_a_full_disk_is_one_message(
+    kind: str, run: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = small_disk / "out"
+    output.mkdir()
+    fill(small_disk)
+    assert launch(monkeypatch, "export", str(run), "--to", kind, "--output", str(output), "--no-latency") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: --output: {output / kind} cannot be written: ") and len(last) < 400
+    assert "No space left on device" in last
+    assert last.endswith("; make room, or choose another folder with --output") and not list(output.iterdir())
+    free(small_disk)
+    assert launch(monkeypatch, "export", str(run), "--to", kind, "--output", str(output), "--no-latency") == 0
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = classifier()
+    run = make_run(tmp_path / "run", model, structure_masks(model), "head")
+    (run / "report.html").mkdir()
+    assert launch(monkeypatch, "export", str(run), "--to", "mask") == 0
+    shown = capsys.readouterr()
+    assert f"mask: {run / 'export' / 'mask'}" in shown.out
+    last = shown.err.splitlines()[-1]
+    assert last.startswith(f"warning: {run / 'report.html'} could not be written: [Errno 21] Is a directory")
+    assert last.endswith("; the exports are complete; mend that, and run the same command again to make the page")
+    (run / "report.html").rmdir()
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert launch(monkeypatch, "export", str(run), "--to", "mask") == 0
+    assert "metrics.jsonl:1: damaged: " in capsys.readouterr().err
 
 
 def test_no_traceback_from_a_fresh_process(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from leap_dist.config.sections import TrackingConfig
+from leap_dist.export.kinds import export_run
 from leap_dist.models.pruned_folder import load_pruned, save_shrunk
 from leap_dist.models.shrink import shrink_
+from leap_dist.run_folder import read_run
 from leap_dist.tracking.mlflow import Tracker
-from tests.export.runs import classifier, structure_masks
+from tests.export.runs import classifier, expert_masks, layer_masks, make_run, structure_masks
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +105,49 @@ def test_any_other_model_is_served_by_our_loader(
     files = files_of(address)
     assert "loader_module: leap_dist.tracking.model" in files["MLmodel"].read_text()
     assert not [name for name in files if name.endswith((".pkl", ".bin", ".pt", ".py"))]
+
+
+def word_pieces(folder: Path) -> Any:
+    """A tokenizer of WORDS, which is saved to a model's folder."""
+    from transformers import BertTokenizer
+
+    (folder / "words.txt").write_text("\n".join(WORDS))
+    tokenizer = BertTokenizer(str(folder / "words.txt"))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "granularity", "masks"), [("bert", "depth", layer_masks), ("mixtral", "expert", expert_masks)]
+)
+def test_a_run_that_stock_code_computes_otherwise_answers_as_it_was_measured(
+    kind: str, granularity: str, masks: Any, store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`depth` under norms that follow the sum leaves norms that are zero: stock answers would not depend on the text"""
+    import mlflow
+
+    model = classifier(kind, **({"num_local_experts": 4} if kind == "mixtral" else {}))
+    run = make_run(tmp_path / "run", model, masks(model), granularity)
+    tokenizer = word_pieces(run / "model")
+    (card,) = export_run(read_run(run), ["shrunk"], tmp_path / "out", threads=1, latency=False)
+    assert card.logit_difference is not None and card.logit_difference < 1e-5
+    with torch.inference_mode():
+        inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+        expected = load_pruned(tmp_path / "out" / "shrunk")(**inputs).logits.numpy()
+    answer = mlflow.pyfunc.load_model(logged(store, run / "model", capfd)).predict(pd.DataFrame({"text": TEXTS}))
+    np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)
+    assert abs(answer[0] - answer[1]).max() > 1e-3
+
+
+def test_a_run_that_stock_code_computes_alike_is_served_without_leap_dist(
+    store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Biases that follow heads are pruned too, and nothing else is there to compute."""
+    model = classifier()
+    run = make_run(tmp_path / "run", model, structure_masks(model), "head")
+    word_pieces(run / "model")
+    address = logged(store, run / "model", capfd)
+    assert "leap_dist" not in files_of(address)["MLmodel"].read_text()
 
 
 def test_a_shrunk_text_model_takes_texts_and_pairs(

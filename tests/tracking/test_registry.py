@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -27,7 +28,7 @@ from leap_dist.tracking.compare import Request, best, parse_condition, rows_of
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.tracking.registering import parse_place, register_best
 from leap_dist.tracking.runs import Selection, read_runs
-from tests.export.runs import classifier
+from tests.export.runs import classifier, make_run
 from tests.launch.test_prune import run_in_rank
 from tests.ranks import RankPools
 from tests.sweep.jobs import JOB
@@ -118,6 +119,34 @@ def test_a_model_that_is_nowhere_is_not_registered(store: str) -> None:
     (row,) = rows_of(read_runs(store, Selection()), "loss")
     with pytest.raises(UserError, match=r"has no model in the store, and its folder /nowhere is not here; train it"):
         register_best(store, row, parse_place("m"), move=False)
+
+
+def test_a_model_whose_files_never_came_is_copied_from_the_folder_or_refused(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run had made its model in the store at a checkpoint, and could not send its files at the end."""
+    import mlflow
+
+    store = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    tracking, place = TrackingConfig(mlflow_uri=store, log_model=True), parse_place("m@champion")
+    config = {"leap": {"target": 0.5}}
+    with Tracker(tracking, config, True, tags={"leap.folder": str(tmp_path / "run")}) as tracker:
+        tracker.log(1, {"pruned_loss": 0.1, "dense_loss": 0.1, "pruned_density": 0.5})
+        tracker.checkpoint()
+    (row,) = rows_of(read_runs(store, Selection()), "loss")
+    client = MlflowClient(store)
+    with pytest.raises(UserError, match=r"has no model in the store, and its folder .*run is not here"):
+        register_best(store, row, place, move=False)
+    assert not client.search_model_versions("name = 'm'")
+    make_run(tmp_path / "run", classifier(), {})
+    assert "is version 1 of m" in register_best(store, row, place, move=False)
+    answer = mlflow.pyfunc.load_model("models:/m@champion").predict(pd.DataFrame({"input_ids": IDS.tolist()}))
+    assert answer.shape == (2, 3)
+    experiment = client.get_experiment_by_name("leap")
+    assert experiment is not None
+    (model,) = client.search_logged_models([experiment.experiment_id])
+    assert str(model.status) == "READY" and model.tags["leap.density"] == "0.5"
 
 
 def test_a_store_without_a_registry_is_refused_before_the_run_begins(

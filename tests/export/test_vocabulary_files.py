@@ -1,0 +1,49 @@
+"""What lies in a model's folder, and in that of its exports, where tokens are left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from leap_dist.export.kinds import export_run
+from leap_dist.export.vocabulary import Wanted
+from leap_dist.run_folder import read_run_or_model
+from tests.disks import fill
+from tests.export.test_vocabulary import USED, make_model, text
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("left", ["vocab.txt", "tokenizer.json"])
+def test_a_model_folder_with_a_vocabulary_alone_keeps_its_tokenizer(left: str, tmp_path: Path) -> None:
+    """Folders of older models have no tokenizer_config.json: the model's config says whose vocabulary it is."""
+    source = make_model(tmp_path / "model", "bert")
+    numbers = AutoTokenizer.from_pretrained(source).get_vocab()
+    for file in [*source.glob("tokenizer*.json"), *source.glob("special_tokens*")]:
+        if file.name != left:
+            file.unlink()
+    if left == "vocab.txt":
+        (source / left).write_text("\n".join(sorted(numbers, key=lambda word: numbers[word])) + "\n", "utf-8")
+    before, wanted = AutoTokenizer.from_pretrained(source), Wanted([text(tmp_path)])
+    line = USED.splitlines()[2]
+    for kinds, fewer in ((["hf", "shrunk"], None), (["hf", "shrunk"], wanted)):
+        output = tmp_path / f"out {fewer is None}"
+        for card in export_run(read_run_or_model(source), kinds, output, 1, False, fewer):
+            after = AutoTokenizer.from_pretrained(output / card.kind)
+            assert after.tokenize(line) == before.tokenize(line) != []
+            assert (len(after) < len(before)) == (fewer is not None)
+
+
+def test_the_smaller_model_lies_in_the_folder_of_the_exports(tmp_path: Path, small_disk: Path) -> None:
+    """Beside that folder nothing can be written here; and what a kill leaves in it goes with the next export."""
+    source, wanted = make_model(tmp_path / "model", "bert"), Wanted([text(tmp_path)])
+    (tmp_path / "wide").mkdir()
+    (small_disk / "out").symlink_to(tmp_path / "wide")
+    fill(small_disk)
+    cards = export_run(read_run_or_model(source), ["hf", "shrunk"], small_disk / "out", 1, False, wanted)
+    next(cards)
+    assert len(list((tmp_path / "wide").glob(".vocabulary.*.partial"))) == 1
+    assert [card.kind for card in cards] == ["shrunk"]
+    assert sorted(path.name for path in (tmp_path / "wide").iterdir()) == ["hf", "shrunk"]
