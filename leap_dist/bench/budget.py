@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 
 from leap_dist.config.leap import LeapConfig
+from leap_dist.config.section import is_number, show
 from leap_dist.core.closed_form import closed_form
 from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, state_keys
 from leap_dist.core.select import COUNTS, NUM_SUMS, most_bytes
+from leap_dist.errors import UserError
 from leap_dist.ops.soft import SUMS
 from leap_dist.train.batches import micro_batches
 
@@ -43,19 +45,20 @@ class Hosting:
 
     @classmethod
     def of(cls, deepspeed: Mapping[str, Any], ranks: int) -> "Hosting":
-        """As a job's DeepSpeed keys say."""
+        """As a job's DeepSpeed keys say. Raises UserError for one of another kind than is needed here."""
         zero = deepspeed.get("zero_optimization") or {}
         half = any((deepspeed.get(name) or {}).get("enabled") for name in ("bf16", "fp16"))
         places = {"weights": "offload_param", "state": "offload_optimizer"}
+        devices = {name: _device(zero, key) for name, key in places.items()}
         return cls(
             stage=zero.get("stage", 0),
             ranks=ranks,
             width=2 if half else FP32,
             accumulation=micro_batches(deepspeed, ranks),
-            reduce_bucket=int(zero.get("reduce_bucket_size", BUCKET)),
-            gather_bucket=int(zero.get("allgather_bucket_size", BUCKET)),
-            persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
-            offloads=frozenset(name for name, key in places.items() if (zero.get(key) or {}).get("device") == "cpu"),
+            reduce_bucket=_size(zero, "reduce_bucket_size", BUCKET),
+            gather_bucket=_size(zero, "allgather_bucket_size", BUCKET),
+            persistent=_size(zero, "stage3_param_persistence_threshold", PERSISTENT, lowest=0),
+            offloads=frozenset(name for name, device in devices.items() if device == "cpu"),
         )
 
     def at(self, stage: int) -> "Hosting":
@@ -68,6 +71,25 @@ class Hosting:
             return sum(-(-size // self.ranks) for size in sizes)
         total = sum(sizes)
         return total if self.stage == 0 else -(-total // (ALIGNMENT * self.ranks)) * ALIGNMENT
+
+
+def _device(zero: Mapping[str, Any], key: str) -> Any:
+    """Where what a section of zero_optimization names is kept; None without the section."""
+    found = zero.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise UserError(
+            f'zero_optimization.{key}: got {show(found)}; allowed: a JSON object, such as {{"device": "cpu"}}; or '
+            "leave it out"
+        )
+    return found.get("device")
+
+
+def _size(zero: Mapping[str, Any], key: str, default: int, lowest: int = 1) -> int:
+    """A number of elements."""
+    found = zero.get(key, default)
+    if not is_number(found) or found < lowest:
+        raise UserError(f"zero_optimization.{key}: got {show(found)}; allowed: a number >= {lowest}; or leave it out")
+    return int(found)
 
 
 @dataclass(frozen=True)

@@ -136,11 +136,8 @@ def forecast(config: JobConfig, ranks: int) -> Forecast:
     """The forecast of a job on so many ranks. Raises UserError for what the job would be refused for."""
     if ranks < 1:
         raise UserError(f"--plan: got {ranks}; allowed: a number of ranks >= 1")
-    try:
-        accumulation(config.deepspeed, ranks)
-        hosting = Hosting.of(config.deepspeed, ranks)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"DeepSpeed's part of the config: a size or count is not a number: {error}") from error
+    accumulation(config.deepspeed, ranks)
+    hosting = Hosting.of(config.deepspeed, ranks)
     model = empty_model(config.model, config.data.task)
     if problem_of(config.data.task) in WORDS:
         check_positions(model.config, config.data.task, config.data.max_length)

@@ -19,7 +19,7 @@ from leap_dist.export.onnx import model_inputs
 from leap_dist.files import nearest, takes_files
 from leap_dist.machine import machine
 from leap_dist.models.flops import max_length
-from leap_dist.models.latency import COUNTED, Row, Table, digest_of, fit, here, kind_of, structures_of, write_table
+from leap_dist.models.latency import Row, Table, digest_of, fit, here, kind_of, structures_of, units_of, write_table
 from leap_dist.models.removal import remove_
 from leap_dist.models.stacks import find_parts
 
@@ -42,18 +42,18 @@ def bench_latency(config: JobConfig, threads: int) -> dict[str, Any]:
         raise UserError(f"leap.latency_length: got {leap.latency_length}; allowed: at most {max_length(empty)}")
     with torch.random.fork_rng(devices=[]):
         dense = type(empty)(empty.config).eval()
-    structures = structures_of(dense, config.family)
-    units: dict[str, int] = {}
-    for each in structures:
-        kind = kind_of(each.kind, each.num_units)
-        units[kind] = units.get(kind, 0) + each.num_units
+    units = units_of(structures_of(dense, config.family))
     if not units:
-        raise UserError('leap.measure: got "latency"; the model has no heads or neurons that are known here')
+        raise UserError(
+            'leap.measure: got "latency"; the model has no blocks of two or more heads or neurons that are known here; '
+            'allowed: another measure: "weights", "parameters" or "flops"'
+        )
     where = machine()
-    models, left = {"dense": dense}, {"dense": dict(units)}
+    models, left = {"dense": dense}, {"dense": units}
     for kinds, share in itertools.product(_cuts(list(units)), SHARES):
         name = f"{' + '.join(kinds)}, {share:.0%}"
-        models[name], left[name] = _with(dense, kinds, share, config)
+        models[name], numbers = _with(dense, kinds, share, config)
+        left[name] = {kind: numbers[kind] for kind in units}
     inputs = model_inputs(dense, leap.latency_batch, leap.latency_length)
     clock = time.process_time if threads == 1 else time.perf_counter
     with torch_threads(threads):
@@ -97,14 +97,13 @@ def _cuts(kinds: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _with(dense: Any, kinds: Sequence[str], share: float, config: JobConfig) -> tuple[Any, dict[str, int]]:
-    """The model with a share of the units of some kinds, and how many of each kind are left in all."""
+    """The model with a share of the units of some kinds, and how many of every kind are left in all."""
     model, kept, left = copy.deepcopy(dense), dict[str, Sequence[int]](), dict[str, int]()
     parts = find_parts(model, config.family)
     for structure in (block.structure for block in parts.blocks):
         kind = kind_of(structure.kind, structure.num_units)
         number = max(1, round(share * structure.num_units)) if kind in kinds else structure.num_units
         kept[structure.name] = range(number)
-        if structure.kind in COUNTED:
-            left[kind] = left.get(kind, 0) + number
+        left[kind] = left.get(kind, 0) + number
     remove_(model, parts, kept)
     return model, left

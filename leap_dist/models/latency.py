@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +43,8 @@ class Row(BaseModel):
 
 
 class Table(BaseModel):
-    """units: by kind, those of the dense model. fixed: what no unit takes. each: what a unit takes. ms in all of them.
+    """units: by kind, those of the dense model that can go, so none that is its block's only one. fixed: what none of
+    them takes. each: what a unit takes. ms in all of them.
 
     residual: the largest difference between the fit and what was measured, relative.
     """
@@ -70,6 +71,16 @@ def kind_of(granularity: str, num_units: int) -> str:
 def structures_of(model: nn.Module, family: FamilyConfig | None) -> list[Structure]:
     """The blocks whose units a table counts."""
     return [block.structure for block in find_blocks(model, family) if block.structure.kind in COUNTED]
+
+
+def units_of(structures: Iterable[Structure]) -> dict[str, int]:
+    """How many units each kind has in all, where a block has more than one: its last one stays."""
+    found: dict[str, int] = {}
+    for each in structures:
+        if each.num_units > 1:
+            kind = kind_of(each.kind, each.num_units)
+            found[kind] = found.get(kind, 0) + each.num_units
+    return found
 
 
 def digest_of(model: nn.Module, family: FamilyConfig | None) -> str:
@@ -161,13 +172,19 @@ def latency_measure(model: nn.Module, plan: GatePlan, config: LeapConfig, family
                 f'leap.measure: got "latency", with gate {gate.granularity}; allowed: {" and ".join(COUNTED)}, or '
                 'another measure: "weights", "parameters" or "flops"'
             )
-    table = read_table(model, config, family)
-    each = [table.each.get(kind_of(gate.granularity, gate.num_units)) for gate in plan.gates]
-    if None in each:
-        gate = plan.gates[each.index(None)]
-        raise UserError(f"leap.latency_table: {config.latency_table} has no {gate.name}; {MAKE}")
-    gated = sum(ms * gate.num_units for ms, gate in zip(each, plan.gates, strict=True) if ms)
+    table, each = read_table(model, config, family), list[float]()
+    for gate in plan.gates:
+        kind = kind_of(gate.granularity, gate.num_units)
+        if gate.num_units > 1 and kind not in table.each:
+            raise UserError(f"leap.latency_table: {config.latency_table} has no {gate.name}; {MAKE}")
+        each.append(table.each.get(kind, 0.0))  # the only unit of a block is a part of what is fixed
+    gated = sum(ms * gate.num_units for ms, gate in zip(each, plan.gates, strict=True))
+    if not gated:
+        raise UserError(
+            'leap.gates: no gate has more than one unit, and the last one stays; allowed with measure "latency": gates '
+            "of blocks with several heads or neurons"
+        )
     scale = plan.prunable / gated  # weights for a millisecond
-    products = tuple(scale * ms - gate.unit_size for ms, gate in zip(each, plan.gates, strict=True) if ms)
+    products = tuple(scale * ms - gate.unit_size for ms, gate in zip(each, plan.gates, strict=True))
     ungated = table.fixed + sum(table.each[kind] * number for kind, number in table.units.items()) - gated
     return Measure("latency", config.target, max(scale * ungated, 0.0), products)

@@ -33,8 +33,11 @@ def expand(vary: Mapping[str, Sequence[Any]]) -> list[Settings]:
 
 def varying(grid: Sequence[Settings]) -> set[str]:
     """The keys that have not the same value everywhere."""
-    keys = {key for settings in grid for key in settings}
-    return {key for key in keys if any(settings.get(key) != grid[0].get(key) for settings in grid)}
+    return {key for key in _keys(grid) if any(settings.get(key) != grid[0].get(key) for settings in grid)}
+
+
+def _keys(grid: Sequence[Settings]) -> list[str]:
+    return list(dict.fromkeys(key for settings in grid for key in settings))
 
 
 def names(grid: Sequence[Settings]) -> list[str]:
@@ -78,14 +81,27 @@ def _is_plain(value: Any) -> bool:
     return PLAIN_NUMBER.fullmatch(json.dumps(value)) is not None
 
 
-def short(value: Any) -> str | float:
-    """A setting as it stands in a table: gates by their granularity, a section by its keys and values."""
+def written(grid: Sequence[Settings]) -> list[dict[str, str | float]]:
+    """All settings as they stand in a table, with the options of gates where values of a key differ in these alone."""
+    values = {key: [settings[key] for settings in grid if key in settings] for key in _keys(grid)}
+    whole = {key for key, found in values.items() if len(set(map(short, found))) < len(set(map(json.dumps, found)))}
+    return [{key: short(value, key in whole) for key, value in settings.items()} for settings in grid]
+
+
+def short(value: Any, whole: bool = False) -> str | float:
+    """A setting as it stands in a table: gates by their granularity, a section by its keys and values.
+
+    whole: gates with their options.
+    """
     if isinstance(value, str | int | float):
         return value
-    return " + ".join(map(_part, value if isinstance(value, list) else [value]))
+    return " + ".join(_part(part, whole) for part in (value if isinstance(value, list) else [value]))
 
 
-def _part(value: Any) -> str:
+def _part(value: Any, whole: bool) -> str:
     if not isinstance(value, dict):
         return str(value)
-    return str(value.get("granularity")) if "granularity" in value else ", ".join(f"{k} {v}" for k, v in value.items())
+    options = ", ".join(f"{k} {v}" for k, v in value.items() if k != "granularity")
+    if "granularity" not in value:
+        return options
+    return f"{value['granularity']} ({options})" if whole and options else str(value["granularity"])

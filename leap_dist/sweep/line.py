@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from leap_dist.config.json_file import loads, read_text
 from leap_dist.errors import UserError
 from leap_dist.files import Lines, warn_if_unwritten
-from leap_dist.run_folder import CERTIFICATE, LONGEST, REFERENCE, read_files
+from leap_dist.run_folder import CERTIFICATE, CHECKPOINTS, LONGEST, REFERENCE, read_files
 from leap_dist.sweep.board import Board
 from leap_dist.sweep.ladder import SNAPSHOTS, is_there
 from leap_dist.sweep.optuna_study import OptunaStudy
@@ -84,10 +84,10 @@ class Line:
 
     @property
     def total(self) -> int:
-        """Trials of the whole sweep."""
+        """Trials of the whole sweep; those that Optuna has named stay, also where `samples` is lower now."""
         if not self.search or self._exhausted:
             return len(self.trials)
-        return int(min(self.sweep.samples, self.search.num_combinations))
+        return max(len(self.trials), int(min(self.sweep.samples, self.search.num_combinations)))
 
     @property
     def num_left(self) -> int:
@@ -98,7 +98,7 @@ class Line:
     def about(self) -> str:
         """How many trials there are, and why not as many as were asked for."""
         few = self.sweep.search != "grid" and self.total < self.sweep.samples
-        asked = f", as there are no more combinations than that (samples: {self.sweep.samples})" if few else ""
+        asked = f", as no more combinations make a valid job (samples: {self.sweep.samples})" if few else ""
         return f"{self.total} trial{'s' * (self.total != 1)}{asked}, {self.num_left} to run"
 
     @property
@@ -147,9 +147,16 @@ class Line:
         self._tell_optuna([self._running.pop(name)])
         self._write(ENDED, name, asdict(outcome))
         self.board.ended(name, outcome)
-        if all(self.is_done(trial.name) for trial in self.trials):
-            for work in (SNAPSHOTS, REFERENCE):
-                shutil.rmtree(self.folder / work, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove what no later call needs; called once nothing runs any more."""
+        left = [trial.name for trial in self.trials if not self.is_done(trial.name)]
+        stopped = [name for name in left if name in self.ended and self.ended[name].kind == "stopped"]
+        needless = [self.folder / name / CHECKPOINTS for name in stopped]  # they stay stopped
+        if left == stopped and len(self.trials) == self.total:
+            needless += [self.folder / SNAPSHOTS, self.folder / REFERENCE]
+        for path in needless:
+            shutil.rmtree(path, ignore_errors=True)
 
     def publish(self) -> None:
         """Copy what the place of the results lacks of finished trials: it was not reached, or a call was cut off."""

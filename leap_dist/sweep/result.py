@@ -18,7 +18,9 @@ from leap_dist.sweep.sweep_file import SweepConfig, Trial
 from leap_dist.tasks import metric_names
 from leap_dist.tracking.pareto import higher_is_better, pareto
 
-TASK, SEED = "data.task", "train.seed"
+SEED = "train.seed"
+Group = tuple[str, str]
+"""A task, and the data that models are judged on."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,13 @@ class Result:
     error: str = ""
     masks_sha256: str | None = None
     weights_sha256: str | None = None
+    task: str = ""
+    data: str = ""
+
+    @property
+    def group(self) -> Group:
+        """Only models of one task, judged on the same data, can be compared."""
+        return self.task, self.data
 
 
 @dataclass(frozen=True)
@@ -57,18 +66,42 @@ class Mean:
     spread: float
     dense: float | None
     num: int
+    group: Group = ("", "")
+
+
+def judged_on(config: JobConfig) -> Group:
+    """The task of a job, and the data that its models are judged on where these are not the task's own."""
+    data = config.data
+    made = [f"seed {data.seed}"] if data.task.startswith("builtin/") else []
+    return data.task, " ".join([*filter(None, (data.dataset, data.subset)), *(data.validation or ()), *made])
 
 
 def metric_of(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> str:
-    """The metric that trials are compared by. Raises UserError if a job does not report the one that is asked for."""
-    for job in jobs:
-        known = metric_names(job.data.task)
-        if sweep.metric is not None and sweep.metric not in known:
-            raise UserError(
-                f"metric: got {show(sweep.metric)}; allowed: what {job.data.task} reports, which is "
-                f"{', '.join(known)}, or null"
-            )
-    return sweep.metric or metric_names(jobs[0].data.task)[0]
+    """The metric that trials are compared by: the one asked for, or the main one of the first job.
+
+    Raises UserError if a job does not report it, and if Optuna would compare what cannot be compared.
+    """
+    known = {job.data.task: metric_names(job.data.task) for job in jobs}
+    metric = sweep.metric or metric_names(jobs[0].data.task)[0]
+    if any(metric not in names for names in known.values()):
+        raise UserError(f"metric: got {show(sweep.metric)}; allowed: {_metrics_allowed(known)}")
+    groups = [" on ".join(filter(None, group)) for group in dict.fromkeys(map(judged_on, jobs))]
+    if sweep.search == "optuna" and len(groups) > 1:
+        raise UserError(
+            f'search: got "optuna", which compares all trials, and they are judged on {", ".join(groups)}; allowed: '
+            'one task and the same validation data in all of them, or "random"'
+        )
+    return metric
+
+
+def _metrics_allowed(known: Mapping[str, Sequence[str]]) -> str:
+    """known: by task what it reports."""
+    if len(known) == 1:
+        return "".join(f"what {task} reports, which is {', '.join(names)}, or null" for task, names in known.items())
+    first, *others = known.values()
+    common = [name for name in first if all(name in names for names in others)]
+    each = "; ".join(f"{task} reports {', '.join(names)}" for task, names in known.items())
+    return f"what all tasks of the sweep report, which is {', '.join(common)}; {each}"
 
 
 def collect(
@@ -83,7 +116,8 @@ def collect(
 def _result(sweep: SweepConfig, trial: Trial, outcome: Outcome | None, folder: Path, metric: str) -> Result:
     path = folder / trial.name / CERTIFICATE
     kind = "done" if path.is_file() else outcome.kind if outcome else "not run"
-    result = Result(trial.name, trial.settings, kind, trial.config.leap.target)
+    task, data = judged_on(trial.config)
+    result = Result(trial.name, trial.settings, kind, trial.config.leap.target, task=task, data=data)
     if outcome is not None:
         per_rank = sweep.resources.gpus or sweep.resources.cpus
         cost = outcome.seconds * sweep.ranks * per_rank / 3600.0
@@ -107,27 +141,29 @@ def _result(sweep: SweepConfig, trial: Trial, outcome: Outcome | None, folder: P
     )
 
 
-def _point(result: Result, metric: str) -> tuple[str, float, float] | None:
-    """(task, density, what is to be large); only models of one task can be compared."""
+def _point(result: Result, metric: str) -> tuple[Group, float, float] | None:
+    """(group, density, what is to be large)."""
     if result.density is None or result.value is None:
         return None
-    task = str(result.settings.get(TASK, ""))
-    return task, result.density, result.value if higher_is_better(metric) else -result.value
+    return result.group, result.density, result.value if higher_is_better(metric) else -result.value
 
 
 def means(results: Sequence[Result]) -> list[Mean]:
     """One for each combination of settings but the seed, of the trials that have a value."""
-    groups: dict[str, list[tuple[float, float, float | None]]] = {}
+    alike: dict[str, list[tuple[float, float, float | None]]] = {}
+    groups: dict[str, Group] = {}
     for result in results:
         if result.density is not None and result.value is not None:
             rest = {key: value for key, value in result.settings.items() if key != SEED}
-            groups.setdefault(json.dumps(rest, sort_keys=True), []).append((result.density, result.value, result.dense))
+            key = json.dumps(rest, sort_keys=True)
+            alike.setdefault(key, []).append((result.density, result.value, result.dense))
+            groups[key] = result.group
     found = []
-    for key, group in groups.items():
-        densities, values = [density for density, _, _ in group], [value for _, value, _ in group]
-        dense = [value for _, _, value in group if value is not None]
+    for key, those in alike.items():
+        densities, values = [density for density, _, _ in those], [value for _, value, _ in those]
+        dense = [value for _, _, value in those if value is not None]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         start = statistics.mean(dense) if dense else None
-        mean = Mean(json.loads(key), statistics.mean(densities), statistics.mean(values), spread, start, len(values))
-        found.append(mean)
+        density, value = statistics.mean(densities), statistics.mean(values)
+        found.append(Mean(json.loads(key), density, value, spread, start, len(values), groups[key]))
     return found

@@ -20,11 +20,10 @@ from leap_dist.sweep.ladder import ladder_of
 from leap_dist.sweep.line import Line
 from leap_dist.sweep.optuna_study import STUDY
 from leap_dist.sweep.result import Result, collect, means, metric_of
-from leap_dist.sweep.results import RESULTS, mean_lines, table_lines, write
-from leap_dist.sweep.space import corners
+from leap_dist.sweep.results import RESULTS, mean_lines, print_table, write
 from leap_dist.sweep.stop import closing_records, heed_signals
 from leap_dist.sweep.storage import Storage
-from leap_dist.sweep.sweep_file import BudgetConfig, identity, job_of, read_sweep, trials_of
+from leap_dist.sweep.sweep_file import BudgetConfig, identity, job_of, read_sweep, trials_of, valid_corners
 from leap_dist.tracking.completion import complete_trial
 from leap_dist.tracking.mlflow import Tracker, differing
 
@@ -46,7 +45,7 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
         why = "resources.gpus is 0, so no trial takes any; allowed: hours, or trials on GPUs"
         raise UserError(f"{key}: got {value:g}; {why}")
     trials = ladder_of(sweep) if sweep.mode == "ladder" else trials_of(sweep)
-    jobs = [trial.config for trial in trials] or [job_of(sweep, settings) for settings in corners(sweep.vary)]
+    jobs = [trial.config for trial in trials] or [job_of(sweep, settings) for settings in valid_corners(sweep)]
     metric = metric_of(sweep, jobs)
     default = Path("outputs") / file.stem
     storage = Storage(output or str(default), default)
@@ -69,6 +68,7 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
                     complete_trial(line.folder / trial.name, trial.config.tracking.mlflow_uri, line.board.tell)
                 run(line, tracker.run_id)
                 line.publish()
+            line.clear()
             line.flush()
             results = collect(sweep, line.trials, line.ended, storage.folder, metric)
             num_done = sum(result.outcome == "done" for result in results)
@@ -165,7 +165,7 @@ def _show_results(results: Sequence[Result], metric: str, line: Line, title: str
     """The table at the end; the names of the files that hold the results."""
     found = means(results)
     sweep, storage, importance = line.sweep, line.storage, line.search.importance() if line.search else {}
-    summary_table(table_lines(results, metric, sweep.resources.gpus), title=f"{title}: {metric}; * on the Pareto front")
+    print_table(results, metric, sweep.resources.gpus, title)
     if any(mean.num > 1 for mean in found):
         summary_table(mean_lines(found, metric), title=f"{title}: mean and spread over seeds")
     for result in results:

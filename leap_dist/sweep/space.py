@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,16 +27,20 @@ Vary = Mapping[str, tuple[Any, ...] | Space]
 """Dotted key of a job file -> its values; for a search also a space."""
 
 
-def drawn(vary: Vary, samples: int) -> list[Settings]:
-    """`samples` settings at random, the same in every call; fewer where there are not as many."""
+def drawn(vary: Vary, samples: int, fits: Callable[[Settings], bool] = lambda settings: True) -> list[Settings]:
+    """`samples` settings at random that fit, the same in every call; fewer where there are not as many."""
     dice = random.Random(SEED)
-    found: dict[str, Settings] = {}
+    seen: set[str] = set()
+    found: list[Settings] = []
     for _ in range(100 * samples):  # lists of few values may come up again
         settings = {key: _draw(space, dice) for key, space in spaces(vary).items()}
-        found.setdefault(json.dumps(settings, sort_keys=True), settings)
+        text = json.dumps(settings, sort_keys=True)
+        if text not in seen and fits(settings):
+            found.append(settings)
+        seen.add(text)
         if len(found) == samples:
             break
-    return list(found.values())
+    return found
 
 
 def spaces(vary: Vary) -> dict[str, Space]:
@@ -45,7 +49,7 @@ def spaces(vary: Vary) -> dict[str, Space]:
 
 
 def corners(vary: Vary) -> list[Settings]:
-    """Settings that have each bound and each choice once: what can be drawn is right if they are."""
+    """Settings that together have each bound and each choice."""
     found = {key: space.values for key, space in spaces(vary).items()}
     most = max(map(len, found.values()))
     return [{key: values[min(i, len(values) - 1)] for key, values in found.items()} for i in range(most)]

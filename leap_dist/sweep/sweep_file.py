@@ -24,6 +24,7 @@ from leap_dist.tracking.mlflow import parameters
 
 TARGET = "leap.target"
 MAX_VALUES = 10_000
+TRIES = 100  # settings with a value, of which one has to be a valid job
 VALUES = (
     'a list of values, {"from": a, "to": b, "num": n >= 2}, or, for a search, {"uniform": [a, b]}, '
     '{"loguniform": [a, b]} with 0 < a < b, or {"choice": [...]}'
@@ -225,23 +226,53 @@ def combinations(sweep: SweepConfig) -> list[Settings]:
 def trials_of(sweep: SweepConfig) -> list[Trial]:
     """The trials of a grid or of a random search, each a valid job; of a search by Optuna none, as it names them later.
 
-    Raises UserError for the first that is no valid job, and for a search that could draw one.
+    Raises UserError for the first of a grid that is no valid job. A search leaves those out, and is refused for a value
+    that no valid job has.
     """
     if sweep.search != "grid":
-        for settings in corners(sweep.vary):
-            job_of(sweep, settings)
-        _check_fractions(sweep)
+        _check_fractions(sweep, valid_corners(sweep)[0])
         if sweep.search == "optuna":
             if find_spec("optuna") is None:
                 raise UserError('search: Optuna is not installed; pip install -e ".[search]", or set "random"')
             return []
-    found = combinations(sweep) if sweep.search == "grid" else drawn(sweep.vary, sweep.samples)
+    found = combinations(sweep) if sweep.search == "grid" else _drawn_jobs(sweep)
     return [Trial(name, settings, job_of(sweep, settings)) for name, settings in zip(names(found), found, strict=True)]
 
 
-def _check_fractions(sweep: SweepConfig) -> None:
-    """Raises UserError for a range of a key that takes integers alone."""
-    usual = corners(sweep.vary)[0]
+def valid_corners(sweep: SweepConfig) -> list[Settings]:
+    """Settings of a search that are valid jobs, and together have each bound and each choice.
+
+    Raises UserError for a value that is in no valid job, whatever the other keys have.
+    """
+    tried = corners(sweep.vary)
+    others = [*tried, *drawn(sweep.vary, TRIES)]
+    found: list[Settings] = []
+    for corner in tried:
+        try:
+            job_of(sweep, corner)
+            found.append(corner)
+        except UserError:
+            for key, value in corner.items():
+                known = [*found[::-1], *others]  # what was right for the value before is likely to be for this one
+                valid = next((s for other in known if is_job(sweep, s := {**other, key: value})), None)
+                if valid is None:
+                    raise
+                found.append(valid)
+    return found
+
+
+def _drawn_jobs(sweep: SweepConfig) -> list[Settings]:
+    found = drawn(sweep.vary, sweep.samples, lambda settings: is_job(sweep, settings))
+    if not found:
+        raise UserError(
+            f"vary: none of {100 * sweep.samples} settings drawn from it is a valid job; give the keys values that go "
+            "together"
+        )
+    return found
+
+
+def _check_fractions(sweep: SweepConfig, usual: Settings) -> None:
+    """Raises UserError for a range of a key that takes integers alone. usual: settings that are a valid job."""
     for key, space in sweep.vary.items():
         if isinstance(space, Space) and space.kind != "choice":
             low, high = space.values
@@ -253,6 +284,15 @@ def _check_fractions(sweep: SweepConfig) -> None:
                 raise UserError(
                     f"vary.{key}: got {show({space.kind: list(space.values)})}; it takes integers: give a list of them"
                 ) from error
+
+
+def is_job(sweep: SweepConfig, settings: Settings) -> bool:
+    """Whether a combination is a valid job."""
+    try:
+        job_of(sweep, settings)
+    except UserError:
+        return False
+    return True
 
 
 def job_of(sweep: SweepConfig, settings: Settings) -> JobConfig:
@@ -273,7 +313,7 @@ def identity(sweep: SweepConfig, trials: list[Trial]) -> dict[str, str]:
     own |= parameters(sweep.resources.model_dump(), "resources.")
     if not trials:  # Optuna names them
         own |= {"vary": json.dumps(sweep.model_dump(mode="json")["vary"]), "search": sweep.search}
-        return own | _lasting(job_of(sweep, corners(sweep.vary)[0]))
+        return own | _lasting(job_of(sweep, valid_corners(sweep)[0]))
     jobs = {trial.name: _lasting(trial.config) for trial in trials}
     first = next(iter(jobs.values()))
     shared = {key: value for key, value in first.items() if all(job.get(key) == value for job in jobs.values())}

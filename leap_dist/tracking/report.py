@@ -223,7 +223,8 @@ def write_page(
     detailed = set(first[:MOST_DETAILED])
     differing = _differing(entries)
     cells = [_cells(entry, metric, differing) for entry in entries]
-    known = [key for key in cells[0] if key not in differing and any(row[key] is not None for row in cells)]
+    keys = dict.fromkeys(key for row in cells for key in row)  # none where there are no runs
+    known = [key for key in keys if key not in differing and any(row[key] is not None for row in cells)]
     results = [key for key in (metric, "density", "Δ dense") if key in known]  # first: settings may be many
     columns = [Column("run", False), *map(Column, results), *(Column(key, False) for key in differing)]
     columns += [Column(key) for key in known if key not in results]

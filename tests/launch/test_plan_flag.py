@@ -189,7 +189,17 @@ def _parameters(shown: str) -> int:
         (
             ["--plan"],
             {"zero_optimization": {"reduce_bucket_size": "auto"}},
-            "DeepSpeed's part of the config: a size or count is not a number: ",
+            'zero_optimization.reduce_bucket_size: got "auto"; allowed: a number >= 1; or leave it out',
+        ),
+        (
+            ["--plan"],
+            {"zero_optimization": {"allgather_bucket_size": 0}},
+            "zero_optimization.allgather_bucket_size: got 0; allowed: a number >= 1; or leave it out",
+        ),
+        (
+            ["--plan", "2", "--set", "zero_optimization.offload_optimizer=cpu"],
+            {},
+            'zero_optimization.offload_optimizer: got "cpu"; allowed: a JSON object, such as {"device": "cpu"}; or ',
         ),
         (
             ["--plan"],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from leap_dist.bench import latency as bench
+from leap_dist.bench.forecast import empty_model
 from leap_dist.config.job_file import parse_job
 from leap_dist.config.leap import LeapConfig
 from leap_dist.core.measure import amounts
@@ -98,6 +99,38 @@ def test_a_table_is_measured_and_taken(tmp_path: Path, monkeypatch: pytest.Monke
         bench.bench_latency(parse_job({**JOB, "leap": {**leap, "latency_length": 512}}, "a test"), 1)
     with pytest.raises(UserError, match=r'^leap.measure: got "weights"; allowed: "latency", with latency_table$'):
         bench.bench_latency(parse_job({**JOB, "leap": {"target": 0.5}}, "a test"), 1)
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 21, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+LLAMA |= {"num_key_value_heads": 1, "intermediate_size": 1024, "max_position_embeddings": 256}
+
+
+def test_the_only_head_of_a_block_is_a_part_of_what_is_fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "BUDGET", 1.0)
+    path = tmp_path / "table.json"
+    leap = {"target": 0.5, "measure": "latency", "latency_table": str(path), "latency_length": 256}
+    leap["gates"] = ["head", "neuron"]
+    config = parse_job({**JOB, "model": {"from_config": LLAMA}, "leap": leap}, "a test")
+    assert len(bench.bench_latency(config, 1)["counts"]) == 4
+    table = Table.model_validate_json(path.read_text("utf-8"))
+    assert table.units == {"neuron of 1024": 1024} and table.rows[-1].units == {"neuron of 1024": 256}
+    model = empty_model(config.model, config.data.task)
+    plan = make_plan(model, config.leap)
+    measure = latency_measure(model, plan, config.leap, None)
+    units = {gate.num_units: measure.unit(plan, number) for number, gate in enumerate(plan.gates)}
+    assert units[1] == 0.0 and units[1024] > 0.0
+    dense = measure.fixed + measure.removable(plan)
+    assert units[1024] / dense == pytest.approx(table.each["neuron of 1024"] / table.rows[0].ms, rel=1e-3)
+    heads = config.leap.model_copy(update={"gates": config.leap.gates[:1]})
+    with pytest.raises(UserError, match=r"^leap\.gates: no gate has more than one unit, and the last one stays"):
+        latency_measure(model, make_plan(model, heads), heads, None)
+
+
+def test_a_model_of_single_heads_alone_has_no_table(tmp_path: Path) -> None:
+    leap = {"target": 0.5, "measure": "latency", "latency_table": str(tmp_path / "table.json"), "gates": ["head"]}
+    single = LLAMA | {"intermediate_size": 1}
+    with pytest.raises(UserError, match='got "latency"; the model has no blocks of two or more heads or neurons'):
+        bench.bench_latency(parse_job({**JOB, "model": {"from_config": single}, "leap": leap}, "a test"), 1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,12 @@ from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from leap_dist.sweep.cluster import connected
 from leap_dist.sweep.ladder import ladder_of, rung_start
-from leap_dist.sweep.rank import Outcome
-from leap_dist.sweep.result import Result, collect, means, metric_of
-from leap_dist.sweep.results import mean_lines, table_lines, write
 from leap_dist.sweep.run import parse_budget, run_sweep
 from leap_dist.sweep.sweep_file import combinations, identity, read_sweep, trials_of
 from leap_dist.tracking.journal import Journal
-from leap_dist.tracking.pareto import pareto
 from tests.launch.scripts import load_script
 from tests.ranks import RankPools
 from tests.sweep.jobs import JOB, run_without_ray, sweep_file
-from tests.tracking.folders import Page, export_card, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 LADDER: dict[str, Any] = {"mode": "ladder", "vary": {"leap.target": [0.1, 0.7, 0.3]}}
@@ -93,6 +87,16 @@ def test_cases_with_the_same_values_of_other_keys_get_names_of_their_own(tmp_pat
             r"resources\.gpus: got 0\.5; allowed: an integer",
         ),
         ({"vary": {"leap.target": [0.5]}, "metric": "f1"}, r"metric: got \"f1\"; allowed: what builtin/clock reports"),
+        (
+            {"cases": [{"leap.target": 0.5}, {"data.task": "squad", "data.train": "a", "data.validation": "b"}]},
+            r"metric: got null; allowed: what all tasks of the sweep report, which is loss; builtin/clock reports "
+            r"accuracy, loss; squad reports f1, exact_match, loss",
+        ),
+        (
+            {"vary": {"leap.target": [0.5], "data.seed": [0, 1]}, "search": "optuna"},
+            r'search: got "optuna", which compares all trials, and they are judged on builtin/clock on seed 0, '
+            r'builtin/clock on seed 1; allowed: one task and the same validation data in all of them, or "random"',
+        ),
         ({"vary": {"leap.target": [0.5]}, "mode": "ladder"}, r"a ladder needs two targets or more"),
         ({"vary": {"train.seed": [1, 2]}, "mode": "ladder"}, r"vary: leap\.target is missing; a ladder walks down"),
         (
@@ -267,7 +271,7 @@ def test_the_launcher_reports_a_file_that_is_missing(
     assert "none.json: cannot be read" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------ ladders, verdicts, results
+# ------------------------------------------------------------------------------ ladders
 
 
 def test_rungs_settle_exactly_where_the_walk_passes_their_target(tmp_path: Path) -> None:
@@ -294,95 +298,6 @@ def test_rungs_that_the_walk_passes_at_once_are_runs_of_their_own(tmp_path: Path
     for name in ("1.0", "0.9", "0.5", "0.1"):
         certificate = json.loads((tmp_path / "out" / name / "certificate.json").read_text())
         assert abs(certificate["kept"] - float(name) * certificate["prunable"]) <= 1
-
-
-def test_the_front_is_what_no_other_beats() -> None:
-    points = [("", 0.5, 0.9), ("", 0.3, 0.9), ("", 0.3, 0.8), None, ("", 0.1, 0.5), ("other", 0.9, 0.1)]
-    assert pareto(points) == [False, True, False, False, True, True]
-
-
-def test_results_as_table_picture_and_json(tmp_path: Path) -> None:
-    sweep = read_sweep(sweep_file(tmp_path, vary={"leap.target": [0.5, 0.3, 0.1]}, ranks=2))
-    trials = trials_of(sweep)
-    for name, accuracy in (("0.5", 0.8), ("0.3", 0.85)):
-        (tmp_path / name).mkdir()
-        metrics = {"dense": {"accuracy": 0.9, "loss": 1.0}, "pruned": {"accuracy": accuracy, "loss": 2.0}}
-        content = {"target": float(name), "density": float(name), "unit": 1, "kept": 7, "prunable": 14, "gates": [],
-                   "tensors": {}, "metrics": metrics, "masks_sha256": "a" * 64, "weights_sha256": "b" * 64, "seed": 0,
-                   "versions": {}}  # fmt: skip
-        (tmp_path / name / "certificate.json").write_text(json.dumps(content))
-    export_card(tmp_path / "0.3", "onnx", 1.5)
-    ended = {"0.5": Outcome("done", 36.0), "0.1": Outcome("failed", 1.0, "no luck")}
-    assert metric_of(sweep, [trial.config for trial in trials]) == "accuracy"
-    results = collect(sweep, trials, ended, tmp_path, "accuracy")
-    assert [(result.outcome, result.front) for result in results] == [
-        ("done", False),
-        ("done", True),
-        ("failed", False),
-    ]
-    table = table_lines([replace(r, settings=r.settings | {"train.seed": 3}) for r in results], "accuracy", gpus=0)
-    assert "seed" not in table[0] and [line["target"] for line in table] == [0.5, 0.3, 0.1]
-    assert table[0]["CPU hours"] == pytest.approx(0.02) and table[0]["Δ dense"] == pytest.approx(-0.1)
-    assert table[1]["latency ms"] == 1.5 and table[0]["parameters"] == "" and "LEAP ms" not in table[0]
-    assert table[1]["front"] == "*" and table[1]["seconds"] == "" and table[2]["accuracy"] == ""
-    names = write(results, "accuracy", tmp_path)
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG") and "results.svg" in names
-    page = Page((tmp_path / "report.html").read_text("utf-8"))
-    assert "report.html" in names and page.count["tbody"] == 3 and "no luck" in page.text and "★ 0.3" in page.text
-    assert write(results[2:], "accuracy", tmp_path / "0.5") == ["results.json", "report.html"]  # nothing to draw
-    saved = json.loads((tmp_path / "results.json").read_text())
-    assert saved["trials"][2]["error"] == "no luck" and saved["trials"][1]["weights_sha256"] == "b" * 64
-
-
-def test_seeds_belong_together_in_whatever_order_the_keys_of_cases_are() -> None:
-    one = {"leap.rule": "leap", "leap.target": 0.5, "train.seed": 1}
-    other = {"train.seed": 2, "leap.target": 0.5, "leap.rule": "leap"}
-    (found,) = means([Result("x", settings, "done", 0.5, 0.5, 0.8, 0.9) for settings in (one, other)])
-    assert found.num == 2
-
-
-def test_means_and_spreads_over_seeds() -> None:
-    def result(target: float, seed: int, accuracy: float | None, rule: str = "leap") -> Result:
-        settings = {"leap.rule": rule, "leap.target": target, "train.seed": seed}
-        return Result("x", settings, "done", target, target, accuracy, 0.9)
-
-    results = [result(0.5, 1, 0.8), result(0.5, 2, 0.9), result(0.1, 1, 0.6), result(0.5, 1, 0.7, "movement")]
-    found = means([*results, result(0.1, 2, None)])
-    assert [(mean.num, pytest.approx(mean.value), pytest.approx(mean.spread)) for mean in found] == [
-        (2, 0.85, 0.0707107),
-        (1, 0.6, 0.0),
-        (1, 0.7, 0.0),
-    ]
-    assert mean_lines(found, "accuracy")[0] | {"spread": 0} == {
-        "rule": "leap",
-        "target": 0.5,
-        "density": 0.5,
-        "accuracy, mean": pytest.approx(0.85),
-        "spread": 0,
-        "seeds": 2,
-        "dense": 0.9,
-    }
-
-
-def test_a_search_has_a_picture_of_its_settings(tmp_path: Path) -> None:
-    results = []
-    for number, rate in enumerate((1e-5, 1e-3, 1e-4)):
-        settings = {"train.learning_rate": rate, "leap.gates": ["row", ["head", "neuron"]][number % 2]}
-        folder = run_folder(tmp_path / f"{number}")
-        results.append(Result(folder.name, settings, "done", 0.5, 0.5 - number / 10, 0.8 + number / 100, 0.9))
-    results.append(Result("3", {"train.learning_rate": 1.0, "leap.gates": "row"}, "failed", 0.5))
-    names = write(results, "accuracy", tmp_path, True, {"train.learning_rate": 0.25, "leap.gates": 0.75})
-    assert {"settings.png", "settings.svg", "settings_dark.svg"} <= set(names)
-    drawn = (tmp_path / "settings.svg").read_text("utf-8")
-    assert drawn.index("leap.gates (75%)") < drawn.index("train.learning_rate (25%)")  # what matters most comes first
-    whole = (tmp_path / "results.svg").read_text("utf-8")
-    assert "trials" in whole and "dense model" not in whole  # one line for all, and none for each setting
-    more = [replace(r, settings=r.settings | {"a.b": n, "a.c": n}) for n, r in enumerate(results)]
-    table = table_lines(more, "accuracy", gpus=0)
-    assert "learning rate" in table[0] and "weights" not in table[0] and "CPU hours" not in table[0]
-    page = (tmp_path / "report.html").read_text("utf-8")
-    assert "accuracy over each setting that was searched" in page and Page(page).count["figure"] == 2
-    assert json.loads((tmp_path / "results.json").read_text())["importance"]["leap.gates"] == 0.75
 
 
 def test_the_sweeps_in_configs_are_valid() -> None:

@@ -136,6 +136,7 @@ def test_a_search_learns_from_trials_and_outlives_those_that_fail_or_are_behind(
         if result.outcome == "failed":
             assert f"{result.name} failed: leap.target: 0.001 cannot be reached" in told
         if result.outcome == "stopped":
+            assert not (out / result.name / "checkpoints").exists()
             (last,) = (line for line in judged if line["trial"] == result.name and not line["goes_on"])
             others = [line["metrics"]["loss"] for line in judged if line["rung"] == last["rung"] and line["goes_on"]]
             assert last["metrics"]["loss"] > min(others)
