@@ -13,9 +13,9 @@ from leap_dist.console import console, fitting, summary_table
 from leap_dist.files import write_text
 from leap_dist.run_folder import REPORT
 from leap_dist.sweep.grid import Settings, varying, written
-from leap_dist.sweep.result import Group, Mean, Result, means
+from leap_dist.sweep.result import Mean, Result, means
 from leap_dist.sweep.sweep_file import TARGET
-from leap_dist.tracking.pareto import Point, picture_of
+from leap_dist.tracking.pareto import Point, group_names, picture_of
 from leap_dist.tracking.plots import Picture, save_all
 from leap_dist.tracking.report import Entry, write_page
 from leap_dist.tracking.slices import Slice, slices
@@ -170,7 +170,8 @@ def _points(results: Sequence[Result], searched: bool) -> list[Point]:
     Of a search, where hardly two trials share a setting, the trials alone.
     """
     found = means(results)
-    panels, lines = _panels([mean.group for mean in found]), _lines(found)
+    groups, lines = [mean.group for mean in found], _lines(found)
+    panels = group_names(groups) if len(set(groups)) > 1 else dict.fromkeys(groups, "all trials")
     return [
         Point(
             panels[mean.group],
@@ -182,14 +183,6 @@ def _points(results: Sequence[Result], searched: bool) -> list[Point]:
         )
         for mean, line in zip(found, lines, strict=True)
     ]
-
-
-def _panels(groups: Sequence[Group]) -> dict[Group, str]:
-    """What to call each group: by its task, with the data where trials of the task are judged on several."""
-    tasks = Counter(task for task, _ in set(groups))
-    if len(set(groups)) == 1:
-        return dict.fromkeys(groups, "all trials")
-    return {(task, data): task if tasks[task] == 1 else f"{task}: {data or 'its own data'}" for task, data in groups}
 
 
 def _lines(found: Sequence[Mean]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,15 @@ def pareto(points: Sequence[tuple[Any, float, float] | None]) -> list[bool]:
         return any(other[1] < density or other[2] > value for other in rivals)
 
     return [point is not None and not beaten(point) for point in points]
+
+
+def group_names(groups: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What to call each group, (task, data): by its task, with the data where models of the task are judged on several.
+
+    In their order.
+    """
+    tasks = Counter(task for task, _ in set(groups))
+    return {(task, data): task if tasks[task] == 1 else f"{task}: {data or 'its own data'}" for task, data in groups}
 
 
 def picture_of(points: Sequence[Point], metric: str) -> Picture:

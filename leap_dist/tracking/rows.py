@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leap_dist.run_folder import Export
-from leap_dist.tracking.pareto import Point
+from leap_dist.tracking.pareto import Point, group_names
 from leap_dist.tracking.runs import FOLDER, StoredRun
 
 if TYPE_CHECKING:
@@ -67,16 +66,9 @@ class Row:
         return number(self.run, "leap_ms")
 
 
-def group_names(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
-    """What to call each group: its task, with the data where models of the task are judged on several."""
-    groups = list(dict.fromkeys(row.group for row in rows))
-    tasks = Counter(task for task, _ in groups)
-    return {(task, data): task if tasks[task] == 1 else f"{task}: {data or 'no data named'}" for task, data in groups}
-
-
 def table_lines(rows: Sequence[Row], metric: str) -> list[dict[str, str | float]]:
     """The rows as lines of a table; a cell without a value is left out."""
-    names = group_names(rows)
+    names = group_names([row.group for row in rows])
     lines = []
     for row in rows:
         cells: dict[str, Any] = {"front": "*" if row.front else "", "run": row.run.name, "id": row.run.id[:8]}
@@ -119,7 +111,7 @@ def records(rows: Sequence[Row], metric: str) -> list[dict[str, Any]]:
 
 def points(rows: Sequence[Row]) -> list[Point]:
     """The rows with a value, in the picture: runs of a line differ in their target alone, or in what is not shown."""
-    names = group_names(rows)
+    names = group_names([row.group for row in rows])
     return [
         Point(
             names[row.group] or "all runs",
@@ -135,7 +127,7 @@ def points(rows: Sequence[Row]) -> list[Point]:
 
 def entries(rows: Sequence[Row]) -> list[Entry]:
     """The rows on a page of several runs."""
-    names = group_names(rows)
+    names = group_names([row.group for row in rows])
     return [_entry(row, names[row.group]) for row in rows]
 
 
