@@ -85,7 +85,10 @@ def written(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        why = error.args[0][0][2] if isinstance(error, shutil.Error) else own_words(error)  # of the first file
+        if isinstance(error, shutil.Error):
+            why = error.args[0][0][2]  # of the first file
+        else:
+            why = getattr(error, "strerror", None) or own_words(error)
         raise UserError(
             f"--output: {folder} cannot be written: {why}; make room, or choose another folder with --output"
         ) from error

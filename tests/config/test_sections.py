@@ -105,7 +105,7 @@ def test_resolved_is_a_copy() -> None:
 def test_every_deepspeed_key_is_accepted_and_kept() -> None:
     kept = [key for key in sections.DEEPSPEED_KEYS if key not in ("optimizer", "zero_optimization")]
     extra: dict[str, Any] = {key: {} for key in kept}
-    extra["train_micro_batch_size_per_gpu"] = 8
+    extra |= {"train_micro_batch_size_per_gpu": 8, "managed_gradient_accumulation": True}
     assert parse_job(job(**extra)).deepspeed == extra
 
 

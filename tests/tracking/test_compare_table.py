@@ -42,7 +42,7 @@ def test_a_narrow_table_has_whole_numbers_and_headings(
         summary_table(lines, title=title)
     same, told = "in all rows: LEAP ms 5, weights 2033000, target 0.1", f"no room for {no_room}"
     assert title == f"{TABLE}\n{same}\n{told}: --csv and --json have them"
-    assert list(lines[0])[-len(last) :] == last and len(answer.records[0]) == 17
+    assert list(lines[0])[-len(last) :] == last and len(answer.records[0]) == 18
     shown = capsys.readouterr().out
     words = [word for name in lines[0] for word in name.split()]
     cells = [short_number(value) for line in lines for value in line.values()]
