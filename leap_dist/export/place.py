@@ -86,7 +86,7 @@ def written(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, shutil.Error):
-            why = error.args[0][0][2]  # of the first file
+            why = error.args[0][0][2].partition(": '")[0]  # of the first file, without its paths
         else:
             why = getattr(error, "strerror", None) or own_words(error)
         raise UserError(
