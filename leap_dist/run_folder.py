@@ -124,7 +124,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read a run folder of launch/prune.py. Raises UserError for one that is not finished, or not as it was left."""
     job = _read_job(folder)
-    certificate = _read_certificate(folder)
+    certificate = read_certificate(folder)
     _check_weights(folder, certificate)
     sealed_itself = SEAL in _json(folder / CERTIFICATE)
     return Run(folder, job, certificate, sealed_itself)
@@ -174,7 +174,8 @@ def _read_job(folder: Path) -> dict[str, Any]:
     return job
 
 
-def _read_certificate(folder: Path) -> Certificate:
+def read_certificate(folder: Path) -> Certificate:
+    """Of a finished run. Raises UserError where there is none, or a damaged one."""
     path = folder / CERTIFICATE
     if not path.is_file():
         raise UserError(

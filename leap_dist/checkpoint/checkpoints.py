@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ from leap_dist.core.optimizer import LeapAdamW
 from leap_dist.errors import UserError, printable
 from leap_dist.zero.agreement import agreement
 from leap_dist.zero.ranks import Ranks
+
+_OWN: WeakKeyDictionary[Any, set[Path]] = WeakKeyDictionary()
+"""The folders that an engine has loaded from or saved to: what is later there than its run, that has left itself."""
 
 
 class Checkpoints:
@@ -70,7 +74,6 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._final: Path | None = None  # the checkpoint that is being written
         self._error: Exception | None = None  # of the thread, or of the start of the save
-        self._resumed = False  # what is later than the run, it has left itself
 
     @functools.cached_property
     def _ranks(self) -> Ranks:
@@ -124,7 +127,7 @@ class Checkpoints:
                 _check_masks(self._folder / name, engine, plan.manifest)
                 restore_random(plan.random)
                 agreement(engine, self._ranks)
-                self._resumed = True
+                _OWN.setdefault(engine, set()).add(self._folder.absolute())
                 return dict(plan.manifest.progress)
             if self._ranks.first:
                 print(printable(f"warning: {self._folder / name} is damaged and not used: {damage}"), flush=True)
@@ -139,7 +142,8 @@ class Checkpoints:
 
     def _refuse_other_runs(self, engine: Any) -> None:
         """Later checkpoints would be removed, as what a run leaves that had to go back to before them."""
-        if self._resumed or self._final is not None:
+        own = _OWN.setdefault(engine, set())
+        if self._folder.absolute() in own:
             return
         newest = self._ranks.on_first(lambda: next((path.name for path in checkpoints_in(self._folder)), None))
         if newest is not None and step_of(Path(newest)) > engine.leap.num_steps:
@@ -147,6 +151,7 @@ class Checkpoints:
                 f"folder: {self._folder} has {newest} of another run, and this one is at step {engine.leap.num_steps}; "
                 "give each run a folder of its own, or call load first to resume that run"
             )
+        own.add(self._folder.absolute())
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies in host memory, the same at every save."""

@@ -29,6 +29,7 @@ from leap_dist.checkpoint.manifest import MANIFEST, Damaged, EngineState, Manife
 from leap_dist.config.leap import LeapConfig
 from leap_dist.core.fragments import Fragment
 from leap_dist.core.gates import GatePlan
+from leap_dist.core.hosted import GATED
 from leap_dist.core.thresholds import CALIBRATIONS
 from leap_dist.errors import UserError
 from leap_dist.zero.binding import all_fragments
@@ -124,6 +125,8 @@ def _check_fits(checkpoint: Path, manifest: Manifest, engine: Any) -> None:
         differing = differing or _first_difference(manifest.buffers, buffer_table(engine), "buffer")
     if not differing and len(saved.lr) != len(leap.param_groups):
         differing = f"it has {len(saved.lr)} parameter groups, this run {len(leap.param_groups)}"
+    if not differing and saved.base_lr is None and not leap.param_groups[0][GATED]:
+        differing = "an older version wrote it, with its parameter groups in another order"
     if not differing and not _alike(saved.scheduler, scheduler_state(engine)):
         differing = "its learning rate follows another scheduler"
     if differing:

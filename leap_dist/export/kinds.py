@@ -22,7 +22,7 @@ from leap_dist.export.hf import load_exported, load_exported_tokenizer, without_
 from leap_dist.export.latency import LONGEST, Runner, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
 from leap_dist.export.metric import Judged, judge, with_types
-from leap_dist.export.place import refuse_foreign, refuse_other_run, taken, written
+from leap_dist.export.place import refuse_foreign, refuse_other_run, scratch, taken, written
 from leap_dist.export.push import hub_id
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
 from leap_dist.export.shrunk import Models, compared_sizes
@@ -107,7 +107,7 @@ def export_run(
         llama.require_library("--to gguf_q4_k_m")
     if "mask" in kinds and (wanted or run.plain):
         raise UserError(f"--to mask: not of a model that no run pruned, and not with {TEXT}; export the masks of a run")
-    with taken(output, kinds), _vocabulary(run, output, wanted) as (folder, vocabulary):
+    with taken(output, kinds, KINDS), _vocabulary(run, output, wanted) as (folder, vocabulary):
         models = Models(run, folder=folder)
         timed = [kind for kind in kinds if latency and kind != "mask"]
         measured = [
@@ -140,8 +140,9 @@ def _vocabulary(run: Run, output: Path, wanted: Wanted | None) -> Iterator[tuple
         return
     with ExitStack() as stack:
         with written(output):
-            scratch = TemporaryDirectory(prefix=".vocabulary.", suffix=".partial", dir=output)
-            folder = Path(stack.enter_context(scratch), "model")
+            prefix, suffix = scratch("*").split("*")
+            made = TemporaryDirectory(prefix=prefix, suffix=suffix, dir=output)
+            folder = Path(stack.enter_context(made), "model")
             vocabulary = cut_vocabulary(run.model, folder, wanted)
         yield folder, vocabulary
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from leap_dist.errors import UserError, own_words
+from leap_dist.errors import UserError
 from leap_dist.files import alone, nearest, takes_files
 from leap_dist.run_folder import CARD, CERTIFICATE, Run, job_in
 
 PATIENCE = 1.0  # seconds for another export that is about to end
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def refuse_other_run(output: Path, run: Run) -> None:
@@ -36,8 +39,8 @@ def refuse_foreign(folder: Path) -> None:
 
 
 @contextmanager
-def taken(output: Path, kinds: Sequence[str]) -> Iterator[None]:
-    """A block that exports `kinds` to `output`, which is made, and goes again where nothing comes of it.
+def taken(output: Path, kinds: Sequence[str], known: Iterable[str]) -> Iterator[None]:
+    """A block that exports `kinds`, of all `known`, to `output`, which is made, and goes where nothing comes of it.
 
     What a killed export left half written there is removed: not while another export is at work there, nor on a file
     system without locks, where that cannot be told. UserError where another export writes one of the kinds.
@@ -47,7 +50,7 @@ def taken(output: Path, kinds: Sequence[str]) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     place = os.open(output, os.O_RDONLY)
     try:
-        _tidy(output, place)
+        _tidy(output, place, known)
         with ExitStack() as stack:
             for kind in sorted(set(kinds)):
                 try:
@@ -65,30 +68,48 @@ def taken(output: Path, kinds: Sequence[str]) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _tidy(output: Path, place: int) -> None:
+def _tidy(output: Path, place: int, known: Iterable[str]) -> None:
     """Remove what a killed export left, and hold the lock that says that one is at work. place: the open folder."""
+    names = [name for kind in known for name in (f".{kind}.partial", f"..{kind}.partial.partial")]  # of both stages
     with suppress(OSError):  # held by another export, or no locks here
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in output.glob(".*.partial"):
-            shutil.rmtree(left)
-        for left in output.glob(".*.lock"):
-            left.unlink()
+        for left in [*map(output.joinpath, names), *output.glob(scratch("*"))]:
+            if left.is_dir():
+                shutil.rmtree(left)
+        for kind in known:
+            (output / f".{kind}.lock").unlink(missing_ok=True)
     with suppress(OSError):
         fcntl.flock(place, fcntl.LOCK_SH)  # waits for one that tidies
 
 
+def scratch(name: str) -> str:
+    """What the folder is called that a model with fewer tokens lies in while it is exported."""
+    return f".vocabulary.{name}.partial"
+
+
 @contextmanager
 def written(folder: Path) -> Iterator[None]:
-    """A block that writes to `folder`: UserError for what the disk does not take."""
+    """A block that writes to `folder`: UserError for what the disk does not take, and for a file that is not copied."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, shutil.Error):
-            why = error.args[0][0][2].partition(": '")[0]  # of the first file, without its paths
-        else:
-            why = getattr(error, "strerror", None) or own_words(error)
-        raise UserError(
-            f"--output: {folder} cannot be written: {why}; make room, or choose another folder with --output"
-        ) from error
+        if why := _full(error, folder):
+            raise UserError(
+                f"--output: {folder} cannot be written: {why}; make room, or choose another folder with --output"
+            ) from error
+        if isinstance(error, shutil.Error):  # of several files, the first
+            source, _, said = error.args[0][0]
+            raise UserError(f"{source}: cannot be copied: {said}; restore it, or take it out") from error
+        raise
+
+
+def _full(error: Exception, folder: Path) -> str:
+    """Why a disk or folder takes nothing; "" for another fault. The numbers are in the words where libraries copy."""
+    number = error.errno if isinstance(error, OSError) and error.errno else 0
+    if found := re.search(r"(?:Errno|os error) (\d+)", str(error)):
+        number = int(found[1])
+    name = getattr(error, "filename", None)
+    own = name is not None and (folder.is_relative_to(name) or Path(name).is_relative_to(folder.parent))
+    return os.strerror(number) if number in FULL or (own and number in (errno.EACCES, errno.EPERM)) else ""

@@ -24,6 +24,7 @@ from leap_dist.export.tokenizer_json import TokenizerJson
 from leap_dist.models.fewer_rows import named_ids, with_rows
 from leap_dist.models.outputs import example_inputs, relative_difference, result_of
 from leap_dist.models.padding import POSITIONS_FROM_PADDING
+from leap_dist.tasks.base import tokenised
 from leap_dist.tasks.documents import batches
 from leap_dist.tasks.texts import texts_in
 
@@ -197,7 +198,8 @@ def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[np.ndarray]:
     """The ids of each text, or of each part of a long one."""
     for batch in batches(texts) if texts else ():
-        for ids in tokenizer([piece for piece, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]:
+        pieces = [piece for piece, _ in batch]
+        for ids in tokenised(tokenizer, pieces, key=TEXT, add_special_tokens=False, verbose=False)["input_ids"]:
             yield np.array(ids, np.int64)
 
 

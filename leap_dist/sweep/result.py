@@ -85,7 +85,7 @@ def metric_of(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> str:
     metric = sweep.metric or metric_names(jobs[0].data.task)[0]
     if any(metric not in names for names in known.values()):
         raise UserError(f"metric: got {show(sweep.metric)}; allowed: {_metrics_allowed(known)}")
-    groups = [" on ".join(filter(None, group)) for group in dict.fromkeys(map(judged_on, jobs))]
+    groups = [f"{task} ({data or 'its own data'})" for task, data in dict.fromkeys(map(judged_on, jobs))]
     if sweep.search == "optuna" and len(groups) > 1:
         raise UserError(
             f'search: got "optuna", which compares all trials, and they are judged on {", ".join(groups)}; allowed: '

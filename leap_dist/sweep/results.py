@@ -171,7 +171,7 @@ def _points(results: Sequence[Result], searched: bool) -> list[Point]:
     """
     found = means(results)
     groups, lines = [mean.group for mean in found], _lines(found)
-    panels = group_names(groups) if len(set(groups)) > 1 else dict.fromkeys(groups, "all trials")
+    panels = group_names(groups, "its own data") if len(set(groups)) > 1 else dict.fromkeys(groups, "all trials")
     return [
         Point(
             panels[mean.group],

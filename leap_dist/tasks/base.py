@@ -153,15 +153,20 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UserError("model.name: its tokenizer has no padding token; set one in its tokenizer_config.json")
 
 
-def tokenised(tokenizer: PreTrainedTokenizerBase, *texts: str | list[str], **options: Any) -> BatchEncoding:
-    """What a tokenizer makes of texts. UserError for a word that it has no token for, nor one for all unknown."""
+def tokenised(
+    tokenizer: PreTrainedTokenizerBase, *texts: str | list[str], key: str = "data.tokenizer", **options: Any
+) -> BatchEncoding:
+    """What a tokenizer makes of texts. UserError for a word that it has no token for, nor one for all unknown.
+
+    key: the setting that the tokenizer is of.
+    """
     try:
         return tokenizer(*texts, **options)
     except Exception as error:
         if type(error) is not Exception:  # the one that the tokenizers library raises
             raise
         problem = f'cannot take "{_refused(tokenizer, texts)[:60]}" ({own_words(error)})'
-        raise UserError(f"data.tokenizer: it {problem}; allowed: one with a token for unknown words") from error
+        raise UserError(f"{key}: the tokenizer {problem}; allowed: one with a token for unknown words") from error
 
 
 def _refused(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str | list[str]]) -> str:

@@ -244,7 +244,7 @@ def best(rows: Sequence[Row], condition: Condition) -> Row | None:
             f"{' on '.join(filter(None, group)) or 'no task'}: {', '.join(_first([row.run.label for row in found]))}"
             for group, found in good.items()
         ]
-        what = "tasks" if len({task for task, _ in good}) > 1 else "data"
+        what = "tasks" if len({task for task, _ in good}) > 1 else "sets of validation data"
         problem = f'--best: got "{condition}"; runs of {len(good)} {what} satisfy it, and cannot be compared'
         raise UserError("\n  ".join([f"{problem}; choose runs of one with --runs, --tag or --experiment:", *names]))
     return min((row for found in good.values() for row in found), key=lambda row: row.density, default=None)

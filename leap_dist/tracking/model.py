@@ -113,18 +113,17 @@ def _pipeline(task: Any, folder: Path) -> Any:
 
 def _pruned_in(folder: Path) -> dict[str, Any]:
     """What `_compute_as_run` needs to know of a run's model, for MLflow's file; {}: nothing, it is a stock model."""
-    from leap_dist.run_folder import CERTIFICATE, read_files
+    from leap_dist.run_folder import CERTIFICATE, job_in, read_certificate
 
     if not (folder.parent / CERTIFICATE).is_file():
         return {}
-    run = read_files(folder.parent)
-    granularities = {gate["granularity"] for gate in run.certificate["gates"]}
-    tensors = run.certificate["tensors"].items()
+    certificate = read_certificate(folder.parent)
+    tensors = certificate.tensors.items()
     found = {
-        "experts": "expert" in granularities,
-        "norms": [name for name, tensor in tensors if name.endswith(".weight") and len(tensor["shape"]) == 1],
+        "experts": any(gate.granularity == "expert" for gate in certificate.gates),
+        "norms": [name for name, tensor in tensors if name.endswith(".weight") and len(tensor.shape) == 1],
     }
-    return found | {"family": run.job.get("family")} if any(found.values()) else {}
+    return found | {"family": (job_in(folder.parent) or {}).get("family")} if any(found.values()) else {}
 
 
 def _compute_as_run(model: PreTrainedModel, pruned: dict[str, Any]) -> list[RemovableHandle]:
@@ -145,11 +144,13 @@ def _is_otherwise(folder: Path, pruned: dict[str, Any]) -> bool:
     if pruned["experts"]:  # the router's zeros can win for some other text
         return True
     model = load_exported(folder)
+    if not (hooks := _compute_as_run(model, pruned)):
+        return False
     inputs = example_inputs(model)
-    stock = result_of(model, inputs)
-    return bool(_compute_as_run(model, pruned)) and (
-        relative_difference(result_of(model, inputs), stock) > SHRUNK_TOLERANCE
-    )
+    measured = result_of(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return relative_difference(result_of(model, inputs), measured) > SHRUNK_TOLERANCE
 
 
 # ---------------------------------------------------------------------------------------------- the loader

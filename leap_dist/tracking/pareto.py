@@ -47,13 +47,13 @@ def pareto(points: Sequence[tuple[Any, float, float] | None]) -> list[bool]:
     return [point is not None and not beaten(point) for point in points]
 
 
-def group_names(groups: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+def group_names(groups: Sequence[tuple[str, str]], unnamed: str) -> dict[tuple[str, str], str]:
     """What to call each group, (task, data): by its task, with the data where models of the task are judged on several.
 
-    In their order.
+    unnamed: what data without a name are called. In their order.
     """
     tasks = Counter(task for task, _ in set(groups))
-    return {(task, data): task if tasks[task] == 1 else f"{task}: {data or 'its own data'}" for task, data in groups}
+    return {(task, data): task if tasks[task] == 1 else f"{task}: {data or unnamed}" for task, data in groups}
 
 
 def picture_of(points: Sequence[Point], metric: str) -> Picture:

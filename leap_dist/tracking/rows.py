@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PRUNED, DENSE, DENSITY = "pruned_", "dense_", "pruned_density"
 TARGET, TASK, RULE, SEED = "leap.target", "data.task", "leap.rule", "train.seed"
+NOT_RECORDED = "data not recorded"
 GATES = "leap.gates"  # of the tag: granularities alone; the parameter has all options
 
 
@@ -68,7 +69,7 @@ class Row:
 
 def table_lines(rows: Sequence[Row], metric: str) -> list[dict[str, str | float]]:
     """The rows as lines of a table; a cell without a value is left out."""
-    names = group_names([row.group for row in rows])
+    names = group_names([row.group for row in rows], NOT_RECORDED)
     lines = []
     for row in rows:
         cells: dict[str, Any] = {"front": "*" if row.front else "", "run": row.run.name, "id": row.run.id[:8]}
@@ -111,7 +112,7 @@ def records(rows: Sequence[Row], metric: str) -> list[dict[str, Any]]:
 
 def points(rows: Sequence[Row]) -> list[Point]:
     """The rows with a value, in the picture: runs of a line differ in their target alone, or in what is not shown."""
-    names = group_names([row.group for row in rows])
+    names = group_names([row.group for row in rows], NOT_RECORDED)
     return [
         Point(
             names[row.group] or "all runs",
@@ -127,7 +128,7 @@ def points(rows: Sequence[Row]) -> list[Point]:
 
 def entries(rows: Sequence[Row]) -> list[Entry]:
     """The rows on a page of several runs."""
-    names = group_names([row.group for row in rows])
+    names = group_names([row.group for row in rows], NOT_RECORDED)
     return [_entry(row, names[row.group]) for row in rows]
 
 

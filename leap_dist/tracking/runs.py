@@ -139,7 +139,7 @@ def _stored(run: Run) -> StoredRun:
 def judged_on(run: Run) -> str:
     """The data of validation as tracking/datasets.py records them; "" where a run has none.
 
-    Of files the name and the beginning of the digest: their folder may be another on each machine.
+    Of a file the name, and of files the beginning of their digest: the folder may be another on each machine.
     """
     found = [
         _source_name(item.dataset)
@@ -152,9 +152,10 @@ def judged_on(run: Run) -> str:
 def _source_name(data: Dataset) -> str:
     source = json.loads(data.source)
     if data.source_type == "local":
-        return f"{Path(source['uri']).name} {data.digest[:DIGITS]}"
-    values = source.get("tags", source).values()
-    return " ".join(str(value) for value in values if value is not None)
+        place = Path(source["uri"])  # of several files the folder
+        return f"{place.name if place.suffix else 'files'} {data.digest[:DIGITS]}"
+    values = map(str, filter(None.__ne__, source.get("tags", source).values()))
+    return " ".join(Path(value).name if Path(value).is_absolute() else value for value in values)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Parameter groups: the user's, checked, become LEAP's: one with every gated tensor, then the rest.
+"""Parameter groups: the user's, checked, become LEAP's: theirs without gated tensors, and one with all of those.
 
 Of torch's AdamW each option is honoured or refused by name, in every group. `foreach` and `fused` choose how torch
 computes a step, not what comes out of it: LEAP's step has kernels of its own.

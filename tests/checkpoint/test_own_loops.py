@@ -234,11 +234,13 @@ def beside_another(folder: str) -> list[Any]:
         Checkpoints(folder).save(engine, {"step": 2})
     said = str(caught.value).replace(folder, "FOLDER")
     there = sorted(path.name for path in Path(folder).iterdir())
-    loaded = Checkpoints(folder)
-    loaded.load(engine)
+    Checkpoints(folder).load(engine)
     run_steps(engine, 1, 3, 4)
+    loaded = Checkpoints(folder)  # what counts is the run, not by which object it was loaded
     loaded.save(engine, {"step": 4})
     loaded.wait()
+    with pytest.raises(UserError, match=r"^folder: .* has step-00000004 of another run, and this one is at step 0"):
+        loaded.save(pruned_engine("row", 2, 1, {}), {"step": 0})
     return [said, there, sorted(path.name for path in Path(folder).iterdir())]
 
 

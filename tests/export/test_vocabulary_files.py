@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from leap_dist.errors import UserError
 from leap_dist.export.kinds import export_run
 from leap_dist.export.vocabulary import Wanted
 from leap_dist.run_folder import read_run_or_model
@@ -40,10 +41,26 @@ def test_the_smaller_model_lies_in_the_folder_of_the_exports(tmp_path: Path, sma
     """Beside that folder nothing can be written here; and what a kill leaves in it goes with the next export."""
     source, wanted = make_model(tmp_path / "model", "bert"), Wanted([text(tmp_path)])
     (tmp_path / "wide").mkdir()
+    (tmp_path / "wide" / ".others.lock").write_text("")
+    (tmp_path / "wide" / ".others.partial").mkdir()
     (small_disk / "out").symlink_to(tmp_path / "wide")
     fill(small_disk)
     cards = export_run(read_run_or_model(source), ["hf", "shrunk"], small_disk / "out", 1, False, wanted)
     next(cards)
     assert len(list((tmp_path / "wide").glob(".vocabulary.*.partial"))) == 1
     assert [card.kind for card in cards] == ["shrunk"]
-    assert sorted(path.name for path in (tmp_path / "wide").iterdir()) == ["hf", "shrunk"]
+    assert sorted(path.name for path in (tmp_path / "wide").iterdir()) == [
+        ".others.lock",
+        ".others.partial",
+        "hf",
+        "shrunk",
+    ]
+
+
+def test_a_file_that_cannot_be_copied_is_named(tmp_path: Path) -> None:
+    """The disk is not to blame for a link to nothing, as a hub's cache may have."""
+    source = make_model(tmp_path / "model", "bert")
+    (source / "notes.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"/model/notes\.txt: cannot be copied: .*No such file.*; restore it, or take"):
+        list(export_run(read_run_or_model(source), ["hf"], tmp_path / "out", 1, False))
+    assert not (tmp_path / "out").exists()

@@ -60,7 +60,9 @@ def test_a_tokenizer_without_a_token_for_a_word(files: Any) -> None:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[PAD]", "a", "good", "film", "bad"])}))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     words = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
-    with pytest.raises(UserError, match=r'^data\.tokenizer: it cannot take "a bad plot" \(WordLevel error: .*UNK'):
+    with pytest.raises(
+        UserError, match=r'^data\.tokenizer: the tokenizer cannot take "a bad plot" \(WordLevel error: .*UNK'
+    ):
         load_task(files(GOOD), words)
 
 

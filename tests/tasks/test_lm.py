@@ -102,7 +102,9 @@ def test_a_tokenizer_that_does_not_know_every_letter(texts: Any, kind: str) -> N
     assert ids_of(task.train) == [[4, 0, 1, 2, 3, 3, 2, 1]]
     assert ids_of(task.validation["validation"])[1] == [4, 0, 0, 5]
     if kind == "WordLevel":  # BPE leaves out what it has no token for
-        unknown = r'^data\.tokenizer: it cannot take "ACNGT" \(.*\); allowed: one with a token for unknown words$'
+        unknown = (
+            r'^data\.tokenizer: the tokenizer cannot take "ACNGT" \(.*\); allowed: one with a token for unknown words$'
+        )
         with pytest.raises(UserError, match=unknown):
             load_task(texts("ACNGT"), letters)
     backend.post_processor = processors.TemplateProcessing(single="<s>", special_tokens=[("<s>", 4)])

@@ -291,7 +291,9 @@ def test_best_is_of_one_task() -> None:
         compare([cls, base], Request(best="accuracy>=0.4", register="foo@champion"))
     names = ["builtin/clock: base (62617365)", "text/classification on dev.tsv 12345678: cls (636c7300)"]
     assert str(caught.value).split("\n  ")[1:] == names
-    match = r"runs of 2 data .*\n  text/\w+ on a/b c validation: other .*\n  text/\w+ on dev.tsv 12345678: cls "
+    match = (
+        r"runs of 2 sets of validation data .*\n  text/\w+ on a/b c validation: other .*\n.* on dev.tsv 12345678: cls "
+    )
     with pytest.raises(UserError, match=match):
         compare([cls, other], Request(best="accuracy>=0.4"))
     for runs, condition, name in (([cls, base], "accuracy>0.8", "cls"), ([cls, cls], "accuracy>=0.4", "cls")):

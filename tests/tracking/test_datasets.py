@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from leap_dist.config.sections import DataConfig
 from leap_dist.tasks.base import Task, TokenTable, flat
 from leap_dist.tracking.datasets import describe
+from leap_dist.tracking.runs import CONTEXT, judged_on
 
 
 def task(name: str, tokens: list[list[int]]) -> Task:
@@ -31,6 +33,37 @@ def test_local_files_are_hashed(tmp_path: Path) -> None:
     assert train == {"context": "train", "values": {"name": "glue/sst2 train", **values}}
     assert [record["values"]["name"] for record in validation] == ["glue/sst2 matched", "glue/sst2 mismatched"]
     assert {record["context"] for record in validation} == {"validation"}
+
+
+def judged(data: DataConfig) -> str:
+    """What a run on these data is compared by, as MLflow gives it back."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, RunInputs
+
+    inputs = [
+        DatasetInput(Dataset(**record["values"]), [InputTag(CONTEXT, record["context"])])
+        for record in describe(data, task(data.task, [[1], [2, 3]]))
+    ]
+    run: Any = SimpleNamespace(inputs=RunInputs(inputs))
+    return judged_on(run)
+
+
+def test_data_are_known_wherever_a_machine_has_them(tmp_path: Path) -> None:
+    """Files by their content, whatever their folder is called."""
+    found = []
+    for name in ("here", "there"):
+        (folder := tmp_path / name).mkdir()
+        files = [folder / "a.tsv", folder / "b.tsv"]
+        for file in files:
+            file.write_text(f"of {file.name}")
+        both = DataConfig(task="lm", train=str(files[0]), validation=tuple(map(str, files)))
+        one = DataConfig(task="lm", train=str(files[0]), validation=str(files[0]))
+        local = DataConfig(task="lm", dataset=str(folder / "set"), validation="test")
+        found.append([judged(data) for data in (both, one, local)])
+    digest = hashlib.sha256(b"of a.tsv").hexdigest()[:8]
+    assert found[0] == found[1]
+    assert found[0][0].startswith("files ") and found[0][1:] == [f"a.tsv {digest}", "set test"]
+    assert judged(DataConfig(task="glue/sst2")) == "glue/sst2"
+    assert judged(DataConfig(task="lm", dataset="a/b", subset="c", validation="d")) == "a/b c d"
 
 
 def test_of_hub_data_the_tokens_are_hashed() -> None:
