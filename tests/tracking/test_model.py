@@ -17,7 +17,7 @@ from leap_dist.models.pruned_folder import load_pruned, save_shrunk
 from leap_dist.models.shrink import shrink_
 from leap_dist.run_folder import read_run
 from leap_dist.tracking.mlflow import Tracker
-from tests.export.runs import classifier, expert_masks, layer_masks, make_run, structure_masks
+from tests.export.runs import Masks, classifier, expert_masks, layer_masks, make_run, structure_masks
 
 pytestmark = pytest.mark.slow
 
@@ -139,31 +139,21 @@ def test_a_run_that_stock_code_computes_otherwise_answers_as_it_was_measured(
     assert abs(answer[0] - answer[1]).max() > 1e-3
 
 
+def decoder_layer(model: Any) -> Masks:
+    """Of a GPT-2: all of its last layer, whose norms come before what they feed."""
+    parts = (name for name, _ in model.named_parameters() if name.startswith("transformer.h.1."))
+    return {name: torch.zeros_like(model.get_parameter(name), dtype=torch.bool) for name in parts}
+
+
+@pytest.mark.parametrize(
+    ("kind", "granularity", "masks"), [("bert", "head", structure_masks), ("gpt2", "depth", decoder_layer)]
+)
 def test_a_run_that_stock_code_computes_alike_is_served_without_leap_dist(
-    store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    kind: str, granularity: str, masks: Any, store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Biases that follow heads are pruned too, and nothing else is there to compute."""
-    model = classifier()
-    run = make_run(tmp_path / "run", model, structure_masks(model), "head")
+    """Biases that follow heads are pruned too, and nothing else is there to compute; or norms that give zeros anyway"""
+    model = classifier(kind)
+    run = make_run(tmp_path / "run", model, masks(model), granularity)
     word_pieces(run / "model")
     address = logged(store, run / "model", capfd)
     assert "leap_dist" not in files_of(address)["MLmodel"].read_text()
-
-
-def test_a_shrunk_text_model_takes_texts_and_pairs(
-    store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    import mlflow
-    from transformers import BertTokenizer
-
-    model, folder = classifier(num_labels=2), tmp_path / "model"
-    save_shrunk(model, shrink_(model), folder)
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
-    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
-    tokenizer.save_pretrained(folder)
-    served = mlflow.pyfunc.load_model(logged(store, folder, capfd))
-    for table in ({"text": TEXTS}, {"text_pair": TEXTS[::-1], "text": TEXTS}):
-        columns = [table[name] for name in ("text", "text_pair") if name in table]
-        with torch.inference_mode():
-            expected = model(**tokenizer(*columns, padding=True, return_tensors="pt")).logits.numpy()
-        np.testing.assert_allclose(served.predict(pd.DataFrame(table)), expected, rtol=1e-5, atol=1e-6)
