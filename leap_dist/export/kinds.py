@@ -87,26 +87,7 @@ def export_run(
     Latencies are measured, if asked for, on `threads` threads. wanted: the tokens that every export keeps; None: all.
     UserError, with nothing written, for what the user has to mend.
     """
-    refuse_other_run(output, run)
-    for kind in kinds:
-        refuse_foreign(output / kind)
-    for kind in ("onnx", "int8"):
-        if kind in kinds:
-            onnx.require_libraries(f"--to {kind}")
-    if set(kinds) != {"mask"}:
-        load_exported_tokenizer(run.model)  # it lies beside all others, and has to be whole
-    if "int8_torch" in kinds:
-        int8.require_torchao("--to int8_torch")
-    if "semi_structured" in kinds:
-        check_semi_structured(run)
-    in_gguf = [kind for kind in kinds if kind in gguf.KINDS]
-    if in_gguf:
-        gguf.require_library(f"--to {', '.join(in_gguf)}")
-        gguf.refuse(in_gguf, gguf.problem_of_config(without_weights(run.model)))
-    if "gguf_q4_k_m" in kinds:
-        llama.require_library("--to gguf_q4_k_m")
-    if "mask" in kinds and (wanted or run.plain):
-        raise UserError(f"--to mask: not of a model that no run pruned, and not with {TEXT}; export the masks of a run")
+    _check(run, kinds, output, wanted)
     with taken(output, kinds, KINDS), _vocabulary(run, output, wanted) as (folder, vocabulary):
         models = Models(run, folder=folder)
         timed = [kind for kind in kinds if latency and kind != "mask"]
@@ -117,7 +98,7 @@ def export_run(
         ]
         progress = TimeLeft(_work(kinds, models), measured)
         models.say = progress.begin
-        if in_gguf:
+        if in_gguf := _in_gguf(kinds):
             gguf.refuse(in_gguf, gguf_words.problem(load_exported_tokenizer(models.folder)))
             gguf.refuse(in_gguf, gguf.problem(models.stock or models.shrunk))  # takes long
         if "int8_torch" in kinds and models.stock is None:
@@ -130,6 +111,33 @@ def export_run(
                 card = _card(kind, models, exported, folder, threads, latency, vocabulary)
                 card.write(folder)
             yield card
+
+
+def _check(run: Run, kinds: Sequence[str], output: Path, wanted: Wanted | None) -> None:
+    """What can be told before a weight is read. UserError for a place, a library or a kind that does not go."""
+    refuse_other_run(output, run)
+    for kind in kinds:
+        refuse_foreign(output / kind)
+    for kind in ("onnx", "int8"):
+        if kind in kinds:
+            onnx.require_libraries(f"--to {kind}")
+    if set(kinds) != {"mask"}:
+        load_exported_tokenizer(run.model)  # it lies beside all others, and has to be whole
+    if "int8_torch" in kinds:
+        int8.require_torchao("--to int8_torch")
+    if "semi_structured" in kinds:
+        check_semi_structured(run)
+    if in_gguf := _in_gguf(kinds):
+        gguf.require_library(f"--to {', '.join(in_gguf)}")
+        gguf.refuse(in_gguf, gguf.problem_of_config(without_weights(run.model)))
+    if "gguf_q4_k_m" in kinds:
+        llama.require_library("--to gguf_q4_k_m")
+    if "mask" in kinds and (wanted or run.plain):
+        raise UserError(f"--to mask: not of a model that no run pruned, and not with {TEXT}; export the masks of a run")
+
+
+def _in_gguf(kinds: Sequence[str]) -> list[str]:
+    return [kind for kind in kinds if kind in gguf.KINDS]
 
 
 @contextmanager

@@ -106,22 +106,32 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             "optimizer: LEAP's step is the optimizer (AdamW); remove the section and give lr, betas, eps and "
             "weight_decay through optimizer=torch.optim.AdamW(...), model_parameters groups, or the train section"
         )
+    yield from _zero_problems(config)
+    yield from _precision_problems(config)
+    if "compression_training" in config:
+        yield f"compression_training: what DeepSpeed pruned by; {IMPORT}"
+    for name in ("tensor_parallel", "expert_parallel", "hybrid_engine"):
+        if _section(config, name).get("enabled", name in config):
+            yield f"{name}: not supported together with LEAP yet; remove the section"
+    if _section(config, "checkpoint").get("load_universal"):
+        yield (
+            "checkpoint.load_universal: universal checkpoints hold no latent weights, scores and masks; remove it, and "
+            "load the checkpoint itself at the number of ranks that wrote it"
+        )
+    clipping = config.get("gradient_clipping", 1.0)
+    if not isinstance(clipping, int | float) or isinstance(clipping, bool) or not clipping >= 0:
+        yield f"gradient_clipping: got {clipping!r}; allowed: a number >= 0"
+    if config.get("sequence_parallel_size", 1) != 1:
+        yield "sequence_parallel_size: not supported together with LEAP yet; use 1"
+
+
+def _zero_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(config.get("zero_optimization", {}), Mapping):
         yield f'zero_optimization: got {config["zero_optimization"]!r}; allowed: an object, such as {{"stage": 2}}'
     zero = _section(config, "zero_optimization")
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield f"zero_optimization.stage: got {stage!r}; allowed: 0, 1, 2, 3"
-    low = [name for name in ("bf16", "fp16") if _section(config, name).get("enabled")]
-    if stage == 0 and low:
-        yield (
-            f"{low[0]}.enabled: zero_optimization.stage 0 hides its fp32 master weights; use stage 1, 2 or 3, or fp32"
-        )
-    for key, value, why in BF16_OPTIONS:
-        if _section(config, "bf16").get(key, value) != value:
-            yield f"bf16.{key}: got {not value}; allowed: {value}: {why}"
-    if _section(config, "amp").get("enabled"):
-        yield "amp.enabled: LEAP's step works with bf16 or fp16 under ZeRO stage 1, 2 or 3; use one of them, or fp32"
     for name in ("offload_optimizer", "offload_param"):
         if _section(zero, name).get("device") == "nvme":
             yield f"zero_optimization.{name}.device: got 'nvme'; the state has to stay in memory: use 'cpu' or drop it"
@@ -135,25 +145,23 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for name, off in OTHER_SHARDING.items():
         if zero.get(name) not in (None, off):
             yield f"zero_optimization.{name}: LEAP does not know this way of sharding yet; remove it"
-    if "compression_training" in config:
-        yield f"compression_training: what DeepSpeed pruned by; {IMPORT}"
-    for name in ("tensor_parallel", "expert_parallel", "hybrid_engine"):
-        if _section(config, name).get("enabled", name in config):
-            yield f"{name}: not supported together with LEAP yet; remove the section"
     if zero.get("load_from_fp32_weights") is False:
         yield "zero_optimization.load_from_fp32_weights: got False; LEAP resumes from the fp32 weights: remove it"
     if zero.get("elastic_checkpoint"):
         yield "zero_optimization.elastic_checkpoint: such checkpoints hold no progress of LEAP; remove it"
-    if _section(config, "checkpoint").get("load_universal"):
+
+
+def _precision_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    low = [name for name in ("bf16", "fp16") if _section(config, name).get("enabled")]
+    if _section(config, "zero_optimization").get("stage", 0) == 0 and low:
         yield (
-            "checkpoint.load_universal: universal checkpoints hold no latent weights, scores and masks; remove it, and "
-            "load the checkpoint itself at the number of ranks that wrote it"
+            f"{low[0]}.enabled: zero_optimization.stage 0 hides its fp32 master weights; use stage 1, 2 or 3, or fp32"
         )
-    clipping = config.get("gradient_clipping", 1.0)
-    if not isinstance(clipping, int | float) or isinstance(clipping, bool) or not clipping >= 0:
-        yield f"gradient_clipping: got {clipping!r}; allowed: a number >= 0"
-    if config.get("sequence_parallel_size", 1) != 1:
-        yield "sequence_parallel_size: not supported together with LEAP yet; use 1"
+    for key, value, why in BF16_OPTIONS:
+        if _section(config, "bf16").get(key, value) != value:
+            yield f"bf16.{key}: got {not value}; allowed: {value}: {why}"
+    if _section(config, "amp").get("enabled"):
+        yield "amp.enabled: LEAP's step works with bf16 or fp16 under ZeRO stage 1, 2 or 3; use one of them, or fp32"
 
 
 def _deepspeed_problems(config: Mapping[str, Any]) -> Iterator[str]:
