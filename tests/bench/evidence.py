@@ -25,8 +25,8 @@ from typing import Any
 
 from leap_dist.tracking.pareto import Point, picture_of
 from leap_dist.tracking.plots import save_all
-from tests.bench.accuracy import DATA, RESULTS, ROOT, encoder
 from tests.bench.evidence_page import means, write_page
+from tests.bench.places import DATA, RESULTS, ROOT, encoder
 from tests.bench.smaller import OFTEN, claimed, export, prune, put
 
 GATES = {
@@ -140,16 +140,16 @@ def job_of(model: Path, task: str, steps: int, out: Path) -> dict[str, Any]:
 
 
 def start_of(task: str, out: Path) -> Path:
-    """The trained encoder that all cells of a task start from; trained once."""
+    """The trained encoder that all cells of a task start from; trained once, by one process."""
     source = SOURCES[task]
-    texts = put(out / "train.txt", words_of(DATA / source.train, source.columns["text"]))
-    words = export(encoder(), out / "words", ["hf"], "--vocabulary", str(texts))
-    model = words
-    for (name, (rate, seed)), steps in zip(RUNS.items(), source.steps, strict=False):
-        job = job_of(model, task, steps, out)
-        job["train"] |= {"learning_rate": rate, "seed": seed}
-        prune(job, out / "start" / name)
-        model = out / "start" / name / "model"
+    with claimed(out / "start", wait=True):
+        texts = put(out / "train.txt", words_of(DATA / source.train, source.columns["text"]))
+        model = export(encoder(), out / "words", ["hf"], "--vocabulary", str(texts))
+        for (name, (rate, seed)), steps in zip(RUNS.items(), source.steps, strict=False):
+            job = job_of(model, task, steps, out)
+            job["train"] |= {"learning_rate": rate, "seed": seed}
+            prune(job, out / "start" / name)
+            model = out / "start" / name / "model"
     return model
 
 
@@ -205,7 +205,7 @@ def result_of(cell: Cell, out: Path) -> dict[str, Any] | None:
 
 
 def hours(folder: Path) -> float:
-    """Of the steps of a run, on one core."""
+    """Of the steps of a run."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [OFTEN["log_every"] / row["steps_per_second"] for row in rows if row.get("steps_per_second")]
     return round(sum(seconds) / 3600, 3)
@@ -257,9 +257,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     for task in [] if arguments.show else arguments.tasks:
-        (out / task).mkdir(parents=True, exist_ok=True)
-        with claimed(out / task / "start", wait=True):
-            model = start_of(task, out / task)
+        model = start_of(task, out / task)
         for cell in cells(task):
             if cell.gates in arguments.gates and (arguments.lines is None or cell.line in arguments.lines):
                 run(cell, arguments.steps, model, out / task)

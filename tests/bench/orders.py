@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from leap_dist.models.permute import greedy_order
-from tests.bench.accuracy import RESULTS
+from tests.bench.places import RESULTS
 from tests.bench.starts import Cuts, Setting, arguments_of, loss_of, perplexity
 
 SINKHORN, WIDTH, RATE, TOKENS = 5, 64, 0.02, 4

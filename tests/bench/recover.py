@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from tests.bench.accuracy import RESULTS
+from tests.bench.places import RESULTS
 from tests.bench.starts import BATCH, Cuts, Setting, arguments_of, perplexity
 from tests.bench.starts import STEPS as SHOWN
 

