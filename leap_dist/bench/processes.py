@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -39,6 +40,7 @@ def on_ranks(num_ranks: int, function: Callable[..., T], *args: Any) -> list[T]:
 
 def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """The life of one rank."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch sends it where the parent dies; under nohup it is ignored
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     if num_ranks > 1:
         torch.set_num_threads(1)

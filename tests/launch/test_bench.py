@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from leap_dist.bench.processes import on_ranks
 from leap_dist.errors import UserError
 from tests.launch.scripts import load_script
 from tests.ranks import RankPools
+from tests.tracking.stored import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +107,33 @@ def test_ranks_answer_in_order_and_leave_nothing() -> None:
 def place(first: int) -> tuple[int, int, int]:
     group = torch.distributed
     return first + group.get_rank(), group.get_world_size(), torch.get_num_threads()
+
+
+WAITS = """
+import os, sys, time
+from leap_dist.bench.processes import on_ranks
+
+def wait(place):
+    with open(place, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    on_ranks(1, wait, sys.argv[1])
+"""
+
+
+def test_ranks_end_with_a_benchmark_that_is_killed_in_the_background(tmp_path: Path) -> None:
+    """A shell's background commands, and those of nohup, ignore the signal that torch has sent to ranks left alone."""
+    place = tmp_path / "rank"
+    (tmp_path / "waits.py").write_text(WAITS)
+    command = [sys.executable, str(tmp_path / "waits.py"), str(place)]
+    process = subprocess.Popen(["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command])
+    wait_for(lambda: place.is_file() and bool(place.read_text()))
+    rank = psutil.Process(int(place.read_text()))
+    process.kill()
+    process.wait()
+    rank.wait(30)
 
 
 def test_a_mistake_in_a_rank_is_the_users() -> None:
