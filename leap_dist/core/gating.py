@@ -30,10 +30,11 @@ MOMENTS = EXP_AVG, EXP_AVG_SQ, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ
 def state_keys(plan: GatePlan, config: LeapConfig) -> tuple[str, ...]:
     """The state of the gated partition, the same on every rank, also on one that holds nothing; that of a run that
     takes no step has no moments, of one whose masks are fixed no scores; frozen weights have no moments, scores that
-    share those of the weights none of their own."""
+    share those of the weights, or are the weights' size, none of their own."""
     keys = [LATENT, MASK] if config.frozen else [EXP_AVG, EXP_AVG_SQ, LATENT, MASK]
     if config.start is None and any(gate.elementwise for gate in plan.gates):
-        keys += [SCORE] if config.shares_moments else [SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ]
+        moments = not config.shares_moments and config.rule != "magnitude"
+        keys += [SCORE, SCORE_EXP_AVG, SCORE_EXP_AVG_SQ] if moments else [SCORE]
         if any(map(plan.hybrid, plan.covers)):
             keys.append(ELEMENT_MASK)
     return tuple(key for key in keys if config.mode == "train" or key not in MOMENTS)

@@ -43,12 +43,10 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
     given = config.start is not None or config.prior_mask is not None
     if given or config.rule == "magnitude" or config.score_init in ("magnitude", "zero"):
         return Start(config, {}, "")
-    automatic, causal = config.score_init == "auto", is_causal_lm(model)
-    if automatic and not causal and config.mode == "train":
-        return _by_magnitude(config, "the model is not a causal language model")
-    losing = [gate.granularity for gate in config.gates if not _gains_in_one_shot(gate)]
-    if automatic and not causal and losing:
-        return _by_magnitude(config, f"in one shot that is better for {losing[0]} of models that write no text")
+    automatic, learns = config.score_init == "auto", config.mode == "train" and not config.frozen
+    losing = [gate.granularity for gate in config.gates if not _gains_without_gradients(gate)]
+    if automatic and not learns and losing and not is_causal_lm(model):
+        return _by_magnitude(config, f"without gradients that is better for {losing[0]} of models that write no text")
     owners = Owners(model)
     counted = [name for name in plan.covers if plan.counted(name)]
     found = {name: axes_of(owners.of(name), name, owners.shape(name)) for name in counted}
@@ -62,13 +60,12 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
             f'leap.score_init: got "{config.score_init}", but no linear layer, convolution or module of experts shows '
             f'the inputs of {few}; leave it out in leap.exclude, or set leap.score_init to "magnitude"'
         )
-    why = "the model is a causal language model" if causal else "one shot has nothing else to go by"
-    learns = config.mode == "train" and not config.frozen
+    why = "weights and masks are trained" if learns else "there are no gradients"
     start = config.score_init if not automatic else "gradient" if learns else "activation"
     return Start(config.model_copy(update={"score_init": start}), axes, why if automatic else "")
 
 
-def _gains_in_one_shot(gate: GateConfig) -> bool:
+def _gains_without_gradients(gate: GateConfig) -> bool:
     """Whether activations were seen to rank a gate's units better than magnitude in an encoder that is cut at once.
 
     Blocks and rows of a matrix lose by them (docs/benchmarks.md).

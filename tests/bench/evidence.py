@@ -42,8 +42,12 @@ LINES: dict[str, dict[str, Any]] = {
     "leap, taught": {"leap": {"rule": "leap"}, "distill": {"teacher": "self"}},
     "movement, taught": {"leap": {"rule": "movement"}, "distill": {"teacher": "self"}},
     "leap, paper's control": {"leap": {"rule": "leap", "control": "paper"}},
-    "leap, from gradients": {"leap": {"rule": "leap", "score_init": "gradient"}},
-    "leap, shared moments": {"leap": {"rule": "leap", "score_moments": "shared"}},
+    "leap, from magnitude": {"leap": {"rule": "leap", "score_init": "magnitude"}},
+    "leap, own moments": {"leap": {"rule": "leap", "score_moments": "own"}},
+    "leap, from magnitude, own moments": {"leap": {"rule": "leap", "score_init": "magnitude", "score_moments": "own"}},
+    "movement, from magnitude, own moments": {
+        "leap": {"rule": "movement", "score_init": "magnitude", "score_moments": "own"}
+    },
     "leap, fp32": {"leap": {"rule": "leap"}, "bf16": {"enabled": False}},
 }
 RULES = ("leap", "movement", "magnitude")
@@ -107,16 +111,16 @@ def cells(task: str) -> Iterator[Cell]:
     if task != "sst2":
         yield from (Cell(task, *at, line) for at in (THREE[0], THREE[2]) for line in RULES)
         return
-    first = ("leap", "movement", "leap, from gradients", "leap, shared moments", "magnitude", *PEERS)
-    yield from (Cell(task, "element", 0.1, line) for line in first)
-    yield from (Cell(task, *at, line) for at in THREE[1:] for line in (*RULES, "leap, from gradients"))
-    others = [("element", 0.05), ("element", 0.2), ("2:4", 0.5), ("head + neuron", 0.5), ("element", 0.5)]
+    starts = [line for line in LINES if "from magnitude" in line]
+    yield from (Cell(task, *THREE[0], line) for line in (*RULES, "leap, own moments", *starts, *PEERS))
+    yield from (Cell(task, *at, line) for at in THREE[1:] for line in (*RULES, "leap, from magnitude"))
+    others = [("element", 0.05), ("element", 0.2), ("head + neuron", 0.5), ("element", 0.5), ("2:4", 0.5)]
     yield from (Cell(task, *at, line) for at in others for line in RULES)
     yield from (Cell(task, "element", target, line) for target in (0.05, 0.2, 0.5) for line in PEERS)
     yield from (Cell(task, *at, line, seed) for seed in SEEDS[1:] for at in THREE for line in RULES)
     for line in ("leap, taught", "movement, taught", "leap, paper's control"):
         yield from (Cell(task, *at, line) for at in THREE)
-    yield from (Cell(task, "element", target, "leap, shared moments") for target in (0.5, 0.05))
+    yield from (Cell(task, "element", target, "leap, own moments") for target in (0.5, 0.05))
     yield Cell(task, "element", 0.1, "leap, fp32")
 
 

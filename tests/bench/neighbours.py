@@ -30,7 +30,6 @@ from leap_dist.models.load import load_model
 from leap_dist.models.plan import make_plan
 from leap_dist.zero.dense import initialize_dense
 
-PHASE = {**overhead.PHASE, "score_init": "magnitude"}
 RULES: dict[str, dict[str, Any]] = {
     "leap": {},
     "leap, frozen": {"weights": "frozen"},
@@ -51,10 +50,10 @@ def variant(name: str, model: Any, setting: overhead.Setting) -> tuple[Callable[
     if name == overhead.DENSE:
         return partial(overhead.engine_step, initialize_dense(model, keys, overhead.LR, False), batch), 3 * FP32
     if name == AUTOGRAD:
-        config = parse_leap({**PHASE, "rule": "gumbel"})
+        config = parse_leap({**overhead.PHASE, "rule": "gumbel"})
         oracle = Oracle(model, make_plan(model, config), config, lr=overhead.LR, max_norm=overhead.MAX_NORM)
         return partial(oracle.step, partial(overhead.loss_of, batch)), None
-    section = {"leap": {**PHASE, **RULES[name]}, "train": {"learning_rate": overhead.LR}}
+    section = {"leap": {**overhead.PHASE, **RULES[name]}, "train": {"learning_rate": overhead.LR}}
     engine, *_ = leap_dist.initialize(model=model, config={**keys, **section})
     own = FP32 if engine.leap.config.frozen else 3 * FP32
     return partial(overhead.engine_step, engine, batch), own + state_bytes(engine.leap.plan, engine.leap.config)

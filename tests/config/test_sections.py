@@ -479,7 +479,7 @@ OTHER: dict[str, Any] = {  # a value of every key of the leap section that is no
     "threshold_learning_rate": 0.5, "lambda_max": 100.0, "lambda_min": 5.0, "dense_fraction": 0.1,
     "settle_fraction": 0.3, "include": ["a.weight"], "exclude": ["b.weight"], "total_steps": 100, "target": 0.3,
     "calibration_batches": 4, "latency_table": "a.json", "latency_batch": 8, "latency_length": 64,
-    "score_moments": "shared",
+    "score_moments": "own",
 }  # fmt: skip
 ALWAYS = {"dense_fraction", "settle_fraction", "include", "exclude", "total_steps", "target", "score_init"}
 SCORED = ALWAYS | {"score_learning_rate"}
@@ -532,10 +532,10 @@ def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> Non
         ({"rule": "gumbel", "control": "paper", "lambda_max": 5}, "leap.lambda_max: got 5, which has no effect here"),
         ({"lambda_min": 200, "control": "paper", "lambda_max": 300}, None),
         ({"temperature": 16, "threshold_learning_rate": 0.5}, None),
-        ({"score_moments": "shared", "gates": ["row"]}, "there is no gate of single weights"),
-        ({"score_moments": "shared", "gates": ["row", "2:4"]}, None),
-        ({"score_moments": "shared", "weights": "frozen"}, "frozen weights have no moments"),
-        ({"score_moments": "shared", "rule": "gumbel"}, 'under rule "gumbel" scores do not follow'),
+        ({"score_moments": "own", "gates": ["row"]}, "there is no gate of single weights"),
+        ({"score_moments": "own", "gates": ["row", "2:4"]}, None),
+        ({"score_moments": "own", "weights": "frozen"}, "frozen weights have no moments"),
+        ({"score_moments": "own", "rule": "gumbel"}, 'under rule "gumbel" scores do not follow'),
         ({"score_init": "gradient", "mode": "one_shot"}, 'leap.score_init: got "gradient", but one shot takes no step'),
         (
             {"score_init": "gradient", "weights": "frozen"},

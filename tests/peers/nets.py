@@ -104,8 +104,9 @@ def net(kind: str = "element") -> nn.Module:
 
 
 def leap(kind: str, steps: int, **changes: Any) -> LeapConfig:
-    """The leap section for one of GATES."""
-    return parse_leap({"target": 0.2, "total_steps": steps, **GATES[kind], **changes})
+    """The leap section for one of GATES; scores start by magnitude where they start and `changes` do not say."""
+    start = {} if changes.get("rule") == "magnitude" else {"score_init": "magnitude"}
+    return parse_leap({"target": 0.2, "total_steps": steps, **start, **GATES[kind], **changes})
 
 
 def plan_of(kind: str, model: nn.Module, config: LeapConfig) -> GatePlan:

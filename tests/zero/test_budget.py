@@ -155,8 +155,8 @@ def held_by_fixed_masks(gates: str) -> list[tuple[int, int]]:
     return held_before_a_step(gates, start="zeros", total_steps=10)
 
 
-def held_by_shared_moments(gates: str) -> list[tuple[int, int]]:
-    return held_before_a_step(gates, target=0.5, score_moments="shared", total_steps=10)
+def held_by_moments_of_their_own(gates: str) -> list[tuple[int, int]]:
+    return held_before_a_step(gates, target=0.5, score_moments="own", total_steps=10)
 
 
 def held_by_frozen_weights(gates: str) -> list[tuple[int, int]]:
@@ -174,12 +174,13 @@ def test_engines_with_frozen_weights_hold_what_was_forecast(ranks: RankPools, ga
         assert extra == pytest.approx(held.extra, rel=0.01)
 
 
-def test_engines_with_shared_moments_hold_what_was_forecast(ranks: RankPools) -> None:
+def test_engines_with_moments_of_their_own_hold_what_was_forecast(ranks: RankPools) -> None:
     model = empty_model(MODEL, "builtin/clock")
-    own, leap = parse_leap({"target": 0.5}), parse_leap({"target": 0.5, "score_moments": "shared"})
+    leap = parse_leap({"target": 0.5, "score_moments": "own"})
     plan = make_plan(model, leap)
-    assert (state_bytes(plan, own), state_bytes(plan, leap)) == (17, 9)
-    for stage, (state, extra) in enumerate(ranks(2).run(held_by_shared_moments, "element")[0]):
+    shared, magnitude = (parse_leap({"target": 0.5, "rule": rule}) for rule in ("leap", "magnitude"))
+    assert [state_bytes(plan, each) for each in (leap, shared, magnitude)] == [17, 9, 9]
+    for stage, (state, extra) in enumerate(ranks(2).run(held_by_moments_of_their_own, "element")[0]):
         held = memory(model, plan, Hosting.of(config_of(stage, "element"), 2), leap)
         assert state == pytest.approx(held.state + held.extra, rel=0.01)
         assert extra == pytest.approx(held.extra, rel=0.01)

@@ -167,10 +167,10 @@ def test_other_rules_equal_the_oracle_on_shards(
 
 
 @pytest.mark.parametrize(("stage", "kind"), [(0, "hybrid"), (1, "element"), (2, "2:4"), (3, "hybrid")])
-def test_shared_moments_equal_the_oracle_under_every_stage(
+def test_moments_of_their_own_equal_the_oracle_under_every_stage(
     ranks: RankPools, expected: Callable[..., dict[str, Tensor]], stage: int, kind: str
 ) -> None:
-    changes = {"score_moments": "shared"}
+    changes = {"score_moments": "own"}
     results = ranks(2).run(final_weights, kind, stage, 3 if stage in (1, 2) else 1, changes)
     assert compare(results, expected(kind, changes)) <= 1e-5
 

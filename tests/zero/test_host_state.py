@@ -75,7 +75,7 @@ def resumed(folder: str, kind: str, stage: int, changes: dict[str, Any], more: d
         ("element", 3, 1, {"rule": "magnitude"}),
         ("hybrid", 0, 2, {"score_init": "activation"}),
         ("element", 3, 2, {"score_init": "gradient"}),
-        ("hybrid", 2, 2, {"score_moments": "shared"}),
+        ("hybrid", 2, 2, {"score_moments": "own"}),
     ],
 )
 def test_a_loaded_run_ends_bit_for_bit_like_the_undisturbed_one(

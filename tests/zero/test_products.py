@@ -167,8 +167,8 @@ def test_a_pass_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("implementation", "changes", "start", "why"),
     [
-        ("grouped_mm", {}, "gradient", "the model is a causal language model"),
-        ("eager", {"mode": "one_shot"}, "activation", "the model is a causal language model"),
+        ("grouped_mm", {}, "gradient", "weights and masks are trained"),
+        ("eager", {"mode": "one_shot"}, "activation", "there are no gradients"),
         ("batched_mm", {}, "magnitude", "no module shows the inputs of model.layers.0.mlp.experts.gate_up_proj"),
     ],
 )
