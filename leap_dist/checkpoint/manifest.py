@@ -64,6 +64,7 @@ class LeapState(ManifestPart):
     regulariser: dict[str, float]
     task_size: float
     soft: dict[str, float] = {}
+    signal: dict[str, list[float]] = {}
 
 
 class EngineState(ManifestPart):

@@ -20,6 +20,7 @@ from leap_dist.core.inputs import Inputs
 from leap_dist.core.masks import Masks
 from leap_dist.core.measure import SAID, Measure, check_reachable, fewest_units, most_units
 from leap_dist.core.phases import Schedule
+from leap_dist.core.signal import Signal
 from leap_dist.core.soft import Soft
 from leap_dist.errors import UserError
 from leap_dist.ops.reference import Adam
@@ -59,6 +60,7 @@ class Level:
         self.lowest: float = plan.prunable
         self.regulariser: dict[str, float] = {}
         self.task_size = th.TaskSize()
+        self.signal = Signal(plan)
         self._made: list[int] | None = None  # kept counts of the masks that are in place
         self.soft: Soft | None = None  # of rule "gumbel", once bound
         self._given: dict[int, Tensor] = {}  # of `start_units`
@@ -193,6 +195,7 @@ class Level:
             "keep_ratio_max": k.max().item(),
             "keep_ratio_std": k.std(unbiased=False).item(),
             "remaining": self.remaining.ratio(k).item() if len(sigma) else 1.0,
+            "thresholds_held": float(self.signal.held.sum()),
         }
 
     def note(self, kept: float | None = None) -> str | None:
@@ -343,6 +346,7 @@ class Level:
             "masked": self._made is not None,
             "regulariser": self.regulariser,
             "task_size": self.task_size.mean_square,
+            "signal": self.signal.plain_state(),
             "soft": self.soft.plain_state() if self.soft else {},
         }
 
@@ -364,6 +368,7 @@ class Level:
         if self._inputs is not None:
             self._inputs.listen(not self.started)
         self.regulariser, self.task_size.mean_square = dict(saved["regulariser"]), saved["task_size"]
+        self.signal.load_plain_state(saved.get("signal", {}))
         self.kept_units, self.kept_weights = list(saved["kept_units"]), saved["kept_weights"]
         self._scores_moved()
         self._made = list(self.kept_units) if saved["masked"] else None

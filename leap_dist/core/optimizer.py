@@ -114,6 +114,8 @@ class LeapAdamW(HostedOptimizer):
         elif self.config.rule in ("magnitude", "gumbel") or self.settled:
             update_(self.gating, adam)
         else:
+            if self.config.rule == "leap" and not self.level.signal.is_known:
+                self.level.signal.watch(self.gating)
             gradients = learn_(self.gating, adam, self.rates.scores(group, step, elementwise=True))
             self._update_gates(group, phase, *gradients)
 
@@ -123,7 +125,7 @@ class LeapAdamW(HostedOptimizer):
         move_(self.gating, self.gating.own_scores, unit_grad, self.rates.scores(group, step, elementwise=False))
         if phase != "prune" or self.config.rule != "leap":
             return
-        adam = self.rates.thresholds(group, step)
+        adam, sigma_grad = self.rates.thresholds(group, step), self.level.signal.heard(sigma_grad)
         if self.config.control == "paper":
             sigma_grad = sigma_grad + self.level.regulariser_gradient(sigma_grad, adam)
         sigma_grad = self.level.remaining.share_gradient(sigma_grad)

@@ -20,6 +20,7 @@ from leap_dist.core import thresholds as th
 from leap_dist.core.gates import Gate, GatePlan
 from leap_dist.core.phases import schedule_of
 from leap_dist.core.rates import SOFT_BETA2
+from leap_dist.core.signal import Signal
 from leap_dist.core.soft import ALPHA, MEAN_PULL, NORM_PULL, curve_at, find_bias, first_scores, rest_of
 from leap_dist.ops.slices import Slice
 from leap_dist.ops.soft import Curve, gumbel, logistic, noise_key
@@ -127,6 +128,7 @@ class Oracle:
         self.undecayed = set(no_decay)
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # of G, where weights and scores share them
         self.task_size = th.TaskSize()
+        self.signal = Signal(plan)
 
     def scale_rates(self, scale: float) -> None:
         """What a learning-rate scheduler does: the rates of weights and scores are `scale` times their base."""
@@ -164,6 +166,7 @@ class Oracle:
             parameter.grad = None
         value.backward()
         self._clip(hosted)
+        self._hold_silent(hosted)
         self._regularise()
         if self.curve is not None:
             self.sigma.grad = torch.zeros_like(self.sigma)
@@ -176,6 +179,20 @@ class Oracle:
         if not self.settled and self.schedule.phase(self.num_steps - 1) != "dense":
             self._hold_level()
         return value.detach()
+
+    def _hold_silent(self, hosted: dict[str, Tensor]) -> None:
+        """No gradient for thresholds of weights whose scale the loss does not depend on (core/signal.py)."""
+        if self.config.rule != "leap" or self.settled or self.sigma.grad is None:
+            return
+        if not self.signal.is_known:
+            found = torch.zeros(2, len(self.plan.gates), dtype=torch.float64)
+            for name, covers in self.plan.covers.items():
+                if (grad := hosted[name].grad) is not None:
+                    products = (grad * hosted[name]).detach().double()
+                    for cover in covers:
+                        found[:, cover.gate] += torch.stack([products.sum(), products.square().sum()])
+            self.signal.add(found)
+        self.sigma.grad = self.signal.heard(self.sigma.grad)
 
     def _regularise(self) -> None:
         """Add lambda dL_reg/dsigma, in the prune phase of LEAP under control "paper"."""
