@@ -16,8 +16,10 @@ from leap_dist.core.closed_form import closed_form
 from leap_dist.core.gate_values import gate_sizes
 from leap_dist.core.gates import GatePlan
 from leap_dist.core.gating import ELEMENT_MASK, EXP_AVG, EXP_AVG_SQ, LATENT, MASK, state_keys
+from leap_dist.core.inputs import num_features
 from leap_dist.core.select import COUNTS, NUM_SUMS, most_bytes
 from leap_dist.errors import UserError
+from leap_dist.models.inputs import resolve_start
 from leap_dist.ops.soft import SUMS
 from leap_dist.train.batches import micro_batches
 
@@ -157,7 +159,9 @@ def memory(model: nn.Module, plan: GatePlan | None, hosting: Hosting, config: Le
     gated = hosting.shard(groups[0])
     extra = state_bytes(plan, config) * gated
     selection = _selection(groups[0], plan, hosting) if config.start is None else 0
-    copy = _bytes_of(state_keys(plan, config)) * gated + saved * (shard - gated) + 3 * FP32 * own
+    seen = num_features(resolve_start(model, plan, config).axes)  # sums of squares of inputs, in fp64
+    seen = seen if hosting.stage == 0 else -(-seen // hosting.ranks)
+    copy = _bytes_of(state_keys(plan, config)) * gated + saved * (shard - gated) + 3 * FP32 * own + 2 * FP32 * seen
     state += (1 if one_shot else 3) * own * FP32
     return Memory(weights, gradients, state, extra, selection, 0 if one_shot else copy)
 

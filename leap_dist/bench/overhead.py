@@ -54,7 +54,7 @@ PHASE = {  # masks from the first step on, which no input has been seen before
     "dense_fraction": 0.0,
     "score_init": "magnitude",
 }
-CHECK = {"target": 0.3, "total_steps": 12, "dense_fraction": 0.1, "settle_fraction": 0.2}
+CHECK = {"score_init": "magnitude", "target": 0.3, "total_steps": 12, "dense_fraction": 0.1, "settle_fraction": 0.2}
 CHECK_LR, CHECK_STEPS = 1e-3, 12
 TOLERANCE = 1e-4  # relative, of a tensor after CHECK_STEPS; measured: below 1e-5
 

@@ -119,8 +119,13 @@ def _runs_by_tensor(manifest: Manifest) -> dict[str, list[tuple[int, int, str]]]
 def _check_fits(checkpoint: Path, manifest: Manifest, engine: Any) -> None:
     """Raises UserError if the checkpoint is of another model, of other gates or schedules; Damaged for values."""
     leap, saved = engine.leap, manifest.engine
-    differing = _first_difference(manifest.tensors, tensor_table(engine), "tensor")
-    differing = differing or _first_difference(_numbered(manifest.gates), _numbered(gate_table(engine)), "gate")
+    gates = _first_difference(_numbered(manifest.gates), _numbered(gate_table(engine)), "gate")
+    if not gates and (others := _other_settings(manifest, engine)):  # tensors may have other states by them
+        raise UserError(
+            f"--resume: {checkpoint} is of another leap section: {'; '.join(others)}; restore the config, or start a "
+            "new run"
+        )
+    differing = _first_difference(manifest.tensors, tensor_table(engine), "tensor") or gates
     if manifest.buffers is not None:
         differing = differing or _first_difference(manifest.buffers, buffer_table(engine), "buffer")
     if not differing and len(saved.lr) != len(leap.param_groups):
@@ -133,11 +138,6 @@ def _check_fits(checkpoint: Path, manifest: Manifest, engine: Any) -> None:
         raise UserError(
             f"--resume: {checkpoint} is of another model, or of other gates: {differing}; restore the config, or "
             "start a new run"
-        )
-    if others := _other_settings(manifest, engine):
-        raise UserError(
-            f"--resume: {checkpoint} is of another leap section: {'; '.join(others)}; restore the config, or start a "
-            "new run"
         )
     counts = zip(saved.leap.kept_units, leap.plan.gates, strict=False)
     if len(saved.leap.kept_units) != len(leap.plan.gates) or any(kept > gate.num_units for kept, gate in counts):

@@ -111,7 +111,7 @@ class HostedOptimizer(torch.optim.Optimizer):
         self._gating = Gating(self.plan, keys, fragments, values, self.state, communicator, no_decay)
         self.masks = Masks(self._gating)
         if self.axes:
-            self.inputs = Inputs(self.axes, communicator, everyone or communicator, device)
+            self.inputs = Inputs(self.axes, communicator, everyone or communicator, device, strict=not self.why_start)
         self._bind_level()
         self._loaded = Loaded(self._gating, fragments, copies)
         self._started = False

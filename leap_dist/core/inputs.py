@@ -62,10 +62,15 @@ class Inputs:
     """
 
     def __init__(
-        self, axes: Mapping[str, Axes], sharing: Communicator, everyone: Communicator, device: torch.device
+        self,
+        axes: Mapping[str, Axes],
+        sharing: Communicator,
+        everyone: Communicator,
+        device: torch.device,
+        strict: bool = True,
     ) -> None:
         self.axes = dict(sorted(axes.items()))
-        self.sharing, self.everyone = sharing, everyone
+        self.sharing, self.everyone, self._strict = sharing, everyone, strict
         size = num_features(self.axes)
         share = -(-size // sharing.world_size)
         start = min(sharing.rank * share, size)
@@ -104,7 +109,8 @@ class Inputs:
 
         Experts that no token reached, whose features `idle` then has, have FAINT of the others' mean: single weights
         are compared with their row, whole units with others that are worth more. They are reported. Raises UserError,
-        on every rank, for a tensor through which nothing went.
+        on every rank, for a tensor through which nothing went; if not `strict`, only where that is so for all: the
+        others' weights are as those of such experts.
         """
         sums = self.flat.new_zeros(self._size)
         sums[self._start : self._start + len(self.flat)] = self.flat
@@ -112,33 +118,46 @@ class Inputs:
         found = self.sharing.sum_(sums).sqrt().float().split(sizes)
         norms = dict(zip(self.axes, found, strict=True))
         unseen = [name for name, norm in norms.items() if not norm.any()]
-        if unseen:
+        if unseen and (self._strict or len(unseen) == len(norms)):
             raise UserError(_nothing_seen(unseen, len(norms)))
         self.idle = {name: idle for name, norm in norms.items() if (idle := self._fill_idle_(name, norm)).any()}
         if self.idle and self.everyone.rank == 0:
-            self._report_idle()
+            self._report_idle(unseen)
         return norms
 
     def _fill_idle_(self, tensor: str, norms: Tensor) -> Tensor:
         """Give matrices without inputs a little of the root mean square of the others'; which features those are."""
         each = norms.view(-1, self.axes[tensor].inputs_each)
         idle = ~each.any(1)
-        each[idle] = FAINT * each[~idle].square().mean(0).sqrt()
+        each[idle] = FAINT * (1.0 if idle.all() else each[~idle].square().mean(0).sqrt())
         return idle.repeat_interleave(each.shape[1])
 
-    def _report_idle(self) -> None:
+    def _report_idle(self, unseen: list[str]) -> None:
+        if unseen:
+            logger.warning(
+                "leap.score_init: no forward pass in training mode has shown the inputs of %s: their scores start by "
+                "|W|; leave out in leap.exclude what is not used",
+                _few_of(unseen),
+            )
+        idle = {name: own for name, own in self.idle.items() if name not in unseen}
+        if not idle:
+            return
         logger.warning(
             "leap.score_init: no token reached %d of %d experts' matrices: whole units of them are the first to leave, "
             "single weights start by the mean of the others' inputs. A longer dense phase, or more "
             "leap.calibration_batches, reach more",
-            sum(int(idle.sum()) // self.axes[name].inputs_each for name, idle in self.idle.items()),
+            sum(int(own.sum()) // self.axes[name].inputs_each for name, own in idle.items()),
             sum(own.matrices for own in self.axes.values() if own.matrices > 1),
         )
 
 
+def _few_of(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _nothing_seen(names: list[str], of: int) -> str:
-    few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    what = "the inputs of any weight" if len(names) == of else f"the inputs of {few}"
+    what = "the inputs of any weight" if len(names) == of else f"the inputs of {_few_of(names)}"
     return (
         f"leap.score_init: scores start by inputs, but no forward pass in training mode has shown {what}; call "
         "engine.train() before the first step, or leap_dist.calibrate(engine, batches), leave out in leap.exclude what "

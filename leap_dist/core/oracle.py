@@ -375,7 +375,8 @@ class Oracle:
                             flow = self.squares[tensor].sqrt().expand_as(size)
                             flows.index_add_(0, unit_index(cover.slices).flatten(), flow.flatten())
                         if gradients:
-                            moment = self.weight_optimizer.state[self.latent[tensor]]["exp_avg_sq"].double()
+                            own = self.weight_optimizer.state[self.latent[tensor]]
+                            moment = (self.moments[tensor][1] if tensor in self.moments else own["exp_avg_sq"]).double()
                             size = size * self.squares[tensor] ** 0.375 * moment**0.125
                         elif self.squares:
                             size = size * self.squares[tensor].sqrt()

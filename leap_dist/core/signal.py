@@ -75,7 +75,7 @@ class Signal:
         return {"steps": [float(self.num_steps)], "sums": sums, "squares": squares}
 
     def load_plain_state(self, saved: Mapping[str, Sequence[float]]) -> None:
-        """Continue from `plain_state()`; a run of an older version, which has none, goes on without."""
+        """Continue from `plain_state()`; a run of an older version has none, and holds none."""
         none = [0.0] * len(self._plan.gates)
         self.num_steps = int(saved.get("steps", [STEPS])[0])
         self._sums = torch.tensor([saved.get(key, none) for key in ("sums", "squares")], dtype=torch.float64)

@@ -25,7 +25,8 @@ def hold_zeros(model: PeftModel) -> int:
     adapters' files are as PEFT writes them. A forward pass makes B·A of the weight's size for every adapted matrix.
 
     UserError, with nothing changed, if an adapter cannot be held: one that is not a plain LoRA of a linear layer (an
-    embedding, DoRA, a quantised layer), or is merged already.
+    embedding, DoRA, a quantised layer), or is merged already; if it began by changing the weights (PiSSA); or if what
+    has zeros is trained itself (modules_to_save, biases).
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -35,6 +36,7 @@ def hold_zeros(model: PeftModel) -> int:
             f"model: got {type(model).__name__}; allowed: a PEFT model with its adapters, as get_peft_model and "
             "PeftModel.from_pretrained give it"
         )
+    _refuse_lost_zeros(model)
     layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     zeros = {name: _num_zeros(layer.get_base_layer()) for name, layer in layers.items()}
     held = {name: layer for name, layer in layers.items() if zeros[name]}
@@ -48,6 +50,25 @@ def hold_zeros(model: PeftModel) -> int:
     for layer in held.values():
         layer.lora_variant.update(dict.fromkeys(layer.lora_A, variant))
     return sum(zeros.values())
+
+
+def _refuse_lost_zeros(model: PeftModel) -> None:
+    """UserError where zeros were lost before, or nothing holds them: a bias that is all zeros is a new one."""
+    changing = ("pissa", "olora", "loftq", "corda", "lora_ga")
+    for config in model.peft_config.values():
+        start = str(getattr(config, "init_lora_weights", "")).lower()
+        if start.startswith(changing):
+            raise UserError(
+                f'model: init_lora_weights "{start}" has changed the weights, their zeros too; allowed: true, or '
+                '"gaussian", on the model as it was exported'
+            )
+    for name, tensor in model.named_parameters():
+        zeros = int((tensor == 0).sum()) if tensor.requires_grad and "lora_" not in name else 0
+        if zeros and (tensor.dim() > 1 or zeros < tensor.numel()):
+            raise UserError(
+                f"model: {name} has {zeros:,} zeros and is trained itself, so that they would be lost; leave it out of "
+                'modules_to_save, or set bias to "none"'
+            )
 
 
 def _num_zeros(layer: nn.Module) -> int:

@@ -31,8 +31,13 @@ def find_orders(model: nn.Module, plan: GatePlan, scores: Scores, family: Family
 
     Blocks whose output matrix has no n:m gate are left out. Raises UserError where no block can be reordered.
     """
-    found = {}
-    for block, tensor, columns in _free(model, family):
+    found, known = {}, list(_free(model, family))
+    if not known:
+        raise UserError(
+            'leap.permute: got "greedy", but no attention or FFN block of this model is known; describe them in '
+            "family, or remove it"
+        )
+    for block, tensor, columns in known:
         pattern = next((p for c in plan.covers.get(tensor, ()) if (p := plan.gates[c.gate].pattern)), None)
         if pattern is None or columns.shape[-1] % pattern[1]:
             continue
@@ -41,8 +46,8 @@ def find_orders(model: nn.Module, plan: GatePlan, scores: Scores, family: Family
         found[block.structure.name] = torch.stack(orders)
     if not found:
         raise UserError(
-            'leap.permute: got "greedy", but no n:m gate is on the output projection of an attention or FFN block that '
-            "is known; change leap.include, describe the blocks in family, or remove it"
+            'leap.permute: got "greedy", but no n:m gate is on the output projection of an attention or FFN block; '
+            "change leap.include, or remove it"
         )
     return found
 

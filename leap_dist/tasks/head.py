@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 LOOKED_AT = 16  # tokens that both ways judge, to see that they agree
+NUMBER = 5.0  # that a cap would make smaller
 _FITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -99,7 +100,7 @@ class WordHead:
 
     @torch.no_grad()
     def _agrees(self, batch: Batch) -> bool:
-        """Whether both ways judge the first tokens alike."""
+        """Whether both ways judge the first tokens alike, and nothing follows the head: a number comes out as it is."""
         few = {key: value[:1, :LOOKED_AT] for key, value in batch.items() if value.dim() > 1}
         training = self.module.training
         self.model.eval()
@@ -108,12 +109,15 @@ class WordHead:
             words = logits.argmax(-1)
             labels = torch.cat([words[:, :1], words[:, :-1]], dim=1) if self.causal else words
             try:
+                number = self._call(few, lambda hidden: torch.full_like(hidden[..., :1], NUMBER)).logits
                 judged = self.judge({**few, "labels": labels})
             except RuntimeError:  # what follows the head takes logits alone: ESM adds a bias of the vocabulary's size
                 return False
         finally:
             self.model.train(training)
         own = -logits.log_softmax(-1).amax(-1)[:, : judged.shape[1]]
+        if (number != NUMBER).any():  # a cap, as RecurrentGemma has it, that would go over losses
+            return False
         return judged.shape[:2] == own.shape and torch.allclose(judged[..., 0], own, rtol=1e-2, atol=1e-3)
 
 

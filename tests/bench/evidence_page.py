@@ -12,7 +12,7 @@ HEAD = """\
 # Evidence: what pruning costs a trained encoder
 
 This page is made by `python -m tests.bench.evidence --out FOLDER --show`; do not edit it. Without `--show` the same
-command runs the cells that are not done yet: {hours:.1f} hours of two cores with AVX-512 BF16 so far. What every
+command runs the cells that are not done yet: {hours:.1f} hours of a core with AVX-512 BF16 so far. What every
 certificate says is in [`tests/bench/results/evidence.json`](../tests/bench/results/evidence.json).
 
 MiniLM (6 layers of 384, 10.6 million prunable weights) with the task's words alone, fine-tuned until it no longer

@@ -49,7 +49,8 @@ def test_scores_on_frozen_weights_equal_the_oracle(kind: str, steps: int, change
 
 
 def test_frozen_weights_save_their_moments() -> None:
-    trained, frozen = (build(net(), leap("element", 40, weights=weights)) for weights in ("trained", "frozen"))
+    changes = {"trained": {"score_moments": "own"}, "frozen": {"weights": "frozen"}}
+    trained, frozen = (build(net(), leap("element", 40, **own)) for own in changes.values())
     train(net(), frozen, 1)
 
     def held(optimizer: Any) -> int:

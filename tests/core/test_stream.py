@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 16
 CASES: list[tuple[str, str, list[str], str]] = [
-    ("bert", "AutoModelForSequenceClassification", ["hidden", "head", "neuron"], "magnitude"),
-    ("bert", "AutoModelForSequenceClassification", ["depth", "element"], "magnitude"),
+    ("bert", "AutoModelForSequenceClassification", ["hidden", "head", "neuron"], "gradient"),
+    ("bert", "AutoModelForSequenceClassification", ["depth", "element"], "gradient"),
     ("llama", "AutoModelForCausalLM", ["hidden", "head", "neuron"], "gradient"),
 ]
 
@@ -57,7 +57,7 @@ def test_equals_the_oracle(kind: str, head: str, gates: list[str], start: str) -
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
         tokens = torch.randint(3, 64, (4, 10), generator=generator)
-        batch = {"input_ids": tokens, "labels": tokens if start == "gradient" else tokens[:, 0] % 2}
+        batch = {"input_ids": tokens, "labels": tokens if "CausalLM" in head else tokens[:, 0] % 2}
         oracle.step(lambda forward, batch=batch: forward(**batch).loss)
         model.zero_grad()
         loss: Tensor = model(**batch).loss
@@ -65,7 +65,8 @@ def test_equals_the_oracle(kind: str, head: str, gates: list[str], start: str) -
         optimizer.step()
     expected = oracle.masked_weights()
     for name, parameter in model.named_parameters():
-        assert relative_error(parameter, expected[name]) <= 1e-4, name
+        if not name.endswith("key.bias"):  # it changes nothing, so that its gradient is rounding alone
+            assert relative_error(parameter, expected[name]) <= 1e-4, name
         assert torch.equal(parameter == 0, expected[name] == 0), name
     assert optimizer.settled
     assert abs(optimizer.kept_weights - 0.4 * plan.prunable) <= plan.unit

@@ -174,6 +174,12 @@ def test_a_shrunk_model_with_layers_of_many_widths(tmp_path: Path) -> None:
             {"use_dora": True},
             r"q_proj has 5\d\d zeros, and its adapter is Dora: merged, they wo",
         ),
+        (["q_proj"], {"init_lora_weights": "pissa"}, r'model: init_lora_weights "pissa" has changed the weights'),
+        (
+            ["q_proj"],
+            {"modules_to_save": ["up_proj"]},
+            r"up_proj\.modules_to_save\.default\.weight has 7\d\d zeros and is trained itself",
+        ),
         (["embed_tokens"], {}, r"embed_tokens has \d+ zeros, and its adapter is lora.layer.Embedding"),
     ],
 )

@@ -178,8 +178,12 @@ def test_what_has_no_block_and_loops_of_ones_own_are_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     leap = {"target": 0.5, "gates": ["2:4"], "permute": "greedy", "total_steps": 10}
     plan = make_plan(model, parse_leap(leap))
-    with pytest.raises(UserError, match=r'leap\.permute: got "greedy", but no n:m gate is on the output projection'):
+    with pytest.raises(UserError, match=r'leap\.permute: got "greedy", but no attention or FFN block of this model is'):
         find_orders(model, plan, lambda name: model.get_parameter(name).abs(), None)
+    bert = tiny("bert", "AutoModelForSequenceClassification")
+    inner = parse_leap(leap | {"include": ["re:.*query.weight"]})
+    with pytest.raises(UserError, match=r'leap\.permute: got "greedy", but no n:m gate is on the output projection'):
+        find_orders(bert, make_plan(bert, inner), lambda name: bert.get_parameter(name).abs(), None)
     with pytest.raises(UserError, match=r'leap\.permute: got "greedy"; launch/prune\.py reorders'):
         leap_dist.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "leap": leap})
 

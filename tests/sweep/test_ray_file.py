@@ -94,8 +94,8 @@ def test_cases_with_the_same_values_of_other_keys_get_names_of_their_own(tmp_pat
         ),
         (
             {"vary": {"leap.target": [0.5], "data.seed": [0, 1]}, "search": "optuna"},
-            r'search: got "optuna", which compares all trials, and they are judged on builtin/clock on seed 0, '
-            r'builtin/clock on seed 1; allowed: one task and the same validation data in all of them, or "random"',
+            r'search: got "optuna", which compares all trials, and they are judged on builtin/clock \(seed 0\), '
+            r'builtin/clock \(seed 1\); allowed: one task and the same validation data in all of them, or "random"',
         ),
         ({"vary": {"leap.target": [0.5]}, "mode": "ladder"}, r"a ladder needs two targets or more"),
         ({"vary": {"train.seed": [1, 2]}, "mode": "ladder"}, r"vary: leap\.target is missing; a ladder walks down"),

@@ -80,6 +80,17 @@ def test_a_head_that_does_more_is_left_to_itself(caplog: pytest.LogCaptureFixtur
     ]
 
 
+def test_a_head_whose_cap_has_another_name_is_left_to_itself() -> None:
+    """Few words have losses that a cap of 30 hardly moves: what it does to a number is exact."""
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 32}
+    sizes |= {"lru_width": 32, "num_key_value_heads": 1, "head_dim": 8, "attention_window_size": 32}
+    torch.manual_seed(1)
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(vocab_size=64, **sizes)).eval()
+    assert not WordHead(model, causal=True).fits(batch_of())
+
+
 def test_a_head_whose_bias_is_added_outside_is_left_to_itself() -> None:
     from transformers import EsmConfig, EsmForMaskedLM
 
