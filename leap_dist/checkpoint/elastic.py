@@ -177,9 +177,11 @@ def _wrong_values(step: int, saved: EngineState, plan: GatePlan) -> str:
     units = {str(number): gate.num_units for number, gate in enumerate(plan.gates)}
     if any(len(values) != units.get(gate) for gate, values in leap.given.items()):
         return "engine.leap.given is of other gates"
-    seen = [leap.signal[key] for key in ("sums", "squares") if key in leap.signal]
-    if any(len(values) != len(units) or not all(0.0 <= value < math.inf for value in values) for values in seen):
-        return "engine.leap.signal is of other gates, or out of range"
+    sizes = {"steps": 1, "sums": len(units), "squares": len(units)} if leap.signal else {}
+    if {key: len(values) for key, values in leap.signal.items()} != sizes:
+        return "engine.leap.signal is of other gates"
+    if not all(0.0 <= value < math.inf for values in leap.signal.values() for value in values):
+        return "engine.leap.signal is out of range"
     whole = list(units.values()), plan.prunable
     if not leap.masked and (list(leap.kept_units), leap.kept_weights) != whole:
         return "engine.leap.masked is false, and yet units or weights are pruned"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from leap_dist.config.section import (
@@ -133,7 +133,8 @@ class LeapConfig(Section):
     """"auto": the published 1e-2; for single weights 1e-3 / target where that is less; with rule "gumbel" 1e-3."""
     score_moments: Literal["own", "shared"] = Field(default="shared", description='"own" or "shared"')
     """Adam's moments of the scores of single weights: those of the weights' gradients for both, or their own, which
-    take 8 bytes a weight more; where weights are frozen, and with rules "magnitude" and "gumbel", always their own."""
+    take 8 bytes a weight more; where there is nothing to share, with frozen weights or rule "gumbel" too, always
+    "own"."""
     threshold_learning_rate: PositiveFloat | Literal["auto"] = Field(
         default="auto", description='a number > 0, or "auto"'
     )
@@ -161,6 +162,12 @@ class LeapConfig(Section):
 
     _home = field_validator("start", "prior_mask", "latency_table", "syntax_model")(with_home)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_where_nothing_is_shared(cls, raw: Any) -> Any:
+        given = not isinstance(raw, Mapping) or "score_moments" in raw
+        return raw if given or not _not_shared(raw) else {**raw, "score_moments": "own"}
+
     @property
     def masks_by(self) -> str:
         """What makes the masks: the rule, or "one_shot", or "fixed" where `start` brings them."""
@@ -174,7 +181,7 @@ class LeapConfig(Section):
     @property
     def shares_moments(self) -> bool:
         """Whether scores of single weights move by the moments of the weights' gradients."""
-        return self.score_moments == "shared" and not self.frozen and self.rule not in ("magnitude", "gumbel")
+        return self.score_moments == "shared"
 
     def score_rate(self, elementwise: bool, trust: float = 1.0) -> float:
         """Peak learning rate of scores, of single weights or of structured units; the automatic one is times `trust`.
@@ -229,6 +236,8 @@ class LeapConfig(Section):
                 "soft masks of density 1 have nothing to learn; allowed: less, or without rule to train all weights"
             )
             found.append(("target", f'got 1, but rule "gumbel" learns masks, and {problem}'))
+        if raw.get("score_moments") == "shared" and (why := _not_shared(raw)):
+            found.append(("score_moments", f'got "shared", which has no effect here: {why}; remove it'))
         one_shot = raw.get("mode") == "one_shot"
         if one_shot and raw.get("score_init") == "zero":
             problem = 'got "zero", by which no weight is better than another; allowed in one shot: "activation", '
@@ -280,7 +289,6 @@ OF_STEPS = (
         "control",
         "temperature",
         "score_learning_rate",
-        "score_moments",
         "threshold_learning_rate",
         "lambda_max",
         "lambda_min",
@@ -317,12 +325,17 @@ def _unread(raw: Mapping[str, Any]) -> dict[str, str]:
     return dict.fromkeys(unread, "the masks of leap.start are fixed from the first step")
 
 
-def _not_shared(given: Callable[[str], Any], gates: Sequence[Any]) -> str | None:
+def _not_shared(raw: Mapping[str, Any]) -> str | None:
     """Why scores of single weights have no moments to share, in words; None where they have."""
-    if given("rule") in ("magnitude", "gumbel"):
-        return f'under rule "{given("rule")}" scores do not follow the gradient of the weights'
-    if is_frozen(given("weights"), given("rule")):
+    if raw.get("mode") == "one_shot":
+        return ONE_SHOT
+    if raw.get("start") is not None:
+        return "the masks of leap.start are fixed from the first step"
+    if (rule := raw.get("rule", "leap")) in ("magnitude", "gumbel"):
+        return f'under rule "{rule}" scores do not follow the gradient of the weights'
+    if is_frozen(raw.get("weights", "auto"), rule):
         return "frozen weights have no moments"
+    gates = _granularities(as_objects(raw.get("gates", ())))
     single = any(str(gate) == "element" or re.fullmatch(r"\d+:\d+", str(gate)) for gate in gates or ("element",))
     return None if single else "there is no gate of single weights"
 
@@ -365,7 +378,6 @@ def _without_effect(raw: Mapping[str, Any], steps: Mapping[str, str]) -> list[Co
         "syntax_model": None if start == "syntax" else f'score_init is "{start}"',
         "calibration_batches": scored or prior or unseen or shown,
         "score_learning_rate": scored,
-        "score_moments": _not_shared(given, gates),
         "settle_fraction": "frozen weights leave nothing to train once the masks are final: the last step settles"
         if is_frozen(given("weights"), rule)
         else None,

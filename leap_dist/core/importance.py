@@ -20,14 +20,12 @@ GRADIENT = 0.25
 class Norms(NamedTuple):
     """||x_j|| of the inputs of gated matrices, fp32 of shape (features,), and where the matrices have them.
 
-    gradients: whether the size of a weight's gradient counts too. idle: by tensor, bool (features,): those of experts
-    that no token reached, and that have no gradient.
+    gradients: whether the size of a weight's gradient counts too.
     """
 
     values: Mapping[str, Tensor]
     axes: Mapping[str, Axes]
     gradients: bool = False
-    idle: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def write_importance_(
@@ -144,7 +142,7 @@ def _sizes(gating: Gating, norms: Norms | None, fragments: Sequence[Fragment]) -
             inputs = _inputs_of(norms, fragment, sizes)
             if norms.gradients:
                 inputs = inputs ** (1.0 - GRADIENT)
-                sizes *= _moments(gating, norms, fragment, sizes) ** (GRADIENT / 2)
+                sizes *= _moments(gating, fragment) ** (GRADIENT / 2)
             sizes *= inputs
         yield fragment, sizes
 
@@ -154,13 +152,10 @@ def _inputs_of(norms: Norms, fragment: Fragment, like: Tensor) -> Tensor:
     return _spread(norms.values[fragment.tensor], norms, fragment, like)
 
 
-def _moments(gating: Gating, norms: Norms, fragment: Fragment, like: Tensor) -> Tensor:
-    """Adam's second moment of every weight of a fragment; next to nothing in place of 0 where no token reached."""
-    moments = gating.state(fragment, EXP_AVG_SQ)
-    if (idle := norms.idle.get(fragment.tensor)) is None:
-        return moments
-    least = _spread(idle * torch.finfo(torch.float32).tiny, norms, fragment, like)
-    return torch.maximum(moments, least)
+def _moments(gating: Gating, fragment: Fragment) -> Tensor:
+    """Adam's second moment of every weight of a fragment; next to nothing in place of 0, so that weights which have no
+    gradient, as what no token reached, are ranked by the rest."""
+    return gating.state(fragment, EXP_AVG_SQ).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _spread(values: Tensor, norms: Norms, fragment: Fragment, like: Tensor) -> Tensor:

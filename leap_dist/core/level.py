@@ -147,7 +147,7 @@ class Level:
         if self._inputs is not None:
             self._inputs.pool()
             values, by_gradient = self._inputs.norms(), config.score_init == "gradient"
-            norms = Norms(values, self._inputs.axes, by_gradient, self._inputs.idle)
+            norms = Norms(values, self._inputs.axes, by_gradient)
             self._inputs.listen(False)
         if config.score_init != "zero" or config.rule == "magnitude":
             scaled, added = config.mode == "train", norms is not None

@@ -125,10 +125,10 @@ class LeapAdamW(HostedOptimizer):
         move_(self.gating, self.gating.own_scores, unit_grad, self.rates.scores(group, step, elementwise=False))
         if phase != "prune" or self.config.rule != "leap":
             return
-        adam, sigma_grad = self.rates.thresholds(group, step), self.level.signal.heard(sigma_grad)
-        if self.config.control == "paper":
-            sigma_grad = sigma_grad + self.level.regulariser_gradient(sigma_grad, adam)
-        sigma_grad = self.level.remaining.share_gradient(sigma_grad)
+        adam, heard = self.rates.thresholds(group, step), self.level.signal.heard(sigma_grad)
+        if self.config.control == "paper":  # whose weight has its size also where all thresholds are held
+            heard = heard + self.level.regulariser_gradient(sigma_grad, adam)
+        sigma_grad = self.level.remaining.share_gradient(heard)
         move_(self.gating, self.gating.own_thresholds, sigma_grad, adam)
 
     @torch.no_grad()

@@ -184,6 +184,7 @@ class Oracle:
         """No gradient for thresholds of weights whose scale the loss does not depend on (core/signal.py)."""
         if self.config.rule != "leap" or self.settled or self.sigma.grad is None:
             return
+        self._task = self.sigma.grad
         if not self.signal.is_known:
             found = torch.zeros(2, len(self.plan.gates), dtype=torch.float64)
             for name, covers in self.plan.covers.items():
@@ -208,7 +209,7 @@ class Oracle:
         if config.lambda_max == "auto":
             adam = self.threshold_optimizer.param_groups[0]
             beta1, beta2 = adam["betas"]
-            size = self.task_size.follow(self.sigma.grad, beta2, self.num_steps + 1 - self.schedule.dense_end)
+            size = self.task_size.follow(self._task, beta2, self.num_steps + 1 - self.schedule.dense_end)
             scale = th.balanced_lambda(loss.item(), grad, size, adam["lr"], beta1)
         else:
             scale = th.adaptive_lambda(loss.item(), config.target, config.lambda_max, config.lambda_min)
@@ -376,7 +377,8 @@ class Oracle:
                             flows.index_add_(0, unit_index(cover.slices).flatten(), flow.flatten())
                         if gradients:
                             own = self.weight_optimizer.state[self.latent[tensor]]
-                            moment = (self.moments[tensor][1] if tensor in self.moments else own["exp_avg_sq"]).double()
+                            moment = self.moments[tensor][1] if tensor in self.moments else own["exp_avg_sq"]
+                            moment = moment.clamp(min=torch.finfo(torch.float32).tiny).double()
                             size = size * self.squares[tensor] ** 0.375 * moment**0.125
                         elif self.squares:
                             size = size * self.squares[tensor].sqrt()

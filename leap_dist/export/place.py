@@ -111,5 +111,5 @@ def _full(error: Exception, folder: Path) -> str:
     if found := re.search(r"(?:Errno|os error) (\d+)", str(error)):
         number = int(found[1])
     name = getattr(error, "filename", None)
-    own = name is not None and (folder.is_relative_to(name) or Path(name).is_relative_to(folder.parent))
+    own = isinstance(name, str | Path) and (folder.is_relative_to(name) or Path(name).is_relative_to(folder.parent))
     return os.strerror(number) if number in FULL or (own and number in (errno.EACCES, errno.EPERM)) else ""

@@ -63,7 +63,8 @@ def _refuse_lost_zeros(model: PeftModel) -> None:
                 '"gaussian", on the model as it was exported'
             )
     for name, tensor in model.named_parameters():
-        zeros = int((tensor == 0).sum()) if tensor.requires_grad and "lora_" not in name else 0
+        own = ".modules_to_save." in name or name.endswith(".bias")
+        zeros = int((tensor == 0).sum()) if own and tensor.requires_grad else 0
         if zeros and (tensor.dim() > 1 or zeros < tensor.numel()):
             raise UserError(
                 f"model: {name} has {zeros:,} zeros and is trained itself, so that they would be lost; leave it out of "

@@ -154,8 +154,9 @@ def _source_name(data: Dataset) -> str:
     if data.source_type == "local":
         place = Path(source["uri"])  # of several files the folder
         return f"{place.name if place.suffix else 'files'} {data.digest[:DIGITS]}"
-    values = map(str, filter(None.__ne__, source.get("tags", source).values()))
-    return " ".join(Path(value).name if Path(value).is_absolute() else value for value in values)
+    values = [str(value) for value in source.get("tags", source).values() if value is not None]
+    names = [Path(value).name if Path(value).is_absolute() else value for value in values]
+    return " ".join(names if names == values else [*names, data.digest[:DIGITS]])
 
 
 def _listed(names: Sequence[str]) -> str:

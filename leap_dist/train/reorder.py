@@ -69,7 +69,7 @@ def _search(config: JobConfig, model: nn.Module, batches: Batches | StreamBatche
     start = resolve_start(model, plan, config.leap)
     norms: Mapping[str, Tensor] = {}
     if start.axes:
-        inputs = Inputs(start.axes, Communicator(), Communicator(), torch.device("cpu"))
+        inputs = Inputs(start.axes, Communicator(), Communicator(), torch.device("cpu"), strict=not start.why)
         _show(model, inputs, batches.calibration(config.leap.calibration_batches))
         parts = [sums for sums in ranks.gather_objects(inputs.flat) if sums is not None]
         inputs.flat.copy_(torch.stack(parts).sum(0))

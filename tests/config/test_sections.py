@@ -68,6 +68,25 @@ def test_defaults_of_leap_are_pinned() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "moments"),
+    [
+        ({}, "shared"),
+        ({"rule": "movement", "gates": ["row", "2:4"]}, "shared"),
+        ({"gates": ["row"]}, "own"),
+        ({"rule": "magnitude"}, "own"),
+        ({"rule": "gumbel"}, "own"),
+        ({"weights": "frozen"}, "own"),
+        ({"mode": "one_shot"}, "own"),
+    ],
+)
+def test_moments_are_shared_where_they_can_be(changes: dict[str, Any], moments: str) -> None:
+    """What a job is written with can be given again."""
+    config = parse_leap({"target": 0.5, **changes})
+    assert config.score_moments == moments
+    assert parse_leap(config.model_dump(mode="json")) == config
+
+
 def test_defaults_of_train_are_pinned() -> None:
     assert parse_job(job()).train.model_dump() == {
         "epochs": 3, "max_steps": None, "learning_rate": 3e-5, "weight_decay": 0.01, "warmup_fraction": 0.1,
@@ -479,20 +498,18 @@ OTHER: dict[str, Any] = {  # a value of every key of the leap section that is no
     "threshold_learning_rate": 0.5, "lambda_max": 100.0, "lambda_min": 5.0, "dense_fraction": 0.1,
     "settle_fraction": 0.3, "include": ["a.weight"], "exclude": ["b.weight"], "total_steps": 100, "target": 0.3,
     "calibration_batches": 4, "latency_table": "a.json", "latency_batch": 8, "latency_length": 64,
-    "score_moments": "own",
 }  # fmt: skip
 ALWAYS = {"dense_fraction", "settle_fraction", "include", "exclude", "total_steps", "target", "score_init"}
 SCORED = ALWAYS | {"score_learning_rate"}
-SINGLE = SCORED | {"score_moments"}
 READ: dict[str, set[str]] = {  # by rule, control and gates: the keys that have an effect, alone
-    "leap projected element": SINGLE | {"control", "threshold_learning_rate"},
+    "leap projected element": SCORED | {"control", "threshold_learning_rate"},
     "leap projected row": SCORED | {"control", "threshold_learning_rate"},
-    "leap projected 2:4": SINGLE | {"control"},  # a control is a choice that holds for all gates
-    "leap projected 2:4+head": SINGLE | {"control", "threshold_learning_rate"},
-    "leap paper element": SINGLE | {"temperature", "threshold_learning_rate", "lambda_max"},
+    "leap projected 2:4": SCORED | {"control"},  # a control is a choice that holds for all gates
+    "leap projected 2:4+head": SCORED | {"control", "threshold_learning_rate"},
+    "leap paper element": SCORED | {"temperature", "threshold_learning_rate", "lambda_max"},
     "leap paper row": SCORED | {"temperature", "threshold_learning_rate", "lambda_max"},
-    "movement projected element": SINGLE,
-    "movement projected 2:4": SINGLE,
+    "movement projected element": SCORED,
+    "movement projected 2:4": SCORED,
     "magnitude projected element": ALWAYS - {"score_init"},
     "magnitude projected head": ALWAYS - {"score_init"},
     "one_shot": {"include", "exclude", "target", "calibration_batches"},
@@ -532,10 +549,13 @@ def test_a_setting_without_effect_is_refused_by_name(case: str, key: str) -> Non
         ({"rule": "gumbel", "control": "paper", "lambda_max": 5}, "leap.lambda_max: got 5, which has no effect here"),
         ({"lambda_min": 200, "control": "paper", "lambda_max": 300}, None),
         ({"temperature": 16, "threshold_learning_rate": 0.5}, None),
-        ({"score_moments": "own", "gates": ["row"]}, "there is no gate of single weights"),
-        ({"score_moments": "own", "gates": ["row", "2:4"]}, None),
-        ({"score_moments": "own", "weights": "frozen"}, "frozen weights have no moments"),
-        ({"score_moments": "own", "rule": "gumbel"}, 'under rule "gumbel" scores do not follow'),
+        ({"score_moments": "shared", "gates": ["row"]}, "there is no gate of single weights"),
+        ({"score_moments": "shared", "gates": ["row", "2:4"]}, None),
+        ({"score_moments": "shared", "weights": "frozen"}, "frozen weights have no moments"),
+        ({"score_moments": "shared", "mode": "one_shot"}, "takes no step"),
+        ({"score_moments": "own", "gates": ["row"]}, None),
+        ({"score_moments": "own", "rule": "gumbel"}, None),
+        ({"score_moments": "shared", "rule": "gumbel"}, 'under rule "gumbel" scores do not follow'),
         ({"score_init": "gradient", "mode": "one_shot"}, 'leap.score_init: got "gradient", but one shot takes no step'),
         (
             {"score_init": "gradient", "weights": "frozen"},

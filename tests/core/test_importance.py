@@ -148,7 +148,7 @@ def test_an_expert_that_no_token_reached(start: str, gate: str) -> None:
     inputs.pool()
     norms = inputs.norms()
     optimizer.state[weight][EXP_AVG_SQ].copy_(torch.rand(3, 4, 5))[1] = 0.0
-    write_importance_(optimizer.gating, Norms(norms, axes, start == "gradient", inputs.idle), scaled=True)
+    write_importance_(optimizer.gating, Norms(norms, axes, start == "gradient"), scaled=True)
     assert inputs.idle["experts"].tolist() == [False] * 5 + [True] * 5 + [False] * 5
     if gate == "row":
         (scores,) = [f.view(f.flat) for f in optimizer.gating.own_scores]

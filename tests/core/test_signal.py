@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leap_dist.checkpoint.engine_state import _with_tuples
+from leap_dist.checkpoint.manifest import LeapState
 from leap_dist.config.job_file import parse_leap
 from leap_dist.config.leap import LeapConfig
 from leap_dist.core import signal
@@ -89,6 +91,19 @@ def test_thresholds_of_what_a_norm_follows_are_held(gates: list[str], control: s
     assert optimizer.settled and abs(optimizer.density - 0.3) < 0.1
 
 
+def test_the_level_falls_also_where_all_thresholds_are_held() -> None:
+    """The regulariser's weight follows the task's gradient, of which there is none."""
+    model, config = Normed(), settings(include=["inner.weight"], control="paper")
+    optimizer, densities = optimizer_of(model, config), []
+    for x, y in batches(torch.arange(32)):
+        model.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        densities.append(optimizer.density)
+    before = [density for step, density in enumerate(densities) if optimizer.schedule.phase(step + 1) == "prune"]
+    assert optimizer.level.signal.held.all() and before[0] > 0.9 and before[-1] < 0.8
+
+
 def test_masks_do_not_depend_on_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rows in another order are the same loss; a threshold of rounding alone would move by it."""
     orders = [torch.arange(32), torch.arange(31, -1, -1)]
@@ -115,6 +130,21 @@ def test_it_equals_the_oracle() -> None:
     for name, parameter in model.named_parameters():
         assert relative_error(parameter, expected[name]) <= 1e-5, name
     assert oracle.signal.held.tolist() == optimizer.level.signal.held.tolist()
+
+
+def test_a_checkpoint_has_what_was_seen() -> None:
+    """Within the steps in which it is found out, too."""
+    model = Normed()
+    optimizer = optimizer_of(model, settings())
+    for x, y in batches(torch.arange(32))[:5]:
+        model.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    state = LeapState(**_with_tuples(optimizer.plain_state())).model_dump()
+    other = optimizer_of(Normed(), settings())
+    other.level.take_plain_state(state)
+    assert other.level.signal.num_steps == 5
+    assert other.level.signal.plain_state() == optimizer.level.signal.plain_state()
 
 
 def test_a_run_continues_with_what_was_seen() -> None:

@@ -61,7 +61,8 @@ def test_data_are_known_wherever_a_machine_has_them(tmp_path: Path) -> None:
         found.append([judged(data) for data in (both, one, local)])
     digest = hashlib.sha256(b"of a.tsv").hexdigest()[:8]
     assert found[0] == found[1]
-    assert found[0][0].startswith("files ") and found[0][1:] == [f"a.tsv {digest}", "set test"]
+    assert found[0][0].startswith("files ") and found[0][1] == f"a.tsv {digest}"
+    assert found[0][2].startswith("set test ")  # and the digest, as another folder may have the same name
     assert judged(DataConfig(task="glue/sst2")) == "glue/sst2"
     assert judged(DataConfig(task="lm", dataset="a/b", subset="c", validation="d")) == "a/b c d"
 
