@@ -22,7 +22,7 @@ from leap_dist.export.hf import load_exported, load_exported_tokenizer, without_
 from leap_dist.export.latency import LONGEST, Runner, torch_runner, torch_threads
 from leap_dist.export.masks import save_masks
 from leap_dist.export.metric import Judged, judge, with_types
-from leap_dist.export.place import refuse_foreign, refuse_other_run, scratch, taken, written
+from leap_dist.export.place import SCRATCH, refuse_foreign, refuse_other_run, taken, written
 from leap_dist.export.push import hub_id
 from leap_dist.export.semi_structured import check_semi_structured, write_marker
 from leap_dist.export.shrunk import Models, compared_sizes
@@ -148,7 +148,7 @@ def _vocabulary(run: Run, output: Path, wanted: Wanted | None) -> Iterator[tuple
         return
     with ExitStack() as stack:
         with written(output):
-            prefix, suffix = scratch("*").split("*")
+            prefix, suffix = SCRATCH
             made = TemporaryDirectory(prefix=prefix, suffix=suffix, dir=output)
             folder = Path(stack.enter_context(made), "model")
             vocabulary = cut_vocabulary(run.model, folder, wanted)

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, own_words
 from leap_dist.files import alone, nearest, takes_files
 from leap_dist.run_folder import CARD, CERTIFICATE, Run, job_in
 
 PATIENCE = 1.0  # seconds for another export that is about to end
+SCRATCH = ".vocabulary.", ".partial"
+"""How the name of the folder begins and ends that a model with fewer tokens lies in while it is exported."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -46,8 +48,10 @@ def taken(output: Path, kinds: Sequence[str], known: Iterable[str]) -> Iterator[
     system without locks, where that cannot be told. UserError where another export writes one of the kinds.
     """
     new = [place for place in (output, *output.parents) if not place.exists()]
-    with written(output):
+    try:
         output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(output, error.strerror or own_words(error)) from error
     place = os.open(output, os.O_RDONLY)
     try:
         _tidy(output, place, known)
@@ -73,18 +77,13 @@ def _tidy(output: Path, place: int, known: Iterable[str]) -> None:
     names = [name for kind in known for name in (f".{kind}.partial", f"..{kind}.partial.partial")]  # of both stages
     with suppress(OSError):  # held by another export, or no locks here
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in [*map(output.joinpath, names), *output.glob(scratch("*"))]:
+        for left in [*map(output.joinpath, names), *output.glob("*".join(SCRATCH))]:
             if left.is_dir():
                 shutil.rmtree(left)
         for kind in known:
             (output / f".{kind}.lock").unlink(missing_ok=True)
     with suppress(OSError):
         fcntl.flock(place, fcntl.LOCK_SH)  # waits for one that tidies
-
-
-def scratch(name: str) -> str:
-    """What the folder is called that a model with fewer tokens lies in while it is exported."""
-    return f".vocabulary.{name}.partial"
 
 
 @contextmanager
@@ -96,13 +95,15 @@ def written(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if why := _full(error, folder):
-            raise UserError(
-                f"--output: {folder} cannot be written: {why}; make room, or choose another folder with --output"
-            ) from error
+            raise _unwritable(folder, why) from error
         if isinstance(error, shutil.Error):  # of several files, the first
             source, _, said = error.args[0][0]
             raise UserError(f"{source}: cannot be copied: {said}; restore it, or take it out") from error
         raise
+
+
+def _unwritable(folder: Path, why: str) -> UserError:
+    return UserError(f"--output: {folder} cannot be written: {why}; make room, or choose another folder with --output")
 
 
 def _full(error: Exception, folder: Path) -> str:

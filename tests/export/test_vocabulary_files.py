@@ -64,3 +64,10 @@ def test_a_file_that_cannot_be_copied_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/model/notes\.txt: cannot be copied: .*No such file.*; restore it, or take"):
         list(export_run(read_run_or_model(source), ["hf"], tmp_path / "out", 1, False))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    """Also where a folder says that it takes files, as root is told of this one."""
+    source = make_model(tmp_path / "model", "bert")
+    with pytest.raises(UserError, match=r"^--output: /proc/nothing(/hf)? cannot be (made|written): "):
+        list(export_run(read_run_or_model(source), ["hf"], Path("/proc/nothing"), 1, False))
