@@ -3,6 +3,7 @@
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 
 from leap_dist.secrets import hide_secrets
@@ -33,6 +34,11 @@ def own_words(error: BaseException) -> str:
             said.append(words if len(words) <= 400 else f"{words[:400]}...")
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return ": ".join(said)
+
+
+def few_of(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leap_dist.core.communicator import Communicator
 from leap_dist.core.fragments import Fragment
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, few_of
 from leap_dist.ops.slices import Slice
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Inputs:
             logger.warning(
                 "leap.score_init: no forward pass in training mode has shown the inputs of %s: their scores start by "
                 "|W|; leave out in leap.exclude what is not used",
-                _few_of(unseen),
+                few_of(unseen),
             )
         idle = {name: own for name, own in self.idle.items() if name not in unseen}
         if not idle:
@@ -151,13 +151,8 @@ class Inputs:
         )
 
 
-def _few_of(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _nothing_seen(names: list[str], of: int) -> str:
-    what = "the inputs of any weight" if len(names) == of else f"the inputs of {_few_of(names)}"
+    what = "the inputs of any weight" if len(names) == of else f"the inputs of {few_of(names)}"
     return (
         f"leap.score_init: scores start by inputs, but no forward pass in training mode has shown {what}; call "
         "engine.train() before the first step, or leap_dist.calibrate(engine, batches), leave out in leap.exclude what "

@@ -114,10 +114,10 @@ class LeapAdamW(HostedOptimizer):
         elif self.config.rule in ("magnitude", "gumbel") or self.settled:
             update_(self.gating, adam)
         else:
+            sigma_grad, unit_grad = learn_(self.gating, adam, self.rates.scores(group, step, elementwise=True))
             if self.config.rule == "leap" and not self.level.signal.is_known:
-                self.level.signal.watch(self.gating)
-            gradients = learn_(self.gating, adam, self.rates.scores(group, step, elementwise=True))
-            self._update_gates(group, phase, *gradients)
+                self.level.signal.watch(self.gating, sigma_grad)
+            self._update_gates(group, phase, sigma_grad, unit_grad)
 
     def _update_gates(self, group: dict[str, Any], phase: Phase, sigma_grad: Tensor, unit_grad: Tensor) -> None:
         """Phase 2 of the step: this rank's structured scores and thresholds."""

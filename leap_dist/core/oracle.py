@@ -186,13 +186,12 @@ class Oracle:
             return
         self._task = self.sigma.grad
         if not self.signal.is_known:
-            found = torch.zeros(2, len(self.plan.gates), dtype=torch.float64)
+            squares = torch.zeros(len(self.plan.gates), dtype=torch.float64)
             for name, covers in self.plan.covers.items():
                 if (grad := hosted[name].grad) is not None:
-                    products = (grad * hosted[name]).detach().double()
                     for cover in covers:
-                        found[:, cover.gate] += torch.stack([products.sum(), products.square().sum()])
-            self.signal.add(found)
+                        squares[cover.gate] += (grad * hosted[name]).detach().double().square().sum()
+            self.signal.add(self._task, squares)
         self.sigma.grad = self.signal.heard(self.sigma.grad)
 
     def _regularise(self) -> None:

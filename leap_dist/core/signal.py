@@ -47,18 +47,17 @@ class Signal:
         """dL/dsigma, (G,), without what is rounding alone."""
         return grad.masked_fill(self.held, 0.0)
 
-    def watch(self, gating: Gating) -> None:
-        """Take in a step, before its update. Collective."""
-        found = torch.zeros(2, len(self._plan.gates), dtype=torch.float64, device=gating.device)
+    def watch(self, gating: Gating, grad: Tensor) -> None:
+        """Take in a step, before W * M is written anew. grad: dL/dsigma, (G,). Collective."""
+        squares = torch.zeros(len(self._plan.gates), dtype=torch.float64, device=gating.device)
         for tensor, products in self._products(gating):
             for cover in self._plan.covers[tensor]:
-                found[0, cover.gate] += products.sum(dtype=torch.float64)
-                found[1, cover.gate] += products.square().sum(dtype=torch.float64)
-        self.add(gating.communicator.sum_(found.float()).double().cpu())
+                squares[cover.gate] += products.square().sum(dtype=torch.float64)
+        self.add(grad, gating.communicator.sum_(squares.float()).double().cpu())
 
-    def add(self, found: Tensor) -> None:
-        """Count a step. found: the sums of G W M, and of its squares, by gate, (2, G)."""
-        self._sums += torch.stack([found[0].square(), found[1]])
+    def add(self, grad: Tensor, squares: Tensor) -> None:
+        """Count a step. grad: dL/dsigma; squares: the sum of (G W M)^2 of each gate; both (G,)."""
+        self._sums += torch.stack([grad.double().square(), squares])
         self.num_steps += 1
 
     def _products(self, gating: Gating) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, few_of
 from leap_dist.models.body import is_head
 
 if TYPE_CHECKING:
@@ -89,4 +89,4 @@ def _listed(keys: Collection[str], shapes: Mapping[str, tuple[tuple[int, ...], t
     """The first names, with both shapes where they differ, and how many more there are."""
     names = sorted(keys)
     shown = [f"{key} ({shapes[key][0]}, not {shapes[key][1]})" if key in shapes else key for key in names[:SHOWN]]
-    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return few_of([*shown, *names[SHOWN:]], SHOWN)

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from leap_dist.config.leap import GateConfig, LeapConfig
 from leap_dist.core.gates import GatePlan, pattern_of
 from leap_dist.core.inputs import Axes
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, few_of
 from leap_dist.models.families import is_conv1d, is_fused
 from leap_dist.models.views import Owner, Owners, Shape, are_transposed
 from leap_dist.ops.slices import Slice
@@ -53,7 +53,7 @@ def resolve_start(model: nn.Module, plan: GatePlan, config: LeapConfig) -> Start
     axes = {name: own for name, own in found.items() if own is not None}
     hidden = [name for name in counted if name not in axes and not (axes and _of_stream_alone(plan, name))]
     if hidden:
-        few = ", ".join(hidden[:3]) + (f" and {len(hidden) - 3} more" if len(hidden) > 3 else "")
+        few = few_of(hidden)
         if automatic:
             return _by_magnitude(config, f"no module shows the inputs of {few}")
         raise UserError(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from leap_dist.config.json_file import read_json
 from leap_dist.core.fixed import ALLOWED, START, Fixed, Shape, unpack
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, few_of
 
 PACKED, INDEX = "masks.safetensors", "masks.json"
 PERMUTED = "permuted"  # in INDEX: the name of the order that leap.permute put the model's columns in
@@ -53,9 +53,12 @@ def read_masks(key: str, path: Path, shapes: Mapping[str, Shape], model_order: s
     names = {name: _own_name(name, shapes) for name in packed}
     unknown = [name for name, own in names.items() if own is None]
     if unknown or not names:
-        few = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         near = ", ".join(list(shapes)[:3])
-        what = f"has masks of {few}, which the model does not have; its" if unknown else "has no masks; the model's"
+        what = (
+            f"has masks of {few_of(unknown)}, which the model does not have; its"
+            if unknown
+            else "has no masks; the model's"
+        )
         raise UserError(f"{key}: {path} {what} tensors are called {near} and so on; give the mask of this model")
     found: dict[str, Tensor] = {}
     for name, own in names.items():
