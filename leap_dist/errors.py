@@ -1,5 +1,6 @@
 """Errors that are the user's to mend."""
 
+import errno
 import re
 import sys
 import traceback
@@ -10,6 +11,10 @@ from leap_dist.secrets import hide_secrets
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What moves the cursor, colours, rings, or turns the direction of writing; a tab and a new line are none of it."""
+
+
+UNUSABLE = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS}
+"""Of errors about a path that no code of ours asked for: the user gave it, and another one will do."""
 
 
 class UserError(ValueError):
@@ -47,6 +52,9 @@ def printable(text: str) -> str:
 
 
 def show_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """For sys.excepthook: the traceback of a fault of ours, without secrets."""
-    text = "".join(traceback.format_exception(kind, error, trace))
+    """For sys.excepthook: the traceback of a fault of ours, or the path that cannot be used, without secrets."""
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+        text = f"error: {error.filename}: {error.strerror}; give a path that can be used\n"
+    else:
+        text = "".join(traceback.format_exception(kind, error, trace))
     print(printable(hide_secrets(text)), end="", file=sys.stderr)

@@ -6,6 +6,9 @@ import base64
 import html
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -14,6 +17,7 @@ from leap_dist.config.job_file import parse_job
 from leap_dist.errors import UserError
 from leap_dist.secrets import hide_secrets, must_quote
 
+ROOT = Path(__file__).resolve().parents[1]
 SECRETS = {
     "postgresql://user:secret@host/db": "postgresql://***@host/db",
     "postgresql://user:se/cr:et@host/db": "postgresql://***@host/db",
@@ -192,3 +196,13 @@ def test_an_address_that_clients_read_in_two_ways_is_refused(
 )
 def test_an_address_that_is_read_in_one_way_is_taken(uri: str) -> None:
     assert must_quote(uri) == ""
+
+
+@pytest.mark.parametrize("option", ["--output", "--config"])
+def test_a_path_that_no_file_system_takes_is_one_message(option: str, tmp_path: Path) -> None:
+    options = {"--config": "configs/ds_leap.json", "--output": str(tmp_path / "run")} | {option: "a" * 300}
+    command = [sys.executable, "launch/prune.py", *(part for pair in options.items() for part in pair)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert "aaa" in done.stderr and ": File name too long; give a path that can be used" in done.stderr
+    assert "Traceback" not in done.stderr
