@@ -15,7 +15,7 @@ Needs the data folder (../shared/data or $LEAP_DATA). Writes tests/bench/results
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,19 @@ def job_of(model: Path, files: dict[str, list[str]], steps: int, leap: dict[str,
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its "leap" section beside target and gates; `fixed`: with the masks of this one-shot cell."""
+    """One run: its "leap" section beside target and gates; `fixed`: with the masks of this one-shot cell; `others`:
+    more keys of its job."""
 
     kind: str
     name: str
     leap: dict[str, Any]
     fixed: str | None = None
     steps: int = STEPS
+    others: dict[str, Any] = field(default_factory=dict)
 
     def folder(self, out: Path) -> Path:
         """Of the run."""
-        long = "" if self.steps == STEPS else "long_"
+        long = "long_" if self.steps == LONG else ""
         return out / self.kind.replace(":", "_") / (long + self.name.replace(",", "").replace(" ", "_"))
 
 
@@ -81,6 +83,13 @@ TRAINED = [
     ("leap from activation", {"score_init": "activation"}),
     ("leap from magnitude", {"score_init": "magnitude"}),
     ("movement", {"rule": "movement"}),
+]
+LEVERS: list[tuple[str, dict[str, Any]]] = [  # what the budget makes smaller, whole
+    ("whole budget", {"tokens_per_step": None}),
+    ("whole score rate", {"score_learning_rate": 2e-3}),
+    ("whole threshold rate", {"threshold_learning_rate": 0.178}),
+    ("equal shares", {"threshold_learning_rate": 1e-9}),
+    ("own moments", {"score_moments": "own"}),
 ]
 FROZEN = [
     ("gumbel, frozen", {"rule": "gumbel", "score_init": "activation", "weights": "frozen"}),
@@ -106,6 +115,9 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
     if "element" in kinds:
         yield Cell("element", "leap", {}, steps=LONG)
         yield Cell("element", "fixed mask by activation", {}, "one shot, activation", LONG)
+        yield from (Cell("element", f"leap, {name}", leap) for name, leap in LEVERS)
+        yield Cell("element", "leap, taught", {}, others={"distill": {"teacher": "self"}})
+        yield Cell("element", "leap, 2,048 tokens", {}, steps=STEPS // 4, others={"gradient_accumulation_steps": 4})
 
 
 def job(cell: Cell, out: Path, files: dict[str, list[str]]) -> dict[str, Any]:
@@ -113,7 +125,7 @@ def job(cell: Cell, out: Path, files: dict[str, list[str]]) -> dict[str, Any]:
     gates, target = GATES.get(cell.kind, (None, 1.0))
     leap = {"target": target, **({"gates": gates} if gates else {}), **cell.leap}
     if cell.fixed is None:
-        return job_of(out / "words/hf", files, cell.steps, leap)
+        return job_of(out / "words/hf", files, cell.steps, leap) | cell.others
     first = Cell(cell.kind, cell.fixed, {}).folder(out)  # a permuted model is in its run alone
     masks = export(first, first.with_name(first.name + "_masks"), ["mask"])
     return job_of(first / "model", files, cell.steps, {"start": str(masks)})
@@ -149,7 +161,7 @@ def result_of(cell: Cell, out: Path) -> dict[str, Any] | None:
     metrics = {"test": found["metrics"]["pruned"], "questions": other["metrics"]["pruned"]}
     shared = {key: found[key] for key in ("density", "masks_sha256", "versions")}
     leap = {"start": cell.fixed} if cell.fixed else cell.leap
-    return {"steps": 0 if "mode" in leap else cell.steps, "leap": leap, **shared, **metrics}
+    return {"steps": 0 if "mode" in leap else cell.steps, "leap": leap, **cell.others, **shared, **metrics}
 
 
 def write(out: Path) -> None:
