@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RESOLVED, CERTIFICATE, SCORES = "config.json", "certificate.json", "scores.json"
+DATA = "data.json"  # digests of the files that the run was started with, by key
 METRICS, JOURNAL = "metrics.jsonl", "mlflow.jsonl"
 MODEL, CHECKPOINTS, RANKS = "model", "checkpoints", ".ranks"
 REFERENCE = ".dense_reference"  # the dense model trained as long, until the run has ended

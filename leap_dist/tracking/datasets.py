@@ -1,4 +1,4 @@
-"""The data of a run as MLflow records it: where it is from, its digest and its size. No data is copied."""
+"""The data of a run: where it is from, its digest and its size, as MLflow records it. No data is copied."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leap_dist.config.sections import DataConfig, names_files
+from leap_dist.errors import UserError
 from leap_dist.tasks.base import Example, Task, TokenTable
 from leap_dist.tasks.files import files_of
 
@@ -28,13 +29,34 @@ def describe(data: DataConfig, task: Task) -> list[dict[str, Any]]:
     ]
 
 
+def file_digests(data: DataConfig) -> dict[str, str]:
+    """What the files of data.train and data.validation hold, by key; data sets of a hub are left out.
+
+    Raises UserError for a file that cannot be read.
+    """
+    found = {}
+    for context in ("train", "validation"):
+        try:
+            if files := _files(data, context):
+                found[f"data.{context}"] = _digest_of_files(files)
+        except OSError as error:
+            raise UserError(f"data.{context}: {error.filename}: {error.strerror or error}") from error
+    return found
+
+
+def _files(data: DataConfig, context: str) -> list[Path]:
+    """What a key names, where this is files."""
+    given = data.train if context == "train" else data.validation
+    local = given and (not data.dataset or (context == "validation" and names_files(given)))
+    return files_of(f"data.{context}", given or ()) if local else []
+
+
 def _values(data: DataConfig, name: str, context: str, examples: Sequence[Example]) -> dict[str, str]:
     given = data.train if context == "train" else data.validation
     source: dict[str, Any] = {"path": data.dataset or data.task, "config_name": data.subset}
     source["split"] = given[0] if given else None
     kind, profile = "hugging_face", {"num_rows": len(examples)}
-    if given and (not data.dataset or (context == "validation" and names_files(given))):
-        files = files_of(f"data.{context}", given)
+    if files := _files(data, context):
         digest, kind, source = _digest_of_files(files), "local", {"uri": os.path.commonpath(map(Path.resolve, files))}
     elif data.streaming and context == "train":  # nobody has seen all of it
         digest, profile = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:DIGEST], {}

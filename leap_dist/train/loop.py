@@ -78,7 +78,7 @@ def _run(job: Job, output: Path, resumes: bool) -> dict[str, Any]:
     tags = tags_of(job, output) if ranks.first else {}
     with (
         Tracker(config.tracking, settings, ranks.first, run_id, tags, folder=output) as tracker,
-        prepared(output, settings, state.start) if ranks.first else nullcontext() as writer,
+        prepared(output, settings, state.start, config.data) if ranks.first else nullcontext() as writer,
     ):
         try:
             if ranks.first:

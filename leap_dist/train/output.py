@@ -15,16 +15,31 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
+from leap_dist.checkpoint.folders import latest_checkpoint
 from leap_dist.config.job_file import parse_job
+from leap_dist.config.json_file import read_json
 from leap_dist.config.leap import BY_INPUTS
 from leap_dist.config.section import show
-from leap_dist.config.sections import UNRELATED_TO_RESULT, JobConfig
+from leap_dist.config.sections import UNRELATED_TO_RESULT, DataConfig, JobConfig
 from leap_dist.console import console
 from leap_dist.errors import UserError
 from leap_dist.files import is_free, nearest, takes_files
-from leap_dist.run_folder import CERTIFICATE, JOURNAL, METRICS, RANKS, REFERENCE, RESOLVED, job_in, steps_in
+from leap_dist.run_folder import (
+    CERTIFICATE,
+    CHECKPOINTS,
+    DATA,
+    JOURNAL,
+    METRICS,
+    RANKS,
+    REFERENCE,
+    RESOLVED,
+    RESTORE,
+    job_in,
+    steps_in,
+)
 from leap_dist.secrets import hide_in
 from leap_dist.tracking.completion import complete, is_incomplete
+from leap_dist.tracking.datasets import file_digests
 from leap_dist.train.batches import examples_per_step
 from leap_dist.train.folder_writer import FolderWriter, needed
 
@@ -57,6 +72,8 @@ def check_output(output: Path, resume: bool, config: JobConfig, world_size: int)
         lock(output).close()
         accepted = _check_same_job(option, output, before, as_logged(config, world_size), world_size)
         anew = config.leap.mode == "one_shot"
+        if not anew and latest_checkpoint(output / CHECKPOINTS) is not None:
+            check_same_data(option, output, config)
         _tell(output, accepted, "" if resume else "starts anew" if anew else "is resumed")
         return True
     if resume and not (output / REFERENCE / RESOLVED).is_file():  # which is resumed by itself
@@ -83,6 +100,19 @@ def check_same_job(option: str, output: Path, config: JobConfig, world_size: int
             "or remove it"
         )
     return _check_same_job(option, output, before, as_logged(config, world_size), world_size)
+
+
+def check_same_data(option: str, output: Path, config: JobConfig) -> None:
+    """Raises UserError if the files of a run's data hold something else than when it was started."""
+    file = output / DATA
+    if not file.is_file():  # no files of its own, or of a version that wrote none
+        return
+    before, now = read_json(file, RESTORE), file_digests(config.data)
+    if changed := [key for key in sorted(before.keys() & now.keys()) if before[key] != now[key]]:
+        raise UserError(
+            f"{option}: the run in {output} was started with other data: the files of {' and '.join(changed)} have "
+            "changed since; set them back, or choose another folder"
+        )
 
 
 def _is_as_new(output: Path) -> bool:
@@ -196,11 +226,13 @@ def lock(output: Path) -> IO[str]:
 
 
 @contextmanager
-def prepared(output: Path, settings: Mapping[str, Any], start: int) -> Iterator[FolderWriter]:
+def prepared(output: Path, settings: Mapping[str, Any], start: int, data: DataConfig) -> Iterator[FolderWriter]:
     """Make the run folder, or cut the metrics of a resumed run back to its checkpoint; ours alone in this block."""
     with lock(output) as file:
         writer = FolderWriter(output, file)
         writer.text(RESOLVED, json.dumps(settings, indent=2) + "\n")
+        if digests := file_digests(data):
+            writer.text(DATA, json.dumps(digests, indent=2) + "\n")
         metrics = output / METRICS
         if metrics.exists():
             lines = metrics.read_text("utf-8").splitlines(keepends=True)

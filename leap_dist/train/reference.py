@@ -22,7 +22,7 @@ from leap_dist.tracking.mlflow import Tracker, check_store_answers
 from leap_dist.train.evaluate import evaluate
 from leap_dist.train.guards import Heartbeats
 from leap_dist.train.job import build_job, let_go
-from leap_dist.train.output import as_logged, check_output, check_same_job, prepared, same_result
+from leap_dist.train.output import as_logged, check_output, check_same_data, check_same_job, prepared, same_result
 from leap_dist.train.steps import resume_from_newest, train
 from leap_dist.train.watch import Watch
 from leap_dist.zero.ranks import Ranks
@@ -44,7 +44,7 @@ def dense_reference(config: JobConfig, output: Path, ranks: Ranks, watch: Watch)
     if watch.references is not None:
         folder = watch.references / same_result(as_logged(dense, ranks.world_size))
     with _in_turn(folder, ranks) if watch.references is not None else nullcontext():
-        known = ranks.on_first(lambda: _result(folder, dense, ranks.world_size))
+        known = ranks.on_first(lambda: finished_reference(folder, dense, ranks.world_size))
         if known is not None:
             return known
         resumes = ranks.on_first(lambda: check_output(folder, False, dense, ranks.world_size))
@@ -85,12 +85,13 @@ def _entered(folder: Path, held: ExitStack) -> bool:
     return True
 
 
-def _result(folder: Path, dense: JobConfig, world_size: int) -> Metrics | None:
+def finished_reference(folder: Path, dense: JobConfig, world_size: int) -> Metrics | None:
     """The metrics of a reference that is done; None if it is not. Raises UserError if it was of another job."""
     file = folder / RESULT
     if not file.is_file():
         return None
     check_same_job("--output", folder, dense, world_size)
+    check_same_data("--output", folder, dense)
     remedy = f"remove {folder} to train the dense reference again"
     try:
         return TypeAdapter(Metrics).validate_python(read_json(file, remedy, finite=False))
@@ -106,7 +107,7 @@ def _trained(dense: JobConfig, folder: Path, resumes: bool, ranks: Ranks, watch:
         if resumes:
             resume_from_newest(job, checkpoints)
         settings = as_logged(job.config, ranks.world_size)
-        with prepared(folder, settings, job.state.start) if ranks.first else nullcontext() as writer:
+        with prepared(folder, settings, job.state.start, dense.data) if ranks.first else nullcontext() as writer:
             with Heartbeats(folder / RANKS, ranks, dense.train.collective_timeout) as job.state.heartbeats:
                 train(job, Tracker(dense.tracking, {}, enabled=False), folder, checkpoints, writer)
                 metrics = evaluate(job.engine, job.task, dense.train.eval_batch_size, ranks)

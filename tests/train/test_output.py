@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from leap_dist.checkpoint.manifest import MANIFEST
 from leap_dist.config.job_file import parse_job
 from leap_dist.errors import UserError
 from leap_dist.train.output import as_logged, check_output, lock, prepared
+from leap_dist.train.reference import finished_reference
 from tests.sweep.jobs import JOB
 
 
@@ -21,7 +23,8 @@ def checked(output: Path, resume: bool = False, ranks: int = 1, **changes: Any) 
 
 def begin(output: Path, ranks: int = 1, **changes: Any) -> None:
     """What a run has left that was killed."""
-    with pytest.raises(KeyboardInterrupt), prepared(output, as_logged(parse_job(JOB | changes), ranks), 0):
+    job = parse_job(JOB | changes)
+    with pytest.raises(KeyboardInterrupt), prepared(output, as_logged(job, ranks), 0, job.data):
         raise KeyboardInterrupt
 
 
@@ -90,7 +93,8 @@ def test_settings_that_are_newer_than_a_run_have_their_defaults(tmp_path: Path) 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     words = r"--output: another process is writing to .*; wait for it to end"
-    with prepared(tmp_path, as_logged(parse_job(JOB), 1), 0), pytest.raises(UserError, match=words):
+    job = parse_job(JOB)
+    with prepared(tmp_path, as_logged(job, 1), 0, job.data), pytest.raises(UserError, match=words):
         checked(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     lock(tmp_path).close()
@@ -109,7 +113,7 @@ def test_a_folder_of_a_run_that_was_killed_at_its_very_start_is_as_new(tmp_path:
 def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    with prepared(tmp_path, {}, 2):
+    with prepared(tmp_path, {}, 2, parse_job(JOB).data):
         assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -147,3 +151,27 @@ def test_a_link_in_place_of_our_files_is_refused_and_what_it_leads_to_is_left(tm
     (folder / ".ranks").write_text("")
     with pytest.raises(UserError, match=r"--output: .*\.ranks is a link, or holds one"):
         checked(folder)
+
+
+def test_a_run_is_not_resumed_with_files_that_hold_something_else(tmp_path: Path) -> None:
+    """Nor is its dense reference taken; before the first checkpoint, and without a finished one, nothing is lost."""
+    run, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text("one\n")
+    data = {"task": "lm", "train": str(tmp_path / "te*.txt"), "validation": str(text), "tokenizer": str(tmp_path)}
+    begin(run, data=data)
+    text.write_text("two\n")
+    assert checked(run, data=data)
+    begin(run, data=data)
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000002" / MANIFEST).write_text("{}")
+    (run / "metrics.json").write_text('{"loss": 1.0}')
+    job = parse_job(JOB | {"data": data})
+    assert checked(run, data=data) and finished_reference(run, job, 1) == {"loss": 1.0}
+    text.write_text("three\n")
+    words = (
+        rf"--output: the run in {run} was started with other data: the files of data\.train and"
+    )
+    with pytest.raises(UserError, match=words):
+        checked(run, data=data)
+    with pytest.raises(UserError, match=words):
+        finished_reference(run, job, 1)
