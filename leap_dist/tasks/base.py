@@ -78,8 +78,8 @@ class Task:
     """Longest example in tokens: a model needs at least as many positions. None: not known."""
     pad_id: int | None = None
     """The token that pads: a classifier that takes the last word that is none has to know it."""
-    augment: Callable[[Batch, torch.Generator], Batch] | None = None
-    """Applied to collated training batches, all chance from the generator. None: they are left as they are."""
+    augment: Callable[[Batch, Sequence[torch.Generator]], Batch] | None = None
+    """Applied to collated training batches, all chance from a row's generator. None: they are left as they are."""
     stream: ExampleStream | None = None
     """Training examples in place of `train`, which is empty then."""
 

@@ -140,19 +140,23 @@ class Masking:
     vocab_size: int
     special: Tensor = field(repr=False)
 
-    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """The batch with words left out and labels for them; at least one in every row that has a word."""
+    def __call__(self, batch: Batch, chances: Sequence[torch.Generator]) -> Batch:
+        """The batch with words left out and labels for them; at least one in every row that has a word. `chances`: of
+        each row."""
         ids = batch["input_ids"]
-        chance = torch.rand(ids.shape, generator=generator)
+        chance, kind, words = map(torch.stack, zip(*map(self._draw, chances, ids), strict=True))
         chance = chance.masked_fill(torch.isin(ids, self.special) | (batch["attention_mask"] == 0), 2.0)
         chosen = (chance < self.probability) | ((chance == chance.amin(-1, keepdim=True)) & (chance < 1))
-        kind = torch.rand(ids.shape, generator=generator)
-        words = torch.randint(self.vocab_size, ids.shape, generator=generator)
         changed = torch.where(kind < 0.8, self.mask_id, torch.where(kind < 0.9, words, ids))
         return batch | {
             "input_ids": torch.where(chosen, changed, ids),
             "labels": ids.masked_fill(~chosen, IGNORED),
         }
+
+    def _draw(self, generator: torch.Generator, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For every token: its chance to be chosen, what becomes of it then, and another word."""
+        chance, kind = (torch.rand(len(row), generator=generator) for _ in range(2))
+        return chance, kind, torch.randint(self.vocab_size, (len(row),), generator=generator)
 
 
 def _masking(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Masking:
@@ -168,7 +172,8 @@ def _masked(table: TokenTable, masking: Masking, seed: int) -> TokenTable:
     keys = ("input_ids", "attention_mask")
     flat = {key: torch.from_numpy(table.columns[key])[None].long() for key in keys}
     rows = [
-        masking({key: ids[:, a:b] for key, ids in flat.items()}, generator) for a, b in pairwise(table.starts.tolist())
+        masking({key: ids[:, a:b] for key, ids in flat.items()}, [generator])
+        for a, b in pairwise(table.starts.tolist())
     ]
     new = {key: torch.cat([row[key][0] for row in rows]).int().numpy() for key in (*keys, "labels")}
     return TokenTable({**new, "starts": table.starts})

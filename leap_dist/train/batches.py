@@ -88,11 +88,16 @@ class Batches:
         for number in range(self._accumulation):
             position = (within * self._accumulation + number) * self._ranks.world_size + self._ranks.rank
             rows = self._order[position * self._micro_batch : (position + 1) * self._micro_batch].tolist()
-            place = (step, number, self._ranks.rank)
+            place = step, position * self._micro_batch % self._per_step
             batches.append(
                 batch_of(self._task, [self._task.train[row] for row in rows], self._seed, place, self._ranks)
             )
         return batches
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a training example."""
+        return float(self._lengths.mean())
 
     def examples(self, num: int) -> list[Example]:
         """Some training examples, `num` at most, the same on every rank."""
@@ -105,7 +110,8 @@ class Batches:
         num = as_many_on_each(num, self._ranks)
         for number in range(self._ranks.rank, min(num, len(order) // self._micro_batch), self._ranks.world_size):
             rows = order[number * self._micro_batch : (number + 1) * self._micro_batch].tolist()
-            yield batch_of(self._task, [self._task.train[row] for row in rows], self._seed, (0, number, 0), self._ranks)
+            place = 0, number * self._micro_batch
+            yield batch_of(self._task, [self._task.train[row] for row in rows], self._seed, place, self._ranks)
 
 
 class StreamBatches:
@@ -150,9 +156,13 @@ class StreamBatches:
         examples = self._take(self._accumulation * ranks.world_size * micro, f"step {step + 1} of {self._total}")
         starts = [(number * ranks.world_size + ranks.rank) * micro for number in range(self._accumulation)]
         return [
-            batch_of(self._task, examples[start : start + micro], self._seed, (step, number, ranks.rank), ranks)
-            for number, start in enumerate(starts)
+            batch_of(self._task, examples[start : start + micro], self._seed, (step, start), ranks) for start in starts
         ]
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a training example, of the first step's. Collective."""
+        return float(lengths_of(self.examples(self._accumulation * self._micro_batch * self._ranks.world_size)).mean())
 
     def examples(self, num: int) -> list[Example]:
         """The first `num` training examples, the same on every rank; the steps begin with them, too. Collective."""
@@ -167,7 +177,7 @@ class StreamBatches:
         examples = self.examples(num * self._micro_batch)
         for number in range(self._ranks.rank, num, self._ranks.world_size):
             part = examples[number * self._micro_batch : (number + 1) * self._micro_batch]
-            yield batch_of(self._task, part, self._seed, (0, number, 0), self._ranks)
+            yield batch_of(self._task, part, self._seed, (0, number * self._micro_batch), self._ranks)
 
     def _take(self, count: int, purpose: str) -> list[Example]:
         return self._ranks.on_first(lambda: self._checked(self._stream.take(count, purpose)))
@@ -184,14 +194,21 @@ class StreamBatches:
 
 
 def batch_of(
-    task: Task, examples: Sequence[Example], seed: int, place: tuple[int, int, int], ranks: Ranks
+    task: Task, examples: Sequence[Example], seed: int, place: tuple[int, int], ranks: Ranks
 ) -> dict[str, Tensor]:
-    """The collated examples on the rank's device; `place` (step, micro-batch, rank) decides all chance in it."""
+    """The collated examples on the rank's device. `place`: the step, and the first example's number in it, which decide
+    all chance: it does not depend on how a step is cut into micro-batches and ranks.
+    """
     batch = task.collate(examples)
     if task.augment is not None:
-        state = np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)
-        batch = task.augment(batch, torch.Generator().manual_seed(int(state[0]) >> 1))
+        step, first = place
+        batch = task.augment(batch, [_chance(seed, step, first + row) for row in range(len(examples))])
     return {key: value.to(ranks.device) for key, value in batch.items()}
+
+
+def _chance(*place: int) -> torch.Generator:
+    state = np.random.SeedSequence(place).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
 def bucketed(lengths: np.ndarray, per_step: int, seed: int, epoch: int) -> np.ndarray:

@@ -86,7 +86,7 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING, begun: Pa
     )
     one_shot = config.leap.mode == "one_shot"
     total = 0 if one_shot else _total_steps(config, batches)
-    lengths = {"total_steps": total or None, "tokens_per_step": _tokens_per_step(config, task, ranks)}
+    lengths = {"total_steps": total or None, "tokens_per_step": _tokens_per_step(config, task, batches, ranks)}
     config = config.model_copy(update={"leap": config.leap.model_copy(update=lengths)})
     torch.manual_seed(config.train.seed)
     model = load_model(config.model, task, config.leap.frozen)
@@ -142,12 +142,12 @@ def _total_steps(config: JobConfig, batches: Batches | StreamBatches) -> int:
     return total
 
 
-def _tokens_per_step(config: JobConfig, task: Task, ranks: Ranks) -> int | None:
-    """As given, or of full blocks of text."""
+def _tokens_per_step(config: JobConfig, task: Task, batches: Batches | StreamBatches, ranks: Ranks) -> int | None:
+    """As given, or of text: conversations have tokens of their own, documents full blocks."""
     given = config.leap.tokens_per_step
-    if given != "auto" or task.problem != "causal_lm" or task.max_length is None:
+    if given != "auto" or task.problem != "causal_lm":
         return None if given == "auto" else given
-    return examples_per_step(config.deepspeed, ranks.world_size) * task.max_length
+    return round(examples_per_step(config.deepspeed, ranks.world_size) * batches.mean_length)
 
 
 def _load_teacher(config: JobConfig, task: Task, model: Any, tokenizer: "PreTrainedTokenizerBase | None") -> Any:

@@ -1,6 +1,6 @@
 """The optimizer steps of a run: trained, logged, saved, and compared with other runs at rungs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from leap_dist.checkpoint.checkpoints import Checkpoints
 from leap_dist.checkpoint.folders import latest_checkpoint
 from leap_dist.errors import UserError
+from leap_dist.ops.words import IGNORED
 from leap_dist.run_folder import CHECKPOINTS
 from leap_dist.tracking.mlflow import Tracker
 from leap_dist.train.evaluate import evaluate
@@ -91,16 +92,28 @@ def _ask(job: Job, rung: int, may_go_on: Callable[[int, Mapping[str, float]], bo
 
 
 def _train_step(job: Job, step: int, meter: Meter) -> torch.Tensor:
-    """One optimizer step; the mean loss over its micro-batches on this rank, detached."""
+    """One optimizer step; this rank's part of its loss, detached: the mean over ranks is that of the step."""
     batches = job.batches.step(step)
     total = torch.zeros((), device=job.ranks.device)
-    for batch in batches:
-        loss = _loss(job, batch)
+    for batch, share in zip(batches, _shares(job, batches), strict=True):
+        loss = _loss(job, batch) * share
         job.engine.backward(spoiled(loss))
         job.engine.step()
         total += loss.detach().float()
         meter.count(batch)
     return total / len(batches)
+
+
+def _shares(job: Job, batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """What each micro-batch's loss counts, fp32: its words with a label over those of an average one on all ranks.
+
+    So a step's loss is the mean over its words, however it is cut; where all micro-batches have as many these are ones.
+    """
+    if job.words is None:
+        return torch.ones(len(batches), device=job.ranks.device)
+    first = int(job.words.causal)  # the first word is nobody's to predict
+    counts = torch.stack([(batch["labels"][:, first:] != IGNORED).sum() for batch in batches]).double()
+    return (counts / job.ranks.mean(counts.mean()).clamp(min=1e-9)).float()
 
 
 def _loss(job: Job, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

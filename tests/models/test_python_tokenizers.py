@@ -62,7 +62,7 @@ def test_from_the_folder_to_the_loss(tokenizer: str, task: str, config: dict[str
     torch.manual_seed(0)
     loaded = load_model(model, made)
     batch = made.collate(made.train[:2])
-    batch = made.augment(batch, torch.Generator().manual_seed(0)) if made.augment else batch
+    batch = made.augment(batch, [torch.Generator().manual_seed(row) for row in range(2)]) if made.augment else batch
     assert torch.isfinite(loaded(**{key: ids for key, ids in batch.items() if key != "bytes"}).loss)
     judged = made.evaluation.predict(loaded, made.collate(list(made.validation["validation"])))
     assert all(torch.isfinite(values.float()).all() for values in judged.values())

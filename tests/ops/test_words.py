@@ -70,6 +70,21 @@ def test_in_bf16_it_is_as_near_as_all_logits_at_once() -> None:
         assert error <= 3.0 * usual + 1e-3 * right.grad.norm()
 
 
+def test_in_bf16_many_chunks_add_no_error_to_the_gradient_of_the_head() -> None:
+    """Summed in bf16 the gradient of 600 chunks was wrong by 3 %, where one product is by 0.2 %."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, WIDTH, generator=generator).bfloat16() for n in (600, VOCABULARY))
+    labels = torch.randint(0, VOCABULARY, (600,), generator=generator)
+    bias = torch.zeros(VOCABULARY, dtype=torch.bfloat16)
+    ours = [leaf.clone().requires_grad_() for leaf in (weight, bias)]
+    word_loss(hidden, labels, Head(*ours))[0].backward()
+    exact = [leaf.double().requires_grad_() for leaf in (weight, bias)]
+    by_autograd([hidden.double(), *exact], labels, None, None).backward()
+    for leaf, right in zip(ours, exact, strict=True):
+        assert leaf.grad is not None and right.grad is not None and leaf.grad.dtype == torch.bfloat16
+        assert (leaf.grad.double() - right.grad).norm() < 4e-3 * right.grad.norm()
+
+
 def test_a_frozen_head_gets_no_gradient_and_no_labels_no_loss() -> None:
     (hidden, weight, bias), labels, _ = inputs()
     word_loss(hidden, labels, Head(weight.detach(), bias.detach()))[0].backward()

@@ -238,12 +238,16 @@ def test_masked_blocks_stand_between_special_tokens(texts: Any, tokenizer: Any) 
     assert list(again) == list(blocks)
 
 
+def chances(seed: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(400 * seed + row) for row in range(400)]
+
+
 def test_how_many_words_are_left_out_and_how(texts: Any, tokenizer: Any) -> None:
     task = load_task(texts(f"{WORDS} " * 20, task="mlm", max_length=64, mask_probability=0.3), tokenizer)
     batch = task.collate([task.train[0]] * 400)
     ids = batch["input_ids"]
     assert "labels" not in batch and task.augment is not None
-    masked = task.augment(batch, torch.Generator().manual_seed(3))
+    masked = task.augment(batch, chances(3))
     chosen = masked["labels"] != IGNORED
     assert torch.equal(masked["labels"][chosen], ids[chosen])
     assert torch.equal(masked["input_ids"][~chosen], ids[~chosen])
@@ -252,8 +256,8 @@ def test_how_many_words_are_left_out_and_how(texts: Any, tokenizer: Any) -> None
     new = masked["input_ids"][chosen]
     assert (new == 12).float().mean().item() == pytest.approx(0.8 + 0.1 / 13, abs=0.02)
     assert (new == ids[chosen]).float().mean().item() == pytest.approx(0.1 + 0.1 / 13, abs=0.02)
-    same = task.augment(batch, torch.Generator().manual_seed(3))
-    other = task.augment(batch, torch.Generator().manual_seed(4))
+    same = task.augment(batch, chances(3))
+    other = task.augment(batch, chances(4))
     assert torch.equal(same["input_ids"], masked["input_ids"]) and not torch.equal(other["labels"], masked["labels"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,20 @@ def test_a_step_has_the_same_examples_however_it_is_spread(layout: tuple[int, in
         assert seen == sorted(rows_of(whole.step(step)))
 
 
+def test_chance_does_not_depend_on_how_a_step_is_spread() -> None:
+    def drawn(world: int, micro: int, number: int) -> dict[int, float]:
+        ranks = [Ranks(rank, world, torch.device("cpu")) for rank in range(world)]
+        batches = [batch for own in ranks for batch in Batches(task(103, mark), micro, number, 5, own).step(7)]
+        return dict(zip(rows_of(batches), torch.cat([batch["labels"] for batch in batches]).tolist(), strict=True))
+
+    def mark(batch: dict[str, torch.Tensor], chances: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
+        return batch | {"labels": torch.stack([torch.rand((), generator=chance) for chance in chances])}
+
+    whole = drawn(1, 12, 1)
+    assert len(set(whole.values())) == 12
+    assert all(drawn(*layout) == whole for layout in [(1, 4, 3), (2, 2, 3), (3, 1, 4), (6, 2, 1)])
+
+
 @pytest.mark.parametrize(
     ("given", "world", "micro_batches"),
     [
@@ -128,17 +143,17 @@ def test_examples_of_one_length_are_left_as_they_are() -> None:
     assert order.tolist() == permutation(100, 3, 1)[:96]
 
 
-def test_chance_in_a_batch_is_decided_by_seed_step_place_and_rank() -> None:
-    def draw(batch: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        return batch | {"labels": torch.randint(2**40, (1,), generator=generator)}
+def test_chance_in_a_batch_is_decided_by_seed_step_and_place() -> None:
+    def draw(batch: dict[str, torch.Tensor], chances: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
+        return batch | {"labels": torch.stack([torch.randint(2**40, (), generator=chance) for chance in chances])}
 
     def draws(seed: int, rank: int, steps: list[int]) -> list[int]:
         batches = Batches(task(103, draw), 2, 2, seed, Ranks(rank, 2, torch.device("cpu")))
-        return [int(batch["labels"]) for step in steps for batch in batches.step(step)]
+        return [mark for step in steps for batch in batches.step(step) for mark in batch["labels"].tolist()]
 
     found = draws(1, 0, [0, 1]) + draws(1, 1, [0, 1]) + draws(2, 0, [0, 1])
-    assert len(set(found)) == 12
-    assert draws(1, 0, [1]) == found[2:4]
+    assert len(set(found)) == 24
+    assert draws(1, 0, [1]) == found[4:8]
 
 
 def test_too_few_examples() -> None:

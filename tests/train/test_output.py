@@ -168,9 +168,7 @@ def test_a_run_is_not_resumed_with_files_that_hold_something_else(tmp_path: Path
     job = parse_job(JOB | {"data": data})
     assert checked(run, data=data) and finished_reference(run, job, 1) == {"loss": 1.0}
     text.write_text("three\n")
-    words = (
-        rf"--output: the run in {run} was started with other data: the files of data\.train and"
-    )
+    words = rf"--output: the run in {run} was started with other data: the files of data\.train and"
     with pytest.raises(UserError, match=words):
         checked(run, data=data)
     with pytest.raises(UserError, match=words):
