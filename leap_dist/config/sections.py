@@ -283,6 +283,17 @@ class DistillConfig(Section):
     """The teacher's layer for each of ours, counted from 0; "auto": spread evenly over the teacher's depth."""
     _home = field_validator("teacher")(with_home)
 
+    @staticmethod
+    def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
+        found: list[Conflict] = []
+        if raw.get("alpha") == 0:
+            found.append(("alpha", "got 0, with which a teacher has no effect; allowed: more, or remove the section"))
+        inner = [raw.get(key) for key in ("hidden_weight", "attention_weight")]
+        if raw.get("layers", "auto") != "auto" and inner == [0, 0]:
+            problem = "which has no effect where hidden_weight and attention_weight are 0: remove it"
+            found.append(("layers", f"got {show(raw['layers'])}, {problem}"))
+        return found
+
 
 def default_store() -> str:
     """What MLflow's own variable names, or a file in the working directory."""

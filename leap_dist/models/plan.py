@@ -184,6 +184,8 @@ class _Maker:
         found = [s for s in found if s.name in names]
         if not found:
             raise UserError(f"{key}: leap.include and leap.exclude leave no block with a {kind}; change them")
+        if kind in ("layer", "expert"):
+            self._check_whole(key, found)
         return self._layer_gates(found) if kind == "layer" else [self._gate(s) for s in found]
 
     def _depth(self, key: str, entry: GateConfig) -> list[Gate]:
@@ -244,6 +246,19 @@ class _Maker:
     def _wanted(self, structure: Structure) -> bool:
         """Whether the tensors of a block are trained, included and not excluded."""
         return self._taken({part.tensor for part in structure.parts if part.counted})
+
+    def _check_whole(self, key: str, found: Sequence[Structure]) -> None:
+        """Raises UserError where a part that works on without the others is not trained: no mask can set it to 0."""
+        for structure in found:
+            part = next((part.tensor for part in structure.parts if part.tensor not in self.shapes), None)
+            if part is not None:
+                effect = (
+                    "tokens would go to removed ones" if structure.kind == "expert" else "would stay of removed ones"
+                )
+                raise UserError(
+                    f"{key}: got {structure.kind!r}, but {part} is not trained, and {effect}; call "
+                    f"requires_grad_(True) on it, or leave {structure.name} out in {key}.exclude"
+                )
 
     def _taken(self, counted: set[str]) -> bool:
         included = counted if self.included is None else set(self.included)

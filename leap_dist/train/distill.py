@@ -7,11 +7,13 @@ version combined them. Padding, pruned heads and pruned dimensions take no part 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from leap_dist.config.family import FamilyConfig
 from leap_dist.config.sections import DistillConfig
@@ -44,6 +46,11 @@ class Distiller:
     ) -> None:
         self.config, self.teacher, self.engine, self.task = config, teacher, engine, task
         self.layers, self._heads = list(layers), list(heads)
+        if task.problem == "regression" and config.temperature != DistillConfig().temperature:
+            raise UserError(
+                f"distill.temperature: got {config.temperature}; the answers of a regression are numbers, which "
+                "nothing softens: remove it"
+            )
         causal = task.problem == "causal_lm"
         sharded = isinstance(getattr(teacher, "module", None), nn.Module)  # its head is whole in its own pass alone
         by_chunks = task.problem in ("causal_lm", "masked_lm") and not sharded
@@ -56,13 +63,16 @@ class Distiller:
         config = self.config
         shown = {"output_hidden_states": config.hidden_weight > 0, "output_attentions": config.attention_weight > 0}
         by_chunks = self._words is not None and self._words.fits(batch) and self._teacher_words.fits(batch)
-        loss, parts, student, teacher = self._by_chunks(batch, shown) if by_chunks else self._whole(batch, shown)
+        undropped = Undropped()
+        with undropped if config.attention_weight else nullcontext():
+            loss, parts, student, teacher = self._by_chunks(batch, shown) if by_chunks else self._whole(batch, shown)
         mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
         inside: dict[str, Tensor] = {}
         if config.hidden_weight:
             inside["loss_hidden"] = config.hidden_weight * self._hidden(student, teacher, mask)
         if config.attention_weight:
-            inside["loss_attention"] = config.attention_weight * self._attention(student, teacher, mask)
+            seen = [undropped.before(each) for each in student.attentions]
+            inside["loss_attention"] = config.attention_weight * self._attention(seen, teacher.attentions, mask)
         self.parts = {name: part.detach().float() for name, part in {**parts, **inside}.items()}
         return loss + config.alpha * sum(inside.values())
 
@@ -116,7 +126,7 @@ class Distiller:
         gate = next((i for i, gate in enumerate(leap.plan.gates) if gate.granularity == "hidden"), None)
         return None if gate is None else leap.gating.unit_mask[leap.plan.units(gate)]
 
-    def _attention(self, student: Any, teacher: Any, mask: Tensor) -> Tensor:
+    def _attention(self, student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
         """Squared distance of the attention weights of a query, summed over keys; its mean over queries and heads left.
 
         Attention weights have shape (batch, heads, queries, keys).
@@ -124,7 +134,7 @@ class Distiller:
         queries = mask.bool()
         distances = []
         for ours, theirs in enumerate(self.layers):
-            difference = student.attentions[ours].float() - teacher.attentions[theirs].float()
+            difference = student[ours].float() - teacher[theirs].float()
             each = difference.square().sum(-1).transpose(1, 2)[queries]  # (queries, heads)
             kept = self._kept_heads(ours, each.shape[1]).to(each.device)
             distances.append(each[:, kept].mean() if kept.any() else each.sum() * 0.0)
@@ -138,6 +148,27 @@ class Distiller:
         leap = self.engine.leap
         units = leap.gating.unit_mask[leap.plan.units(gate)].cpu()
         return units.repeat_interleave(num_heads // len(units))
+
+
+class Undropped(TorchFunctionMode):
+    """While it is entered, remembers what attention weights were before dropout, after which models show them.
+
+    A student that equals its teacher would be pulled away from it by weights that dropout has scaled or set to 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.dropout and result.dim() == 4 and result.requires_grad:
+            self._before[id(result)] = result, args[0]
+        return result
+
+    def before(self, weights: Tensor) -> Tensor:
+        """Attention weights of any shape; as they are where no dropout was applied to them last."""
+        return self._before.get(id(weights), (weights, weights))[1]
 
 
 def head_gates(model: nn.Module, plan: GatePlan, family: FamilyConfig | None, num_layers: int) -> list[int | None]:

@@ -15,6 +15,7 @@ from leap_dist.core.gates import GatePlan
 from leap_dist.errors import UserError
 from leap_dist.models.families import prunable_matrices
 from leap_dist.models.plan import make_plan, match_names
+from tests.models.tiny import tiny
 
 LAYER = "bert.encoder.layer.{}."
 LINEARS = (
@@ -86,6 +87,23 @@ def test_a_frozen_bias_is_not_taken_along() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model.get_parameter("0.bias").requires_grad_(False)
     assert list(plan(model, gates=["row"]).covers) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "frozen", "effect"),
+    [
+        ("mixtral", "expert", "model.layers.1.mlp.gate.weight", "tokens would go to removed ones"),
+        ("bert", "layer", "encoder.layer.1.output.dense.bias", "would stay of removed ones"),
+    ],
+)
+def test_a_frozen_part_that_outlives_its_unit_is_refused(model_type: str, kind: str, frozen: str, effect: str) -> None:
+    model = tiny(model_type, "AutoModel" if kind == "layer" else "AutoModelForCausalLM")
+    model.get_parameter(frozen).requires_grad_(False)
+    block = frozen.rpartition(".mlp.")[0] + ".mlp" if kind == "expert" else "encoder.layer.1.ffn"
+    words = rf"^leap\.gates\[0\]: got '{kind}', but {frozen} is not trained, and {effect}; call .* leave {block} out in"
+    with pytest.raises(UserError, match=words):
+        plan(model, gates=[kind])
+    assert plan(model, gates=[{"granularity": kind, "exclude": [block]}]).gates
 
 
 def test_another_module_gives_all_linear_weights_but_the_last() -> None:
