@@ -170,6 +170,8 @@ def _wrong_values(step: int, saved: EngineState, plan: GatePlan) -> str:
     leap = saved.leap
     if leap.num_steps != step:
         return f"engine.leap.num_steps is {leap.num_steps}, the folder is of step {step}"
+    if not leap.num_left_out_dense <= leap.num_left_out <= step:
+        return f"engine.leap.num_left_out is {leap.num_left_out}; allowed: the number of steps at most"
     if not CALIBRATIONS[0] <= leap.calibration <= CALIBRATIONS[1]:
         return f"engine.leap.calibration is {leap.calibration}; allowed: {CALIBRATIONS[0]:g} to {CALIBRATIONS[1]:g}"
     if leap.kept_weights > plan.prunable or not leap.task_size >= 0.0:

@@ -54,6 +54,8 @@ class LeapState(ManifestPart):
     """`LeapAdamW.plain_state()`."""
 
     num_steps: Count
+    num_left_out: Count = 0
+    num_left_out_dense: Count = 0
     settled: bool
     started: bool = True  # as all were that an older version has saved
     given: dict[str, list[float]] = {}

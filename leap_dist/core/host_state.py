@@ -21,7 +21,6 @@ def leap_entry(optimizer: Any) -> dict[str, Any]:
     return {
         "of": made_by(optimizer),
         "progress": optimizer.plain_state(),
-        "num_left_out": optimizer.num_left_out,
         "unit_mask": optimizer.gating.unit_mask,
         "values": {"value": values.flat, **values.state},
         "inputs": {} if optimizer.inputs is None else {"inputs": optimizer.inputs.flat},
@@ -61,7 +60,7 @@ def restore(optimizer: Any, flats: Sequence[Tensor], saved: Mapping[str, Any]) -
         here.update({key: value for key, value in state.items() if not torch.is_tensor(value)})
     for group, loaded in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in loaded.items() if key != "params"})
-    optimizer.num_steps, optimizer.num_left_out = saved[LEAP]["progress"]["num_steps"], saved[LEAP]["num_left_out"]
+    optimizer.take_counts(saved[LEAP]["progress"])
     optimizer.level.take_plain_state(saved[LEAP]["progress"])
 
 

@@ -27,6 +27,7 @@ from leap_dist.core.stopwatch import Stopwatch
 from leap_dist.core.update import write_
 from leap_dist.errors import UserError
 
+COUNTED = "num_steps", "num_left_out", "num_left_out_dense"
 GATED = "leap_gated"  # key of a parameter group: True for the one that holds the gated tensors
 
 
@@ -71,7 +72,8 @@ class HostedOptimizer(torch.optim.Optimizer):
         self.config = config
         self.schedule = schedule_of(config, plan, fixed=fixed is not None)
         self.num_steps = 0
-        self.num_left_out = 0
+        self.num_left_out = 0  # steps without an update, which Adam does not count
+        self.num_left_out_dense = 0  # of them before the prune phase
         self.check_gradient = False  # whether step() looks if the gradient is finite; under ZeRO DeepSpeed has
         self.level = Level(plan, config, self.schedule, fixed, measure, prior)
         self.axes = axes
@@ -178,6 +180,16 @@ class HostedOptimizer(torch.optim.Optimizer):
         """The phase of the step that comes next."""
         return "settle" if self.settled else self.schedule.phase(self.num_steps)
 
+    @property
+    def next_update(self) -> int:
+        """The number of the update that comes next, from 1."""
+        return self.num_steps + 1 - self.num_left_out
+
+    @property
+    def next_pruning_update(self) -> int:
+        """The same, counted from the first of the prune phase."""
+        return self.next_update - (self.schedule.dense_end - self.num_left_out_dense)
+
     # Checkpoints of the host
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,13 +216,20 @@ class HostedOptimizer(torch.optim.Optimizer):
 
     def plain_state(self) -> dict[str, Any]:
         """What a checkpoint has to hold besides tensors, JSON-able."""
-        return {"num_steps": self.num_steps, **self.level.plain_state()}
+        counted = {key: getattr(self, key) for key in COUNTED}
+        return {**counted, **self.level.plain_state()}
+
+    def take_counts(self, saved: Mapping[str, Any]) -> None:
+        """The numbers of steps in a `plain_state()`; those of older versions count steps that were left out, too."""
+        for key in COUNTED:
+            setattr(self, key, saved.get(key, 0))
 
     @torch.no_grad()
     def load_plain_state(self, saved: Mapping[str, Any]) -> None:
         """Continue from `plain_state()`, after the state's tensors were put in place. Collective."""
-        self.num_steps, self._started = saved["num_steps"], True
+        self.take_counts(saved)
+        self._started = True
         for state in self.state.values():
-            state["step"] = self.num_steps
+            state["step"] = self.next_update - 1
         self._loaded.forget()
         self.level.load_plain_state(saved)

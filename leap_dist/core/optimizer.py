@@ -27,6 +27,7 @@ from leap_dist.core.phases import Phase
 from leap_dist.core.update import learn_, move_, update_, write_
 from leap_dist.errors import UserError
 from leap_dist.ops import dispatch as ops
+from leap_dist.ops.reference import Adam
 
 
 class LeapAdamW(HostedOptimizer):
@@ -36,6 +37,7 @@ class LeapAdamW(HostedOptimizer):
     that the group started with, or to "max_lr" where a scheduler has set that.
     """
 
+    overflow = False  # whether the last step was left out, as engines ask before they move their scheduler
     _communicated = 0, 0  # collectives and bytes of the last step
 
     @torch.no_grad()
@@ -51,6 +53,7 @@ class LeapAdamW(HostedOptimizer):
             self._take_over()
         for flat in (flat for group in self.param_groups for flat in group["params"]):
             self._loaded.check(flat, soft=self.level.soft_in_place is not None)
+        self.overflow = False
         if self.check_gradient and not self._gradient_is_finite():
             self.skip()
             return
@@ -73,9 +76,9 @@ class LeapAdamW(HostedOptimizer):
     def skip(self) -> None:
         """A step whose update is left out, on every rank, because its gradient is not finite; the schedule moves."""
         self.num_left_out += 1
+        self.num_left_out_dense += self.num_steps < self.schedule.dense_end
         self.num_steps += 1
-        for state in self.state.values():
-            state["step"] = self.num_steps
+        self.overflow = True
         self.level.gather()
 
     def _step_plain(self, group: dict[str, Any]) -> None:
@@ -107,25 +110,26 @@ class LeapAdamW(HostedOptimizer):
 
     def _update(self, group: dict[str, Any], phase: Phase) -> None:
         """Phases 1 and 2 of the step."""
-        step = self.num_steps + 1
-        adam = None if self.config.frozen else self.rates.weights(group, step)
+        adam = None if self.config.frozen else self.rates.weights(group, self.next_update)
         if soft := self.level.soft_in_place:
-            soft.learn_(adam, *(self.rates.scores(group, step, elementwise) for elementwise in (True, False)))
+            soft.learn_(adam, *(self._of_scores(group, elementwise) for elementwise in (True, False)))
         elif self.config.rule in ("magnitude", "gumbel") or self.settled:
             update_(self.gating, adam)
         else:
-            sigma_grad, unit_grad = learn_(self.gating, adam, self.rates.scores(group, step, elementwise=True))
+            sigma_grad, unit_grad = learn_(self.gating, adam, self._of_scores(group, elementwise=True))
             if self.config.rule == "leap" and not self.level.signal.is_known:
                 self.level.signal.watch(self.gating, sigma_grad)
             self._update_gates(group, phase, sigma_grad, unit_grad)
 
+    def _of_scores(self, group: dict[str, Any], elementwise: bool) -> Adam:
+        return self.rates.scores(group, self.next_update, self.next_pruning_update, elementwise)
+
     def _update_gates(self, group: dict[str, Any], phase: Phase, sigma_grad: Tensor, unit_grad: Tensor) -> None:
         """Phase 2 of the step: this rank's structured scores and thresholds."""
-        step = self.num_steps + 1
-        move_(self.gating, self.gating.own_scores, unit_grad, self.rates.scores(group, step, elementwise=False))
+        move_(self.gating, self.gating.own_scores, unit_grad, self._of_scores(group, elementwise=False))
         if phase != "prune" or self.config.rule != "leap":
             return
-        adam, heard = self.rates.thresholds(group, step), self.level.signal.heard(sigma_grad)
+        adam, heard = self.rates.thresholds(group, self.next_pruning_update), self.level.signal.heard(sigma_grad)
         if self.config.control == "paper":  # whose weight has its size also where all thresholds are held
             heard = heard + self.level.regulariser_gradient(sigma_grad, adam)
         sigma_grad = self.level.remaining.share_gradient(heard)

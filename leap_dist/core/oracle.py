@@ -109,6 +109,7 @@ class Oracle:
             self._scores_from_weights(scaled=True)
         self.masks = [torch.ones(gate.num_units, dtype=torch.bool) for gate in plan.gates]
         self.num_steps, self.calibration, self.settled = 0, 1.0, False
+        self.num_updates = self.num_pruning_updates = 0  # taken, in all and in the prune phase
         self.seed, self.prior = seed, prior  # prior: by gate, the mask that rule "gumbel" starts from
         self._rest = rest_of(plan, config.target)
         self.curve: Curve | None = None  # of the soft masks of rule "gumbel", where they are in place
@@ -175,10 +176,16 @@ class Oracle:
         assert self.sigma.grad is not None
         self.sigma.grad = self.remaining.share_gradient(self.sigma.grad).to(self.sigma)
         self._update({name: hosted[name].grad for name in self.plan.covers})
+        self.num_updates += 1
+        self.num_pruning_updates += self.schedule.phase(self.num_steps) != "dense"
         self.num_steps += 1
         if not self.settled and self.schedule.phase(self.num_steps - 1) != "dense":
             self._hold_level()
         return value.detach()
+
+    def skip(self) -> None:
+        """A step whose gradient is not finite: the schedule moves, and nothing else."""
+        self.num_steps += 1
 
     def _hold_silent(self, hosted: dict[str, Tensor]) -> None:
         """No gradient for thresholds of weights whose scale the loss does not depend on (core/signal.py)."""
@@ -208,7 +215,7 @@ class Oracle:
         if config.lambda_max == "auto":
             adam = self.threshold_optimizer.param_groups[0]
             beta1, beta2 = adam["betas"]
-            size = self.task_size.follow(self._task, beta2, self.num_steps + 1 - self.schedule.dense_end)
+            size = self.task_size.follow(self._task, beta2, self.num_pruning_updates + 1)
             scale = th.balanced_lambda(loss.item(), grad, size, adam["lr"], beta1)
         else:
             scale = th.adaptive_lambda(loss.item(), config.target, config.lambda_max, config.lambda_min)
@@ -252,8 +259,8 @@ class Oracle:
         grad = grad * mask if self.settled else grad
         first, second = beta1 * first + (1 - beta1) * grad, beta2 * second + (1 - beta2) * grad**2
         self.moments[name] = first, second
-        m = first / (1 - beta1 ** (self.num_steps + 1))
-        root = (second / (1 - beta2 ** (self.num_steps + 1))).sqrt()
+        m = first / (1 - beta1 ** (self.num_updates + 1))
+        root = (second / (1 - beta2 ** (self.num_updates + 1))).sqrt()
         with torch.no_grad():
             if not self.settled:
                 units = [mask.float() for mask in self.masks]

@@ -12,29 +12,28 @@ SOFT_BETA2 = 0.95  # of the scores of rule "gumbel", as published
 
 
 class Rates:
-    """`group` is always a parameter group of LeapAdamW, `step` counts its optimizer steps from 1."""
+    """`group` is always a parameter group of LeapAdamW; `update` counts its updates from 1, `pruning` those since the
+    prune phase began."""
 
     def __init__(self, plan: GatePlan, config: LeapConfig, schedule: Schedule) -> None:
         self._plan, self._config, self._schedule = plan, config, schedule
 
-    def weights(self, group: Mapping[str, Any], step: int) -> Adam:
+    def weights(self, group: Mapping[str, Any], update: int) -> Adam:
         """At the group's rate, with its weight decay."""
-        return _adam(group, step, group["lr"], group["weight_decay"])
+        return _adam(group, update, group["lr"], group["weight_decay"])
 
-    def scores(self, group: Mapping[str, Any], step: int, elementwise: bool) -> Adam:
+    def scores(self, group: Mapping[str, Any], update: int, pruning: int, elementwise: bool) -> Adam:
         """A scheduler scales their rate with the group's; where that starts at 0, scores keep theirs."""
         peak = group.get("max_lr", group["base_lr"])
         scale = group["lr"] / peak if peak > 0.0 else 1.0
-        adam = _adam(group, step, self._config.score_rate(elementwise, self._schedule.trust) * scale)
-        return self._of_soft(adam, step) if self._config.rule == "gumbel" else adam
+        adam = _adam(group, update, self._config.score_rate(elementwise, self._schedule.trust) * scale)
+        if self._config.rule == "gumbel":  # they move from the update after the first of the prune phase on
+            return adam._replace(beta2=SOFT_BETA2, step=pruning - 1)
+        return adam
 
-    def _of_soft(self, adam: Adam, step: int) -> Adam:
-        """Those of rule "gumbel" move from the step after the first of the prune phase on."""
-        return adam._replace(beta2=SOFT_BETA2, step=step - self._schedule.dense_end - 1)
-
-    def thresholds(self, group: Mapping[str, Any], step: int) -> Adam:
+    def thresholds(self, group: Mapping[str, Any], pruning: int) -> Adam:
         """Their moments start with the prune phase."""
-        return _adam(group, step - self._schedule.dense_end, self.threshold_rate)
+        return _adam(group, pruning, self.threshold_rate)
 
     @property
     def threshold_rate(self) -> float:

@@ -5,7 +5,7 @@ Everything here works on a few numbers in float64, the same on every rank. Symbo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -252,36 +252,40 @@ def project_exact(
 
 
 def take_back(remaining: Remaining, keep: list[int], goal: float, count: CountWeights) -> list[int]:
-    """Kept counts with as many units of the finest gates less as `goal`, in what the measure counts, allows.
+    """Kept counts with as many units less as `goal`, in what the measure counts, allows: of the finest gates first.
 
     By arithmetic where the amount is a sum over gates; else the number of units is searched for.
     """
     plan, measure = remaining.plan, remaining.measure
-    free = [group for group in plan.tied if plan.gates[group[0]].pattern is None]
-    finest = min((measure.grain(plan, group) for group in free), default=1)
-    rooms: list[tuple[int, tuple[int, ...]]] = []
-    for group in free:
+    rooms: dict[float, list[tuple[int, tuple[int, ...]]]] = {}  # by what a unit counts: how many may go, of which gates
+    for group in plan.tied:
         gate, kept = plan.gates[group[0]], keep[group[0]]
-        if measure.grain(plan, group) == finest and kept % gate.multiple_of == 0:
-            rooms.append(((kept - gate.lowest) // gate.multiple_of, group))
-    total = sum(room for room, _ in rooms)
-
-    def fewer(steps: int) -> list[int]:
-        left, before = list(keep), 0
-        for room, group in rooms:  # Bresenham: after every group the share of the steps that its room stands for
-            taken = (before + room) * steps // total - before * steps // total
-            before += room
-            for index in group:
-                left[index] -= taken * plan.gates[index].multiple_of
-        return left
-
+        room, odd = divmod(kept - gate.lowest, gate.multiple_of)
+        if gate.pattern is None and room > 0 and not odd and (grain := measure.grain(plan, group)) > 0:
+            rooms.setdefault(grain, []).append((room, group))
     excess = count(keep) - goal
-    if not total or excess <= 0:
-        return keep
-    if measure.linear(plan):
-        return fewer(min(int(excess // finest), total))
-    enough, too_many = 0, total + 1
-    while too_many - enough > 1:
-        middle = (enough + too_many) // 2
-        enough, too_many = (middle, too_many) if count(fewer(middle)) >= goal else (enough, middle)
-    return fewer(enough)
+    for grain, own in sorted(rooms.items()):
+        total = sum(room for room, _ in own)
+        if measure.linear(plan):
+            steps = min(max(int(excess // grain), 0), total)
+            keep, excess = _fewer(plan, keep, own, steps), excess - steps * grain
+        elif excess > 0:
+            enough, too_many = 0, total + 1
+            while too_many - enough > 1:
+                middle = (enough + too_many) // 2
+                fits = count(_fewer(plan, keep, own, middle)) >= goal
+                enough, too_many = (middle, too_many) if fits else (enough, middle)
+            keep = _fewer(plan, keep, own, enough)
+            excess = count(keep) - goal
+    return keep
+
+
+def _fewer(plan: GatePlan, keep: list[int], rooms: Sequence[tuple[int, Sequence[int]]], steps: int) -> list[int]:
+    """Kept counts with `steps` units less: after every group the share of them that its room stands for (Bresenham)."""
+    left, before, total = list(keep), 0, sum(room for room, _ in rooms)
+    for room, group in rooms:
+        taken = (before + room) * steps // total - before * steps // total
+        before += room
+        for index in group:
+            left[index] -= taken * plan.gates[index].multiple_of
+    return left

@@ -155,6 +155,16 @@ def test_what_a_large_unit_leaves_is_taken_back_in_small_ones(target: float) -> 
     assert abs(keep[0] - keep[1]) <= 1
 
 
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.77])
+def test_what_the_finest_gates_cannot_give_is_taken_back_of_the_next(target: float) -> None:
+    """Where the finest gate had nothing left to give up to a whole unit of the coarsest stayed too much."""
+    full = replace(matrix_gate("a", (8, 1), "row"), min_keep=8)
+    gates = GatePlan([full, matrix_gate("b", (60, 5), "row"), matrix_gate("c", (7, 50), "row")])
+    count = closed_count(gates)
+    _, keep = th.project_exact(th.Remaining(gates), torch.full((3,), 160.0), T, target, count)
+    assert keep[0] == 8 and 0 <= count(keep) - target * gates.prunable < 5
+
+
 @pytest.mark.parametrize("target", [0.3, 0.6, 1.0])
 def test_kept_counts_heed_the_options_of_their_gates(target: float) -> None:
     gates = options_plan(multiple_of=8, min_keep=20, tie="t")

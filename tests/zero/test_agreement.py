@@ -115,7 +115,12 @@ def skipping(stage: int) -> dict[str, Any]:
     size = GLOBAL_BATCH // ranks
     ours = config(stage) | {"train_micro_batch_size_per_gpu": size}
     model = net()
-    engine, *_ = leap_dist.initialize(model=model, config=ours, optimizer=torch.optim.AdamW(model.parameters(), lr=LR))
+    engine, *_ = leap_dist.initialize(
+        model=model,
+        config=ours,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=LR),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / 20),
+    )
     phases = []
     for step, (x, y) in enumerate(batches(20)):
         loss = loss_of(engine(x[rank * size :][:size]), y[rank * size :][:size])
@@ -123,7 +128,8 @@ def skipping(stage: int) -> dict[str, Any]:
         engine.step()
         phases.append((engine.leap.num_steps, engine.leap.phase))
     certificate = leap_dist.finalize(engine)
-    return {"phases": phases, "kept": certificate["kept"], "prunable": certificate["prunable"]}
+    rate = engine.leap.param_groups[0]["lr"] / LR
+    return {"phases": phases, "kept": certificate["kept"], "prunable": certificate["prunable"], "rate": rate}
 
 
 @pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 1), (2, 2), (3, 1)])
@@ -135,3 +141,4 @@ def test_steps_that_are_skipped_advance_the_schedule_in_a_loop_of_ones_own(
     expected = ["dense"] * 0 + ["prune"] * 15 + ["settle"] * 5
     assert found[0]["phases"] == [(step + 1, phase) for step, phase in enumerate(expected)]
     assert abs(found[0]["kept"] - 0.2 * found[0]["prunable"]) <= 1
+    assert found[0]["rate"] == pytest.approx(1.0 - 17 / 20)  # DeepSpeed's scheduler does not move, at any stage
