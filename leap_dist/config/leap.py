@@ -157,8 +157,8 @@ class LeapConfig(Section):
         default="auto", description='an integer >= 1, "auto" or null'
     )
     """Tokens of an optimizer step over all ranks. Where scores start by inputs, the automatic rates and the descent
-    follow the tokens of the run a prunable weight; "auto": as launch/prune.py counts them; null, or "auto" in loops of
-    your own: they do not."""
+    follow the tokens of the run a prunable weight; "auto": as launch/prune.py counts them, examples of a step times
+    their mean length; null, or "auto" in loops of your own: they do not."""
 
     _home = field_validator("start", "prior_mask", "latency_table", "syntax_model")(with_home)
 

@@ -78,7 +78,8 @@ def write_importance_(
         if index in flowing and (flow := flows[plan.units(index)]).any():
             units[plan.units(index)] = (units[plan.units(index)] * flow / flow.mean()).sqrt()
         if index in given:
-            units[plan.units(index)] = given[index].to(units) / given[index].mean().item()
+            worth = given[index].to(units)
+            units[plan.units(index)] = worth / worth.mean().clamp(min=torch.finfo(worth.dtype).tiny)  # all may be 0
     for fragment in gating.own_scores:
         _put_(fragment.view(fragment.flat), units[fragment.start : fragment.start + fragment.length], added)
 

@@ -52,8 +52,8 @@ class Signal:
         squares = torch.zeros(len(self._plan.gates), dtype=torch.float64, device=gating.device)
         for tensor, products in self._products(gating):
             for cover in self._plan.covers[tensor]:
-                squares[cover.gate] += products.square().sum(dtype=torch.float64)
-        self.add(grad, gating.communicator.sum_(squares.float()).double().cpu())
+                squares[cover.gate] += products.double().square().sum()
+        self.add(grad, gating.communicator.sum_(squares).cpu())
 
     def add(self, grad: Tensor, squares: Tensor) -> None:
         """Count a step. grad: dL/dsigma; squares: the sum of (G W M)^2 of each gate; both (G,)."""

@@ -68,7 +68,9 @@ def load_semi_structured(folder: Path, dtype: torch.dtype = torch.float16) -> Pr
     model = load_exported(folder)
     if not torch.cuda.is_available():
         return model
-    nn.Module.to(model, device="cuda", dtype=dtype)
+    nn.Module.to(model, device="cuda")
+    for weight in model.parameters():  # buffers stay in fp32, as those of rotary embeddings have to
+        weight.data = weight.data.to(dtype)
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
         if isinstance(layer, nn.Linear) and _fits(layer.weight):

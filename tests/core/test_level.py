@@ -99,3 +99,12 @@ def test_nan_weights_are_no_start_for_scores() -> None:
         model.get_parameter("1.weight")[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match=r"scores of 1\.weight:element hold NaN or infinity"):
         build(model, leap("element", STEPS))
+
+
+def test_heads_that_are_worth_nothing_by_what_is_given_score_zero() -> None:
+    optimizer = build(net("head+neuron"), leap("head+neuron", STEPS, score_init="magnitude"), "head+neuron")
+    heads = optimizer.plan.units(0)
+    optimizer.level.start_units({0: torch.zeros(heads.stop - heads.start)})
+    scores = optimizer.gating.own_scores[0]
+    assert optimizer.level.kept_units[0] == heads.stop - heads.start
+    assert scores.view(scores.flat)[heads].tolist() == [0.0] * (heads.stop - heads.start)

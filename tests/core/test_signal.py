@@ -132,6 +132,19 @@ def test_it_equals_the_oracle() -> None:
     assert oracle.signal.held.tolist() == optimizer.level.signal.held.tolist()
 
 
+def test_huge_gradients_hold_nothing() -> None:
+    """Their squares overflow fp32, by which every threshold was held to the end."""
+    model, huge = Normed(), Normed()
+    ours, theirs = optimizer_of(model, settings()), optimizer_of(huge, settings())
+    for x, y in batches(torch.arange(32))[:2]:
+        for one, optimizer, scale in ((model, ours, 1.0), (huge, theirs, 2.0**70)):
+            one.zero_grad()
+            (loss_of(one(x), y) * scale).backward()
+            optimizer.step()
+    assert theirs.level.signal.held.tolist() == ours.level.signal.held.tolist()
+    assert not ours.level.signal.held.all()
+
+
 def test_a_checkpoint_has_what_was_seen() -> None:
     """Within the steps in which it is found out, too."""
     model = Normed()

@@ -15,6 +15,7 @@ import torch
 from leap_dist.config.job_file import load_job
 from leap_dist.tasks.base import Task
 from leap_dist.tasks.lm import CausalCollator, TokenEvaluation
+from leap_dist.train.batches import Batches
 from leap_dist.train.job import _tokens_per_step
 from leap_dist.train.loop import run_job
 from leap_dist.train.watch import Stopped, Watch
@@ -57,15 +58,19 @@ def test_a_job_leaves_no_engine_in_memory(stage: int, tmp_path: Path, ranks: Ran
     assert ranks(1).run(left_in_memory, str(file), str(tmp_path)) == [[]]
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, 4 * 3 * 2 * 64), ({"leap": {"tokens_per_step": 5}}, 5)])
-def test_a_language_models_tokens_of_a_step_are_counted_over_ranks_and_accumulation(
+@pytest.mark.parametrize(("given", "expected"), [({}, 4 * 3 * 2 * 16), ({"leap": {"tokens_per_step": 5}}, 5)])
+def test_a_language_models_tokens_of_a_step_are_those_of_its_examples(
     tmp_path: Path, given: dict[str, Any], expected: int
 ) -> None:
+    """Over ranks and accumulation; one long conversation, of validation say, made it 64 tokens an example."""
     file = tmp_path / "job.json"
     batch = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}
     file.write_text(json.dumps(JOB | batch | {"leap": {"target": 0.5, **given.get("leap", {})}}))
     ranks = Ranks(0, 2, torch.device("cpu"))
-    text = Task("lm", 2, [], {}, CausalCollator(0), TokenEvaluation(True), "perplexity", "causal_lm", (), max_length=64)
-    assert _tokens_per_step(load_job(file, []), text, ranks) == expected
+    rows = [{"input_ids": [1] * size} for size in (8, 24) * 12]
+    text = Task("lm", 2, rows, {}, CausalCollator(0), TokenEvaluation(True), "perplexity", "causal_lm", ())
+    text = replace(text, max_length=64)
+    batches = Batches(text, 4, 3, 17, ranks)
+    assert _tokens_per_step(load_job(file, []), text, batches, ranks) == expected
     labels = replace(text, problem="single_label_classification")
-    assert _tokens_per_step(load_job(file, []), labels, ranks) == (5 if given else None)
+    assert _tokens_per_step(load_job(file, []), labels, batches, ranks) == (5 if given else None)
