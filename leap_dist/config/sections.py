@@ -87,7 +87,7 @@ class DataConfig(Section):
     subset: str | None = Field(default=None, min_length=1, description="the name of one of the dataset's subsets")
     """Read in place of the dataset's default."""
     train: Files | None = Field(default=None, min_length=1, description=FILES)
-    """.tsv, .csv, .jsonl, .json or .parquet; for squad official JSON; for lm and mlm plain text too. All but .parquet
+    """.tsv, .csv, .jsonl (or .ndjson), .json or .parquet; for squad official JSON; for lm and mlm plain text too. All
     may be packed: .gz, .zst, .bz2, .xz."""
     validation: Files | None = Field(default=None, min_length=1, description=FILES)
     """The examples that the metrics are computed on. For lm and mlm files beside a dataset, too."""
@@ -168,7 +168,8 @@ class DataConfig(Section):
 
 DATA_SOURCES = ("dataset", "subset", "train", "validation", "text", "label", "tokenizer")
 PACKED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
-FILE_ENDINGS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".txt", *PACKED_ENDINGS)
+TEXT_ENDINGS = (".txt", ".md", ".raw", ".tokens")
+FILE_ENDINGS = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet", *TEXT_ENDINGS, *PACKED_ENDINGS)
 MAX_LENGTHS = {"squad": 384, "squad_v2": 384, "lm": 512}
 """Where max_length is not given; other tasks have the field's default."""
 QA_TASKS = ("squad", "squad_v2")

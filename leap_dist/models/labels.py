@@ -22,19 +22,19 @@ def fit_labels(name: str, model: PreTrainedModel, own: Mapping[int, str], wanted
 
     own: what the model's config.json calls its classes, by number; wanted: what the task calls them. The same names in
     another order, which is that of most MNLI models, put the rows of the head in the task's. Where the task has numbers
-    alone the model's names stay. Other names are reported: the head then starts as one for these labels.
+    alone the model's names stay, if none is a number. Others are reported: the head is then one for these labels.
     """
     names = [str(own.get(number)) for number in range(len(wanted))]
     if len(own) != len(wanted) or names == [f"LABEL_{number}" for number in range(len(names))]:
         return
-    if list(wanted) == [str(number) for number in range(len(wanted))]:
-        model.config.id2label = dict(enumerate(names))
-        model.config.label2id = {label: number for number, label in enumerate(names)}
-        return
     places = {_spelled_alike(label): number for number, label in enumerate(names)}
     rows = [places.get(_spelled_alike(label), -1) for label in wanted]
+    numbers = [str(number) for number in range(len(wanted))]
     if sorted(rows) == list(range(len(rows))):
         _reorder_head(model, rows)
+    elif list(wanted) == numbers and not any(map(str.isdecimal, names)):
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {label: number for number, label in enumerate(names)}
     elif not is_rank_above_0():
         logger.warning(
             "%s: its head was trained for the labels %s, which are taken for %s, in this order",

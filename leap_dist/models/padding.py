@@ -55,7 +55,7 @@ def _set_padding(model: PreTrainedModel, task: Task, pad: int) -> None:
     config = model.config
     if config.model_type in POSITIONS_FROM_PADDING and config.pad_token_id != pad:
         if task.pad_id is None:
-            return  # nothing but positions asks for it
+            return  # the task does not say
         raise UserError(
             f"model: a {config.model_type} model counts positions from config.pad_token_id, which is "
             f"{config.pad_token_id}, but its tokenizer pads with {pad}; allowed: one token for both: set pad_token in "

@@ -60,7 +60,12 @@ class Judge(FIFOScheduler):
         return str(TrialScheduler.CONTINUE if self._verdicts[name, rung] else TrialScheduler.STOP)
 
     def _ask(self, name: str, peers: tuple[float, Group], rung: int, metrics: Mapping[str, float]) -> bool:
-        """Whether Tune lets a trial continue. peers: the target and the data of those that it is compared with."""
+        """Whether Tune lets a trial continue. peers: the target and the data of those that it is compared with.
+
+        One without the metric does: its end says so.
+        """
+        if self._line.metric not in metrics:
+            return True
         if peers not in self._rules:
             common: dict[str, Any] = {"time_attr": RUNG, "metric": "worth", "mode": "max", "grace_period": 1}
             self._rules[peers] = (
@@ -71,6 +76,6 @@ class Judge(FIFOScheduler):
         rule, competitor = self._rules[peers], Competitor(name)
         if all(name != seen for seen, _ in self._verdicts):
             rule.on_trial_add(None, competitor)
-        value = float(metrics.get(self._line.metric, math.nan))
+        value = float(metrics[self._line.metric])
         worth = WORST if math.isnan(value) else self._sign * value
         return bool(rule.on_trial_result(None, competitor, {RUNG: rung, "worth": worth}) != TrialScheduler.STOP)

@@ -27,6 +27,7 @@ from leap_dist.sweep.board import Board
 from leap_dist.sweep.ladder import SNAPSHOTS, is_there
 from leap_dist.sweep.optuna_study import OptunaStudy
 from leap_dist.sweep.rank import Outcome, Work
+from leap_dist.sweep.result import lacking
 from leap_dist.sweep.storage import Storage
 from leap_dist.sweep.sweep_file import SweepConfig, Trial, job_of
 from leap_dist.tracking.pareto import higher_is_better
@@ -142,6 +143,8 @@ class Line:
         if outcome.kind == "done":
             with warn_if_unwritten(Path(name), self._say_once):
                 self.storage.publish(name)
+            if error := lacking(self._metrics(name), self.metric):
+                outcome = replace(outcome, kind="failed", error=error)
         self.ended[name] = outcome
         self._gpu_hours += outcome.seconds * self.sweep.ranks * self.sweep.resources.gpus / 3600.0
         self._tell_optuna([self._running.pop(name)])
@@ -200,8 +203,13 @@ class Line:
         """What came of those that are done; of the others Optuna learns nothing."""
         for name in [trial.name for trial in trials if self.search and self.is_done(trial.name)]:
             assert self.search is not None  # or there is no name
-            found = read_files(self.folder / name).certificate
-            self.search.tell(name, found["metrics"]["pruned"].get(self.metric), found["density"])
+            density = read_files(self.folder / name).certificate["density"]
+            self.search.tell(name, self._metrics(name).get(self.metric), density)
+
+    def _metrics(self, name: str) -> dict[str, float]:
+        """Of a trial that is done, with its masks."""
+        found: dict[str, float] = read_files(self.folder / name).certificate["metrics"]["pruned"]
+        return found
 
     def _write(self, file: str, name: str, content: Mapping[str, Any]) -> None:
         with warn_if_unwritten(self.folder / file, self._say_once):  # it waits, and comes with the next one

@@ -81,8 +81,11 @@ def metric_of(sweep: SweepConfig, jobs: Sequence[JobConfig]) -> str:
 
     Raises UserError if a job does not report it, and if Optuna would compare what cannot be compared.
     """
-    known = {job.data.task: metric_names(job.data.task) for job in jobs}
-    metric = sweep.metric or metric_names(jobs[0].data.task)[0]
+    known: dict[str, list[str]] = {}
+    for job in jobs:
+        names = metric_names(job.data.task, job.data)
+        known[job.data.task] = [name for name in known.get(job.data.task, names) if name in names]
+    metric = sweep.metric or metric_names(jobs[0].data.task, jobs[0].data)[0]
     if any(metric not in names for names in known.values()):
         raise UserError(f"metric: got {show(sweep.metric)}; allowed: {_metrics_allowed(known)}")
     groups = [f"{task} ({data or 'its own data'})" for task, data in dict.fromkeys(map(judged_on, jobs))]
@@ -126,11 +129,13 @@ def _result(sweep: SweepConfig, trial: Trial, outcome: Outcome | None, folder: P
         return result
     files = read_files(path.parent)
     found, export = files.certificate, next(iter(exports(path.parent)), None)
+    if error := lacking(found["metrics"]["pruned"], metric):
+        return replace(result, outcome="failed", error=error)
     return replace(
         result,
         target=found["target"],  # the job of masks that are there says none
         density=found["density"],
-        value=found["metrics"]["pruned"].get(metric),
+        value=found["metrics"]["pruned"][metric],
         dense=found["metrics"].get("dense", {}).get(metric),
         weights=found["kept"],
         parameters=export.parameters if export else None,
@@ -139,6 +144,16 @@ def _result(sweep: SweepConfig, trial: Trial, outcome: Outcome | None, folder: P
         masks_sha256=found["masks_sha256"],
         weights_sha256=found["weights_sha256"],
     )
+
+
+def lacking(metrics: Mapping[str, float], metric: str) -> str:
+    """Why a trial with these metrics cannot be compared by `metric`, in words; "" where it can.
+
+    Some metrics are of some rows alone, which only the data show: bits per byte of documents, not of conversations.
+    """
+    if metric in metrics:
+        return ""
+    return f"metric: got {show(metric)}, which its data do not give; allowed: {', '.join(metrics)}"
 
 
 def _point(result: Result, metric: str) -> tuple[Group, float, float] | None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from leap_dist.config.sections import DataConfig, names_files
-from leap_dist.errors import UserError
+from leap_dist.errors import UserError, few_of
 from leap_dist.tasks import builtin, glue, lm, squad
 from leap_dist.tasks.base import Collator, Problem, Task
+from leap_dist.tasks.files import files_of
 from leap_dist.tasks.tables import split_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Collator", "Task", "load_task", "metric_names", "needs_tokenizer", "problem_of", "task_names"]
+
+logger = logging.getLogger(__name__)
 
 TEXT_TASKS = {**dict.fromkeys(glue.NAMES, glue.load), **dict.fromkeys(squad.NAMES, squad.load)}
 TEXT_TASKS |= dict.fromkeys(lm.NAMES, lm.load)
@@ -48,17 +53,21 @@ def problem_of(task_name: str) -> Problem:
     return "regression" if known is not None and not known.label_names else "single_label_classification"
 
 
-def metric_names(task_name: str) -> tuple[str, ...]:
-    """What the task reports, the metric that tables show first; `UserError` for a task that does not exist."""
+def metric_names(task_name: str, data: DataConfig) -> tuple[str, ...]:
+    """What the task reports, the metric that tables show first; `UserError` for a task that does not exist.
+
+    data: leaves out what these settings rule out. Not all do: whether rows are conversations only they can say.
+    """
     if not needs_tokenizer(task_name):
         return "accuracy", "loss"
     if task_name in squad.NAMES:
         return "f1", "exact_match", "loss"
     if task_name in lm.NAMES:
-        return "perplexity", *(["bits_per_byte"] if task_name == lm.CAUSAL else []), "accuracy", "loss"
+        chats = len(data.text or ()) > 1
+        return "perplexity", *(["bits_per_byte"] if task_name == lm.CAUSAL and not chats else []), "accuracy", "loss"
     known = glue.GLUE.get(task_name)
     names = *(known.metrics if known else ("accuracy",)), "loss"
-    others = known.validation[1:] if known else ()
+    others = known.validation[1:] if known and not (data.train or data.dataset) else ()
     return *names, *(f"{split}_{name}" for split in others for name in names)
 
 
@@ -80,7 +89,27 @@ def load_task(
             return glue.load(data, tokenizer, tuple(classes))
         if data.task in lm.NAMES:
             return lm.load(data, tokenizer, judge=True)
+    else:
+        _warn_of_shared(data)
     return TEXT_TASKS[data.task](data, tokenizer)
+
+
+def _warn_of_shared(data: DataConfig) -> None:
+    """Warn where examples are judged that are learned, too; on the first rank alone."""
+    if os.environ.get("RANK", "0") != "0" or (data.dataset and names_files(data.validation)):
+        return
+    if data.dataset:
+        (_, train), (_, validation) = split_names(data)
+        shared = [f"the split {validation}"] if train == validation else []
+    else:
+        learned = {os.path.realpath(file) for file in files_of("data.train", data.train or ())}
+        judged = files_of("data.validation", data.validation or ())
+        shared = [str(file) for file in judged if os.path.realpath(file) in learned]
+    if shared:
+        logger.warning(
+            "data.validation: %s: also in data.train, so the metrics say nothing of other data; give data of its own",
+            few_of(shared),
+        )
 
 
 def _to_judge(data: DataConfig) -> DataConfig:

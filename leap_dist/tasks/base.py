@@ -77,7 +77,7 @@ class Task:
     max_length: int | None = None
     """Longest example in tokens: a model needs at least as many positions. None: not known."""
     pad_id: int | None = None
-    """The token that pads: a classifier that takes the last word that is none has to know it."""
+    """The token that pads: models that count positions from it, or answer at the last other one, have to know it."""
     augment: Callable[[Batch, Sequence[torch.Generator]], Batch] | None = None
     """Applied to collated training batches, all chance from a row's generator. None: they are left as they are."""
     stream: ExampleStream | None = None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, np.ndarray]
 
-FORMAT = "2"
+FORMAT = "3"
 """Changes with what the arrays mean."""
 SMALLEST = 2**20
 """Characters below which text is tokenised faster than it is worth a file."""
@@ -71,8 +71,8 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
     else:  # written in Python: ESM, ByT5, CANINE
         vocabulary = tokenizer.get_vocab() if tokenizer.vocab_files_names else {}  # else its code has all of it
         state = [type(tokenizer).__name__, transformers.__version__, vocabulary, tokenizer.init_kwargs]
-    sides = (tokenizer.truncation_side, tokenizer.model_input_names)
-    return json.dumps([FORMAT, tokenizers.__version__, sides, state], sort_keys=True, default=str).encode()
+    own = (tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.split_special_tokens)
+    return json.dumps([FORMAT, tokenizers.__version__, own, state], sort_keys=True, default=str).encode()
 
 
 def _read(file: Path) -> Arrays | None:

@@ -22,7 +22,7 @@ from leap_dist.errors import UserError
 from leap_dist.ops.words import IGNORED
 from leap_dist.tasks.base import Example, TokenTable, flat, tokenised
 from leap_dist.tasks.cache import cached
-from leap_dist.tasks.tables import cell_text
+from leap_dist.tasks.tables import cell_text, check_letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,13 @@ class Conversation:
     place: str
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] = ()
+    given: int = 0
+    """Messages of the prompt: their answers are not learned."""
+
+    @property
+    def learned(self) -> list[int]:
+        """Where the answers stand that are learned."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == ANSWERS and i >= self.given]
 
 
 def read_messages(value: Any, place: str, column: str) -> tuple[Message, ...]:
@@ -61,6 +68,8 @@ def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping) or "role" not in value:
         raise UserError(f'{where}: got {str(value)[:60]}; allowed: {{"role": ..., "content": ...}}')
     found = {key: part for key, part in value.items() if part is not None}
+    for key, part in found.items():
+        _check_strings([key, part], f"{where}: {key}")
     role, content = found.get("role"), found.get("content")
     if role not in ROLES:
         raise UserError(f"{where}: role: got {str(role)[:40]}; allowed: {', '.join(ROLES)}")
@@ -73,11 +82,21 @@ def _message(value: Any, where: str) -> Message:
     return found
 
 
+def _check_strings(value: Any, where: str) -> None:
+    """Every string in a value, at any depth, is text: a template may write any of them."""
+    if isinstance(value, str):
+        check_letters(value, where)
+    elif isinstance(value, Mapping | list | tuple):
+        for part in chain(value, value.values()) if isinstance(value, Mapping) else value:
+            _check_strings(part, where)
+
+
 def conversation(row: Mapping[str, Any], place: str, columns: Sequence[str]) -> Conversation:
     """One column: messages. Two: the prompt and the answer, each text or messages; three: an input behind the prompt.
 
     What follows the last answer is left out: nothing is learned from it. A column TOOLS beside goes to the template.
     """
+    asked: tuple[Message, ...] = ()
     if len(columns) == 1:
         messages = read_messages(row.get(columns[0]), place, columns[0])
     else:
@@ -86,16 +105,19 @@ def conversation(row: Mapping[str, Any], place: str, columns: Sequence[str]) -> 
         added = "".join(f"\n\n{cell_text(value, place, column)}" for value, column in given)
         asked = _part(*prompt, place, "user", added)
         messages = (*asked, *_part(*answer, place, ANSWERS))
-    last = max((i for i, message in enumerate(messages, start=1) if message["role"] == ANSWERS), default=0)
-    if not last:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"{place}: no answer, the messages are of {roles}; allowed: at least one of {ANSWERS}")
-    return Conversation(place, messages[:last], _tools(row.get(TOOLS), place))
+    found = Conversation(place, messages, _tools(row.get(TOOLS), place), len(asked))
+    if not found.learned:
+        roles = ", ".join(message["role"] for message in messages[len(asked) :])
+        problem = f"no answer, the messages are of {roles}; allowed: at least one of {ANSWERS}"
+        raise UserError(f'{place}, column "{columns[-1]}": {problem}')
+    return replace(found, messages=messages[: found.learned[-1] + 1])
 
 
 def _tools(value: Any, place: str) -> tuple[Any, ...]:
+    where = f'{place}, column "{TOOLS}"'
     if value is not None and not isinstance(value, list):
-        raise UserError(f'{place}, column "{TOOLS}": got {str(value)[:40]}; allowed: a list of functions, or nothing')
+        raise UserError(f"{where}: got {str(value)[:40]}; allowed: a list of functions, or nothing")
+    _check_strings(value, where)
     return tuple(value or ())
 
 
@@ -129,7 +151,7 @@ class ChatEncoder:
                 "data.train: has conversations, and the tokenizer does not say where tokens are in the text; allowed: "
                 "a fast tokenizer (tokenizer.json)"
             )
-        self.cut = self.lost = 0  # conversations that max_length has cut; answers that it has left nothing of
+        self.cut = self.lost = 0  # conversations that max_length has cut; those of them that have no answer then
 
     def encode(self, row: Conversation) -> list[Example]:
         """One example; one an answer where the template rewrites earlier turns; none of what max_length cuts off."""
@@ -137,14 +159,21 @@ class ChatEncoder:
             pairs = [self._marked(row)]
         else:
             pairs = [self._tokens(text, spans) for text, spans in self._texts(row)]
-        return [example for pair in pairs if (example := self._example(row, *pair)) is not None]
+        found = [example for pair in pairs if (example := self._example(row, *pair)) is not None]
+        self.cut += any(len(ids) > self._max_length for ids, _ in pairs)
+        self.lost += not found
+        return found
 
     def _marked(self, row: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, whether each is an answer's), by the template itself."""
+        """(ids, whether each is of an answer that is learned), by the template itself."""
         encoded = self._apply(
             row, len(row.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        return np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"]) == 1
+        ids, judged = np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"]) == 1
+        if any(message["role"] == ANSWERS for message in row.messages[: row.given]):
+            whole = self.whole(row)
+            judged &= self._tokens(whole, [(self._behind_heading(row, whole, row.learned[0]), len(whole))])[1]
+        return ids, judged
 
     def whole(self, row: Conversation) -> str:
         """The text of a conversation."""
@@ -152,7 +181,7 @@ class ChatEncoder:
 
     def _texts(self, row: Conversation) -> list[tuple[str, list[tuple[int, int]]]]:
         """The whole text with where its answers are; or a text for each answer."""
-        places = [i for i, message in enumerate(row.messages) if message["role"] == ANSWERS]
+        places = row.learned
         whole = self.whole(row)
         spans = [self._span(row, whole, place) for place in places]
         found = [span for span in spans if span]
@@ -181,7 +210,7 @@ class ChatEncoder:
         return (begin, len(upto.rstrip())) if begin >= len(before) else None
 
     def _behind_heading(self, row: Conversation, text: str, place: int) -> int:
-        """Where the text, which the answer at `place` ends, begins to differ from that of any other answer there."""
+        """Where a text with the answer at `place` begins to differ from that of any other answer there."""
         others = ({"role": ANSWERS, "content": content} for content in "01")
         rows = [replace(row, messages=(*row.messages[:place], other)) for other in others]
         letters = zip(text, *(self._write(other, place + 1) for other in rows), strict=False)
@@ -224,10 +253,8 @@ class ChatEncoder:
     def _example(self, row: Conversation, ids: np.ndarray, judged: np.ndarray) -> Example | None:
         if not judged[1:].any():
             raise UserError(f"{row.place}: the tokenizer's chat template leaves no token of the answers")
-        self.cut += len(ids) > self._max_length
         ids, judged = ids[: self._max_length], judged[: self._max_length]
         if not judged[1:].any():  # the first token is predicted by none
-            self.lost += 1
             return None
         labels = np.where(judged, ids, IGNORED)
         return {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels.tolist()}
@@ -255,7 +282,7 @@ def chat_table(
         return flat(columns) | {"cut": np.array([encoder.cut, encoder.lost])}
 
     settings = ("chats", longest, tokenizer.chat_template, tokenizer.special_tokens_map)
-    texts = ((row.messages, row.tools, encoder.whole(row)) for row in rows)  # a template may write the date
+    texts = ((row.messages, row.tools, row.given, encoder.whole(row)) for row in rows)  # a template may write the date
     arrays = dict(cached(tokenizer, chain(settings, texts), make))
     cut, lost = arrays.pop("cut").tolist()
     table = TokenTable(arrays)

@@ -7,14 +7,17 @@ or a prompt and an answer, is a conversation.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from leap_dist.config.sections import DataConfig, names_files
+from leap_dist.config.sections import TEXT_ENDINGS, DataConfig, names_files
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import tokenised
 from leap_dist.tasks.cache import Arrays, cached
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 TOKENIZE_CHARACTERS = 2**24
 """Text that the tokenizer sees at once, which bounds the memory of its answer. Longer documents are cut at a line."""
+PLAIN = (*TEXT_ENDINGS, "")
+"""Endings of files that are one text; a name may have none."""
 TEXT = ("text",)
 CHATS = (
     ("messages",),
@@ -105,13 +110,46 @@ def read_split(key: str, data: DataConfig, splits: Any) -> Split:
                     f"data.text: got {', '.join(data.text)}, but {file} is plain text and has no columns: remove it"
                 )
             else:
-                found.documents.append(read_text(key, file))
+                found.documents.append(read_document(key, file))
     found.documents = [text for text in found.documents if text.strip()]
     if found.documents and found.chats:
         raise UserError(f"{found.source}: texts and conversations ({found.chats[0].place}); allowed: one of both")
     if not found.documents and not found.chats:
         raise UserError(f"{found.source}: no text in it")
     return found
+
+
+def read_document(key: str, file: Path) -> str:
+    """A file of plain text; `key` is the setting that names it.
+
+    UserError for a file that may be rows: of an ending that says nothing, or of JSON, whose brackets would be learned.
+    """
+    text = read_text(key, file)
+    if kind_of(file) not in PLAIN:
+        texts, rows = ", ".join(filter(None, PLAIN)), ", ".join(TABLES)
+        raise UserError(
+            f"{key}: got {file}; allowed: text in a file that ends in {texts} or has no ending, rows in one that ends "
+            f"in {rows}, packed or not; rename it by what it holds"
+        )
+    if _begins_with_json(text):
+        raise UserError(
+            f"{key}: {file}: begins with a JSON object, and its name says plain text; allowed: rows in a file that "
+            "ends in .jsonl (one object a line) or .json (one list of objects); rename it"
+        )
+    return text
+
+
+def _begins_with_json(text: str) -> bool:
+    """Whether a JSON object, or a list of some, stands at the start of a text, and no words behind it on its line."""
+    found = re.match(r"\s*(?=[{\[])", text)
+    if found is None:
+        return False
+    try:
+        value, stop = json.JSONDecoder().raw_decode(text, found.end())
+    except (ValueError, RecursionError):
+        return False
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and re.match(r"[ \t,]*(\n|\{|$)", text[stop:]) is not None
 
 
 def _add_rows(split: Split, rows: Iterable[tuple[str, Mapping[str, Any]]], data: DataConfig, arrow: bool) -> None:

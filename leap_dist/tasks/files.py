@@ -6,6 +6,7 @@ import bz2
 import csv
 import glob
 import gzip
+import io
 import lzma
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -23,10 +25,68 @@ if TYPE_CHECKING or sys.version_info < (3, 14):
 else:
     from compression import zstd
 
-Reader = Callable[..., Any]
-COMPRESSED: dict[str, Reader] = {".gz": gzip.open, ".zst": zstd.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""Endings of compressed files; what they hold is said by the ending before. All end in an error where they are cut."""
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstd.ZstdError)
+PIECE = 2**16
+"""Bytes of a packed file that are read, or unpacked, at once."""
+
+
+class DamagedError(Exception):
+    """What stands in a packed file, and is none of its kind."""
+
+
+class Streams(io.RawIOBase):
+    """The bytes of all streams of a bzip2 or xz file: Python's readers take a damaged one for the end of the file."""
+
+    def __init__(self, packed: IO[bytes], new: Callable[[], Any], padding: bytes = b"") -> None:
+        """new: makes a decompressor of one stream; padding: the byte that may stand behind a stream, however often."""
+        self._packed, self._new, self._padding = packed, new, padding
+        self._stream = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
+
+    def readinto(self, room: Any) -> int:
+        while (piece := self._piece()) is not None:
+            try:
+                data = self._stream.decompress(piece, len(room))
+            except (OSError, lzma.LZMAError) as error:
+                raise DamagedError(str(error)) from error
+            if data:
+                room[: len(data)] = data
+                return len(data)
+        return 0
+
+    def _piece(self) -> bytes | None:
+        """What is unpacked next, of the next stream where one has ended; None at the end of the file."""
+        if self._stream.eof:
+            piece = self._stream.unused_data
+            while not (piece := piece.lstrip(self._padding)):
+                if not (piece := self._packed.read(PIECE)):
+                    return None
+            self._stream = self._new()
+        else:
+            piece = self._packed.read(PIECE) if self._stream.needs_input else b""
+            if not piece and self._stream.needs_input:
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+        return piece
+
+
+def _open_bz2(file: Path) -> IO[bytes]:
+    return io.BufferedReader(Streams(file.open("rb"), bz2.BZ2Decompressor), PIECE)
+
+
+def _open_xz(file: Path) -> IO[bytes]:
+    return io.BufferedReader(Streams(file.open("rb"), partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), b"\0"), PIECE)
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": zstd.open, ".bz2": _open_bz2, ".xz": _open_xz}
+"""Endings of compressed files, and what opens them to read bytes; what they hold is said by the ending before.
+
+All end in an error where they are cut."""
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, DamagedError, zstd.ZstdError)
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 PACKED |= {b"PAR1": "Parquet", b"ARROW1": "Arrow"}
 """How files begin that are no text."""
@@ -72,13 +132,12 @@ def kind_of(file: Path) -> str:
 def opened(file: Path) -> IO[bytes]:
     """The bytes of a file, unpacked."""
     unpack = COMPRESSED.get(file.suffix.lower())
-    return cast("IO[bytes]", unpack(file, "rb")) if unpack else file.open("rb")
+    return cast("IO[bytes]", unpack(file)) if unpack else file.open("rb")
 
 
 def open_text(file: Path, newline: str | None = None) -> IO[str]:
     """The text of a file, unpacked."""
-    unpack: Reader = COMPRESSED.get(file.suffix.lower(), open)
-    return cast("IO[str]", unpack(file, "rt", encoding="utf-8-sig", newline=newline))
+    return io.TextIOWrapper(opened(file), encoding="utf-8-sig", newline=newline)
 
 
 def read_text(key: str, file: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,9 +79,9 @@ def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, classes: tuple[st
     if known is not None and not known.label_names:
         return _build(data, tokenizer, train, validation, (), _score)
     if classes is None or classes == names:
-        classes, ids = _class_labels(train, names)
+        classes, ids = _class_labels(train, names, data.task)
     else:
-        ids = {name: i for i, name in enumerate(classes)}
+        ids = _trained_ids(train, classes)
     return _build(data, tokenizer, train, validation, classes, partial(_class_id, ids))
 
 
@@ -174,10 +174,22 @@ def _dataset_tables(
     if own != others:
         problem = f"train has the classes {_listing(own)}, validation {_listing(others)}"
         raise UserError(f"data.dataset: {data.dataset}: {problem}; allowed: the same classes in both")
-    if own and names and len(own) != len(names):
+    if own and names:
+        _check_own(data, own, names)
+    return tables[0], {"validation": tables[1]}, own or names
+
+
+def _check_own(data: DataConfig, own: Sequence[str], names: Sequence[str]) -> None:
+    """A dataset's own classes: as many as the task's `names`, and where F1 is judged, these or their numbers."""
+    if len(own) != len(names):
         problem = f"got {len(own)} classes ({_listing(own)})"
         raise UserError(f"data.dataset: {data.dataset}: {problem}; allowed: {len(names)}, as {data.task} has")
-    return tables[0], {"validation": tables[1]}, own or names
+    numbers = [str(i) for i in range(len(names))]
+    if _has_f1(data.task) and [name.casefold() for name in own] not in ([*names], numbers):
+        raise UserError(
+            f"data.dataset: {data.dataset}: got the classes {_listing(own)}; allowed: {_listing(names)}, in this "
+            f'order, as F1 is that of the second; rename them, or judge by accuracy: "task": "{LOCAL}"'
+        )
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -210,13 +222,29 @@ def _class_id(ids: Mapping[str, int], label: Any) -> float:
     return ids[name]
 
 
-def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple[str, ...], dict[str, int]]:
+def _trained_ids(table: Table, classes: Sequence[str]) -> dict[str, int]:
+    """The ids of the classes of a trained model by what stands for them in the data: their names, or their numbers.
+
+    Numbers alone are those of a head that kept its names (models/labels.py), of which then none is a number.
+    """
+    numbers = {str(i): i for i in range(len(classes))}
+    if any(re.fullmatch(r"\d+", name) for name in classes) or not _seen(table) <= numbers.keys():
+        return {name: i for i, name in enumerate(classes)}
+    return numbers
+
+
+def _seen(table: Table) -> set[str]:
+    """The labels in a table."""
+    return {_labelled(_class_name, table, row) for row in range(len(table.labels))}
+
+
+def _class_labels(train: Table, expected: tuple[str, ...] | None, task: str) -> tuple[tuple[str, ...], dict[str, int]]:
     """Label names, and the class ids by what stands for them in the data.
 
     Integers 0..K-1 are kept. Known names (a GLUE task's, or a dataset's) have their ids. Everything else is numbered in
     sorted order over train. `expected` are the known names: there must be as many classes.
     """
-    seen = sorted({_labelled(_class_name, train, row) for row in range(len(train.labels))}, key=_order)
+    seen = sorted(_seen(train), key=_order)
     integers = [label for label in seen if re.fullmatch(r"\d+", label)]
     truths = [row for row, label in enumerate(train.labels) if isinstance(label, bool)]
     if truths and integers:
@@ -231,12 +259,33 @@ def _class_labels(train: Table, expected: tuple[str, ...] | None) -> tuple[tuple
         if integers:
             ids = {str(i): i for i in range(len(expected))}
     else:
+        _check_unknown(train, expected or (), task)
         names, ids = tuple(seen), {name: i for i, name in enumerate(seen)}
     if len(names) < 2 or (expected is not None and len(names) != len(expected)):
         wanted = len(expected) if expected is not None else "2 or more"
         received = f"{len(names)} different labels ({_listing(names)})"
         raise UserError(f"{train.source}: got {received}; allowed: {wanted}")
     return names, ids
+
+
+def _has_f1(task: str) -> bool:
+    """Whether the task is judged by F1, which is that of class 1 alone."""
+    return task in GLUE and "f1" in GLUE[task].metrics
+
+
+def _check_unknown(train: Table, expected: Sequence[str], task: str) -> None:
+    """Labels that are not all of `expected`, nor all their numbers: the alphabet numbers them only if none is known.
+
+    Raises UserError also where F1 depends on which of them is which.
+    """
+    names = [_class_name(label).casefold() for label in train.labels]
+    known = {*map(str, range(len(expected))), *(name.casefold() for name in expected)}
+    if not known or not (known.intersection(names) or _has_f1(task)):
+        return
+    row = next((i for i, name in enumerate(names) if name not in known), names.index(min(names)))
+    numbers = f"in all rows their numbers, from 0 to {len(expected) - 1}"
+    problem = f"got {_shown(train.labels[row])}; allowed: {_listing(expected)}, the classes of {task}, or {numbers}"
+    raise UserError(f"{train.place(row)}: {problem}; rename the labels")
 
 
 def _class_name(label: Any) -> str:
@@ -264,9 +313,10 @@ def _is_list(name: str) -> bool:
         return False
 
 
-def _order(label: str) -> tuple[int, int, str]:
+def _order(label: str) -> tuple[int, int, str, str]:
     """Integers by value, then strings by the alphabet."""
-    return (0, int(label), label) if re.fullmatch(r"\d+", label) else (1, 0, label)
+    digits = label.lstrip("0")  # int() refuses some thousands of them
+    return (0, len(digits), digits, label) if re.fullmatch(r"\d+", label) else (1, 0, label, label)
 
 
 def _shown(label: Any) -> str:

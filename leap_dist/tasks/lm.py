@@ -72,6 +72,7 @@ def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase, judge: bool = Fal
         label_names=(),
         vocab_size=len(tokenizer),
         max_length=max(data.max_length if stream else train.longest, validation.longest),
+        pad_id=pad,
         augment=masking,
         stream=stream,
     )
@@ -191,7 +192,11 @@ def _examples(
             why = f"{split.source} has conversations, which are judged one by one: remove it"
             raise UserError(f"data.stride: got {data.stride}; {why}")
         return chat_table(split.source, split.chats, tokenizer, data.max_length)
-    return _blocks(split.source, token_stream(split.documents, tokenizer, frame.end), frame, data, whole)
+    table = _blocks(split.source, token_stream(split.documents, tokenizer, frame.end), frame, data, whole)
+    if data.task == MASKED and np.isin(table.columns["input_ids"], tokenizer.all_special_ids).all():
+        problem = "got no word that can be left out, as the tokenizer knows none of them"
+        raise UserError(f"{split.source}: {problem}; allowed: text that the tokenizer is made for")
+    return table
 
 
 def _blocks(source: str, stream: Arrays, frame: Frame, data: DataConfig, whole: bool) -> TokenTable:

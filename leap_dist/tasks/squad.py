@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leap_dist.config.section import is_int
+from leap_dist.config.section import is_int, show
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks.base import Batch, Collator, Task, TokenTable, flat, joined, pad_id, tokenised
@@ -57,6 +57,7 @@ def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
         raise UserError(f"model.name: its tokenizer does not say where tokens are in the text; {data.task} needs that")
     train_questions, questions = _questions(data)
     train, validation = (_windows(part, tokenizer, data) for part in (train_questions, questions))
+    pad = pad_id(tokenizer)
     longest = max(train.longest, validation.longest)
     kept = {key: train.columns[key] for key in train.columns if not key.startswith("char_")}
     labels = {key: train.numbers[key] for key in LABELS}
@@ -65,13 +66,14 @@ def load(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
         num_labels=2,
         train=TokenTable({**kept, "starts": train.starts}, **labels),
         validation={"validation": validation},
-        collate=Collator(pad_id(tokenizer), dict.fromkeys((*LABELS, *CONTEXT), torch.int64)),
+        collate=Collator(pad, dict.fromkeys((*LABELS, *CONTEXT), torch.int64)),
         evaluation=SpanEvaluation(data, questions, validation),
         primary="f1",
         problem="question_answering",
         label_names=(),
         vocab_size=len(tokenizer),
         max_length=longest,
+        pad_id=pad,
     )
 
 
@@ -246,7 +248,7 @@ def official_questions(key: str, file: Path) -> Iterator[Question]:
         for article in content["data"]:
             for paragraph in article["paragraphs"]:
                 for entry in paragraph["qas"]:
-                    answers = [] if entry.get("is_impossible") else _answers(file, entry)
+                    answers = _answers(f"{file}: question {entry['id']}", entry)
                     yield _question(str(file), str(entry["id"]), entry["question"], paragraph["context"], answers)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -265,14 +267,19 @@ def _question(source: str, name: str, question: Any, context: Any, answers: Sequ
     return Question(name, texts[0].strip(), texts[1], found)
 
 
-def _answers(file: Path, entry: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """The answers of a question that is not marked as impossible."""
-    if not entry.get("answers"):
+def _answers(place: str, entry: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """The answers of a question, none where it is marked as impossible."""
+    impossible, answers = entry.get("is_impossible", False), entry.get("answers") or []
+    if not isinstance(impossible, bool):
+        raise UserError(f"{place}: is_impossible: got {show(impossible)}; allowed: true or false, or no such key")
+    if impossible and answers:
+        raise UserError(f'{place}: has answers, and "is_impossible": true; remove the answers, or make it false')
+    if not impossible and not answers:
         raise UserError(
-            f"{file}: question {entry['id']}: no answers; a file to train or to judge with holds them; questions "
-            'without an answer are marked "is_impossible": true and are for "task": "squad_v2"'
+            f"{place}: no answers; a file to train or to judge with holds them; questions without an answer are "
+            'marked "is_impossible": true and are for "task": "squad_v2"'
         )
-    return [(answer["text"], answer["answer_start"]) for answer in entry["answers"]]
+    return [(answer["text"], answer["answer_start"]) for answer in answers]
 
 
 def _check(source: str, questions: Sequence[Question], task: str) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
+from io import BytesIO, StringIO
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,17 +44,22 @@ class Table:
         return f'{self.places[row]}, column "{self.label}"'
 
 
+def check_letters(text: str, where: str) -> None:
+    """UserError for half a character, which JSON can write and no file of text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise UserError(
+            f"{where}: {half} at character {error.start + 1} is half of a surrogate pair, not text; save the file "
+            "again as UTF-8"
+        ) from error
+
+
 def cell_text(value: Any, place: str, column: str) -> str:
     """A cell as text. UserError for what is none: nothing, a list, true, no finite number, half a character."""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = value[error.start].encode("unicode_escape").decode()
-            raise UserError(
-                f'{place}, column "{column}": {half} at character {error.start + 1} is half of a surrogate '
-                "pair, not text; save the file again as UTF-8"
-            ) from error
+        check_letters(value, f'{place}, column "{column}"')
         return value
     if value is None:
         raise UserError(f'{place}: nothing in column "{column}"')
@@ -221,7 +226,7 @@ def cell(source: str, place: str, row: Mapping[str, Any], key: str, column: str)
     return row[column]
 
 
-ROWS_OF_THEIR_OWN = (".json", ".jsonl")  # one may have other columns than the next
+ROWS_OF_THEIR_OWN = (".json", ".jsonl", ".ndjson")  # one may have other columns than the next
 
 
 def _other_delimiter(header: Sequence[str]) -> str:
@@ -341,7 +346,7 @@ def _read_parquet(file: Path, columns: Collection[str] | None = None) -> Iterato
 
     number = 0
     try:
-        with opened(file) as stream, ParquetFile(stream) as table:
+        with opened(file) as stream, ParquetFile(stream if stream.seekable() else BytesIO(stream.read())) as table:
             names = table.schema_arrow.names
             _check_names(str(file), names)
             read = [name for name in names if columns is None or name in columns]
@@ -372,6 +377,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".txt": _read_tsv,
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".json": _read_json,
     PARQUET: _read_parquet,
 }

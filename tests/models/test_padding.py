@@ -14,13 +14,17 @@ import transformers
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from leap_dist.config.sections import ModelConfig
+from leap_dist.config.sections import DataConfig, ModelConfig
 from leap_dist.errors import UserError
 from leap_dist.export.hf import save_model
 from leap_dist.models.load import load_model, load_tokenizer
+from leap_dist.tasks import load_task
 from leap_dist.tasks.base import Collator, Task, TokenTable, flat
 from tests.models.test_load import make_task
 from tests.models.tiny import SETTINGS
+from tests.tasks.conftest import cache_folder, tokenizer
+
+__all__ = ["cache_folder", "tokenizer"]
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +112,24 @@ def test_a_model_that_counts_positions_from_padding_is_refused_with_another() ->
     with pytest.raises(UserError, match=r"counts positions from config\.pad_token_id, which is 1, .* pads with 7"):
         load_model(ModelConfig(from_config=roberta), text_task())
     load_model(ModelConfig(from_config=roberta), text_task(1))
+
+
+@pytest.mark.parametrize("task", ["lm", "mlm", "squad"])
+def test_padding_of_every_task_of_text(task: str, tokenizer: Any, tmp_path: Path) -> None:
+    """What is exported has positions by the one token, and a tokenizer that pads with the other."""
+    article = {"paragraphs": [{"context": "a b", "qas": [{"id": "q", "question": "c"}]}]}
+    article["paragraphs"][0]["qas"][0]["answers"] = [{"text": "a", "answer_start": 0}]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"data": [article]}))
+        (tmp_path / f"{name}.txt").write_text("a b c d " * 9)
+    ending = "json" if task == "squad" else "txt"
+    files = {"train": str(tmp_path / f"train.{ending}"), "validation": str(tmp_path / f"dev.{ending}")}
+    loaded = load_task(DataConfig(task=task, max_length=32 if task == "squad" else 16, **files), tokenizer)
+    roberta = {"model_type": "roberta", **SETTINGS["roberta"], "is_decoder": task == "lm"}
+    with pytest.raises(UserError, match=r"counts positions from config\.pad_token_id, which is 1, .* pads with 0; all"):
+        load_model(ModelConfig(from_config=roberta | {"pad_token_id": 1}), loaded)
+    del roberta["pad_token_id"]
+    assert load_model(ModelConfig(from_config=roberta), loaded).config.pad_token_id == 0
 
 
 @pytest.mark.parametrize(("ids", "count"), [([9, 10], 0), ([9, 2, 2], 2)])

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from leap_dist.config.job_file import parse_job
+from leap_dist.errors import UserError
 from leap_dist.sweep.rank import Outcome
 from leap_dist.sweep.result import Result, collect, means, metric_of
 from leap_dist.sweep.results import mean_lines, print_table, table_lines, write
 from leap_dist.sweep.sweep_file import read_sweep, trials_of
 from leap_dist.tracking.pareto import pareto
 from tests.ranks import RankPools
-from tests.sweep.jobs import run_without_ray, sweep_file
+from tests.sweep.jobs import JOB, run_without_ray, sweep_file
 from tests.tracking.folders import Page, export_card, run_folder
 
 
@@ -77,6 +79,28 @@ def test_a_front_and_a_panel_are_of_what_is_judged_on_the_same_data(tmp_path: Pa
     drawn = (tmp_path / "results.svg").read_text("utf-8")
     assert "lm: b.txt c.txt" in drawn and "lm: b.txt" in drawn and "all trials" not in drawn
     assert json.loads((tmp_path / "results.json").read_text())["trials"][2]["data"] == "b.txt c.txt"
+
+
+def test_a_trial_whose_data_do_not_give_the_metric_has_failed(tmp_path: Path) -> None:
+    """Its value was empty, and the sweep said nothing; early stopping took each such trial for the worst."""
+    rows = {"task": "lm", "train": "a.jsonl", "validation": "b.jsonl"}
+    trials = trials_of(read_sweep(sweep_file(tmp_path, {"data": rows}, vary={"train.seed": [1, 2]})))
+    sweep = read_sweep(tmp_path / "sweep.json")
+    for trial in trials:
+        finished(tmp_path, trial.name, 0.5, 0.9)
+    found = collect(sweep, trials, {}, tmp_path, "bits_per_byte")
+    assert [result.outcome for result in found] == ["failed"] * 2
+    assert found[0].error == 'metric: got "bits_per_byte", which its data do not give; allowed: accuracy'
+
+
+def test_a_metric_has_to_come_from_the_data_of_all_jobs(tmp_path: Path) -> None:
+    given = {"train": "a.tsv", "validation": "b.tsv"}
+    bert = {"name": "bert"}
+    jobs = [parse_job(JOB | {"model": bert, "data": {"task": "glue/mnli", **own}}) for own in ({}, given)]
+    sweep = read_sweep(sweep_file(tmp_path, {}, metric="validation_mismatched_accuracy", vary={"train.seed": [1]}))
+    assert metric_of(sweep, jobs[:1]) == "validation_mismatched_accuracy"
+    with pytest.raises(UserError, match=r"metric: got \"validation_mismatched_accuracy\"; allowed: what glue/mnli "):
+        metric_of(sweep, jobs)
 
 
 def test_no_setting_takes_the_place_of_another_column() -> None:

@@ -53,6 +53,13 @@ def test_another_vocabulary_is_another_tokenizer(tokenizer: Any) -> None:
     assert value(other, "a", number=2) == (2, True)
 
 
+def test_special_tokens_in_a_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands beside tokenizer.json decides whether "[SEP]" in a text is one token."""
+    value(tokenizer, "a [SEP]")
+    monkeypatch.setattr(tokenizer, "split_special_tokens", True)
+    assert value(tokenizer, "a [SEP]", number=2) == (2, True)
+
+
 def test_little_is_not_kept(tokenizer: Any, cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SMALLEST", 100)
     value(tokenizer, "a" * 90)

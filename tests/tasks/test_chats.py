@@ -218,6 +218,32 @@ def test_columns(rows: Any, speaker: Any, row: dict[str, Any], settings: dict[st
     assert len(answers(example, speaker)) == 1 and answers(example, speaker)[0].startswith("In Italy")
 
 
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("extra", [[], [TURNS[1], {"role": "assistant", "content": "In Italy."}]])
+def test_answers_in_a_prompt_are_not_learned(rows: Any, speaker: Any, kind: str, extra: list[Any]) -> None:
+    speaker.chat_template = TEMPLATES[kind]
+    row = {"prompt": TURNS[:4], "completion": [TURNS[4], *extra]}
+    (example,) = load_task(rows([row]), speaker).train
+    assert answers(example, speaker) == ["In Norway.<|end|>", *["In Italy.<|end|>"] * bool(extra)]
+    assert speaker.decode(example["input_ids"]).count("<|assistant|>") == 2 + bool(extra)
+    with pytest.raises(UserError, match=r'line 1, column "completion": no answer, the messages are of user; allowed'):
+        load_task(rows([row | {"completion": TURNS[3:4]}]), speaker)
+
+
+def test_answers_in_a_prompt_that_the_template_rewrites(rows: Any, speaker: Any) -> None:
+    speaker.chat_template = FORGETS
+    (example,) = load_task(rows([{"prompt": TURNS[:4], "completion": "In Norway."}]), speaker).train
+    assert answers(example, speaker) == ["<|think|>\nIn Norway.<|end|>"]
+
+
+def test_the_cache_knows_what_is_a_prompt(rows: Any, speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SMALLEST", 0)
+    speaker.chat_template = TEMPLATES["plain"]
+    parts = {"prompt": TURNS[:4], "completion": TURNS[4:]}, {"prompt": TURNS[:2], "completion": TURNS[2:]}
+    found = [answers(load_task(rows([row]), speaker).train[0], speaker) for row in parts]
+    assert found == [ANSWERS[1:], ANSWERS]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [("1 2", "Add.\n\n1 2"), (0, "Add.\n\n0"), (0.0, "Add.\n\n0.0"), ("", "Add."), (None, "Add.")]
 )
@@ -277,6 +303,13 @@ def test_long_conversations_are_cut_and_counted(rows: Any, speaker: Any, caplog:
         load_task(rows([{"messages": late}], max_length=64), speaker)
 
 
+def test_a_conversation_of_several_examples_is_counted_once(rows: Any, speaker: Any, caplog: Any) -> None:
+    speaker.chat_template = FORGETS
+    long = [TURNS[1] | {"content": "x" * 60}, TURNS[2], *TURNS[3:]] + TURNS[3:] * 2
+    load_task(rows([{"messages": long}, {"messages": TURNS[1:3]}], max_length=64), speaker)
+    assert "1 of 2 conversations are longer than data.max_length (64) and are cut there; 1 have no" in caplog.text
+
+
 def with_turn(**changes: Any) -> dict[str, Any]:
     return {"messages": [TURNS[1], {**TURNS[2], **changes}]}
 
@@ -294,6 +327,19 @@ def with_turn(**changes: Any) -> dict[str, Any]:
         (with_turn(role=3), r"message 2: role: got 3; allowed: system"),
         (with_turn(content=None), r"message 2: content: got nothing; allowed: text"),
         (with_turn(content=[{"type": "image"}]), r"message 2: content: got \[\{'type': 'image'\}\]; allowed: text"),
+        (with_turn(content="a\ud800"), r'"messages": message 2: content: .ud800 at character 2 is half of a surrogate'),
+        (
+            with_turn(name="\udfff"),
+            r"message 2: name: .udfff at character 1 is half of a surrogate pair, not text; save",
+        ),
+        (
+            {"messages": [TURNS[1], called(**{"zone\ud800": "x"})]},
+            r"message 2: tool_calls: .ud800 at character 5 is half of a surrogate pair, not text; save the file again",
+        ),
+        (
+            {"messages": TURNS, "tools": [{"name": ["\ud83d"]}]},
+            r'column "tools": .ud83d at character 1 is half of a sur',
+        ),
         (with_turn(content=" "), r"message 2: an answer without text; remove the row, or give the answer"),
     ],
 )

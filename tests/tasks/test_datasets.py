@@ -37,6 +37,14 @@ def section(**settings: Any) -> DataConfig:
     return parse_section(DataConfig, "data", settings)
 
 
+def test_a_split_to_learn_and_to_judge(dataset: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    data = {"task": "text/classification", "dataset": dataset(ROWS, "train", "test"), "text": "one", "label": "kind"}
+    load_task(section(**data, validation="test"), tokenizer)
+    assert "also in data.train" not in caplog.text
+    load_task(section(**data, validation="train"), tokenizer)
+    assert "data.validation: the split train: also in data.train" in caplog.text
+
+
 def test_pairs_by_column_names(dataset: Any, tokenizer: Any) -> None:
     name = dataset(ROWS, "train", "test")
     data = section(
@@ -197,6 +205,32 @@ def test_classes_by_their_place_whatever_they_are_called(tokenizer: Any, monkeyp
     hub(monkeypatch, rows_of([0, 1]), names=["positive", "negative"])  # GLUE has them the other way round
     task = load_task(section(task="glue/sst2", dataset="some/set", text="text"), tokenizer)
     assert task.label_names == ("positive", "negative")
+
+
+@pytest.mark.parametrize(
+    ("names", "fits"),
+    [
+        (["Not_Equivalent", "equivalent"], True),
+        (["0", "1"], True),
+        (["equivalent", "not_equivalent"], False),
+        (["1", "0"], False),
+        (["different", "equivalent"], False),
+    ],
+)
+def test_classes_of_a_dataset_where_f1_is_judged(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, names: list[str], fits: bool
+) -> None:
+    """F1 is that of class 1."""
+    hub(monkeypatch, rows_of([0, 1]), names=names)
+    data = section(task="glue/mrpc", dataset="some/set", text="text")
+    if fits:
+        assert load_task(data, tokenizer).label_names == tuple(names)
+        return
+    allowed = (
+        r"allowed: not_equivalent, equivalent, in this order, as F1 is that of the second; rename them, or judge by"
+    )
+    with pytest.raises(UserError, match=rf"some/set: got the classes {', '.join(names)}; {allowed} accuracy"):
+        load_task(data, tokenizer)
 
 
 def test_classes_that_do_not_fit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ import pytest
 
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
-from leap_dist.tasks import load_task
-from leap_dist.tasks.files import files_of, zstd
+from leap_dist.tasks import files, load_task
+from leap_dist.tasks.files import files_of, read_text, zstd
 from leap_dist.tracking.datasets import describe
 
 Rows = list[dict[str, Any]]
@@ -57,9 +57,12 @@ KINDS: dict[str, Callable[[Rows], bytes]] = {
     ".JSONL.GZ": lambda rows: gzip.compress(as_lines(rows[:2])) + gzip.compress(as_lines(rows[2:])),
     ".json": lambda rows: json.dumps(rows).encode(),
     ".json.xz": lambda rows: lzma.compress(json.dumps(rows).encode()),
+    ".ndjson": as_lines,
+    ".jsonl.xz": lambda rows: lzma.compress(as_lines(rows[:2])) + bytes(8) + lzma.compress(as_lines(rows[2:])),
     ".csv": as_csv,
     ".csv.bz2": lambda rows: bz2.compress(as_csv(rows)),
     ".parquet": as_parquet,
+    ".parquet.xz": lambda rows: lzma.compress(as_parquet(rows)),
 }
 
 
@@ -78,6 +81,41 @@ def test_a_kind_of_file(paragraphs: Rows, tokenizer: Any, tmp_path: Path, kind: 
     task = load_task(DataConfig(task="lm", max_length=64, **names), tokenizer)
     whole = load_task(DataConfig(task="lm", max_length=64, **{**names, "train": names["validation"]}), tokenizer)
     assert len(task.train) > 20 and task.train[:] == whole.train[:]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".bz2", bz2.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize("damage", ["in the second stream", "behind the last stream"])
+def test_streams_that_are_damaged(tokenizer: Any, tmp_path: Path, suffix: str, compress: Any, damage: str) -> None:
+    """As `pbzip2` and `cat` make them: Python's readers take one that is none for the end of the file."""
+    first, second = (compress(as_lines([{"text": f"{word} film"}] * 9)) for word in ("good", "bad"))
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes(first + (b"\1" + second[1:] if damage == "in the second stream" else second + b"more"))
+    data = DataConfig(task="lm", max_length=8, train=str(file), validation=str(file))
+    with pytest.raises(
+        UserError, match=rf"^data\.train: .*a\.jsonl{suffix}: damaged, or cut off: .*; download or pack"
+    ):
+        load_task(data, tokenizer)
+    file.write_bytes(first + second)
+    assert sum(example["input_ids"].count(9) for example in load_task(data, tokenizer).validation["validation"]) == 9
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".bz2", bz2.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize("piece", [1, 7, 2**16])
+def test_a_packed_file_that_ends_anywhere(
+    tmp_path: Path, monkeypatch: Any, suffix: str, compress: Any, piece: int
+) -> None:
+    """Only the end of a stream is the end of a file."""
+    monkeypatch.setattr(files, "PIECE", piece)
+    parts = [b"a good film", b"", b"a bad plot"]
+    content, file = b"".join(map(compress, parts)), tmp_path / f"a.txt{suffix}"
+    whole = {len(b"".join(map(compress, parts[:number]))): b"".join(parts[:number]) for number in (1, 2, 3)}
+    for length in range(len(content) + 1):
+        file.write_bytes(content[:length])
+        if length in whole:
+            assert read_text("data.train", file).encode() == whole[length]
+        else:
+            with pytest.raises(UserError, match=r"^data\.train: .*damaged, or cut off: Compressed file ended before"):
+                read_text("data.train", file)
 
 
 def test_classes_in_several_files(tokenizer: Any, tmp_path: Path) -> None:
@@ -111,6 +149,24 @@ def test_patterns(tmp_path: Path) -> None:
         found("dee*")
     with pytest.raises(UserError, match=r"data\.train: .*/a\.txt is named more than once; allowed: each file once"):
         found("b.txt", "a.txt", "a*.txt")
+
+
+def test_a_file_to_learn_and_to_judge(tokenizer: Any, tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("a good film " * 9)
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    told = f"data.validation: {tmp_path}/link.txt, {tmp_path}/b.txt: also in data.train, so the metrics say nothing of"
+    names = ["link.txt", "b.txt", "c.txt"]
+    data = DataConfig(
+        task="lm", max_length=8, train=str(tmp_path / "[ab].txt"), validation=[str(tmp_path / name) for name in names]
+    )
+    load_task(data, tokenizer)
+    assert caplog.text.count("also in data.train") == caplog.text.count(told) == 1
+    load_task(data, tokenizer, classes=())  # a model is judged that has learned already
+    load_task(data.model_copy(update={"validation": (str(tmp_path / "c.txt"),)}), tokenizer)
+    monkeypatch.setenv("RANK", "1")
+    load_task(data, tokenizer)
+    assert caplog.text.count("also in data.train") == 1
 
 
 def test_names_that_lead_to_no_file(tokenizer: Any, tmp_path: Path) -> None:

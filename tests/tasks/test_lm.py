@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from leap_dist.errors import UserError
 from leap_dist.ops.words import IGNORED
 from leap_dist.tasks import cache, documents, load_task
 from leap_dist.tasks.documents import token_stream
+from leap_dist.tasks.texts import texts_in
 
 WORDS = "a b c d good bad film plot"
 
@@ -333,6 +335,62 @@ def test_no_mask_token(texts: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(tokenizer._special_tokens_map, "mask_token", None)
     with pytest.raises(UserError, match=r'data\.task: got "mlm"; the tokenizer has no mask token'):
         load_task(texts(WORDS, task="mlm"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "message"),
+    [
+        (
+            ".xml",
+            WORDS,
+            r"got .*train\.xml; allowed: text in a file that ends in \.txt, .* or has no ending, rows in one",
+        ),
+        (".log.gz", WORDS, r"got .*train\.log\.gz; allowed: text in .*\.ndjson, .*packed or not; rename it by what it"),
+        (
+            ".txt",
+            '{"text": "a b c d"}\n{"text": "good"}\n',
+            r"train\.txt: begins with a JSON object, and its name says",
+        ),
+        ("", '\n {\n  "text": "a b c d"\n}\n', r"train: begins with a JSON object, .*; allowed: rows in a file that"),
+        (".md", '[{"text": "a b c d"}]', r"train\.md: begins with a JSON object, .* ends in \.jsonl \(one object a li"),
+        (".txt.gz", '{"text": "a"}{"text": "b"}', r"train\.txt\.gz: begins with a JSON object"),
+    ],
+)
+def test_rows_that_would_be_learned_as_text(texts: Any, tokenizer: Any, suffix: str, text: str, message: str) -> None:
+    data = texts(text, suffix=suffix)
+    for name in (*data.train, *data.validation):
+        if name.endswith(".gz"):
+            Path(name).write_bytes(gzip.compress(text.encode()))
+    for task in ("lm", "mlm"):
+        with pytest.raises(UserError, match=rf"^data\.train: .*{message}"):
+            load_task(data.model_copy(update={"task": task}), tokenizer)
+    with pytest.raises(UserError, match=rf"^--vocabulary: .*{message}"):
+        texts_in("--vocabulary", Path(data.train[0]))
+
+
+def test_half_a_character_in_a_text_whose_words_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"a": [{"b": "good"}, "x\ud800"]}))
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: line 1: .ud800 at character 2 is half of a surrogate pair, not text"
+    ):
+        texts_in("--vocabulary", tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".raw", ".tokens", ""])
+@pytest.mark.parametrize("start", ["", "{", "[1] ", "{} ", '{"a": 1} is ', "{{ a }}\n"])
+def test_text_that_is_no_json(texts: Any, decoder: Any, suffix: str, start: str) -> None:
+    assert len(load_task(texts(start + WORDS, suffix=suffix), decoder).train)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_text_without_a_word_that_can_be_left_out(texts: Any, tokenizer: Any, split: str) -> None:
+    unknown = "x y z " * 9
+    data = texts(unknown, WORDS, task="mlm") if split == "train" else texts(WORDS, unknown, task="mlm")
+    with pytest.raises(
+        UserError,
+        match=rf"^data\.{split}: .*: got no word that can be left out, as the tokenizer knows none of them; al",
+    ):
+        load_task(data, tokenizer)
 
 
 # ------------------------------------------------------------------------------ real text

@@ -188,6 +188,14 @@ def test_the_hub_layout(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPat
 
 # ------------------------------------------------------------------------------ refused
 
+
+def marked(impossible: Any, answer: str | None = "a") -> list[dict[str, Any]]:
+    """A question with such a mark."""
+    paragraph = question(0, answer)
+    paragraph["qas"][0]["is_impossible"] = impossible
+    return [paragraph]
+
+
 NO_ANSWERS = {"context": TEXT, "qas": [{"id": "q0", "question": "film"}]}
 REFUSED = {
     "no answers": ([NO_ANSWERS], r'question q0: no answers; .*"is_impossible": true and are for "task": "squad_v2"'),
@@ -199,6 +207,14 @@ REFUSED = {
         [question(0, " ", 1)],
         r"question q0: an answer is empty, or white space alone; remove it$",
     ),
+    "a mark in words": (marked("false"), r'q0: is_impossible: got "false"; allowed: true or false, or no such key$'),
+    "a mark of nothing": (marked(None), r"q0: is_impossible: got null; allowed: true or false, or no such key$"),
+    "a mark in numbers": (marked(0), r"q0: is_impossible: got 0; allowed: true or false"),
+    "an answer to what has none": (
+        marked(True),
+        r'q0: has answers, and "is_impossible": true; remove the answers, or make it false$',
+    ),
+    "none, and no mark": (marked(False, None), r"question q0: no answers; a file to train or to judge with holds"),
     "no questions": ([], r"train\.json: no questions in it"),
     "no text but a list": (
         [question(0, "a", 0, ["a"])],
