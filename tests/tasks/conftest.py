@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from leap_dist.config.sections import DataConfig
 
 WORDS = ["a", "b", "c", "d", "good", "bad", "film", "plot"]
 
@@ -41,3 +44,18 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path / "tokens")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     return tmp_path / "tokens"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Callable[..., DataConfig]:
+    """Writes train and validation files and gives the data section that names them."""
+
+    def make(train: str, validation: str | None = None, suffix: str = ".tsv", **settings: Any) -> DataConfig:
+        paths = []
+        for name, text in (("train", train), ("dev", train if validation is None else validation)):
+            path = tmp_path / f"{name}{suffix}"
+            path.write_bytes(text.encode())
+            paths.append(str(path))
+        return DataConfig(**{"task": "glue/sst2", "train": paths[0], "validation": paths[1], **settings})
+
+    return make

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import bz2
 import copy
-import gzip
 import json
-import lzma
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +12,16 @@ import pytest
 import torch
 from tokenizers import processors
 
-from leap_dist.config.job_file import parse_job
 from leap_dist.config.sections import DataConfig
 from leap_dist.errors import UserError
 from leap_dist.tasks import load_task, metric_names, needs_tokenizer
-from leap_dist.tasks.files import zstd
 from leap_dist.tasks.glue import GLUE, LOCAL
 
 DATA = Path(os.environ.get("LEAP_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 GOOD = "sentence\tlabel\na good film\t1\na bad plot\t0\n"
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> Callable[..., DataConfig]:
-    """Writes train and validation files and gives the data section that names them."""
-
-    def make(train: str, validation: str | None = None, suffix: str = ".tsv", **settings: Any) -> DataConfig:
-        paths = []
-        for name, text in (("train", train), ("dev", train if validation is None else validation)):
-            path = tmp_path / f"{name}{suffix}"
-            path.write_bytes(text.encode())
-            paths.append(str(path))
-        return DataConfig(**{"task": "glue/sst2", "train": paths[0], "validation": paths[1], **settings})
-
-    return make
+TEXT = {"task": LOCAL, "text": "text"}
 
 
 # ------------------------------------------------------------------------------ reading
@@ -329,118 +311,6 @@ def test_broken_jsonl(files: Any, tokenizer: Any, text: str, message: str) -> No
         load_task(files(text, suffix=".jsonl"), tokenizer)
 
 
-MANY = "sentence\tlabel\n" + "".join(f"a good film {i * i}\t{i % 2}\n" for i in range(5000))
-
-
-def flipped(content: bytes) -> bytes:
-    """With one bit in the middle changed."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize(
-    ("content", "suffix", "message"),
-    [
-        (
-            gzip.compress(GOOD.encode(), mtime=0),
-            ".tsv",
-            r"train\.tsv: is a gzip file, not text; unpack or convert it first",
-        ),
-        (GOOD.encode(), ".tsv.gz", r"train\.tsv\.gz: damaged, or cut off: Not a gzipped file"),
-        (gzip.compress(GOOD.encode(), mtime=0)[:-9], ".tsv.gz", r"damaged, or cut off: Compressed file ended before"),
-        (flipped(gzip.compress(MANY.encode(), mtime=0)), ".tsv.gz", r"damaged, or cut off: "),
-        (GOOD.encode(), ".tsv.zst", r"train\.tsv\.zst: damaged, or cut off: Unable to decompress Zstandard data"),
-        (zstd.compress(GOOD.encode())[:-1], ".tsv.zst", r"damaged, or cut off: Compressed file ended before"),
-        (zstd.compress(MANY.encode()) + zstd.compress(GOOD.encode())[:-3], ".tsv.zst", r"Compressed file ended before"),
-        (flipped(zstd.compress(MANY.encode())), ".tsv.zst", r"damaged, or cut off: "),
-        (lzma.compress(MANY.encode())[:-40], ".tsv.xz", r"damaged, or cut off: Compressed file ended before"),
-        (bz2.compress(MANY.encode())[:-40], ".tsv.bz2", r"damaged, or cut off: Compressed file ended before"),
-        (gzip.compress(b"PAR1....PAR1", mtime=0), ".tsv.gz", r"is a Parquet file, not text"),
-        (b"PAR1....PAR1", ".tsv", r"is a Parquet file"),
-        (b"PAR1....PAR1", ".parquet", r"cannot be read: .*Parquet"),
-        (GOOD.encode(), ".parquet", r"cannot be read: .*Parquet"),
-        (
-            b'{"sentence": "a", "label": 1}',
-            ".json",
-            r"cannot be read: got one JSON value; allowed: a list of objects, or",
-        ),
-        (
-            b'{"sentence": "a"}\n{"sentence": "b"}',
-            ".json",
-            r"cannot be read: Extra data.*; one object a line is \.jsonl",
-        ),
-        (GOOD.encode("utf-16"), ".tsv", r"not UTF-8 text: .* at byte 0; it looks like UTF-16; save it as UTF-8"),
-        (GOOD.replace("good", "g\u00f6d").encode("latin-1"), ".csv", r"not UTF-8 text: .*; save it as UTF-8"),
-        (
-            b'sentence,label\n"a,1\nb,0\n',
-            ".csv",
-            r"train\.csv: cannot be read: line 2: the quoted cell that begins there",
-        ),
-        (b'{"sentence": "a", "label": 1}\n{"sentence"\n', ".jsonl", r"cannot be read: line 2: Expecting ':'"),
-        (b"[" * 100_000, ".jsonl", r"cannot be read: line 1: maximum recursion|line 1: Expecting"),
-    ],
-)
-def test_a_file_that_cannot_be_read(files: Any, tokenizer: Any, content: bytes, suffix: str, message: str) -> None:
-    data = files("", suffix=suffix)
-    Path(data.train[0]).write_bytes(content)
-    with pytest.raises(UserError, match=rf"^data\.train: .*{message}"):
-        load_task(data, tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'[{"sentence": "a", "label": 1}, 3]', r"train\.json: row 2: got 3; allowed: a JSON object"),
-        (b'[{"sentence": "a"}, 3]', r'^data\.label: got "label", which is not a column'),
-    ],
-)
-def test_a_row_that_is_no_object_is_named(files: Any, tokenizer: Any, content: bytes, message: str) -> None:
-    data = files("", suffix=".json")
-    Path(data.train[0]).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        load_task(data, tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            '{"sentence": "a", "label": 1}\n{"sentence": "b"}',
-            r'train\.jsonl: line 2: no "label" in it; it has sentence$',
-        ),
-        ("{}", r'train\.jsonl: line 1: no "sentence" in it; it has nothing$'),
-    ],
-)
-def test_a_row_that_lacks_a_column_is_named(files: Any, tokenizer: Any, content: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_task(files(content, suffix=".jsonl"), tokenizer)
-
-
-def test_a_folder_as_a_file(files: Any, tokenizer: Any, tmp_path: Path) -> None:
-    data = files(GOOD).model_copy(update={"train": (str(tmp_path),)})
-    for task in ("glue/sst2", "lm", "squad"):
-        with pytest.raises(UserError, match=r"^data\.train: got .*; that is a folder; allowed: a file$"):
-            load_task(data.model_copy(update={"task": task}), tokenizer)
-
-
-def test_a_name_that_no_file_can_have(files: Any, tokenizer: Any) -> None:
-    data = files(GOOD).model_copy(update={"train": ("x" * 300 + ".tsv",)})
-    with pytest.raises(UserError, match=r"^data\.train: x+\.tsv: cannot be read: File name too long"):
-        load_task(data, tokenizer)
-
-
-def test_a_cell_of_any_length(files: Any, tokenizer: Any) -> None:
-    task = load_task(files(f"sentence\tlabel\n{'a ' * 100_000}\t1\nb\t0\n"), tokenizer)
-    assert task.train.longest == 128
-
-
-def test_a_file_that_is_not_text(files: Any, tokenizer: Any) -> None:
-    data = files(GOOD)
-    Path(data.train[0]).write_bytes(b"sentence\tlabel\n\xff\t1\n")
-    with pytest.raises(UserError, match=r"data\.train: .*not UTF-8 text"):
-        load_task(data, tokenizer)
-
-
 def test_unknown_task() -> None:
     with pytest.raises(UserError, match=r'data\.task: got "glue/sst-2"; allowed: .*did you mean glue/sst2'):
         needs_tokenizer("glue/sst-2")
@@ -482,123 +352,6 @@ def test_mrpc_with_a_bom_and_literal_quotes(tokenizer: Any) -> None:
     data = DataConfig(task="glue/mrpc", train=train, validation=dev, text=columns, label="Quality")
     task = load_task(data, tokenizer)
     assert (len(task.train), len(task.validation["validation"])) == (4076, 1725)
-
-
-# ------------------------------------------------------------------------------ what would be read as something else
-
-JOB = {
-    "train_micro_batch_size_per_gpu": 4,
-    "model": {"name": "m"},
-    "train": {"epochs": 1},
-    "leap": {"target": 0.1},
-}
-TEXT = {"task": LOCAL, "text": "text"}
-MISREAD = {
-    "a comma in a text": ("text,label\na, b,0\nc,1\n", ".csv", r"line 2: got 3 cells, and line 1 names 2 columns; put"),
-    "a space before a quote": (
-        'label,text\n0,"a"\n1, "b, c"\n',
-        ".csv",
-        r"line 3: got 3 cells.* right after the comma",
-    ),
-    "a tab in a text": ("text\tlabel\na\tb\t0\nc\t1\n", ".tsv", r"line 2: got 3 cells.*; replace tabs"),
-    "semicolons": ("text;label\na;0\nb;1\n", ".csv", r'data\.text: got "text".*they look parted by \';\''),
-    "commas in .tsv": ("text,label\na,0\nb,1\n", ".tsv", r"they look parted by ','"),
-    "UTF-16 without its mark": ("t\0e\0x\0t\0,\0", ".csv", r"data\.train: .*not text: a zero byte at byte 1"),
-    "a pointer of Git LFS": ("version https://git-lfs.github.com/spec/v1\n", ".csv", r"is a pointer of Git LFS"),
-    "several labels": ('text,label\na,"[0, 1]"\nb,[1]\n', ".csv", r"line 2.*: got '\[0, 1\]'; a list of labels"),
-    "names in a list": ("text,label\na,['x']\nb,['y']\n", ".csv", r"line 2.*a list of labels"),
-    "nothing, as SQL writes it": ("text,label\na,x\nb,NULL\n", ".csv", r"line 3.*got 'NULL'; that is not a class"),
-    "a key twice": ('{"text": "a", "label": 0, "label": 1}\n', ".jsonl", r'line 1: the key "label" stands there more'),
-}
-
-
-@pytest.mark.parametrize(("text", "suffix", "message"), MISREAD.values(), ids=MISREAD.keys())
-def test_what_would_be_read_as_something_else(files: Any, tokenizer: Any, text: str, suffix: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_task(files(text, suffix=suffix, **TEXT), tokenizer)
-
-
-def test_a_header_may_stand_below_empty_lines(files: Any, tokenizer: Any) -> None:
-    task = load_task(files("\n\r\ntext,label,\na,0,\n\nb,1\n", suffix=".csv", **TEXT), tokenizer)
-    assert [example["labels"] for example in task.train] == [0, 1]
-    with pytest.raises(UserError, match=r"train\.csv: line 5: got 3 cells, and line 3 names 2 columns"):
-        load_task(files("\n\ntext,label\na,0\nb,1,2\n", suffix=".csv", **TEXT), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (("s", "s"), "data.text: .*allowed: one column, or two that differ"),
-        (("s", "label"), "data.text: .*label is the column of the label"),
-    ],
-)
-def test_a_column_that_is_read_twice(text: tuple[str, ...], message: str) -> None:
-    """A label among the texts is an accuracy of 1 that means nothing."""
-    data = {"task": LOCAL, "train": "a.csv", "validation": "b.csv", "text": list(text)}
-    with pytest.raises(UserError, match=message):
-        parse_job(JOB | {"data": data})
-    if text == ("s", "label"):
-        parse_job(JOB | {"data": data | {"label": "y"}})
-
-
-def test_known_names_in_another_case_are_those_classes(files: Any, tokenizer: Any) -> None:
-    """F1 is that of class 1, which the alphabet would make "Not_Equivalent"."""
-    table = "sentence1\tsentence2\tlabel\na\tb\tEquivalent\na\tc\tNot_Equivalent\n"
-    task = load_task(files(table, task="glue/mrpc"), tokenizer)
-    assert [example["labels"] for example in task.train] == [1, 0]
-    assert task.label_names == ("not_equivalent", "equivalent")
-
-
-PARTLY = (
-    r"allowed: not_equivalent, equivalent, the classes of glue/mrpc, or in all rows their numbers, from 0 to 1; ren"
-)
-
-
-@pytest.mark.parametrize(
-    ("task", "labels", "message"),
-    [
-        ("glue/mrpc", ["equivalent", "not equivalent"], rf"line 3, column \"label\": got 'not equivalent'; {PARTLY}"),
-        ("glue/mrpc", ["same", "other"], rf"line 2, column \"label\": got 'same'; {PARTLY}"),
-        ("glue/mrpc", ["equivalent", "0"], rf"line 3, column \"label\": got '0'; {PARTLY}"),
-        ("glue/mrpc", ["1", "no"], rf"line 3, column \"label\": got 'no'; {PARTLY}"),
-        ("glue/qqp", ["y", "n"], r"got 'y'; allowed: not_duplicate, duplicate, the classes of glue/qqp"),
-        ("glue/rte", ["entailment", "not-entailment"], r"got 'not-entailment'; allowed: entailment, not_entailment"),
-        ("glue/sst2", ["positive", "neg"], r"got 'neg'; allowed: negative, positive, the classes of glue/sst2"),
-    ],
-)
-def test_names_that_are_known_in_part(files: Any, tokenizer: Any, task: str, labels: list[str], message: str) -> None:
-    """The alphabet would number them anew, and F1 be that of the other class."""
-    table = "s\tlabel\n" + "".join(f"a\t{label}\n" for label in labels)
-    with pytest.raises(UserError, match=rf"train\.tsv: .*{message}"):
-        load_task(files(table, task=task, text="s"), tokenizer)
-
-
-def test_classes_of_thousands_of_digits(files: Any, tokenizer: Any) -> None:
-    """More than Python makes an integer of."""
-    labels = ["9" * 5000, "1" + "0" * 5000, "007"]
-    table = "text,label\n" + "".join(f"a,{label}\n" for label in labels)
-    task = load_task(files(table, suffix=".csv", **TEXT), tokenizer)
-    assert [example["labels"] for example in task.train] == [1, 2, 0]
-
-
-@pytest.mark.parametrize(
-    ("labels", "classes", "ids"),
-    [
-        ("10", ("bad", "good"), [1, 0]),  # as a head that was trained before calls them
-        ("11", ("bad", "good"), [1, 1]),
-        ("21", ("1", "2"), [1, 0]),
-        ("11", ("1", "0"), [0, 0]),
-    ],
-)
-def test_numbers_in_the_data_of_a_trained_model(
-    files: Any, tokenizer: Any, labels: str, classes: tuple[str, ...], ids: list[int]
-) -> None:
-    data = files("text\tlabel\n" + "".join(f"a\t{label}\n" for label in labels), **TEXT)
-    task = load_task(data, tokenizer, classes)
-    assert [example["labels"] for example in task.validation["validation"]] == ids
-    assert task.label_names == classes
-    with pytest.raises(UserError, match=r"got '2'; allowed: bad, good$"):
-        load_task(files("text\tlabel\na\t2\n", **TEXT), tokenizer, ("bad", "good"))
 
 
 def test_a_text_of_which_no_token_is_made(files: Any, tokenizer: Any) -> None:
