@@ -163,7 +163,8 @@ def passes_of(config: JobConfig, model: PreTrainedModel, hosting: Hosting) -> Pa
     width, words, missing = hosting.width, 0, "buffers of communication"
     if config.distill is not None:
         missing += ", what the teacher's pass takes for its time"
-        if config.distill.attention_weight:
+        causal = problem_of(config.data.task) == "causal_lm"
+        if config.distill.weighed(model.config.is_encoder_decoder, causal).attention_weight:
             model.set_attn_implementation("eager")  # whose probabilities are compared
     if problem_of(config.data.task) in WORDS:
         head = model.get_output_embeddings().weight

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -271,18 +271,28 @@ class DistillConfig(Section):
     """Weight of the distillation; the task's own loss has 1 - alpha."""
     temperature: float = Field(default=2.0, gt=0, description="a number > 0")
     """Softens the answers of both: KL(softmax(teacher / t), softmax(student / t)) t^2."""
-    hidden_weight: float = Field(default=1.0, ge=0, description="a number >= 0")
-    """Weight of the squared distance of hidden states; needs a teacher of the same width."""
-    attention_weight: float = Field(default=1.0, ge=0, description="a number >= 0")
+    hidden_weight: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description='a number >= 0, or "auto"'
+    )
+    """Weight of the squared distance of hidden states over the teacher's squared length; needs a teacher of the same
+    width. "auto": 1, and 0 for a model of an encoder and a decoder, where it has to be."""
+    attention_weight: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description='a number >= 0, or "auto"'
+    )
     """Weight of the squared distance of attention weights; above 0 attention runs unfused, for it has to be seen,
-    and the teacher needs as many heads. Of any teacher vocabulary and labels have to be the model's. For a model of an
-    encoder and a decoder this and hidden_weight have to be 0."""
+    and the teacher needs as many heads. Of any teacher vocabulary and labels have to be the model's. "auto": as
+    hidden_weight, and 0 for the task lm, whose texts are long."""
     layers: Annotated[
         tuple[int, ...] | Literal["auto"],
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ] = Field(default="auto", description='a list of integers, or "auto"')
     """The teacher's layer for each of ours, counted from 0; "auto": spread evenly over the teacher's depth."""
     _home = field_validator("teacher")(with_home)
+
+    def weighed(self, encoder_decoder: bool, causal: bool) -> Self:
+        """With numbers in place of "auto", for a model of an encoder and a decoder, or one that writes text."""
+        auto = {"hidden_weight": not encoder_decoder, "attention_weight": not encoder_decoder and not causal}
+        return self.model_copy(update={key: float(on) for key, on in auto.items() if getattr(self, key) == "auto"})
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:

@@ -93,6 +93,9 @@ def build_job(config: JobConfig, ranks: Ranks, watch: Watch = NOTHING, begun: Pa
     if isinstance(batches, StreamBatches):
         batches.check(model.config.get_text_config().vocab_size)
     distills = config.distill is not None and not one_shot
+    if config.distill is not None:
+        weighed = config.distill.weighed(model.config.is_encoder_decoder, task.problem == "causal_lm")
+        config = config.model_copy(update={"distill": weighed})
     teacher = _load_teacher(config, task, model, tokenizer) if distills else None
     scheduled = one_shot or "scheduler" in config.deepspeed
     scheduler = None if scheduled else _linear_schedule(total, config.train.warmup_fraction)

@@ -117,6 +117,7 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
         yield Cell("element", "fixed mask by activation", {}, "one shot, activation", LONG)
         yield from (Cell("element", f"leap, {name}", leap) for name, leap in LEVERS)
         yield Cell("element", "leap, taught", {}, others={"distill": {"teacher": "self"}})
+        yield Cell("element", "leap, taught by answers", {}, others={"distill": {"hidden_weight": 0.0}})
         yield Cell("element", "leap, 2,048 tokens", {}, steps=STEPS // 4, others={"gradient_accumulation_steps": 4})
 
 
