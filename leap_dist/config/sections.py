@@ -296,14 +296,8 @@ class DistillConfig(Section):
 
     @staticmethod
     def conflicts(raw: Mapping[str, Any]) -> list[Conflict]:
-        found: list[Conflict] = []
-        if raw.get("alpha") == 0:
-            found.append(("alpha", "got 0, with which a teacher has no effect; allowed: more, or remove the section"))
-        inner = [raw.get(key) for key in ("hidden_weight", "attention_weight")]
-        if raw.get("layers", "auto") != "auto" and inner == [0, 0]:
-            problem = "which has no effect where hidden_weight and attention_weight are 0: remove it"
-            found.append(("layers", f"got {show(raw['layers'])}, {problem}"))
-        return found
+        problem = "got 0, with which a teacher has no effect; allowed: more, or remove the section"
+        return [("alpha", problem)] if raw.get("alpha") == 0 else []
 
 
 def default_store() -> str:

@@ -207,6 +207,11 @@ def match_layers(config: DistillConfig, ours: Any, theirs: Any) -> list[int]:
             f"distill.layers: got {list(layers)}; allowed: {depth} integers, each 0 to {teacher_depth - 1}, one "
             'for each layer of the model, or "auto"'
         )
+    if config.layers != "auto" and not (config.hidden_weight or config.attention_weight):
+        raise UserError(
+            f"distill.layers: got {layers}, which has no effect where hidden_weight and attention_weight are 0: "
+            "remove it"
+        )
     for key in ("hidden_weight", "attention_weight"):
         if getattr(config, key) and encoder_decoder:
             raise UserError(
