@@ -153,7 +153,7 @@ class StreamBatches:
     def step(self, step: int) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of an optimizer step, on its device. Collective."""
         ranks, micro = self._ranks, self._micro_batch
-        examples = self._take(self._accumulation * ranks.world_size * micro, f"step {step + 1} of {self._total}")
+        examples = self._take(self._accumulation * ranks.world_size * micro, self._called(step))
         starts = [(number * ranks.world_size + ranks.rank) * micro for number in range(self._accumulation)]
         return [
             batch_of(self._task, examples[start : start + micro], self._seed, (step, start), ranks) for start in starts
@@ -162,7 +162,9 @@ class StreamBatches:
     @property
     def mean_length(self) -> float:
         """Tokens of a training example, of the first step's. Collective."""
-        return float(lengths_of(self.examples(self._accumulation * self._micro_batch * self._ranks.world_size)).mean())
+        examples = self._take(self._accumulation * self._ranks.world_size * self._micro_batch, self._called(0))
+        self._stream.begin(self._seed)
+        return float(lengths_of(examples).mean())
 
     def examples(self, num: int) -> list[Example]:
         """The first `num` training examples, the same on every rank; the steps begin with them, too. Collective."""
@@ -178,6 +180,9 @@ class StreamBatches:
         for number in range(self._ranks.rank, num, self._ranks.world_size):
             part = examples[number * self._micro_batch : (number + 1) * self._micro_batch]
             yield batch_of(self._task, part, self._seed, (0, number * self._micro_batch), self._ranks)
+
+    def _called(self, step: int) -> str:
+        return f"step {step + 1} of {self._total}"
 
     def _take(self, count: int, purpose: str) -> list[Example]:
         return self._ranks.on_first(lambda: self._checked(self._stream.take(count, purpose)))

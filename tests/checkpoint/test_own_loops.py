@@ -271,7 +271,7 @@ def with_another_rate(folder: str) -> list[tuple[float, ...]]:
         else:
             Checkpoints(folder).load(engine)
         group = engine.leap.param_groups[0]
-        found.append((group["lr"], group["base_lr"], engine.leap.rates.scores(group, 2, True).lr))
+        found.append((group["lr"], group["base_lr"], engine.leap.rates.scores(group, 2, 2, True).lr))
     return found
 
 

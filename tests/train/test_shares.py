@@ -11,7 +11,7 @@ import pytest
 from leap_dist.config.job_file import parse_job
 from tests.checkpoint.test_checkpoints import this_rank
 from tests.ranks import RankPools
-from tests.tasks.test_chats import speaker  # noqa: F401
+from tests.tasks.test_chats import TEMPLATES, speaker  # noqa: F401
 from tests.train.test_stream_job import MODEL
 
 
@@ -35,6 +35,7 @@ def test_conversations_of_uneven_answers_train_as_one_batch(
 ) -> None:
     """Micro-batches of answers of 1 and 60 characters gave gradients that were off by 60 %."""
     speaker.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(TEMPLATES["plain"])
     answers = ["y", "a long answer, of many words, that says it all over again and more"]
     rows = [{"prompt": f"question {number}?", "completion": answers[number % 2]} for number in range(16)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
