@@ -33,11 +33,12 @@ def test_conversations_of_uneven_answers_train_as_one_batch(
     tmp_path: Path,
     speaker: Any,  # noqa: F811
 ) -> None:
-    """Micro-batches of answers of 1 and 60 characters gave gradients that were off by 60 %."""
+    """Micro-batches of few and of many words counted alike: the loss was off by 5 % within 12 steps."""
     speaker.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(TEMPLATES["plain"])
-    answers = ["y", "a long answer, of many words, that says it all over again and more"]
-    rows = [{"prompt": f"question {number}?", "completion": answers[number % 2]} for number in range(16)]
+    texts = [f"{number:2} {'what is it, and what is it for? ' * 3}" for number in range(16)]  # of one length
+    cuts = [5, len(texts[0]) - 3]
+    rows = [{"prompt": text[: cuts[i % 2]], "completion": text[cuts[i % 2] :].strip()} for i, text in enumerate(texts)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = {key: str(tmp_path / "rows.jsonl") for key in ("train", "validation")}
     job = {
