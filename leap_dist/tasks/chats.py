@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from leap_dist.config.section import show
 from leap_dist.errors import UserError
 from leap_dist.ops.words import IGNORED
 from leap_dist.tasks.base import Example, TokenTable, flat, tokenised
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ANSWERS = "assistant"
 TOOLS = "tools"  # the column beside a conversation with the functions that may be called in it
+WEIGHT = "weight"  # of an answer: 0 where it is not to be learned
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What a template has where answers begin, if it says so."""
 
@@ -46,12 +48,17 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] = ()
     given: int = 0
-    """Messages of the prompt: their answers are not learned."""
+    """Messages of the prompt: their answers are not learned, as those of WEIGHT 0."""
 
     @property
     def learned(self) -> list[int]:
         """Where the answers stand that are learned."""
-        return [i for i, message in enumerate(self.messages) if message["role"] == ANSWERS and i >= self.given]
+        return [place for place in self.answers if place >= self.given and self.messages[place].get(WEIGHT, 1)]
+
+    @property
+    def answers(self) -> list[int]:
+        """Where all answers stand."""
+        return [place for place, message in enumerate(self.messages) if message["role"] == ANSWERS]
 
 
 def read_messages(value: Any, place: str, column: str) -> tuple[Message, ...]:
@@ -79,6 +86,8 @@ def _message(value: Any, where: str) -> Message:
         raise UserError(f"{where}: content: got {received}; allowed: text")
     if role == ANSWERS and not calls and not str(content).strip():
         raise UserError(f"{where}: an answer without text; remove the row, or give the answer")
+    if role == ANSWERS and found.get(WEIGHT, 1) not in (0, 1):
+        raise UserError(f"{where}: {WEIGHT}: got {show(found[WEIGHT])}; allowed: 1, or 0: it is not learned")
     return found
 
 
@@ -109,6 +118,8 @@ def conversation(row: Mapping[str, Any], place: str, columns: Sequence[str]) -> 
     if not found.learned:
         roles = ", ".join(message["role"] for message in messages[len(asked) :])
         problem = f"no answer, the messages are of {roles}; allowed: at least one of {ANSWERS}"
+        if any(place >= len(asked) for place in found.answers):
+            problem = f"no answer to learn, {WEIGHT} is 0 in all; allowed: at least one of 1"
         raise UserError(f'{place}, column "{columns[-1]}": {problem}')
     return replace(found, messages=messages[: found.learned[-1] + 1])
 
@@ -170,10 +181,24 @@ class ChatEncoder:
             row, len(row.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         ids, judged = np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"]) == 1
-        if any(message["role"] == ANSWERS for message in row.messages[: row.given]):
+        if row.learned != row.answers:
             whole = self.whole(row)
-            judged &= self._tokens(whole, [(self._behind_heading(row, whole, row.learned[0]), len(whole))])[1]
+            judged &= self._tokens(whole, self._learned_in(row, whole))[1]
         return ids, judged
+
+    def _learned_in(self, row: Conversation, whole: str) -> list[tuple[int, int]]:
+        """Where what is learned lies in the whole text of a row that has other answers too."""
+        first = row.learned[0]
+        if row.learned == [place for place in row.answers if place >= first]:
+            return [(self._behind_heading(row, whole, first), len(whole))]
+        spans = [self._span(row, whole, place) for place in row.learned]
+        found = [span for span in spans if span]
+        if len(found) < len(spans):
+            raise UserError(
+                f"{row.place}: the tokenizer's chat template rewrites earlier messages, so nobody can say where "
+                f"answers of {WEIGHT} 0 end; allowed: no answer of {WEIGHT} 0 behind one that is learned"
+            )
+        return found
 
     def whole(self, row: Conversation) -> str:
         """The text of a conversation."""
@@ -282,7 +307,9 @@ def chat_table(
         return flat(columns) | {"cut": np.array([encoder.cut, encoder.lost])}
 
     settings = ("chats", longest, tokenizer.chat_template, tokenizer.special_tokens_map)
-    texts = ((row.messages, row.tools, row.given, encoder.whole(row)) for row in rows)  # a template may write the date
+    texts = (
+        (row.messages, row.tools, row.learned, encoder.whole(row)) for row in rows
+    )  # a template may write the date
     arrays = dict(cached(tokenizer, chain(settings, texts), make))
     cut, lost = arrays.pop("cut").tolist()
     table = TokenTable(arrays)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from leap_dist.config.job_file import parse_job
 from tests.checkpoint.test_checkpoints import this_rank
 from tests.ranks import RankPools
-from tests.tasks.test_chats import speaker  # noqa: F401
+from tests.tasks.conftest import speaker  # noqa: F401
 
 SMALL = {
     "vocab_size": 64,

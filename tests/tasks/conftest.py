@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,73 @@ def files(tmp_path: Path) -> Callable[..., DataConfig]:
         return DataConfig(**{"task": "glue/sst2", "train": paths[0], "validation": paths[1], **settings})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def speaker() -> Any:
+    """A byte-level tokenizer with the marks of the templates as tokens of their own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    marks = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|think|>", "<|end|>"]
+    backend.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Callable[..., DataConfig]:
+    """Writes rows as JSON lines and gives the data section."""
+
+    def make(found: list[dict[str, Any]], **settings: Any) -> DataConfig:
+        file = tmp_path / "chat.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in found), "utf-8")
+        again = tmp_path / "again.jsonl"
+        again.write_text(file.read_text("utf-8"), "utf-8")
+        return DataConfig(**{"task": "lm", "train": str(file), "validation": str(again), **settings})
+
+    return make
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Callable[..., DataConfig]:
+    """Writes train and validation text and gives the data section."""
+
+    def make(train: str, validation: str | None = None, suffix: str = ".txt", **settings: Any) -> DataConfig:
+        paths = []
+        for name, text in (("train", train), ("dev", train if validation is None else validation)):
+            path = tmp_path / f"{name}{suffix}"
+            path.write_text(text, "utf-8")
+            paths.append(str(path))
+        return DataConfig(**{"task": "lm", "train": paths[0], "validation": paths[1], "max_length": 8, **settings})
+
+    return make
+
+
+@pytest.fixture
+def decoder(tokenizer: Any) -> Any:
+    """The same words for a decoder: <s> 13 starts a text, </s> 14 is its EOS and put nowhere."""
+    return with_specials(tokenizer, "<s> $A", "<s>")
+
+
+@pytest.fixture
+def plain(tokenizer: Any) -> Any:
+    """The same words, and a tokenizer that puts nothing around a text, as GPT-2's."""
+    return with_specials(tokenizer, "$A")
+
+
+def with_specials(tokenizer: Any, template: str, bos: str | None = None) -> Any:
+    """A copy with <s> 13 and </s> 14, the latter EOS, and another frame."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<s>", "</s>"])
+    specials = [("<s>", 13)] if bos else []
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token="</s>", unk_token="[UNK]", pad_token="[PAD]"
+    )

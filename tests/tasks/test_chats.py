@@ -1,9 +1,7 @@
-"""Conversations: the loss is on the answers alone, whatever the template; every mistake in a row is one message."""
+"""Conversations: the loss is on the answers alone, whatever the template."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ FORGETS = (
     "{{ m['content'] + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 """As Qwen3's: what an answer began with is not there any more when the next one is given."""
-HIDES = "{% if messages[-1]['role'] == 'assistant' %}a{% endif %}" + TEMPLATES["plain"]
 TURNS = [
     {"role": "system", "content": "Be brief, über alles."},
     {"role": "user", "content": "Where is Rome?"},
@@ -41,35 +38,6 @@ TURNS = [
     {"role": "assistant", "content": "In Norway."},
 ]
 ANSWERS = ["In Italy, à côté.<|end|>", "In Norway.<|end|>"]
-
-
-@pytest.fixture(scope="session")
-def speaker() -> Any:
-    """A byte-level tokenizer with the marks of the templates as tokens of their own."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    marks = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|think|>", "<|end|>"]
-    backend.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Callable[..., DataConfig]:
-    """Writes rows as JSON lines and gives the data section."""
-
-    def make(found: list[dict[str, Any]], **settings: Any) -> DataConfig:
-        file = tmp_path / "chat.jsonl"
-        file.write_text("\n".join(json.dumps(row) for row in found), "utf-8")
-        again = tmp_path / "again.jsonl"
-        again.write_text(file.read_text("utf-8"), "utf-8")
-        return DataConfig(**{"task": "lm", "train": str(file), "validation": str(again), **settings})
-
-    return make
 
 
 def answers(example: dict[str, Any], tokenizer: Any) -> list[str]:
@@ -236,6 +204,32 @@ def test_answers_in_a_prompt_that_the_template_rewrites(rows: Any, speaker: Any)
     assert answers(example, speaker) == ["<|think|>\nIn Norway.<|end|>"]
 
 
+@pytest.mark.parametrize("kind", [*TEMPLATES, "forgets"])
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (0, 0, 1), (1, 1, 0), (1.0, True, None)])
+def test_answers_of_weight_0_are_not_learned(rows: Any, speaker: Any, kind: str, weights: tuple[Any, ...]) -> None:
+    speaker.chat_template = TEMPLATES.get(kind, FORGETS)
+    texts = ["In Italy, à côté.", "In Norway.", "No."][: len(weights)]
+    turns = [
+        turn
+        for text, weight in zip(texts, weights, strict=True)
+        for turn in (TURNS[1], {"role": "assistant", "content": text, "weight": weight})
+    ]
+    examples = load_task(rows([{"messages": turns}]), speaker).train
+    found = [answer.removeprefix("<|think|>\n") for example in examples for answer in answers(example, speaker)]
+    assert found == [f"{text}<|end|>" for text, weight in zip(texts, weights, strict=True) if weight != 0]
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_an_answer_of_weight_0_between_two_that_are_learned(rows: Any, speaker: Any, kind: str) -> None:
+    turns = [TURNS[1], TURNS[2], TURNS[3], {**TURNS[4], "weight": 0}, TURNS[3], TURNS[4]]
+    speaker.chat_template = TEMPLATES[kind]
+    (example,) = load_task(rows([{"messages": turns}]), speaker).train
+    assert answers(example, speaker) == ANSWERS
+    speaker.chat_template = TEMPLATES["marked"] + "{{ messages | length }}"
+    with pytest.raises(UserError, match="nobody can say where answers of weight 0 end; allowed: no answer of weight 0"):
+        load_task(rows([{"messages": turns}]), speaker)
+
+
 def test_the_cache_knows_what_is_a_prompt(rows: Any, speaker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "SMALLEST", 0)
     speaker.chat_template = TEMPLATES["plain"]
@@ -308,105 +302,3 @@ def test_a_conversation_of_several_examples_is_counted_once(rows: Any, speaker: 
     long = [TURNS[1] | {"content": "x" * 60}, TURNS[2], *TURNS[3:]] + TURNS[3:] * 2
     load_task(rows([{"messages": long}, {"messages": TURNS[1:3]}], max_length=64), speaker)
     assert "1 of 2 conversations are longer than data.max_length (64) and are cut there; 1 have no" in caplog.text
-
-
-def with_turn(**changes: Any) -> dict[str, Any]:
-    return {"messages": [TURNS[1], {**TURNS[2], **changes}]}
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"messages": TURNS[:2]}, r"no answer, the messages are of system, user; allowed: at least one of assistant"),
-        ({"messages": []}, r'column "messages": got an empty list; allowed: a list of messages'),
-        ({"messages": None}, r'column "messages": got None; allowed: a list of messages'),
-        ({"messages": {"role": "user"}}, r"got \{'role': 'user'\}; allowed: a list of messages"),
-        ({"messages": ["hello"]}, r'message 1: got hello; allowed: \{"role": \.\.\., "content": \.\.\.\}'),
-        ({"messages": [{"from": "human", "value": "x"}]}, r"message 1: got \{'from': 'human', 'value': 'x'\}; allowed"),
-        (with_turn(role="bot"), r"message 2: role: got bot; allowed: system, developer, user, assistant, tool"),
-        (with_turn(role=3), r"message 2: role: got 3; allowed: system"),
-        (with_turn(content=None), r"message 2: content: got nothing; allowed: text"),
-        (with_turn(content=[{"type": "image"}]), r"message 2: content: got \[\{'type': 'image'\}\]; allowed: text"),
-        (with_turn(content="a\ud800"), r'"messages": message 2: content: .ud800 at character 2 is half of a surrogate'),
-        (
-            with_turn(name="\udfff"),
-            r"message 2: name: .udfff at character 1 is half of a surrogate pair, not text; save",
-        ),
-        (
-            {"messages": [TURNS[1], called(**{"zone\ud800": "x"})]},
-            r"message 2: tool_calls: .ud800 at character 5 is half of a surrogate pair, not text; save the file again",
-        ),
-        (
-            {"messages": TURNS, "tools": [{"name": ["\ud83d"]}]},
-            r'column "tools": .ud83d at character 1 is half of a sur',
-        ),
-        (with_turn(content=" "), r"message 2: an answer without text; remove the row, or give the answer"),
-    ],
-)
-def test_what_is_no_conversation(rows: Any, speaker: Any, row: dict[str, Any], message: str) -> None:
-    speaker.chat_template = TEMPLATES["plain"]
-    with pytest.raises(UserError, match=rf"chat\.jsonl: line 2.*{message}"):
-        load_task(rows([{"messages": TURNS}, row]), speaker)
-
-
-@pytest.mark.parametrize(
-    ("found", "settings", "message"),
-    [
-        ([{"prompt": "a", "completion": ""}], {}, r'line 1, column "completion": an answer without text'),
-        ([{"prompt": "a", "completion": None}], {}, r'line 1: nothing in column "completion"'),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], {}, r'line 2: no "completion" in it; it has prompt'),
-        (
-            [{"text": "a", "messages": TURNS}],
-            {},
-            r'data\.text: missing, and the rows have the columns "text", and mess',
-        ),
-        (
-            [{"s": "a text"}, {"s": TURNS}],
-            {"text": "s"},
-            r"chat\.jsonl: texts and conversations .*; allowed: one of",
-        ),
-        ([{"messages": TURNS}], {"task": "mlm"}, r"line 1: a conversation, which mlm does not learn from"),
-        (
-            [{"messages": TURNS}],
-            {"stride": 4},
-            r"data\.stride: got 4; .* has conversations, which are judged one by one",
-        ),
-    ],
-)
-def test_refused(rows: Any, speaker: Any, found: list[Any], settings: dict[str, Any], message: str) -> None:
-    speaker.chat_template = TEMPLATES["plain"]
-    if settings.get("task") == "mlm":
-        speaker.add_special_tokens({"mask_token": "<|mask|>"})
-    with pytest.raises(UserError, match=message):
-        load_task(rows(found, **settings), speaker)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (
-            None,
-            r"the tokenizer has no chat template; allowed: the tokenizer of an instruction model in data\.tokenizer",
-        ),
-        ("{{ raise_exception('no system') }}", r"line 1: the tokenizer's chat template refuses it: no system"),
-        ("{{ messages[9]['role'] + 1 }}", r"line 1: the tokenizer's chat template refuses it: "),
-        ("{% if %}", r"line 1: the tokenizer's chat template refuses it: "),
-        (HIDES, r"line 1: message 3: the tokenizer's chat template writes what comes before an answer in another way"),
-        (
-            "{% generation %}{% endgeneration %}hello",
-            r"line 1: the tokenizer's chat template leaves no token of the ans",
-        ),
-    ],
-)
-def test_a_template_that_does_not_fit(rows: Any, speaker: Any, template: str | None, message: str) -> None:
-    speaker.chat_template = template
-    with pytest.raises(UserError, match=message):
-        load_task(rows([{"messages": TURNS}]), speaker)
-
-
-def test_a_tokenizer_that_does_not_say_where_tokens_are(rows: Any) -> None:
-    from transformers import ByT5Tokenizer
-
-    slow = ByT5Tokenizer(chat_template=TEMPLATES["plain"])
-    with pytest.raises(UserError, match=r"the tokenizer does not say where tokens are in the text; allowed: a fast"):
-        load_task(rows([{"messages": TURNS}]), slow)

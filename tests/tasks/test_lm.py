@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,53 +16,11 @@ from leap_dist.errors import UserError
 from leap_dist.ops.words import IGNORED
 from leap_dist.tasks import cache, documents, load_task
 from leap_dist.tasks.documents import token_stream
-from leap_dist.tasks.texts import texts_in
 
 WORDS = "a b c d good bad film plot"
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> Callable[..., DataConfig]:
-    """Writes train and validation text and gives the data section."""
-
-    def make(train: str, validation: str | None = None, suffix: str = ".txt", **settings: Any) -> DataConfig:
-        paths = []
-        for name, text in (("train", train), ("dev", train if validation is None else validation)):
-            path = tmp_path / f"{name}{suffix}"
-            path.write_text(text, "utf-8")
-            paths.append(str(path))
-        return DataConfig(**{"task": "lm", "train": paths[0], "validation": paths[1], "max_length": 8, **settings})
-
-    return make
-
-
 # ------------------------------------------------------------------------------ blocks
-
-
-@pytest.fixture
-def decoder(tokenizer: Any) -> Any:
-    """The same words for a decoder: <s> 13 starts a text, </s> 14 is its EOS and put nowhere."""
-    return with_specials(tokenizer, "<s> $A", "<s>")
-
-
-@pytest.fixture
-def plain(tokenizer: Any) -> Any:
-    """The same words, and a tokenizer that puts nothing around a text, as GPT-2's."""
-    return with_specials(tokenizer, "$A")
-
-
-def with_specials(tokenizer: Any, template: str, bos: str | None = None) -> Any:
-    """A copy with <s> 13 and </s> 14, the latter EOS, and another frame."""
-    from tokenizers import Tokenizer, processors
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.add_special_tokens(["<s>", "</s>"])
-    specials = [("<s>", 13)] if bos else []
-    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=bos, eos_token="</s>", unk_token="[UNK]", pad_token="[PAD]"
-    )
 
 
 def ids_of(examples: Any) -> list[list[int]]:
@@ -303,96 +259,6 @@ def test_masked_words_alone_are_judged(texts: Any, tokenizer: Any) -> None:
     assert values == pytest.approx({"perplexity": 1.0, "accuracy": 1.0, "loss": 0.0}, abs=1e-6)
 
 
-# ------------------------------------------------------------------------------ refused
-
-
-@pytest.mark.parametrize(
-    ("settings", "train", "message"),
-    [
-        ({}, " \n\n", r"data\.train: .*train\.txt: no text in it"),
-        ({}, "a b c", r"data\.train: .*: got 4 tokens; allowed: at least 7 \(a block of data\.max_length\)"),
-        ({"text": ("a", "b"), "task": "mlm"}, WORDS, r"data\.text: got a, b; allowed: one column for mlm"),
-        ({"suffix": ".csv"}, "body\na", r'data\.text: got "text", which is not a column of .*; allowed: body'),
-    ],
-)
-def test_refused(texts: Any, tokenizer: Any, settings: dict[str, Any], train: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_task(texts(train, **settings), tokenizer)
-
-
-def test_too_little_to_judge(texts: Any, plain: Any) -> None:
-    plain.eos_token = None
-    with pytest.raises(UserError, match=r"data\.validation: .*: got 1 tokens; allowed: at least 2"):
-        load_task(texts(WORDS, "a"), plain)
-
-
-def test_nothing_named(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"data\.train: missing; lm needs local files .*, or data\.dataset"):
-        load_task(DataConfig(task="lm"), tokenizer)
-
-
-def test_no_mask_token(texts: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tokenizer._special_tokens_map, "mask_token", None)
-    with pytest.raises(UserError, match=r'data\.task: got "mlm"; the tokenizer has no mask token'):
-        load_task(texts(WORDS, task="mlm"), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "text", "message"),
-    [
-        (
-            ".xml",
-            WORDS,
-            r"got .*train\.xml; allowed: text in a file that ends in \.txt, .* or has no ending, rows in one",
-        ),
-        (".log.gz", WORDS, r"got .*train\.log\.gz; allowed: text in .*\.ndjson, .*packed or not; rename it by what it"),
-        (
-            ".txt",
-            '{"text": "a b c d"}\n{"text": "good"}\n',
-            r"train\.txt: begins with a JSON object, and its name says",
-        ),
-        ("", '\n {\n  "text": "a b c d"\n}\n', r"train: begins with a JSON object, .*; allowed: rows in a file that"),
-        (".md", '[{"text": "a b c d"}]', r"train\.md: begins with a JSON object, .* ends in \.jsonl \(one object a li"),
-        (".txt.gz", '{"text": "a"}{"text": "b"}', r"train\.txt\.gz: begins with a JSON object"),
-    ],
-)
-def test_rows_that_would_be_learned_as_text(texts: Any, tokenizer: Any, suffix: str, text: str, message: str) -> None:
-    data = texts(text, suffix=suffix)
-    for name in (*data.train, *data.validation):
-        if name.endswith(".gz"):
-            Path(name).write_bytes(gzip.compress(text.encode()))
-    for task in ("lm", "mlm"):
-        with pytest.raises(UserError, match=rf"^data\.train: .*{message}"):
-            load_task(data.model_copy(update={"task": task}), tokenizer)
-    with pytest.raises(UserError, match=rf"^--vocabulary: .*{message}"):
-        texts_in("--vocabulary", Path(data.train[0]))
-
-
-def test_half_a_character_in_a_text_whose_words_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"a": [{"b": "good"}, "x\ud800"]}))
-    with pytest.raises(
-        UserError, match=r"a\.jsonl: line 1: .ud800 at character 2 is half of a surrogate pair, not text"
-    ):
-        texts_in("--vocabulary", tmp_path / "a.jsonl")
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".raw", ".tokens", ""])
-@pytest.mark.parametrize("start", ["", "{", "[1] ", "{} ", '{"a": 1} is ', "{{ a }}\n"])
-def test_text_that_is_no_json(texts: Any, decoder: Any, suffix: str, start: str) -> None:
-    assert len(load_task(texts(start + WORDS, suffix=suffix), decoder).train)
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_text_without_a_word_that_can_be_left_out(texts: Any, tokenizer: Any, split: str) -> None:
-    unknown = "x y z " * 9
-    data = texts(unknown, WORDS, task="mlm") if split == "train" else texts(WORDS, unknown, task="mlm")
-    with pytest.raises(
-        UserError,
-        match=rf"^data\.{split}: .*: got no word that can be left out, as the tokenizer knows none of them; al",
-    ):
-        load_task(data, tokenizer)
-
-
 # ------------------------------------------------------------------------------ real text
 
 
@@ -408,18 +274,3 @@ def test_wikitext2_whole(data_dir: Path, tokenizer: Any, plain: Any) -> None:
     task = load_task(data, plain)
     assert sum(len(example["input_ids"]) for example in task.validation["validation"]) == words + 1  # EOS
     assert len(task.train) == (words + 1) // 128
-
-
-@pytest.mark.parametrize(
-    ("suffix", "settings", "message"),
-    [
-        (".json", {}, r"data\.train: .*train\.json: cannot be read: Extra data.*; one object a line is \.jsonl"),
-        (".txt", {"text": "words"}, r"data\.text: got words, but .*train\.txt is plain text and has no columns"),
-    ],
-)
-def test_a_file_that_would_be_read_as_another_kind(
-    texts: Any, tokenizer: Any, suffix: str, settings: dict[str, str], message: str
-) -> None:
-    """JSON would be learned with its brackets; a column of plain text would have no effect."""
-    with pytest.raises(UserError, match=message):
-        load_task(texts('{"text": "a b c d"}' * 20, suffix=suffix, **settings), tokenizer)

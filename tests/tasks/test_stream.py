@@ -20,14 +20,14 @@ from leap_dist.tasks.base import Task
 from leap_dist.tasks.files import zstd
 from leap_dist.train.batches import StreamBatches
 from leap_dist.zero.ranks import Ranks
-from tests.tasks.test_chats import TEMPLATES, TURNS, answers, speaker  # noqa: F401
+from tests.tasks.test_chats import TEMPLATES, TURNS, answers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 VALIDATION = [{"text": "what is judged, and long enough for it"}]
 
 
 @pytest.fixture
-def stream(tmp_path: Path, speaker: Any) -> Callable[..., Task]:  # noqa: F811
+def stream(tmp_path: Path, speaker: Any) -> Callable[..., Task]:
     """Writes rows into files of a folder that `datasets` streams; the task."""
     folder = tmp_path / "set"
     folder.mkdir()
@@ -68,7 +68,7 @@ def take(task: Task, steps: int, per_step: int, seed: int = 3) -> list[list[int]
     return [row["input_ids"] for step in range(steps) for row in task.stream.take(per_step, f"step {step}")]
 
 
-def test_every_row_comes_once_and_blocks_are_full(stream: Any, speaker: Any) -> None:  # noqa: F811
+def test_every_row_comes_once_and_blocks_are_full(stream: Any, speaker: Any) -> None:
     rows = numbered(40)
     task = stream(rows)
     blocks = take(task, 5, 4)
@@ -80,7 +80,7 @@ def test_every_row_comes_once_and_blocks_are_full(stream: Any, speaker: Any) -> 
     assert take(task, 5, 4) == blocks != take(task, 5, 4, seed=4)
 
 
-def test_a_buffer_of_one_keeps_the_order(stream: Any, speaker: Any) -> None:  # noqa: F811
+def test_a_buffer_of_one_keeps_the_order(stream: Any, speaker: Any) -> None:
     rows = numbered(30)
     text = speaker.decode([token for block in take(stream(rows, shuffle_buffer=1), 10, 2) for token in block])
     expected = "".join(f"{row['text']}<|end|>" for part in range(3) for row in rows[part::3])
@@ -116,7 +116,7 @@ def test_a_second_pass_has_another_order(stream: Any) -> None:
     assert sorted(tokens[len(first) :][: len(first)]) == sorted(first)
 
 
-def test_conversations(stream: Any, speaker: Any) -> None:  # noqa: F811
+def test_conversations(stream: Any, speaker: Any) -> None:
     task = stream([{"messages": TURNS}] * 9, [{"messages": TURNS}], max_length=512)
     (example, *_) = task.stream.take(2, "")
     assert answers(example, speaker) == ["In Italy, à côté.<|end|>", "In Norway.<|end|>"]
@@ -169,7 +169,7 @@ def test_calibration_is_what_the_first_steps_train_on(stream: Any) -> None:
     assert shown == [batches.step(step)[0]["input_ids"].tolist() for step in range(3)]
 
 
-def test_files_beside_a_dataset(stream: Any, tmp_path: Path, speaker: Any) -> None:  # noqa: F811
+def test_files_beside_a_dataset(stream: Any, tmp_path: Path, speaker: Any) -> None:
     (tmp_path / "own.txt").write_text("of my own")
     task = stream(numbered(9), own=str(tmp_path / "own.txt"))
     assert speaker.decode(task.validation["validation"][0]["input_ids"]) == "of my own<|end|>"

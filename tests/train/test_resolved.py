@@ -11,7 +11,7 @@ from leap_dist.config.json_file import read_json
 from leap_dist.train.output import check_same_job
 from tests.checkpoint.test_checkpoints import this_rank
 from tests.ranks import RankPools
-from tests.tasks.test_chats import speaker  # noqa: F401
+from tests.tasks.conftest import speaker  # noqa: F401
 from tests.train.test_stream_job import MODEL
 
 ONE_SHOT = {"target": 0.5, "mode": "one_shot"}

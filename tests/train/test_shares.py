@@ -11,7 +11,8 @@ import pytest
 from leap_dist.config.job_file import parse_job
 from tests.checkpoint.test_checkpoints import this_rank
 from tests.ranks import RankPools
-from tests.tasks.test_chats import TEMPLATES, speaker  # noqa: F401
+from tests.tasks.conftest import speaker  # noqa: F401
+from tests.tasks.test_chats import TEMPLATES
 from tests.train.test_stream_job import MODEL
 
 

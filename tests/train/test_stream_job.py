@@ -16,7 +16,7 @@ from leap_dist.train.signals import Interrupted
 from leap_dist.train.watch import Watch
 from tests.checkpoint.test_checkpoints import this_rank
 from tests.ranks import RankPools
-from tests.tasks.test_chats import speaker  # noqa: F401
+from tests.tasks.conftest import speaker  # noqa: F401
 
 MODEL: dict[str, Any] = {
     "model_type": "llama",
