@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,16 @@ def _digest_of_files(files: Sequence[Path]) -> str:
     """Of one file its own, of several that of theirs."""
     found = []
     for file in files:
-        with file.open("rb") as stream:
-            found.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        about = file.stat()
+        found.append(_digest_of_file(file.resolve(), about.st_size, about.st_mtime_ns, about.st_ino))
     return (found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest())[:DIGEST]
+
+
+@cache
+def _digest_of_file(file: Path, *state: int) -> str:
+    """state: what of the file changes when it is written to. A run asks several times, and files can be large."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from leap_dist.config.sections import DataConfig
 from leap_dist.tasks.base import Task, TokenTable, flat
-from leap_dist.tracking.datasets import describe
+from leap_dist.tracking.datasets import describe, file_digests
 from leap_dist.tracking.runs import CONTEXT, judged_on
 
 
@@ -33,6 +35,19 @@ def test_local_files_are_hashed(tmp_path: Path) -> None:
     assert train == {"context": "train", "values": {"name": "glue/sst2 train", **values}}
     assert [record["values"]["name"] for record in validation] == ["glue/sst2 matched", "glue/sst2 mismatched"]
     assert {record["context"] for record in validation} == {"validation"}
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run asks when it checks its folder, when it writes to it, and for MLflow; a file may have a terabyte."""
+    read, whole = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or whole(file, kind))
+    (file := tmp_path / "a.tsv").write_text("one")
+    data = DataConfig(task="glue/sst2", train=str(file), validation=str(file))
+    first = file_digests(data)
+    assert first == file_digests(data) and len(read) == 1
+    assert describe(data, task("glue/sst2", [[1]]))[0]["values"]["digest"] == first["data.train"] and len(read) == 1
+    file.write_text("three")
+    assert file_digests(data)["data.train"] == hashlib.sha256(b"three").hexdigest()[:32] and len(read) == 2
 
 
 def judged(data: DataConfig) -> str:
