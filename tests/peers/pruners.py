@@ -46,8 +46,7 @@ class Pruner:
     def fix_best(self, scores: dict[str, Tensor], target: float) -> None:
         """Keep the best `target` of all weights by score, ties to the first, and zero the others for good."""
         flat = torch.cat([scores[name].flatten() for name in self.weights])
-        keep = torch.zeros_like(flat, dtype=torch.bool)
-        keep[torch.sort(flat, descending=True, stable=True).indices[: round(target * len(flat))]] = True
+        keep = best_of(flat, round(target * len(flat)))
         parts = keep.split([weight.numel() for weight in self.weights.values()])
         masks = zip(self.weights.items(), parts, strict=True)
         self.fixed = {name: part.view_as(weight) for (name, weight), part in masks}
@@ -57,6 +56,16 @@ class Pruner:
     def _zero_pruned(self, masks: dict[str, Tensor]) -> None:
         for name, weight in self.weights.items():
             weight.mul_(masks[name])
+
+
+def best_of(scores: Tensor, num: int) -> Tensor:
+    """Which `num` of these scores, flat and finite, are the largest, ties to the first: bool. Without a sort of all."""
+    if num == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    cut = torch.kthvalue(scores, len(scores) - num + 1).values
+    keep = scores > cut
+    keep[torch.nonzero(scores == cut).flatten()[: num - int(keep.sum())]] = True
+    return keep
 
 
 class SoftMovement(Pruner):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.peers.nets import batches, loss_of, net
-from tests.peers.pruners import Platon, Pruner, SoftMovement, Threshold
+from tests.peers.pruners import Platon, Pruner, SoftMovement, Threshold, best_of
 
 
 def names_of(model: nn.Module) -> list[str]:
@@ -57,3 +57,12 @@ def test_ties_go_to_the_first() -> None:
         model.weight.fill_(1.0)
     Pruner(model, ["weight"], 0.0, 0.0).fix_best({"weight": torch.ones(1, 4)}, 0.5)
     assert model.weight.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("num", [0, 1, 7, 499, 500])
+def test_the_best_are_those_of_a_stable_sort(num: int) -> None:
+    torch.manual_seed(num)
+    scores = torch.randint(9, (500,)).float()
+    kept = torch.zeros(500, dtype=torch.bool)
+    kept[torch.sort(scores, descending=True, stable=True).indices[:num]] = True
+    assert torch.equal(best_of(scores, num), kept)
