@@ -23,7 +23,7 @@ from leap_dist.sweep.result import Result, collect, means, metric_of
 from leap_dist.sweep.results import RESULTS, mean_lines, print_table, write
 from leap_dist.sweep.stop import closing_records, heed_signals
 from leap_dist.sweep.storage import Storage
-from leap_dist.sweep.sweep_file import BudgetConfig, identity, job_of, read_sweep, trials_of, valid_corners
+from leap_dist.sweep.sweep_file import CONTENT, BudgetConfig, identity, job_of, read_sweep, trials_of, valid_corners
 from leap_dist.tracking.completion import complete_trial
 from leap_dist.tracking.mlflow import Tracker, differing
 
@@ -124,6 +124,7 @@ def _check_folder(folder: Path, now: dict[str, str], resume: bool) -> dict[str, 
     changed = [
         f"{key} is {now.get(key, 'missing')} now, and was {before.get(key, 'missing')}"
         for key in differing(before, now)
+        if not key.endswith(CONTENT) or (key in before and key in now)
     ]
     if changed:
         more = [f"and {len(changed) - MOST_SHOWN} more"] if len(changed) > MOST_SHOWN else []

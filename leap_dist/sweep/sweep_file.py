@@ -24,6 +24,8 @@ from leap_dist.tracking.mlflow import parameters
 
 TARGET = "leap.target"
 MAX_VALUES = 10_000
+CONTENT = " (what its files hold)"
+"""Ends the keys of `identity` that an older version did not write, and that a machine without the files cannot."""
 TRIES = 100  # settings with a value, of which one has to be a valid job
 VALUES = (
     'a list of values, {"from": a, "to": b, "num": n >= 2}, or, for a search, {"uniform": [a, b]}, '
@@ -324,4 +326,15 @@ def identity(sweep: SweepConfig, trials: list[Trial]) -> dict[str, str]:
 
 def _lasting(config: JobConfig) -> dict[str, str]:
     job = parameters(config.resolved())
-    return {key: value for key, value in job.items() if not key.startswith(UNRELATED_TO_RESULT)}
+    own = {key: value for key, value in job.items() if not key.startswith(UNRELATED_TO_RESULT)}
+    return own | {f"{key}{CONTENT}": digest for key, digest in _contents(config).items()}
+
+
+def _contents(config: JobConfig) -> dict[str, str]:
+    """Digests of a job's data files, by key; none where a file is not seen here: the nodes may have them alone."""
+    from leap_dist.tracking.datasets import file_digests  # torch comes with it, which Tune's processes do not need
+
+    try:
+        return file_digests(config.data)
+    except UserError:
+        return {}

@@ -15,7 +15,7 @@ from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
 from leap_dist.sweep.cluster import connected
 from leap_dist.sweep.ladder import ladder_of, rung_start
-from leap_dist.sweep.run import parse_budget, run_sweep
+from leap_dist.sweep.run import _check_folder, parse_budget, run_sweep
 from leap_dist.sweep.sweep_file import combinations, identity, read_sweep, trials_of
 from leap_dist.tracking.journal import Journal
 from tests.launch.scripts import load_script
@@ -261,6 +261,25 @@ def test_a_folder_of_another_sweep_is_refused_with_the_difference(tmp_path: Path
     with pytest.raises(UserError, match="another sweep's results") as refusal:
         run_sweep(file, str(out), None, False, None)
     assert str(refusal.value).splitlines()[1:] == ["  ranks is 1 now, and was 2"]
+
+
+def test_a_sweep_goes_on_with_the_data_that_it_was_started_with_alone(tmp_path: Path) -> None:
+    """Trials that are done would be compared with others that have learned something else."""
+    data = tmp_path / "train.tsv"
+    data.write_text("sentence\tlabel\ngood\t1\nbad\t0\n")
+    job = {"data": {"task": "glue/sst2", "train": str(data), "validation": str(data)}, "model": {"name": "m"}}
+    file, out = sweep_file(tmp_path, job, vary={"leap.target": [0.5]}), tmp_path / "out"
+    sweep = read_sweep(file)
+    out.mkdir()
+    before = identity(sweep, trials_of(sweep))
+    (out / "sweep.json").write_text(json.dumps({"identity": before}))
+    data.write_text("sentence\tlabel\nfine\t1\nbad\t0\n")
+    with pytest.raises(UserError, match=r"\n  data\.train \(what its files hold\) is \w+ now, and was \w+"):
+        run_sweep(file, str(out), None, False, None)
+    data.unlink()  # a machine that only starts the sweep may not have it
+    now = identity(sweep, trials_of(sweep))
+    assert now == {key: value for key, value in before.items() if "files hold" not in key} != before
+    assert _check_folder(out, now, False) == {"identity": before}
 
 
 def test_the_launcher_reports_a_file_that_is_missing(
