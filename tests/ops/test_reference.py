@@ -26,6 +26,7 @@ def test_adamw_gives_the_bits_of_torch(size: int) -> None:
     table, ones = run_table([(0, size, 0, 1)], CPU_BLOCK), torch.ones(size, dtype=torch.bool)
     for step in range(1, 5):
         grad = torch.randn(size)
+        grad[::3] = 0.0  # as of words that no text has: their moments stay 0
         parameter.grad = grad.clone()
         theirs.step()
         adam = Adam(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=step)
