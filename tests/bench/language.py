@@ -59,7 +59,7 @@ def job_of(model: Path, files: dict[str, list[str]], steps: int, leap: dict[str,
 @dataclass(frozen=True)
 class Cell:
     """One run: its "leap" section beside target and gates; `fixed`: with the masks of this one-shot cell; `others`:
-    more keys of its job."""
+    more keys of its job; `taught`: by the dense model that was trained as long."""
 
     kind: str
     name: str
@@ -67,6 +67,7 @@ class Cell:
     fixed: str | None = None
     steps: int = STEPS
     others: dict[str, Any] = field(default_factory=dict)
+    taught: bool = False
 
     def folder(self, out: Path) -> Path:
         """Of the run."""
@@ -74,6 +75,7 @@ class Cell:
         return out / self.kind.replace(":", "_") / (long + self.name.replace(",", "").replace(" ", "_"))
 
 
+DENSE = Cell("dense", "trained as long", {})
 ONE_SHOT = [
     ("one shot, magnitude", {"mode": "one_shot", "score_init": "magnitude"}),
     ("one shot, activation", {"mode": "one_shot", "score_init": "activation"}),
@@ -91,6 +93,10 @@ LEVERS: list[tuple[str, dict[str, Any]]] = [  # what the budget makes smaller, w
     ("equal shares", {"threshold_learning_rate": 1e-9}),
     ("own moments", {"score_moments": "own"}),
 ]
+DESCENTS: list[tuple[str, dict[str, Any]]] = [  # of the long run: as the short one's, whose budget is a seventh
+    ("sooner at the target", {"tokens_per_step": 77, "score_learning_rate": 1e-3}),
+    ("budget of 300 steps", {"tokens_per_step": 77}),
+]
 FROZEN = [
     ("gumbel, frozen", {"rule": "gumbel", "score_init": "activation", "weights": "frozen"}),
     ("leap, frozen", {"score_init": "activation", "weights": "frozen"}),
@@ -105,7 +111,7 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
         yield from (Cell(kind, name, leap) for name, leap in TRAINED)
         if kind == kinds[0]:
             yield Cell("dense", "as published", {"mode": "one_shot"})
-            yield Cell("dense", "trained as long", {})
+            yield DENSE
     if "2:4" in kinds:
         ordered = {"permute": "greedy"}
         yield Cell("2:4", "one shot, activation, permuted", {"mode": "one_shot", **ordered})
@@ -115,8 +121,11 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
     if "element" in kinds:
         yield Cell("element", "leap", {}, steps=LONG)
         yield Cell("element", "fixed mask by activation", {}, "one shot, activation", LONG)
+        yield from (Cell("element", f"leap, {name}", leap, steps=LONG) for name, leap in DESCENTS)
         yield from (Cell("element", f"leap, {name}", leap) for name, leap in LEVERS)
         yield Cell("element", "leap, taught", {}, others={"distill": {"teacher": "self"}})
+        yield Cell("element", "leap, taught by a trained model", {}, taught=True)
+        yield Cell("element", "fixed mask, taught by a trained model", {}, "one shot, activation", taught=True)
         yield Cell("element", "leap, taught by answers", {}, others={"distill": {"hidden_weight": 0.0}})
         yield Cell("element", "leap, 2,048 tokens", {}, steps=STEPS // 4, others={"gradient_accumulation_steps": 4})
 
@@ -124,19 +133,21 @@ def cells(kinds: list[str]) -> Iterator[Cell]:
 def job(cell: Cell, out: Path, files: dict[str, list[str]]) -> dict[str, Any]:
     """The job of a cell."""
     gates, target = GATES.get(cell.kind, (None, 1.0))
-    leap = {"target": target, **({"gates": gates} if gates else {}), **cell.leap}
-    if cell.fixed is None:
-        return job_of(out / "words/hf", files, cell.steps, leap) | cell.others
-    first = Cell(cell.kind, cell.fixed, {}).folder(out)  # a permuted model is in its run alone
-    masks = export(first, first.with_name(first.name + "_masks"), ["mask"])
-    return job_of(first / "model", files, cell.steps, {"start": str(masks)})
+    model, leap = out / "words/hf", {"target": target, **({"gates": gates} if gates else {}), **cell.leap}
+    if cell.fixed is not None:
+        first = Cell(cell.kind, cell.fixed, {}).folder(out)  # a permuted model is in its run alone
+        masks = export(first, first.with_name(first.name + "_masks"), ["mask"])
+        model, leap = first / "model", {"start": str(masks)}
+    teacher = {"distill": {"teacher": str(DENSE.folder(out) / "model")}} if cell.taught else {}
+    return job_of(model, files, cell.steps, leap) | teacher | cell.others
 
 
 def run(cell: Cell, out: Path, files: dict[str, list[str]]) -> None:
     """Run a cell and judge it on the questions too, by a run that cuts nothing; unless another process has it."""
     folder = cell.folder(out)
-    if cell.fixed:
-        with claimed(Cell(cell.kind, cell.fixed, {}).folder(out), wait=True):
+    before = [Cell(cell.kind, cell.fixed, {})] if cell.fixed else []
+    for first in [*before, DENSE] if cell.taught else before:
+        with claimed(first.folder(out), wait=True):
             pass
     with claimed(folder) as ours:
         if ours:
@@ -162,7 +173,8 @@ def result_of(cell: Cell, out: Path) -> dict[str, Any] | None:
     metrics = {"test": found["metrics"]["pruned"], "questions": other["metrics"]["pruned"]}
     shared = {key: found[key] for key in ("density", "masks_sha256", "versions")}
     leap = {"start": cell.fixed} if cell.fixed else cell.leap
-    return {"steps": 0 if "mode" in leap else cell.steps, "leap": leap, **cell.others, **shared, **metrics}
+    taught = {"distill": {"teacher": DENSE.name}} if cell.taught else {}
+    return {"steps": 0 if "mode" in leap else cell.steps, "leap": leap, **taught, **cell.others, **shared, **metrics}
 
 
 def write(out: Path) -> None:
