@@ -307,9 +307,8 @@ def chat_table(
         return flat(columns) | {"cut": np.array([encoder.cut, encoder.lost])}
 
     settings = ("chats", longest, tokenizer.chat_template, tokenizer.special_tokens_map)
-    texts = (
-        (row.messages, row.tools, row.learned, encoder.whole(row)) for row in rows
-    )  # a template may write the date
+    # with the whole text: a template may write the date
+    texts = ((row.messages, row.tools, row.learned, encoder.whole(row)) for row in rows)
     arrays = dict(cached(tokenizer, chain(settings, texts), make))
     cut, lost = arrays.pop("cut").tolist()
     table = TokenTable(arrays)
