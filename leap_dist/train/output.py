@@ -152,6 +152,9 @@ def _check_same_job(
     for key in ("leap.score_init", "leap.tokens_per_step", "leap.calibration_batches"):
         if (key in filled and new[key] == "auto") or blind:  # what has no effect on such a start is as by default
             new[key] = old[key]
+    for key in ("distill.hidden_weight", "distill.attention_weight"):  # as these
+        if new.get(key) == "auto" and key in old:
+            new[key] = old[key]
     if new["leap.start"] is not None:  # and the density that its masks keep
         new.setdefault("leap.target", old.get("leap.target"))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
