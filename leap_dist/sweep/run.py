@@ -61,7 +61,7 @@ def run_sweep(file: Path, output: str | None, address: str | None, resume: bool,
         tracking = jobs[0].tracking.model_copy(update={"run_name": file.stem})
         described, parent = {"sweep": sweep.model_dump(mode="json")}, saved.get("parent_run")
         with Tracker(tracking, described, True, parent, folder=storage.folder) as tracker:
-            saved |= {"identity": now, "parent_run": tracker.run_id}
+            saved |= {"identity": saved.get("identity", {}) | now, "parent_run": tracker.run_id}
             _save(storage.folder, saved)
             with line.board:
                 for trial in line.trials:

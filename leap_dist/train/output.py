@@ -55,6 +55,8 @@ FREE_TO_CHANGE = (
     "wall_clock_breakdown",
 )
 """Settings that may differ when a run is resumed: what it writes, and how the same steps are spread over ranks."""
+FILLED = {"leap.score_init", "leap.tokens_per_step", "distill.hidden_weight", "distill.attention_weight"}
+"""Settings that are filled in when the model and the data are there, where they are "auto"."""
 
 
 def check_output(output: Path, resume: bool, config: JobConfig, world_size: int) -> bool:
@@ -147,13 +149,11 @@ def _check_same_job(
     if BATCH not in old:  # a folder that a sweep has made
         new.pop(BATCH)
     new["leap.total_steps"] = old["leap.total_steps"]  # filled in when the data are there; from what is compared here
-    filled = {"leap.score_init", "leap.tokens_per_step"}  # when the model and the data are there, where they are "auto"
-    blind = new["leap.score_init"] == "auto" and old["leap.score_init"] not in BY_INPUTS
-    for key in ("leap.score_init", "leap.tokens_per_step", "leap.calibration_batches"):
-        if (key in filled and new[key] == "auto") or blind:  # what has no effect on such a start is as by default
+    if new["leap.score_init"] == "auto" and old["leap.score_init"] not in BY_INPUTS:
+        for key in ("leap.tokens_per_step", "leap.calibration_batches"):  # without effect on such a start: by default
             new[key] = old[key]
-    for key in ("distill.hidden_weight", "distill.attention_weight"):  # as these
-        if new.get(key) == "auto" and key in old:
+    for key in FILLED & old.keys():
+        if new.get(key) == "auto":
             new[key] = old[key]
     if new["leap.start"] is not None:  # and the density that its masks keep
         new.setdefault("leap.target", old.get("leap.target"))

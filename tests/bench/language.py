@@ -74,6 +74,11 @@ class Cell:
         long = "long_" if self.steps == LONG else ""
         return out / self.kind.replace(":", "_") / (long + self.name.replace(",", "").replace(" ", "_"))
 
+    @property
+    def needs(self) -> "list[Cell]":
+        """The cells that have to be done before."""
+        return [*([Cell(self.kind, self.fixed, {})] if self.fixed else []), *([DENSE] if self.taught else [])]
+
 
 DENSE = Cell("dense", "trained as long", {})
 ONE_SHOT = [
@@ -135,7 +140,7 @@ def job(cell: Cell, out: Path, files: dict[str, list[str]]) -> dict[str, Any]:
     gates, target = GATES.get(cell.kind, (None, 1.0))
     model, leap = out / "words/hf", {"target": target, **({"gates": gates} if gates else {}), **cell.leap}
     if cell.fixed is not None:
-        first = Cell(cell.kind, cell.fixed, {}).folder(out)  # a permuted model is in its run alone
+        first = cell.needs[0].folder(out)  # a permuted model is in its run alone
         masks = export(first, first.with_name(first.name + "_masks"), ["mask"])
         model, leap = first / "model", {"start": str(masks)}
     teacher = {"distill": {"teacher": str(DENSE.folder(out) / "model")}} if cell.taught else {}
@@ -145,8 +150,7 @@ def job(cell: Cell, out: Path, files: dict[str, list[str]]) -> dict[str, Any]:
 def run(cell: Cell, out: Path, files: dict[str, list[str]]) -> None:
     """Run a cell and judge it on the questions too, by a run that cuts nothing; unless another process has it."""
     folder = cell.folder(out)
-    before = [Cell(cell.kind, cell.fixed, {})] if cell.fixed else []
-    for first in [*before, DENSE] if cell.taught else before:
+    for first in cell.needs:
         with claimed(first.folder(out), wait=True):
             pass
     with claimed(folder) as ours:

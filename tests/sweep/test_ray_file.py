@@ -13,6 +13,7 @@ import pytest
 
 from leap_dist.core.phases import Schedule
 from leap_dist.errors import UserError
+from leap_dist.sweep import run
 from leap_dist.sweep.cluster import connected
 from leap_dist.sweep.ladder import ladder_of, rung_start
 from leap_dist.sweep.run import _check_folder, parse_budget, run_sweep
@@ -263,7 +264,9 @@ def test_a_folder_of_another_sweep_is_refused_with_the_difference(tmp_path: Path
     assert str(refusal.value).splitlines()[1:] == ["  ranks is 1 now, and was 2"]
 
 
-def test_a_sweep_goes_on_with_the_data_that_it_was_started_with_alone(tmp_path: Path) -> None:
+def test_a_sweep_goes_on_with_the_data_that_it_was_started_with_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trials that are done would be compared with others that have learned something else."""
     data = tmp_path / "train.tsv"
     data.write_text("sentence\tlabel\ngood\t1\nbad\t0\n")
@@ -280,6 +283,11 @@ def test_a_sweep_goes_on_with_the_data_that_it_was_started_with_alone(tmp_path: 
     now = identity(sweep, trials_of(sweep))
     assert now == {key: value for key, value in before.items() if "files hold" not in key} != before
     assert _check_folder(out, now, False) == {"identity": before}
+    monkeypatch.setattr(run, "_runner", lambda *line: None)
+    monkeypatch.setattr(run, "_save", lambda folder, saved: pytest.fail(json.dumps(saved["identity"])))
+    with pytest.raises(pytest.fail.Exception) as kept:
+        run_sweep(file, str(out), None, False, None)
+    assert json.loads(str(kept.value)) == before  # nor does it take the guard from the machines that have it
 
 
 def test_the_launcher_reports_a_file_that_is_missing(

@@ -62,6 +62,16 @@ def files(tmp_path: Path) -> Callable[..., DataConfig]:
     return make
 
 
+@pytest.fixture
+def texts(files: Callable[..., DataConfig]) -> Callable[..., DataConfig]:
+    """The same of text to learn to write."""
+
+    def make(train: str, validation: str | None = None, suffix: str = ".txt", **settings: Any) -> DataConfig:
+        return files(train, validation, suffix, **{"task": "lm", "max_length": 8, **settings})
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def speaker() -> Any:
     """A byte-level tokenizer with the marks of the templates as tokens of their own."""
@@ -87,21 +97,6 @@ def rows(tmp_path: Path) -> Callable[..., DataConfig]:
         again = tmp_path / "again.jsonl"
         again.write_text(file.read_text("utf-8"), "utf-8")
         return DataConfig(**{"task": "lm", "train": str(file), "validation": str(again), **settings})
-
-    return make
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Callable[..., DataConfig]:
-    """Writes train and validation text and gives the data section."""
-
-    def make(train: str, validation: str | None = None, suffix: str = ".txt", **settings: Any) -> DataConfig:
-        paths = []
-        for name, text in (("train", train), ("dev", train if validation is None else validation)):
-            path = tmp_path / f"{name}{suffix}"
-            path.write_text(text, "utf-8")
-            paths.append(str(path))
-        return DataConfig(**{"task": "lm", "train": paths[0], "validation": paths[1], "max_length": 8, **settings})
 
     return make
 

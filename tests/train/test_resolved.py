@@ -8,7 +8,8 @@ from typing import Any
 
 from leap_dist.config.job_file import parse_job
 from leap_dist.config.json_file import read_json
-from leap_dist.train.output import check_same_job
+from leap_dist.run_folder import RESOLVED
+from leap_dist.train.output import as_logged, check_same_job
 from tests.checkpoint.test_checkpoints import this_rank
 from tests.ranks import RankPools
 from tests.tasks.conftest import speaker  # noqa: F401
@@ -104,3 +105,20 @@ def test_what_has_no_effect_on_an_encoder_is_no_change(ranks: RankPools, tmp_pat
     job |= {"train": {"max_steps": 10, "learning_rate": 1e-3}, "tracking": {"mlflow_uri": None}}
     (found,) = ranks(1).run(resolved_of, str(tmp_path), job, OF_ENCODERS, timeout=300)
     check(found, tmp_path)
+
+
+def test_weights_of_a_teacher_that_were_filled_in(tmp_path: Path) -> None:
+    """They are numbers in the run's folder, and "auto" in the job file."""
+    job = {
+        "train_micro_batch_size_per_gpu": 2,
+        "model": {"name": "m"},
+        "data": {"task": "glue/sst2"},
+        "train": {"max_steps": 10},
+        "leap": {"target": 0.5},
+        "distill": {"teacher": "self"},
+    }
+    config = parse_job(job, "job.json")
+    assert config.distill is not None
+    started = config.model_copy(update={"distill": config.distill.weighed(False, False)})
+    (tmp_path / RESOLVED).write_text(json.dumps(as_logged(started, 1)))
+    assert check_same_job("--output", tmp_path, config, 1) == []
